@@ -1,0 +1,126 @@
+// The Python module rlkern._cpu: addresses and sizes in, no tensor library. rlkern/native.py is its only caller.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+
+#include "dispatch.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace py = pybind11;
+using namespace rlkern;
+
+namespace {
+
+Chosen active;
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Before any row is computed: a wrong target must not leave half of the outputs written.
+void check_targets(const Rows& call) {
+  if (!call.targets) return;
+  for (int64_t i = 0; i < call.rows * call.n_targets; ++i) {
+    const int64_t y = call.targets[i], row = i / call.n_targets;
+    if ((y >= 0 && y < call.vocab) || y == call.ignore_index || is_skipped(call, row)) continue;
+    throw py::index_error("target " + std::to_string(y) + " of row " + std::to_string(row) + " is out of range for " +
+                          std::to_string(call.vocab) + " logits (and is not ignore_index=" + std::to_string(call.ignore_index) + ")");
+  }
+}
+
+// Contiguous ranges of rows, one per thread. How many there are cannot change a result: a row is computed by one thread, in one way.
+template <class Call>
+void run(void (*rows)(const Call&, int64_t, int64_t), const Call& call, int64_t threads) {
+  constexpr int64_t worth_a_thread = 1 << 15;  // logits; waking a thread costs more than computing fewer
+  threads = std::min({threads, call.rows, 1 + call.rows * call.vocab / worth_a_thread});
+  if (threads <= 1) return rows(call, 0, call.rows);
+#pragma omp parallel for num_threads(int(threads)) schedule(static, 1)
+  for (int64_t i = 0; i < threads; ++i) rows(call, call.rows * i / threads, call.rows * (i + 1) / threads);
+}
+
+// Asks for huge pages behind a gradient that is about to be written. It is mostly fresh memory, whose page faults, 4 KiB at a time, would
+// cost several times what the arithmetic does.
+void advise_huge_pages(const Matrix& out, int64_t rows, int64_t inner, int64_t row_bytes, int64_t element) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  const bool dense = out.stride_inner * element == row_bytes && out.stride_outer * element == inner * row_bytes;
+  if (!dense || uintptr_t(rows * row_bytes) < 2 * huge) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data), end = begin + rows * row_bytes;
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
+}
+
+Rows rows_from(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_inner, int64_t rows, int64_t inner, int64_t vocab,
+               uintptr_t targets, int64_t n_targets, uintptr_t mask, double temperature, uintptr_t temperatures, int64_t ignore_index,
+               uintptr_t state) {
+  return {DType(dtype),
+          {pointer<void>(logits), stride_outer, stride_inner},
+          rows,
+          inner,
+          vocab,
+          pointer<const int64_t>(targets),
+          n_targets,
+          pointer<const bool>(mask),
+          temperature,
+          pointer<const void>(temperatures),
+          ignore_index,
+          pointer<void>(state)};
+}
+
+void forward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_inner, int64_t rows, int64_t inner, int64_t vocab,
+             uintptr_t targets, int64_t n_targets, uintptr_t mask, double temperature, uintptr_t temperatures, int64_t ignore_index,
+             uintptr_t state, int kept_kind, double log_kept, uintptr_t logp, uintptr_t entropy, uintptr_t logsumexp, uintptr_t sum_sq_prob,
+             uintptr_t kept_logmass, int64_t threads) {
+  const Forward call{rows_from(dtype, logits, stride_outer, stride_inner, rows, inner, vocab, targets, n_targets, mask, temperature,
+                               temperatures, ignore_index, state),
+                     kept_kind,
+                     log_kept,
+                     pointer<void>(logp),
+                     pointer<void>(entropy),
+                     pointer<void>(logsumexp),
+                     pointer<void>(sum_sq_prob),
+                     pointer<void>(kept_logmass)};
+  const py::gil_scoped_release release;
+  check_targets(call);
+  run(active.kernels->forward, call, threads);
+}
+
+void backward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_inner, int64_t rows, int64_t inner, int64_t vocab,
+              uintptr_t targets, int64_t n_targets, uintptr_t mask, double temperature, uintptr_t temperatures, int64_t ignore_index,
+              uintptr_t state, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t g_logsumexp, uintptr_t g_sum_sq_prob,
+              uintptr_t g_kept_logmass, uintptr_t out, int64_t out_stride_outer, int64_t out_stride_inner, int64_t threads) {
+  const Backward call{rows_from(dtype, logits, stride_outer, stride_inner, rows, inner, vocab, targets, n_targets, mask, temperature,
+                                temperatures, ignore_index, state),
+                      pointer<const void>(g_logp),
+                      pointer<const void>(g_entropy),
+                      pointer<const void>(g_logsumexp),
+                      pointer<const void>(g_sum_sq_prob),
+                      pointer<const void>(g_kept_logmass),
+                      {pointer<void>(out), out_stride_outer, out_stride_inner}};
+  const py::gil_scoped_release release;
+  if (out != logits) {
+    const int64_t element = dtype == int(DType::float64) ? 8 : dtype == int(DType::float32) ? 4 : 2;
+    advise_huge_pages(call.out, rows, inner, vocab * element, element);
+  }
+  run(active.kernels->backward, call, threads);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  const char* forced = std::getenv("RLKERN_CPU_ISA");
+  active = choose(forced ? forced : "");
+  m.def("isa", [] { return active.isa; });
+  m.def("isas", &available_isas);
+  m.def("use_isa", [](const std::string& isa) { active = choose(isa); });
+  m.def("token_stats_forward", &forward);
+  m.def("token_stats_backward", &backward);
+}

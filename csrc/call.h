@@ -1,0 +1,56 @@
+// One call of token_stats, forward or backward, as plain addresses and sizes; rlkern/backends.py says what each field means.
+#pragma once
+
+#include <cstdint>
+
+namespace rlkern {
+
+enum class DType { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+struct Matrix {  // [rows / inner, inner, vocab], last stride 1; the other strides count elements
+  void* data;
+  int64_t stride_outer, stride_inner;
+};
+
+// What both halves need. `Acc` below is float, and double for float64 logits.
+struct Rows {
+  DType dtype;
+  Matrix logits;
+  int64_t rows, inner, vocab;
+  const int64_t* targets;  // [rows, n_targets]
+  int64_t n_targets;
+  const bool* mask;           // [rows] or null
+  double temperature;         // where `temperatures` is null
+  const void* temperatures;   // Acc [rows] or null
+  int64_t ignore_index;
+  void* state;  // Acc [rows, 6 + n_targets], written by the forward
+};
+
+struct Forward : Rows {
+  enum { kept_none = 0, kept_relative = 1, kept_absolute = 2 };
+  int kept_kind;
+  double log_kept;
+  void *logp, *entropy, *logsumexp, *sum_sq_prob, *kept_logmass;  // Acc; any but entropy and logsumexp may be null
+};
+
+struct Backward : Rows {
+  const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;  // Acc, each may be null
+  Matrix out;                                                                    // may be the logits themselves
+};
+
+// The kernels compiled for one instruction set. Each call computes the rows [begin, end) on the calling thread.
+struct Kernels {
+  void (*forward)(const Forward&, int64_t begin, int64_t end);
+  void (*backward)(const Backward&, int64_t begin, int64_t end);
+};
+
+// static: every instruction set keeps its own copy
+static inline bool is_skipped(const Rows& call, int64_t row) {
+  if (call.mask && !call.mask[row]) return true;
+  if (!call.targets) return false;
+  for (int64_t k = 0; k < call.n_targets; ++k)
+    if (call.targets[row * call.n_targets + k] != call.ignore_index) return false;
+  return true;
+}
+
+}  // namespace rlkern

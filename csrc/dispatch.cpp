@@ -1,0 +1,55 @@
+#include "dispatch.h"
+
+#include <stdexcept>
+
+namespace rlkern {
+
+extern const Kernels kernels_baseline;
+#ifdef RLKERN_X86
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+
+namespace {
+
+struct Isa {
+  const char* name;
+  const Kernels* kernels;
+  bool (*runs)();
+};
+
+const Isa isas[] = {
+#ifdef RLKERN_X86
+    {"avx512", &kernels_avx512,
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+     }},
+    // Every processor with AVX2 has F16C, which has no name of its own in older compilers' __builtin_cpu_supports.
+    {"avx2", &kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+#endif
+    {"baseline", &kernels_baseline, [] { return true; }},
+};
+
+std::string joined(const std::vector<std::string>& names) {
+  std::string all;
+  for (const auto& name : names) all += (all.empty() ? "" : ", ") + name;
+  return all;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : isas)
+    if (isa.runs()) names.push_back(isa.name);
+  return names;
+}
+
+Chosen choose(const std::string& name) {
+  for (const Isa& isa : isas)
+    if ((name.empty() || name == isa.name) && isa.runs()) return {isa.name, isa.kernels};
+  throw std::invalid_argument("RLKERN_CPU_ISA: '" + name + "' is unknown or not supported by this processor, expected one of " +
+                              joined(available_isas()));
+}
+
+}  // namespace rlkern

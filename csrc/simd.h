@@ -1,0 +1,297 @@
+// Vectors by the compilers' vector extension: the arithmetic is spelled once and compiled for every instruction set.
+// A vector is as wide as the registers of the instruction set that the including file is compiled for.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+// Unnamed, so that the copies compiled for different instruction sets never merge at link time.
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class T, int Bytes = kVectorBytes>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(Bytes)));
+};
+template <class T, int Bytes = kVectorBytes>
+using Vec = typename VectorOf<T, Bytes>::type;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+template <class To, class From>
+inline To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast keeps the size");
+  To to;
+  std::memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class V>
+inline V load_raw(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+// --- what a logit's type means: the type it is computed in, and conversions of one vector ------------------------------------------------
+
+template <class T>
+struct Element;
+
+template <class T>
+struct Native {  // float and double are stored as they are computed with
+  using Acc = T;
+  static T minus_infinity() { return -__builtin_inf(); }
+  static Vec<T> load(const T* from) { return load_raw<Vec<T>>(from); }
+  static void store(T* to, Vec<T> v) { std::memcpy(to, &v, sizeof v); }
+};
+template <>
+struct Element<float> : Native<float> {};
+template <>
+struct Element<double> : Native<double> {};
+
+using Words = Vec<uint32_t>;  // the bits of a vector of floats
+
+template <>
+struct Element<BFloat16> {  // converted in pairs of vectors, below
+  using Acc = float;
+  static BFloat16 minus_infinity() { return {0xff80}; }
+};
+
+template <>
+struct Element<Float16> {
+  using Acc = float;
+  static Float16 minus_infinity() { return {0xfc00}; }
+#if defined(__AVX512F__)
+  static Vec<float> load(const Float16* from) { return bit_cast<Vec<float>>(_mm512_cvtph_ps(load_raw<__m256i>(from))); }
+  static void store(Float16* to, Vec<float> v) {
+    const __m256i h = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(to, &h, sizeof h);
+  }
+#elif defined(__F16C__)
+  static Vec<float> load(const Float16* from) { return bit_cast<Vec<float>>(_mm256_cvtph_ps(load_raw<__m128i>(from))); }
+  static void store(Float16* to, Vec<float> v) {
+    const __m128i h = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    std::memcpy(to, &h, sizeof h);
+  }
+#else
+  using Halves = Vec<uint16_t, kVectorBytes / 2>;
+  static Vec<float> load(const Float16* from) {
+    const Words h = __builtin_convertvector(load_raw<Halves>(from), Words);
+    // The exponent moves from bias 15 to bias 127 by a product, which also normalises what is subnormal in half precision.
+    const Words magnitude = bit_cast<Words>(bit_cast<Vec<float>>((h & 0x7fff) << 13) * 0x1p112f);
+    const Words not_finite = (h & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000u : Words{};
+    return bit_cast<Vec<float>>(magnitude | not_finite | (h & 0x8000) << 16);
+  }
+  static void store(Float16* to, Vec<float> v) {
+    const Words w = bit_cast<Words>(v), magnitude = w & 0x7fffffff;
+    const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+    // Adding 0.5 leaves multiples of 2^-24, the subnormals' unit, in the low bits, rounded to nearest even by the addition itself.
+    const Words subnormal = bit_cast<Words>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
+    const Words large = magnitude > 0x7f800000 ? Words{} + 0x7e00u : Words{} + 0x7c00u;
+    Words h = magnitude < 0x38800000 ? subnormal : normal;
+    h = magnitude >= 0x47800000 ? large : h;
+    const Halves halves = __builtin_convertvector(h | (w >> 16 & 0x8000), Halves);
+    std::memcpy(to, &halves, sizeof halves);
+  }
+#endif
+};
+
+// --- packs: several vectors side by side -----------------------------------------------------------------------------------------------
+
+// One vector at a time would leave the processor waiting on the exponential's chain of products.
+constexpr int kPackVectors = 2;
+using PackIndices = std::make_integer_sequence<int, kPackVectors>;
+
+template <class T>
+struct Pack {
+  static constexpr int lanes = kPackVectors * kVectorBytes / sizeof(T);
+  Vec<T> v[kPackVectors];
+};
+template <class T>
+using Bits = Vec<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>;
+template <class T>
+struct Mask {
+  Bits<T> v[kPackVectors];
+};
+
+template <class P, class F, int... I>
+inline P each(F f, std::integer_sequence<int, I...>) {
+  return {{f(I)...}};
+}
+template <class P, class F>
+inline P each(F f) {
+  return each<P>(f, PackIndices{});
+}
+
+template <class T>
+inline Pack<T> broadcast(T x) {
+  return each<Pack<T>>([&](int) { return x - Vec<T>{}; });
+}
+
+#define RLKERN_PACK_OPERATOR(op)                                                  \
+  template <class T>                                                              \
+  inline Pack<T> operator op(const Pack<T>& a, const Pack<T>& b) {                \
+    return each<Pack<T>>([&](int i) { return a.v[i] op b.v[i]; });                \
+  }                                                                               \
+  template <class T>                                                              \
+  inline Pack<T> operator op(const Pack<T>& a, T b) {                             \
+    return each<Pack<T>>([&](int i) { return a.v[i] op b; });                     \
+  }
+RLKERN_PACK_OPERATOR(+)
+RLKERN_PACK_OPERATOR(-)
+RLKERN_PACK_OPERATOR(*)
+#undef RLKERN_PACK_OPERATOR
+
+template <class T>
+inline Mask<T> operator==(const Pack<T>& a, T b) {
+  return each<Mask<T>>([&](int i) { return a.v[i] == b; });
+}
+template <class T>
+inline Mask<T> operator>=(const Pack<T>& a, T b) {
+  return each<Mask<T>>([&](int i) { return a.v[i] >= b; });
+}
+template <class T>
+inline Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T>& b) {
+  return each<Pack<T>>([&](int i) { return mask.v[i] ? a.v[i] : b.v[i]; });
+}
+
+// The larger of the two, and `b` where either is NaN: the order in which the hardware's own instruction compares.
+inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_max_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Vec<float>>(_mm_max_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+inline Vec<double> max_or_second(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+template <class T>
+inline Pack<T> max_or_second(const Pack<T>& a, const Pack<T>& b) {
+  return each<Pack<T>>([&](int i) { return max_or_second(a.v[i], b.v[i]); });
+}
+
+template <class T>
+inline Pack<typename Element<T>::Acc> load(const T* from) {
+  using P = Pack<typename Element<T>::Acc>;
+  return each<P>([&](int i) { return Element<T>::load(from + i * (P::lanes / kPackVectors)); });
+}
+template <class T>
+inline void store(T* to, const Pack<typename Element<T>::Acc>& p) {
+  for (int i = 0; i < kPackVectors; ++i) Element<T>::store(to + i * (p.lanes / kPackVectors), p.v[i]);
+}
+
+// A 32-bit word holds two bfloat16, and each is a float but for its low bits: a shift makes one vector of the first of each pair, a mask
+// another of the second. Cheaper than widening in order, and nothing here asks which lane an element stands in.
+inline Pack<float> load(const BFloat16* from) {
+  Pack<float> p;
+  for (int i = 0; i < kPackVectors; i += 2) {
+    const Words pairs = load_raw<Words>(from + i * (kVectorBytes / 4));
+    p.v[i] = bit_cast<Vec<float>>(pairs << 16);
+    p.v[i + 1] = bit_cast<Vec<float>>(pairs & 0xffff0000);
+  }
+  return p;
+}
+// To nearest even, in the high half of each word. A NaN stays one: those that come here have payloads of a bfloat16 or of the hardware.
+inline Words round_to_bfloat16(Vec<float> v) {
+  const Words w = bit_cast<Words>(v);
+  return w + 0x7fff + ((w >> 16) & 1);
+}
+inline void store(BFloat16* to, const Pack<float>& p) {
+  for (int i = 0; i < kPackVectors; i += 2) {
+    const Words pairs = (round_to_bfloat16(p.v[i]) >> 16) | (round_to_bfloat16(p.v[i + 1]) & 0xffff0000);
+    std::memcpy(to + i * (kVectorBytes / 4), &pairs, sizeof pairs);
+  }
+}
+
+// Lanes combined two halves at a time: a fixed order, so the same bits every time.
+template <class T, int Bytes, class Combine>
+inline T fold(Vec<T, Bytes> v, Combine combine) {
+  if constexpr (Bytes == sizeof(T) * 2) {
+    return combine(v[0], v[1]);
+  } else {
+    using Half = Vec<T, Bytes / 2>;
+    struct Halves {
+      Half low, high;
+    };
+    const auto [low, high] = bit_cast<Halves>(v);
+    return fold<T, Bytes / 2>(combine(low, high), combine);
+  }
+}
+template <class T>
+inline T sum_lanes(const Pack<T>& p) {
+  Vec<T> v = p.v[0];
+  for (int i = 1; i < kPackVectors; ++i) v += p.v[i];
+  return fold<T, kVectorBytes>(v, [](auto a, auto b) { return a + b; });
+}
+template <class T>
+inline T max_lanes(const Pack<T>& p) {
+  Vec<T> v = p.v[0];
+  for (int i = 1; i < kPackVectors; ++i) v = max_or_second(p.v[i], v);
+  return fold<T, kVectorBytes>(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// The polynomials minimise the relative error of 2^f over [-1/2, 1/2]: 7e-8 before rounding for float, 2e-17 for double.
+template <class T>
+struct Exp2;
+template <>
+struct Exp2<float> {
+  static constexpr int mantissa = 23, bias = 127;
+  static constexpr float coefficients[] = {1.00000007165f,   0.693146967065f,  0.24022119724f,
+                                           0.0555071327288f, 0.00967554133102f, 0.00132764721678f};
+};
+template <>
+struct Exp2<double> {
+  static constexpr int mantissa = 52, bias = 1023;
+  static constexpr double coefficients[] = {1.0,
+                                            0.69314718055994569675,
+                                            0.24022650695910098007,
+                                            0.055504108664790394552,
+                                            0.0096181291076070023796,
+                                            0.0013333558153439964747,
+                                            0.0001540353044157213033,
+                                            0.000015252727385193868197,
+                                            1.3215442675329822143e-6,
+                                            1.0180647659234138888e-7,
+                                            7.0725704128144235096e-9,
+                                            4.078071929588336665e-10};
+};
+template <class T>
+constexpr T kLowestExponent = -Exp2<T>::bias;
+
+// 2^t for kLowestExponent <= t <= 0, exactly 0 at the lowest; NaN for NaN.
+template <class T>
+inline Pack<T> power_of_two(const Pack<T>& t) {
+  using E = Exp2<T>;
+  constexpr T round = T(int64_t(3) << (E::mantissa - 1)) + E::bias;  // adding it leaves the biased exponent in the lowest bits
+  const Pack<T> rounded = t + round;
+  const Pack<T> f = t - (rounded - round);
+  constexpr int degree = sizeof(E::coefficients) / sizeof(T) - 1;
+  Pack<T> y = broadcast(E::coefficients[degree]);
+#pragma GCC unroll 16
+  for (int i = degree - 1; i >= 0; --i) y = y * f + E::coefficients[i];
+  // A product, not an addition to the exponent's bits: a NaN survives it, and 2^lowest is 0.
+  return y * each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(rounded.v[i]) << E::mantissa); });
+}
+
+}  // namespace

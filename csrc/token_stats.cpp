@@ -1,0 +1,364 @@
+// token_stats for one instruction set: forward reads a row once (a second time, from cache, for a kept set), backward reads and writes it once.
+//
+// Tiles of 2048 logits stay in the first-level cache: their maximum is found first, then exp, sum and entropy terms follow in one go.
+// How a row is reduced depends on its length alone, so its result has the same bits in any batch, on any thread.
+
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+
+#include "call.h"
+#include "simd.h"
+
+namespace {
+
+using namespace rlkern;
+
+constexpr int64_t kTile = 2048;
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
+enum StateColumn { kMax, kRest, kEntropy, kSumSq, kKept, kThreshold, kTargets };
+
+template <class T>
+using Acc = typename Element<T>::Acc;
+template <class T>
+using AccPack = Pack<Acc<T>>;
+template <class T>
+constexpr int kLanes = AccPack<T>::lanes;
+
+// Calls f(tile, count) along the row; count is a multiple of the lanes, the last tile padded with -inf where it is not.
+template <class T, class F>
+inline void for_each_tile(const T* x, int64_t vocab, F f) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t start = 0; start < vocab; start += kTile) {
+    const int64_t n = vocab - start < kTile ? vocab - start : kTile;
+    if (n % lanes == 0) {
+      f(x + start, n);
+    } else {
+      T padded[kTile];
+      const int64_t whole = (n + lanes - 1) / lanes * lanes;
+      std::memcpy(padded, x + start, n * sizeof(T));
+      for (int64_t i = n; i < whole; ++i) padded[i] = Element<T>::minus_infinity();
+      f(padded, whole);
+    }
+  }
+}
+
+template <class T>
+Acc<T> load_one(const T* x) {
+  T padded[kLanes<T>] = {};
+  std::memcpy(padded, x, sizeof(T));
+  return load(padded).v[0][0];
+}
+
+template <class T>
+void store_one(T* x, double value) {
+  // Through Acc first, as every other element of the row; NaN in the hardware's own form, see round_to_bfloat16.
+  T padded[kLanes<T>];
+  store(padded, broadcast(std::isnan(value) ? Acc<T>(kNaN) : Acc<T>(value)));
+  std::memcpy(x, padded, sizeof(T));
+}
+
+// --- forward -------------------------------------------------------------------------------------------------------------------------
+
+template <class T>
+Acc<T> tile_max(const T* x, int64_t n) {
+  AccPack<T> top = broadcast(Acc<T>(-kInfinity));
+  for (int64_t i = 0; i < n; i += kLanes<T>) top = max_or_second(load(x + i), top);
+  return max_lanes(top);
+}
+
+// With t = (x - top) log2(e) / T over some logits. NaN logits are not seen by the maximum; they make s0 and s1 NaN.
+struct Sums {
+  double s0 = 0, s1 = 0, s2 = 0;  // of 2^t, 2^t t, 2^2t, without the logits that equal the maximum where it is excluded
+  double ties = 0;                // how many those are
+};
+
+template <class T, bool ExcludeMax, bool Squares>
+Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
+  using A = Acc<T>;
+  AccPack<T> s0{}, s1{}, s2{}, ties{};
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    const AccPack<T> v = load(x + i);
+    const AccPack<T> t = max_or_second(broadcast(kLowestExponent<A>), (v - top) * scale);
+    AccPack<T> e = power_of_two(t);
+    if constexpr (ExcludeMax) {
+      const Mask<A> at_max = v == top;
+      e = select(at_max, AccPack<T>{}, e);
+      ties = ties + select(at_max, broadcast(A(1)), AccPack<T>{});
+    }
+    s0 = s0 + e;
+    s1 = s1 + e * t;
+    if constexpr (Squares) s2 = s2 + e * e;
+  }
+  return {sum_lanes(s0), sum_lanes(s1), Squares ? sum_lanes(s2) : 0, ExcludeMax ? sum_lanes(ties) : 0};
+}
+
+// The whole row's maximum and sums. One logit equal to the maximum stays out of s0, so that sum 2^t = 1 + s0 and log1p(s0) keeps the
+// relative accuracy of a row that is all but certain; s1 and s2 are complete.
+template <class T, bool Squares>
+Sums row_sums(const T* x, int64_t vocab, Acc<T> scale, Acc<T>& top) {
+  Sums row;
+  top = Acc<T>(-kInfinity);
+  for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+    const Acc<T> highest = tile_max(tile, n);
+    const bool is_new = highest > top;
+    if (is_new) {
+      if (top > -kInfinity) {
+        const double d = double(top - highest) * scale, steps = d < -2000 ? -2000 : d, e = std::exp2(steps);
+        row.s1 = e * (row.s1 + steps * (1 + row.s0));
+        row.s0 = e * (1 + row.s0);
+        row.s2 *= e * e;
+      }
+      top = highest;
+    }
+    // While there is nothing but -inf any finite number stands for the maximum: every term is 0.
+    const Sums part = highest > -kInfinity && highest == top ? tile_sums<T, true, Squares>(tile, n, top, scale)
+                                                             : tile_sums<T, false, Squares>(tile, n, top > -kInfinity ? top : 0, scale);
+    row.s0 += part.s0 + (part.ties - is_new);
+    row.s1 += part.s1;
+    row.s2 += part.s2 + part.ties;
+  });
+  return row;
+}
+
+// log of the share of sum 2^t that the logits with x - top >= threshold hold; -inf where there is none.
+template <class T>
+double kept_logmass(const T* x, int64_t vocab, Acc<T> top, Acc<T> scale, Acc<T> threshold) {
+  using A = Acc<T>;
+  double kept = 0, dropped = 0;
+  for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+    AccPack<T> outside{}, inside{};
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const AccPack<T> shifted = load(tile + i) - top;
+      const AccPack<T> e = power_of_two(max_or_second(broadcast(kLowestExponent<A>), shifted * scale));
+      const Mask<A> is_kept = shifted >= threshold;
+      outside = outside + select(is_kept, AccPack<T>{}, e);
+      inside = inside + select(is_kept, e, AccPack<T>{});
+    }
+    dropped += sum_lanes(outside);
+    kept += sum_lanes(inside);
+  });
+  return -std::log1p(dropped / kept);
+}
+
+template <class T>
+const T* row_of(const Rows& call, const Matrix& matrix, int64_t row) {
+  return static_cast<const T*>(matrix.data) + row / call.inner * matrix.stride_outer + row % call.inner * matrix.stride_inner;
+}
+
+// 1 / T in the accumulation type, NaN where T is not positive: the row shows it.
+template <class A>
+A inverse_temperature(const Rows& call, int64_t row) {
+  if (!call.temperatures) return A(1 / call.temperature);
+  const A t = static_cast<const A*>(call.temperatures)[row];
+  return t > 0 ? 1 / t : A(kNaN);
+}
+
+template <class A>
+void put(void* to, int64_t i, double value) {
+  if (to) static_cast<A*>(to)[i] = A(value);
+}
+
+template <class T>
+void forward_row(const Forward& call, int64_t row) {
+  using A = Acc<T>;
+  const T* x = row_of<T>(call, call.logits, row);
+  A* state = static_cast<A*>(call.state) + row * (kTargets + call.n_targets);
+  const A inv_t = inverse_temperature<A>(call, row), scale = A(kLog2E * inv_t);
+
+  A top;
+  Sums sums = call.sum_sq_prob ? row_sums<T, true>(x, call.vocab, scale, top) : row_sums<T, false>(x, call.vocab, scale, top);
+  // Nothing above -inf, a +inf or a NaN: not a distribution.
+  const bool undefined = std::isinf(top) || std::isnan(sums.s0);
+  if (std::isnan(sums.s0)) top = A(kNaN);
+
+  const double log_s0 = undefined ? kNaN : std::log1p(sums.s0), mass = 1 + sums.s0;
+  const double entropy = log_s0 - kLn2 * sums.s1 / mass;
+  state[kMax] = top;
+  state[kRest] = undefined ? A(kNaN) : A(sums.s0);
+  state[kEntropy] = A(entropy);
+  state[kSumSq] = state[kKept] = state[kThreshold] = 0;
+  put<A>(call.entropy, row, entropy);
+  put<A>(call.logsumexp, row, top == -kInfinity ? -kInfinity : double(top) * inv_t + log_s0);
+  if (call.sum_sq_prob) {
+    const double sum_sq = undefined ? kNaN : sums.s2 / (mass * mass);
+    state[kSumSq] = A(sum_sq);
+    put<A>(call.sum_sq_prob, row, sum_sq);
+  }
+  if (call.kept_kind != Forward::kept_none) {
+    // In the accumulation type, as the other backends compute it: the same logits are kept.
+    const A log_kept = A(call.log_kept), threshold = (call.kept_kind == Forward::kept_relative ? log_kept : log_kept + A(log_s0)) / inv_t;
+    const double kept = undefined ? kNaN : kept_logmass(x, call.vocab, top, scale, threshold);
+    state[kKept] = A(kept);
+    state[kThreshold] = threshold;
+    put<A>(call.kept_logmass, row, kept);
+  }
+  for (int64_t k = 0; k < call.n_targets; ++k) {
+    const int64_t y = call.targets[row * call.n_targets + k];
+    A shifted = A(kNaN);
+    if (y >= 0 && y < call.vocab) {
+      const A at_y = load_one(x + y);
+      shifted = at_y == -kInfinity ? at_y : at_y - top;
+    }
+    state[kTargets + k] = shifted;
+    put<A>(call.logp, row * call.n_targets + k, y == call.ignore_index ? 0 : double(shifted) * inv_t - log_s0);
+  }
+}
+
+template <class T>
+void forward_rows(const Forward& call, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  for (int64_t row = begin; row < end; ++row) {
+    if (!is_skipped(call, row)) {
+      forward_row<T>(call, row);
+      continue;
+    }
+    const int64_t width = kTargets + call.n_targets;
+    for (int64_t i = 0; i < width; ++i) put<A>(call.state, row * width + i, 0);
+    for (int64_t k = 0; k < call.n_targets; ++k) put<A>(call.logp, row * call.n_targets + k, 0);
+    for (void* out : {call.entropy, call.logsumexp, call.sum_sq_prob, call.kept_logmass}) put<A>(out, row, 0);
+  }
+}
+
+// --- backward ------------------------------------------------------------------------------------------------------------------------
+
+// dz = 2^t (constant + linear t + square 2^t + [kept] inside), t as in the forward: the row's scalars, 1 / T and 1 / sum 2^t folded in.
+template <class A>
+struct Coefficients {
+  A top, scale, constant, linear, square, inside, threshold;
+};
+
+enum class Terms { constant, linear, all };
+
+template <class T, Terms Kind>
+inline AccPack<T> gradient_of(AccPack<T> x, const Coefficients<Acc<T>>& c) {
+  using A = Acc<T>;
+  const AccPack<T> shifted = x - c.top;
+  const AccPack<T> t = max_or_second(broadcast(kLowestExponent<A>), shifted * c.scale);
+  const AccPack<T> e = power_of_two(t);
+  if constexpr (Kind == Terms::constant) return e * c.constant;
+  AccPack<T> g = t * c.linear + c.constant;
+  if constexpr (Kind == Terms::all) g = g + e * c.square + select(shifted >= c.threshold, broadcast(c.inside), AccPack<T>{});
+  return e * g;
+}
+
+// `x` and `out` may be the same memory.
+template <class T, Terms Kind>
+void write_gradient(const T* x, T* out, int64_t vocab, const Coefficients<Acc<T>>& c) {
+  const int64_t whole = vocab / kLanes<T> * kLanes<T>, rest = vocab - whole;
+  for (int64_t i = 0; i < whole; i += kLanes<T>) store(out + i, gradient_of<T, Kind>(load(x + i), c));
+  if (rest) {
+    T padded[kLanes<T>] = {};
+    std::memcpy(padded, x + whole, rest * sizeof(T));
+    store(padded, gradient_of<T, Kind>(load(padded), c));
+    std::memcpy(out + whole, padded, rest * sizeof(T));
+  }
+}
+
+template <class A>
+double get(const void* from, int64_t i) {
+  return from ? double(static_cast<const A*>(from)[i]) : 0;
+}
+
+template <class A>
+bool is_idle(const Backward& call, int64_t row) {
+  for (const void* g : {call.g_entropy, call.g_logsumexp, call.g_sum_sq_prob, call.g_kept_logmass})
+    if (get<A>(g, row) != 0) return false;
+  if (call.g_logp)
+    for (int64_t i = row * call.n_targets; i < (row + 1) * call.n_targets; ++i)
+      if (call.targets[i] != call.ignore_index && get<A>(call.g_logp, i) != 0) return false;
+  return true;
+}
+
+template <class T>
+void backward_row(const Backward& call, int64_t row, T* out) {
+  using A = Acc<T>;
+  const T* x = row_of<T>(call, call.logits, row);
+  const A* state = static_cast<const A*>(call.state) + row * (kTargets + call.n_targets);
+  const int64_t *y = call.targets ? call.targets + row * call.n_targets : nullptr, first = row * call.n_targets;
+  const A inv_t = inverse_temperature<A>(call, row);
+  const double rest = state[kRest], log_s0 = std::log1p(rest), entropy = state[kEntropy], sum_sq = state[kSumSq], kept = state[kKept];
+  const double g_h = get<A>(call.g_entropy, row), g_z = get<A>(call.g_logsumexp, row), g_s2 = get<A>(call.g_sum_sq_prob, row);
+  const double g_k = kept == -kInfinity ? 0 : get<A>(call.g_kept_logmass, row);  // an empty kept set is a constant
+  const double inside = g_k != 0 ? g_k * std::exp(-kept) : 0;
+
+  double common = g_z;  // what multiplies p in every logit; terms without an upstream gradient are left out: 0 * (-inf) would be NaN
+  if (g_h != 0) common -= g_h * (entropy - log_s0);
+  if (g_s2 != 0) common -= 2 * g_s2 * sum_sq;
+  if (g_k != 0) common -= g_k;
+  if (call.g_logp)
+    for (int64_t k = 0; k < call.n_targets; ++k) {
+      if (y[k] == call.ignore_index) continue;
+      common -= y[k] >= 0 && y[k] < call.vocab ? get<A>(call.g_logp, first + k) : kNaN;
+    }
+
+  const double weight = inv_t / (1 + rest);
+  Coefficients<A> c{};
+  c.top = state[kMax];
+  c.scale = A(kLog2E * inv_t);
+  c.constant = A(std::isnan(common) ? kNaN : weight * common);
+  c.linear = A(-weight * g_h * kLn2);
+  c.square = A(2 * weight * g_s2 / (1 + rest));
+  c.inside = A(weight * inside);
+  c.threshold = state[kThreshold];
+  if (g_s2 != 0 || g_k != 0)
+    write_gradient<T, Terms::all>(x, out, call.vocab, c);
+  else if (g_h != 0)
+    write_gradient<T, Terms::linear>(x, out, call.vocab, c);
+  else
+    write_gradient<T, Terms::constant>(x, out, call.vocab, c);
+
+  // At a target, 1 - p is summed as -expm1(log p): no cancellation as p goes to 1.
+  if (!call.g_logp || std::isnan(common)) return;
+  for (int64_t k = 0; k < call.n_targets; ++k) {
+    if (y[k] == call.ignore_index) continue;
+    double at_y = 0;  // a repeated target collects the gradients of all its entries
+    for (int64_t j = 0; j < call.n_targets; ++j)
+      if (y[j] == y[k]) at_y += get<A>(call.g_logp, first + j);
+    const double shifted = state[kTargets + k], u = shifted * inv_t, logp = u - log_s0, p = std::exp(logp);
+    double here = common;
+    if (g_h != 0) here -= g_h * (u < -1e4 ? -1e4 : u);
+    if (g_s2 != 0) here += 2 * g_s2 * p;
+    if (g_k != 0 && shifted >= state[kThreshold]) here += inside;
+    store_one(out + y[k], inv_t * (p * (here + at_y) - at_y * std::expm1(logp)));
+  }
+}
+
+template <class T>
+void backward_rows(const Backward& call, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    T* out = const_cast<T*>(row_of<T>(call, call.out, row));
+    if (is_skipped(call, row) || is_idle<Acc<T>>(call, row))
+      std::memset(out, 0, call.vocab * sizeof(T));
+    else
+      backward_row<T>(call, row, out);
+  }
+}
+
+// --- entry points --------------------------------------------------------------------------------------------------------------------
+
+void forward(const Forward& call, int64_t begin, int64_t end) {
+  switch (call.dtype) {
+    case DType::float32: return forward_rows<float>(call, begin, end);
+    case DType::float64: return forward_rows<double>(call, begin, end);
+    case DType::bfloat16: return forward_rows<BFloat16>(call, begin, end);
+    case DType::float16: return forward_rows<Float16>(call, begin, end);
+  }
+}
+
+void backward(const Backward& call, int64_t begin, int64_t end) {
+  switch (call.dtype) {
+    case DType::float32: return backward_rows<float>(call, begin, end);
+    case DType::float64: return backward_rows<double>(call, begin, end);
+    case DType::bfloat16: return backward_rows<BFloat16>(call, begin, end);
+    case DType::float16: return backward_rows<Float16>(call, begin, end);
+  }
+}
+
+}  // namespace
+
+namespace rlkern {
+extern const Kernels RLKERN_KERNELS;  // a const would otherwise stay inside this file
+const Kernels RLKERN_KERNELS{forward, backward};
+}  // namespace rlkern

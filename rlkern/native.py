@@ -1,0 +1,71 @@
+"""The C++ kernels on CPU tensors: the calling convention of `backends.py`, spelled as addresses and sizes for `rlkern._cpu`."""
+
+from __future__ import annotations
+
+import torch  # before _cpu: both then share one OpenMP runtime
+from torch import Tensor
+
+from . import _cpu
+
+CHECKS_TARGETS = True  # token_stats_forward raises IndexError itself, before any row is computed
+
+isa = _cpu.isa  # the instruction set in use, RLKERN_CPU_ISA where that is set
+isas = _cpu.isas  # those that were built and that this processor runs, best first
+use_isa = _cpu.use_isa  # switches the whole process to another of them (for tests); ValueError for one that cannot run here
+
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _rows(logits, targets, mask, temperature, ignore_index, state) -> tuple:
+    outer, inner, vocab = logits.shape
+    stride_outer, stride_inner, _ = logits.stride()
+    per_row = isinstance(temperature, Tensor)
+    return (
+        _DTYPES[logits.dtype],
+        logits.data_ptr(),
+        stride_outer,
+        stride_inner,
+        outer * inner,
+        inner,
+        vocab,
+        _address(targets),
+        0 if targets is None else targets.shape[-1],
+        _address(mask),
+        1.0 if per_row else temperature,
+        temperature.data_ptr() if per_row else 0,
+        ignore_index,
+        state.data_ptr(),
+    )
+
+
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+    """See `backends.py`. Raises IndexError for a target outside [0, V) that counts (its row is not skipped and it is not ignore_index)."""
+    logp, entropy, lse, sum_sq, kept, state = out
+    _cpu.token_stats_forward(
+        *_rows(logits, targets, mask, temperature, ignore_index, state),
+        kept_kind,
+        log_kept,
+        _address(logp),
+        entropy.data_ptr(),
+        lse.data_ptr(),
+        _address(sum_sq),
+        _address(kept),
+        torch.get_num_threads(),
+    )
+
+
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
+    """See `backends.py`. `out` may be `logits`: the gradient then replaces them."""
+    stride_outer, stride_inner, _ = out.stride()
+    _cpu.token_stats_backward(
+        *_rows(logits, targets, mask, temperature, ignore_index, state),
+        *map(_address, grads),
+        out.data_ptr(),
+        stride_outer,
+        stride_inner,
+        torch.get_num_threads(),
+    )
