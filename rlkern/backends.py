@@ -1,0 +1,134 @@
+"""Which implementation runs, and the calling convention that all of them share.
+
+A backend is a module with one function per operator half. They write into tensors that `ops.py` allocated, and may assume validated input:
+
+    token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
+    token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out)
+
+    logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
+    targets      [N, K] int64 contiguous, or None (K = 0)
+    mask         [N] bool contiguous, or None; a row is skipped where mask is False or all its K targets are ignore_index
+    temperature  float, or [N] contiguous tensor of the accumulation dtype (float64 for float64 logits, float32 otherwise)
+    kept_kind    0: no kept set; 1: p >= k * max p; 2: p >= k.  log_kept = log k
+    out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob | None, kept_logmass | None, state [.., 6 + K]), contiguous, N rows
+                 backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
+    grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous, accumulation dtype, each may be None
+
+`state` holds what the backward needs of a row, in the accumulation dtype; any backend can continue from any other's:
+
+    0  m = max x         1  sum exp((x - m) / T) - 1, the maximum's own 1 left out     2  entropy     3  sum_sq_prob     4  kept_logmass
+    5  kept threshold: x is kept where x - m >= state[5]          6 + k  x[y_k] - m, nan for a target outside [0, V)
+
+Skipped rows: zeros in every output and in `state`, zeros in the gradient; neither reads them. An ignored entry of a row that is not
+skipped has logp 0 and no gradient. A row whose upstream gradients are all zero gets a zero gradient without being read.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+from . import reference
+
+NAMES = ("auto", "triton", "native", "reference")
+
+
+def _load_native() -> ModuleType:
+    from . import native
+
+    return native
+
+
+def _load_triton() -> ModuleType:
+    from .triton_kernels import token_stats
+
+    return token_stats
+
+
+_loaded: dict[str, ModuleType | Exception] = {"reference": reference}
+
+
+def _load(name: str) -> ModuleType | Exception:
+    """The backend's module, or the exception that says why it is missing."""
+    if name not in _loaded:
+        try:
+            _loaded[name] = {"native": _load_native, "triton": _load_triton}[name]()
+        except Exception as error:  # an optional backend may fail in any way; backend_info() reports it
+            _loaded[name] = error
+    return _loaded[name]
+
+
+def _check_name(name: str, origin: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{origin}: unknown backend {name!r}, expected one of {', '.join(map(repr, NAMES))}")
+    return name
+
+
+_current = _check_name(os.environ.get("RLKERN_BACKEND", "auto"), "RLKERN_BACKEND")
+
+
+class use_backend:
+    """Chooses the implementation for the whole process: `use_backend("reference")`, or `with use_backend("native"): ...` to restore on exit.
+
+    "auto" (the default, or the environment's RLKERN_BACKEND) takes triton for GPU tensors, native for CPU tensors, and the plain PyTorch
+    reference where these are missing. Raises ValueError for an unknown name and RuntimeError for a backend that is not installed.
+    """
+
+    def __init__(self, name: str):
+        global _current
+        if _check_name(name, "use_backend") != "auto" and isinstance(error := _load(name), Exception):
+            raise RuntimeError(f"backend {name!r} is not available: {error}") from error
+        self._previous, _current = _current, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _current
+        _current = self._previous
+
+
+def _triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def select(device: torch.device) -> ModuleType:
+    """The backend for tensors on `device`. Raises RuntimeError where the chosen backend cannot run there."""
+    on_cpu = device.type == "cpu"
+    if _current == "auto":
+        module = _load("native" if on_cpu else "triton")
+        return reference if isinstance(module, Exception) else module
+    module = _load(_current)
+    if isinstance(module, Exception):
+        raise RuntimeError(f"backend {_current!r} is not available: {module}") from module
+    if _current == "native" and not on_cpu:
+        raise RuntimeError(f"backend 'native' runs on CPU tensors, got tensors on {device}")
+    if _current == "triton" and on_cpu and not _triton_interpreted():
+        raise RuntimeError("backend 'triton' runs on GPU tensors, got CPU tensors (TRITON_INTERPRET=1 interprets the kernels on the CPU)")
+    return module
+
+
+def backend_info() -> dict[str, str]:
+    """What can run here, and why something cannot: one line per backend, and the versions in play."""
+    from . import __version__
+
+    info = {"rlkern": __version__, "torch": torch.__version__, "selected": _current, "reference": "available (plain PyTorch, any device)"}
+    native = _load("native")
+    if isinstance(native, Exception):
+        info["native"] = f"missing: {native}"
+    else:
+        info["native"] = f"available, {native.isa()} (built: {', '.join(native.isas())}; set RLKERN_CPU_ISA to choose)"
+    kernels = _load("triton")
+    if isinstance(kernels, Exception):
+        info["triton"] = f"missing: {kernels}"
+    else:
+        import triton
+
+        gpu = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+        how = "GPU found" if gpu else "interpreted on the CPU" if _triton_interpreted() else "no GPU found, so nothing runs on it"
+        info["triton"] = f"available, triton {triton.__version__}, {how}"
+    if torch.cuda.is_available():
+        info["gpu"] = torch.cuda.get_device_name()
+    return info

@@ -1,0 +1,422 @@
+"""The primitives as torch operators: validation, schema, fake implementations and autograd. The maths is in `reference.py`.
+
+Each public function checks its input, then calls an `autograd.Function` around two opaque operators (forward, backward). Opaque on purpose:
+torch.compile keeps them whole and fuses the [B, T] arithmetic around them.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STATE_SIZE = 6  # columns of the backward's row state before the targets' own, see backends.py
+_KEPT_NONE, _KEPT_MIN_P, _KEPT_MIN_PROB = 0, 1, 2
+
+_DEBUG = os.environ.get("RLKERN_DEBUG", "0") == "1"  # also check targets on a GPU, at the price of a sync
+
+_lib = torch.library.Library("rlkern", "DEF")
+_ROW_ARGS = "Tensor? targets, Tensor? mask, Tensor? row_temperature, float temperature, int ignore_index"
+_GRAD_ARGS = "Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp, Tensor? g_sum_sq_prob, Tensor? g_kept_logmass"
+
+
+class TokenStats(NamedTuple):
+    """What one row of logits says of one token; see `token_stats`. All fields have the shape of the rows, `logp` that of the targets."""
+
+    logp: Tensor
+    entropy: Tensor
+    logsumexp: Tensor
+    sum_sq_prob: Tensor | None = None
+    kept_logmass: Tensor | None = None
+    target_kept: Tensor | None = None  # bool: the target is in the kept set
+
+    @property
+    def proxy_logp(self) -> Tensor:
+        """log-probability of the target after renormalising over the kept set, `logp - kept_logmass`; -inf where the target was not kept."""
+        if self.kept_logmass is None:
+            raise ValueError("proxy_logp needs a kept set: call token_stats with min_p=... or min_prob=...")
+        kept_logmass = self.kept_logmass if self.logp.shape == self.kept_logmass.shape else self.kept_logmass.unsqueeze(-1)
+        return torch.where(self.target_kept, self.logp - kept_logmass, -math.inf)
+
+
+def _accumulation_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _as_rows(x: Tensor) -> Tensor:
+    """[..., V] as [A, B, V] with last stride 1: a view wherever strides allow it (any slice of up to three dimensions), a copy elsewhere."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x
+    if x.dim() < 3:
+        return x.unsqueeze(0) if x.dim() == 2 else x.view(1, 1, -1)
+    try:
+        return x.view(-1, x.shape[-2], x.shape[-1])
+    except RuntimeError:  # leading strides that do not merge
+        return x.contiguous().view(-1, x.shape[-2], x.shape[-1])
+
+
+def _row_inputs(logits, targets, mask, row_temperature, temperature):
+    """The operators' arguments as the backends want them; every conversion is of [N] size, and none when the input already fits."""
+    if targets is not None:
+        targets = targets.contiguous().view(-1, targets.shape[-1] if targets.dim() == logits.dim() else 1)
+    if mask is not None:
+        mask = mask.contiguous().view(-1)
+    if row_temperature is not None:
+        temperature = row_temperature.to(_accumulation_dtype(logits)).contiguous().view(-1)
+    return targets, mask, temperature
+
+
+def _check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> None:
+    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    if mask is not None:
+        bad &= mask.unsqueeze(-1)
+    if bad.any():
+        row, k = bad.nonzero()[0].tolist()
+        raise IndexError(f"target {targets[row, k].item()} of row {row} is out of range for {vocab} logits (and is not ignore_index={ignore_index})")
+
+
+# --- forward ---------------------------------------------------------------------------------------------------------------------------------
+
+_lib.define(
+    f"token_stats(Tensor logits, {_ROW_ARGS}, int kept_kind, float log_kept, bool with_sum_sq) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _new_stats(logits, targets, kept_kind, with_sum_sq):
+    """(logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state), uninitialised; None for what was not asked for."""
+    acc, rows = _accumulation_dtype(logits), logits.shape[:-1]
+    n_targets = 0 if targets is None else targets.shape[-1] if targets.dim() == logits.dim() else 1
+    return (
+        None if targets is None else logits.new_empty(targets.shape, dtype=acc),
+        logits.new_empty(rows, dtype=acc),
+        logits.new_empty(rows, dtype=acc),
+        logits.new_empty(rows, dtype=acc) if with_sum_sq else None,
+        logits.new_empty(rows, dtype=acc) if kept_kind else None,
+        logits.new_empty((*rows, STATE_SIZE + n_targets), dtype=acc),
+    )
+
+
+def _token_stats(logits, targets, mask, row_temperature, temperature, ignore_index, kept_kind, log_kept, with_sum_sq):
+    out = _new_stats(logits, targets, kept_kind, with_sum_sq)
+    if out[1].numel() == 0:
+        return out
+    backend = backends.select(logits.device)
+    targets, mask, temperature = _row_inputs(logits, targets, mask, row_temperature, temperature)
+    if targets is not None and (_DEBUG or (logits.device.type == "cpu" and not getattr(backend, "CHECKS_TARGETS", False))):
+        _check_target_range(targets, mask, ignore_index, logits.shape[-1])
+    backend.token_stats_forward(_as_rows(logits), targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
+    return out
+
+
+def _as_op(function):
+    """An operator cannot return None: a tensor without elements stands for it."""
+
+    def op(logits, *args):
+        return tuple(logits.new_empty(0, dtype=_accumulation_dtype(logits)) if t is None else t for t in function(logits, *args))
+
+    return op
+
+
+def _token_stats_fake(logits, targets, mask, row_temperature, temperature, ignore_index, kept_kind, log_kept, with_sum_sq):
+    return _new_stats(logits, targets, kept_kind, with_sum_sq)
+
+
+# --- backward --------------------------------------------------------------------------------------------------------------------------------
+
+_lib.define(
+    f"token_stats_backward(Tensor logits, {_ROW_ARGS}, Tensor state, {_GRAD_ARGS}) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define(
+    f"token_stats_backward_(Tensor(a!) logits, {_ROW_ARGS}, Tensor state, {_GRAD_ARGS}) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _write_gradient(out, logits, targets, mask, row_temperature, temperature, ignore_index, state, *grads):
+    if logits.numel() == 0:
+        return
+    y, mask, temperature = _row_inputs(logits, targets, mask, row_temperature, temperature)
+    grads = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
+    rows = _as_rows(logits)
+    out = rows if out is logits else _as_rows(out)
+    backends.select(logits.device).token_stats_backward(rows, y, mask, temperature, ignore_index, state, grads, out)
+
+
+def _new_gradient(logits, *args):
+    """Contiguous; but where the logits are a slice that leaves little out, with the slice's strides, so that a kernel meets the same alignment
+    in the rows it reads and in those it writes."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
+    if logits.numel() < extent <= 1.125 * logits.numel():
+        return logits.new_empty_strided(logits.shape, logits.stride())
+    return logits.new_empty(logits.shape)
+
+
+def _token_stats_backward(logits, *args):
+    out = _new_gradient(logits)
+    _write_gradient(out, logits, *args)
+    return out
+
+
+def _token_stats_backward_(logits, *args):
+    _write_gradient(logits, logits, *args)
+
+
+_lib.impl("token_stats", _as_op(_token_stats), "CompositeExplicitAutograd")
+_lib.impl("token_stats_backward", _token_stats_backward, "CompositeExplicitAutograd")
+_lib.impl("token_stats_backward_", _token_stats_backward_, "CompositeExplicitAutograd")
+torch.library.register_fake("rlkern::token_stats", _as_op(_token_stats_fake), lib=_lib)
+torch.library.register_fake("rlkern::token_stats_backward", _new_gradient, lib=_lib)
+torch.library.register_fake("rlkern::token_stats_backward_", lambda *args: None, lib=_lib)
+
+
+def _refuse(ctx, *grads):
+    # Without this, torch.compile(torch.func.grad(f)) returns zeros without a word (pytorch/pytorch#193279).
+    raise RuntimeError(
+        "rlkern's operators are differentiated by torch.autograd, once, through rlkern.token_stats and its relatives; not by torch.func"
+    )
+
+
+for _name in ("token_stats", "token_stats_backward"):
+    torch.library.register_autograd(f"rlkern::{_name}", _refuse, setup_context=lambda ctx, inputs, output: None, lib=_lib)
+
+_op = torch.ops.rlkern.token_stats.default
+_op_backward = torch.ops.rlkern.token_stats_backward.default
+_op_backward_ = torch.ops.rlkern.token_stats_backward_.default
+
+
+def _watched(logits: Tensor) -> bool:
+    """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode. Else dispatch is pure overhead."""
+    return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+
+
+class _OnlyOnce(torch.autograd.Function):
+    """Identity on a gradient that must not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, gradient, logits):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("rlkern's gradients cannot be differentiated a second time; use rlkern.reference.token_stats where you need that")
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, targets, mask, row_temperature, options, inplace_backward):
+        run = _op if _watched(logits) else _token_stats
+        logp, entropy, lse, sum_sq, kept, state = run(logits, targets, mask, row_temperature, *options)
+        temperature, ignore_index, kept_kind, _, with_sum_sq = options
+        ctx.save_for_backward(logits, targets, mask, row_temperature, state)
+        ctx.constants = (temperature, ignore_index, kept_kind, with_sum_sq, inplace_backward)
+        ctx.mark_non_differentiable(state)
+        ctx.set_materialize_grads(False)
+        if torch.compiler.is_compiling():  # Dynamo of torch 2.6 has no place for a None here
+            return logp, entropy, lse, sum_sq, kept, state
+        # Outputs that were not asked for are not handed to autograd, nor paid for.
+        return None if targets is None else logp, entropy, lse, sum_sq if with_sum_sq else None, kept if kept_kind else None, state
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return (_gradient(ctx, grads[:-1]), None, None, None, None, None)
+        with torch.no_grad():  # create_graph=True
+            d_logits = _gradient(ctx, grads[:-1])
+        return (_OnlyOnce.apply(d_logits, ctx.saved_tensors[0]), None, None, None, None, None)
+
+
+def _gradient(ctx, grads) -> Tensor:
+    logits, targets, mask, row_temperature, state = ctx.saved_tensors
+    temperature, ignore_index, kept_kind, with_sum_sq, inplace_backward = ctx.constants
+    g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
+    args = (
+        *(logits, targets, mask, row_temperature, temperature, ignore_index, state),
+        # torch.compile hands zeros also to the outputs that were not asked for
+        *(None if targets is None else g_logp, g_entropy, g_logsumexp),
+        *(g_sum_sq_prob if with_sum_sq else None, g_kept_logmass if kept_kind else None),
+    )
+    if not inplace_backward or torch.compiler.is_compiling():
+        return (_op_backward if _watched(logits) else _token_stats_backward)(*args)
+    (_op_backward_ if _watched(logits) else _token_stats_backward_)(*args)
+    # A second consumer that saved the logits must raise, not read the gradient that now stands there.
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()
+
+
+# --- public ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_logits(logits: Tensor, name: str = "logits") -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor [..., V], got {type(logits).__name__}")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
+
+
+def _check_targets(targets: Tensor, logits: Tensor) -> Tensor:
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be an integer tensor, got {type(targets).__name__}")
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be int64 token ids, got {targets.dtype}")
+    rows = logits.shape[:-1]
+    single, several = targets.shape == rows, targets.dim() == logits.dim() and targets.shape[:-1] == rows and targets.shape[-1] > 0
+    if not (single or several):
+        raise ValueError(f"targets must be {tuple(rows)} or {(*rows, 'K')} with K >= 1 for logits {tuple(logits.shape)}, got {tuple(targets.shape)}")
+    _check_device("targets", targets, logits)
+    return targets.long()
+
+
+def _check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {tensor.device}")
+
+
+def _check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.shape != logits.shape[:-1]:
+        raise ValueError(f"mask must be {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(mask.shape)}")
+    _check_device("mask", mask, logits)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _check_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
+    if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
+            raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {type(temperature).__name__}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        return None, float(temperature)
+    rows = logits.shape[:-1]
+    if not temperature.dtype.is_floating_point:
+        raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
+    if temperature.requires_grad:
+        raise ValueError("temperature carries no gradient here: pass temperature.detach()")
+    if temperature.dim() > 0 and temperature.shape != rows:
+        raise ValueError(f"temperature must be a float or a tensor {tuple(rows)}, one entry a row, got {tuple(temperature.shape)}")
+    if temperature.dim() > 0:
+        _check_device("temperature", temperature, logits)
+    elif temperature.device != logits.device:
+        temperature = temperature.to(logits.device, non_blocking=True)
+    on_cpu = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not ((temperature > 0) & (temperature < math.inf)).all():
+        raise ValueError(f"temperature must be positive and finite in every row, got a minimum of {temperature.min().item()}")
+    return temperature.expand(rows), 1.0
+
+
+def _check_kept(min_p: float | None, min_prob: float | None) -> tuple[int, float]:
+    if min_p is not None and min_prob is not None:
+        raise ValueError(f"give min_p (relative to the largest probability) or min_prob (absolute), not both: got {min_p} and {min_prob}")
+    for name, value, kind in (("min_p", min_p, _KEPT_MIN_P), ("min_prob", min_prob, _KEPT_MIN_PROB)):
+        if value is not None:
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} is a fraction in (0, 1], got {value}")
+            return kind, math.log(value)
+    return _KEPT_NONE, 0.0
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"inplace_backward writes the gradient over the logits: their last stride must be 1, got {logits.stride(-1)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"inplace_backward cannot write into expanded logits (strides {logits.stride()} share memory)")
+    if logits.dim() > 3:
+        try:
+            logits.detach().view(-1, *logits.shape[-2:])
+        except RuntimeError:
+            raise ValueError(f"inplace_backward needs leading dimensions that merge into one, got strides {logits.stride()}") from None
+
+
+def _stats(logits, targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, inplace_backward) -> TokenStats:
+    _check_logits(logits)
+    targets = None if targets is None else _check_targets(targets, logits)
+    mask = _check_mask(mask, logits)
+    row_temperature, temperature = _check_temperature(temperature, logits)
+    kept_kind, log_kept = _check_kept(min_p, min_prob)
+    if inplace_backward:
+        _check_inplace(logits)
+    options = (temperature, int(ignore_index), kept_kind, log_kept, bool(with_sum_sq))
+    logp, entropy, lse, sum_sq, kept, state = _TokenStats.apply(logits, targets, mask, row_temperature, options, bool(inplace_backward))
+    target_kept = None
+    if kept_kind and targets is not None:
+        target_kept = (state[..., STATE_SIZE:] >= state[..., STATE_SIZE - 1 : STATE_SIZE]).reshape(targets.shape)
+    return TokenStats(logp, entropy, lse, sum_sq if with_sum_sq else None, kept if kept_kind else None, target_kept)
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    min_p: float | None = None,
+    min_prob: float | None = None,
+    with_sum_sq: bool = False,
+    inplace_backward: bool = False,
+    group=None,
+) -> TokenStats:
+    """Log-probability, entropy and more of each row of logits in one read, differentiable in one read and one write.
+
+    With u = logits / temperature and p = softmax(u):
+
+        logp = log p[target]     entropy = -sum p log p     logsumexp = log sum e^u     sum_sq_prob = sum p^2
+        kept_logmass = log of the mass of the kept set, {p >= min_p * max p} or {p >= min_prob}; KL(kept, renormalised || p) = -kept_logmass
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64, any leading strides (`logits[:, :-1]` is not copied). -inf entries are legal
+            (probability 0, gradient 0).
+        targets: [...] integer token ids, or [..., K] for K log-probabilities a row.
+        mask: [...] bool or number; rows where it is 0 are not read: zeros out, zero gradient.
+        temperature: a positive float, or a tensor [...] with one entry a row. It carries no gradient.
+        ignore_index: a target that marks its row as masked (with [..., K]: its entry; the row only when all K are ignored).
+        min_p: keep the tokens with p >= min_p * max p, inclusive (Lp-Reg, arXiv 2510.03222, eq. 5). The set is detached.
+        min_prob: keep the tokens with p >= min_prob, inclusive. An empty set has kept_logmass -inf and no gradient.
+        with_sum_sq: also compute sum_sq_prob.
+        inplace_backward: write the gradient over the logits: no memory for a gradient, and the logits are gone after the backward.
+            Another operation that saved the logits raises in its own backward. Under torch.compile the gradient is a new tensor.
+        group: reserved for vocabulary-parallel logits; must be None.
+
+    Returns:
+        TokenStats(logp, entropy, logsumexp, sum_sq_prob | None, kept_logmass | None) in float32 (float64 for float64 logits), shaped like the
+        rows (logp like targets), freshly allocated; all carry gradients. `.proxy_logp` is logp - kept_logmass, -inf outside the kept set.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
+        IndexError: on a CPU for a target outside [0, V) that is not ignore_index. On a GPU that row's logp is NaN (RLKERN_DEBUG=1 checks there too).
+    """
+    if group is not None:
+        raise ValueError("group: vocabulary-parallel logits are not supported in this version, expected None")
+    if targets is None:
+        raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
+    return _stats(logits, targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, inplace_backward)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, **options) -> Tensor:
+    """log softmax(logits / temperature) at the targets: drop-in for `selective_log_softmax` and `logprobs_from_logits`.
+
+    Takes the arguments of `token_stats`; returns its `logp`, float32, shaped like targets ([...] or [..., K]).
+    """
+    return token_stats(logits, targets, **options).logp
+
+
+def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Entropy, in nats, of softmax(logits / temperature) over the last dimension: [..., V] -> [...], float32 (float64 for float64 logits).
+
+    Differentiable; `temperature` and `mask` as in `token_stats`. Entries at -inf count as probability 0.
+    """
+    return _stats(logits, None, mask, temperature, -100, None, None, False, False).entropy
