@@ -1,0 +1,31 @@
+"""Where no GPU is found the Triton kernels run in Triton's interpreter, so that the whole suite runs on any machine."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+import rlkern  # noqa: E402
+from rlkern import backends  # noqa: E402
+
+BACKENDS = ("reference", "native", "triton")
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    """Runs the test once with each backend; a missing one is a failure unless the environment says it is meant to be missing."""
+    missing = backends._load(request.param)
+    if isinstance(missing, Exception):
+        if request.param in os.environ.get("RLKERN_TEST_WITHOUT", "").split(","):
+            pytest.skip(f"{request.param}: {missing}")
+        raise missing
+    with rlkern.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def device(backend) -> str:
+    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"

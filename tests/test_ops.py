@@ -1,0 +1,344 @@
+"""The operators as PyTorch sees them: validation, compile, export, opcheck, checkpointing, autocast, in-place gradients, memory."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import rlkern
+from rlkern import ops
+
+
+def inputs(*shape, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(*shape, generator=g).to(dtype)
+    return x.requires_grad_(), torch.randint(0, shape[-1], shape[:-1], generator=g)
+
+
+OLD_DYNAMO = torch.__version__.startswith("2.6.")  # cannot trace a property of a named tuple
+
+
+def loss(x, y, temperature=0.7):
+    s = rlkern.token_stats(x, y, temperature=temperature, min_p=0.1, with_sum_sq=True)
+    proxy_logp = s.logp - s.kept_logmass if OLD_DYNAMO else s.proxy_logp
+    return (2 * s.logp + 0.1 * s.entropy + s.sum_sq_prob + proxy_logp.clamp_min(-5)).sum()
+
+
+def gradient(f, x, *args):
+    return torch.autograd.grad(f(x, *args), x)[0]
+
+
+# --- validation ------------------------------------------------------------------------------------------------------------------------------
+
+X, Y = torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.long)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "says"),
+    [
+        (lambda: rlkern.token_stats([1.0], Y), TypeError, "list"),
+        (lambda: rlkern.token_stats(X.long(), Y), TypeError, "torch.int64"),
+        (lambda: rlkern.token_stats(torch.zeros(()), Y), ValueError, r"\[\.\.\., V\]"),
+        (lambda: rlkern.token_stats(torch.zeros(2, 3, 0), Y), ValueError, r"\(2, 3, 0\)"),
+        (lambda: rlkern.token_stats(X, None), TypeError, "entropy_from_logits"),
+        (lambda: rlkern.token_stats(X, Y.float()), TypeError, "torch.float32"),
+        (lambda: rlkern.token_stats(X, Y[:, :2]), ValueError, r"\(2, 3\).*\(2, 2\)"),
+        (lambda: rlkern.token_stats(X, Y[..., None][..., :0]), ValueError, "K >= 1"),
+        (lambda: rlkern.token_stats(X, Y.to("meta")), ValueError, "device"),
+        (lambda: rlkern.token_stats(X, Y, mask=torch.ones(2)), ValueError, r"\(2, 3\).*\(2,\)"),
+        (lambda: rlkern.token_stats(X, Y, mask=[1, 0]), TypeError, "list"),
+        (lambda: rlkern.token_stats(X, Y, temperature=0.0), ValueError, "positive"),
+        (lambda: rlkern.token_stats(X, Y, temperature=math.nan), ValueError, "nan"),
+        (lambda: rlkern.token_stats(X, Y, temperature=-1), ValueError, "-1"),
+        (lambda: rlkern.token_stats(X, Y, temperature="hot"), TypeError, "str"),
+        (lambda: rlkern.token_stats(X, Y, temperature=torch.ones(3)), ValueError, r"\(2, 3\).*\(3,\)"),
+        (lambda: rlkern.token_stats(X, Y, temperature=torch.zeros(2, 3)), ValueError, "positive"),
+        (lambda: rlkern.token_stats(X, Y, temperature=torch.ones(2, 3, dtype=torch.long)), TypeError, "int64"),
+        (lambda: rlkern.token_stats(X, Y, temperature=torch.ones(2, 3, requires_grad=True)), ValueError, "detach"),
+        (lambda: rlkern.token_stats(X, Y, min_p=0.0), ValueError, "min_p"),
+        (lambda: rlkern.token_stats(X, Y, min_p=0.1, min_prob=0.1), ValueError, "not both"),
+        (lambda: rlkern.token_stats(X, Y, min_prob=1.5), ValueError, "1.5"),
+        (lambda: rlkern.token_stats(X, Y, group=object()), ValueError, "group"),
+        (lambda: rlkern.token_stats(X.expand(2, 3, 10).transpose(1, 2), Y[:, :1].expand(2, 10), inplace_backward=True), ValueError, "stride"),
+        (lambda: rlkern.token_stats(X[:, :1].expand(2, 3, 10), Y, inplace_backward=True), ValueError, "expanded"),
+        (lambda: rlkern.use_backend("cuda"), ValueError, "'native'"),
+        (lambda: rlkern.entropy_from_logits(X.int()), TypeError, "int32"),
+    ],
+)
+def test_bad_input(call, error, says):
+    with pytest.raises(error, match=says):
+        call()
+
+
+@pytest.mark.parametrize("bad", [10, -1, 2**40, -101])
+def test_target_out_of_range(backend, device, bad):
+    y = Y.clone()
+    y[1, 2] = bad
+    if device == "cpu":
+        with pytest.raises(IndexError, match=str(bad)):
+            rlkern.token_stats(X, y)
+        with pytest.raises(IndexError, match=str(bad)):
+            rlkern.token_stats(X, y.unsqueeze(-1).repeat(1, 1, 3))
+    else:
+        x = X.to(device).requires_grad_()
+        logp = rlkern.token_logprobs(x, y.to(device))
+        logp.sum().backward()
+        assert logp[1, 2].isnan() and x.grad[1, 2].isnan().all()
+        assert logp.isnan().sum() == 1 and x.grad.isnan().sum() == 10
+
+
+def test_empty_inputs(backend, device):
+    for shape in ((0, 10), (2, 0, 10), (0, 3, 10)):
+        x = torch.zeros(*shape, device=device, requires_grad=True)
+        s = rlkern.token_stats(x, torch.zeros(shape[:-1], dtype=torch.long, device=device), with_sum_sq=True, min_p=0.1)
+        assert s.logp.shape == shape[:-1] and s.sum_sq_prob.shape == shape[:-1]
+        (s.logp.sum() + s.entropy.sum()).backward()
+        assert x.grad.shape == shape
+
+
+def test_all_masked_is_zero_and_connected(backend, device):
+    x = torch.randn(2, 10, device=device, requires_grad=True)
+    s = rlkern.token_stats(x, torch.full((2,), -100, device=device))
+    assert (s.logp == 0).all()
+    s.logp.sum().backward()
+    assert (x.grad == 0).all()
+
+
+def test_integer_types_of_targets(backend, device):
+    x, y = inputs(3, 10)
+    want = rlkern.token_logprobs(x.to(device), y.to(device))
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(rlkern.token_logprobs(x.to(device), y.to(dtype).to(device)), want)
+
+
+# --- what trainers do with the results -------------------------------------------------------------------------------------------------------
+
+
+def test_results_may_be_written_into(backend, device):
+    x, y = inputs(4, 50)
+    want = gradient(lambda x: rlkern.token_stats(x, y).logp[1:].sum() + rlkern.token_stats(x, y).entropy[1:].sum(), x)
+    leaf = x.detach().to(device).requires_grad_()
+    s = rlkern.token_stats(leaf, y.to(device), with_sum_sq=True, min_p=0.1)
+    for t in (s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass):
+        assert t._base is None and t.is_contiguous()
+        t[0] = 0.0
+    (s.logp.sum() + s.entropy.sum()).backward()
+    torch.testing.assert_close(leaf.grad.cpu(), want, rtol=1e-5, atol=1e-6)
+    assert len({t.data_ptr() for t in (s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass)}) == 5
+
+
+def test_no_grad_and_detached(backend, device):
+    x, y = inputs(4, 50)
+    with torch.no_grad():
+        assert not rlkern.token_stats(x.to(device), y.to(device)).logp.requires_grad
+    assert not rlkern.token_logprobs(x.detach().to(device), y.to(device)).requires_grad
+
+
+# --- torch.library, compile, export ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kept_kind", [0, 1, 2])
+@pytest.mark.parametrize("targets", ["one", "several", "none"])
+def test_opcheck(kept_kind, targets):
+    x, y = inputs(2, 5, 33)
+    x = x.detach()
+    y = {"one": y, "several": y.unsqueeze(-1).repeat(1, 1, 3), "none": None}[targets]
+    row_temperature, mask = torch.rand(2, 5) + 0.5, torch.rand(2, 5) > 0.3
+    forward = (x, y, mask, row_temperature, 1.0, -100, kept_kind, -2.0, kept_kind == 1)
+    torch.library.opcheck(torch.ops.rlkern.token_stats.default, forward)
+    state = torch.ops.rlkern.token_stats(*forward)[-1]
+    g = torch.randn(2, 5)
+    backward = (y, mask, row_temperature, 1.0, -100, state, None if y is None else torch.randn(y.shape), g, None, None, g if kept_kind else None)
+    torch.library.opcheck(torch.ops.rlkern.token_stats_backward.default, (x, *backward))
+    torch.library.opcheck(torch.ops.rlkern.token_stats_backward_.default, (x.clone(), *backward))
+
+
+def test_compile_is_one_graph_for_every_size():
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
+    graphs = 0
+
+    def count(gm, example):
+        nonlocal graphs
+        graphs += 1
+        return gm.forward
+
+    counting = torch.compile(loss, fullgraph=True, dynamic=True, backend=count)
+    for i, shape in enumerate([(2, 5, 33), (3, 7, 40), (4, 6, 51)]):
+        x, y = inputs(*shape, seed=i)
+        torch.testing.assert_close(gradient(compiled, x, y), gradient(loss, x, y), rtol=1e-6, atol=1e-7)
+        counting(x, y)
+    assert graphs == 1
+
+
+def test_compile_with_temperature_that_changes():
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=True)
+    x, y = inputs(2, 5, 33)
+    for t in (0.5, 0.9, 1.3):
+        torch.testing.assert_close(compiled(x, y, t), loss(x, y, t))
+    t = torch.rand(2, 5) + 0.5
+    torch.testing.assert_close(gradient(compiled, x, y, t), gradient(loss, x, y, t))
+
+
+def test_compile_with_inplace_backward():
+    torch._dynamo.reset()
+
+    def f(x, y):
+        return rlkern.token_stats(x * 1.0, y, inplace_backward=True).logp.sum()
+
+    x, y = inputs(4, 33)
+    torch.testing.assert_close(gradient(torch.compile(f, fullgraph=True, backend="aot_eager"), x, y), gradient(f, x, y))
+
+
+def test_export():
+    class Module(torch.nn.Module):
+        def forward(self, x, y):
+            return rlkern.token_logprobs(x, y, temperature=0.7)
+
+    x, y = inputs(2, 5, 33)
+    exported = torch.export.export(Module(), (x.detach(), y))
+    torch.testing.assert_close(exported.module()(x.detach(), y), rlkern.token_logprobs(x, y, temperature=0.7))
+
+
+def test_fake_tensors():
+    with torch._subclasses.FakeTensorMode():
+        s = rlkern.token_stats(torch.empty(2, 5, 33, dtype=torch.bfloat16), torch.zeros(2, 5, 4, dtype=torch.long), with_sum_sq=True)
+        assert s.logp.shape == (2, 5, 4) and s.entropy.shape == (2, 5) and s.sum_sq_prob.dtype == torch.float32
+
+
+def test_autocast(backend, device):
+    x, y = inputs(4, 33)
+    x, y = x.to(device), y.to(device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = rlkern.token_logprobs(x, y)
+    assert torch.equal(inside, rlkern.token_logprobs(x, y)) and inside.dtype == torch.float32
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_activation_checkpointing(backend, device, use_reentrant):
+    x, y = inputs(4, 33)
+    x, y = x.detach().to(device).requires_grad_(), y.to(device)
+    want = gradient(loss, x, y)
+    checkpoint(loss, x, y, use_reentrant=use_reentrant).backward()
+    assert torch.equal(x.grad, want)
+
+
+def test_functorch_is_refused():
+    torch._dynamo.reset()
+    x, y = inputs(4, 33)
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda x: loss(x, y))(x.detach())
+    with pytest.raises(Exception, match="rlkern|token_stats|functorch"):
+        torch.compile(torch.func.grad(lambda x: loss(x, y)), backend="eager")(x.detach())
+
+
+def test_double_backward_is_refused(backend, device):
+    x, y = inputs(4, 33)
+    x, y = x.detach().to(device).requires_grad_(), y.to(device)
+    (first,) = torch.autograd.grad(loss(x, y), x, create_graph=True)
+    assert torch.equal(first, gradient(loss, x, y))
+    with pytest.raises(RuntimeError, match="second time"):
+        (first.square().sum() + x.sum()).backward()
+
+
+# --- in-place gradients ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("n_targets", [None, 3])
+def test_inplace_backward(backend, device, dtype, n_targets):
+    x, y = inputs(3, 4, 301, dtype=dtype)
+    x, y = x.detach().to(device), y.to(device)
+    y = y if n_targets is None else y.unsqueeze(-1).repeat(1, 1, n_targets)
+    y[0, 0] = -100
+
+    def run(inplace):
+        leaf = x.clone().requires_grad_()
+        logits = leaf * 1.0
+        s = rlkern.token_stats(logits, y, temperature=0.7, min_p=0.1, with_sum_sq=True, inplace_backward=inplace)
+        (s.logp.sum() + 0.1 * s.entropy.sum() + s.sum_sq_prob.sum() + s.kept_logmass.sum()).backward()
+        return leaf.grad, logits.detach()
+
+    want, untouched = run(False)
+    got, overwritten = run(True)
+    assert torch.equal(got, want)
+    assert torch.equal(untouched, x) and torch.equal(overwritten, want)
+
+
+def test_inplace_backward_of_a_slice(backend, device):
+    x, y = inputs(3, 5, 301)
+    leaf = x.detach().to(device).requires_grad_()
+    logits = leaf * 1.0
+    rlkern.token_logprobs(logits[:, :-1], y[:, :-1].to(device), inplace_backward=True).sum().backward()
+    want = gradient(lambda x: rlkern.token_logprobs(x[:, :-1], y[:, :-1].to(device)).sum(), x.detach().to(device).requires_grad_())
+    assert torch.equal(leaf.grad, want)
+
+
+def test_second_consumer_of_overwritten_logits_raises(backend, device):
+    x, y = inputs(4, 33)
+    logits = x.to(device) * 1.0
+    other = logits.exp().log_softmax(-1).square().sum() + logits.square().sum()  # saved the logits, and runs its backward after ours
+    logp = rlkern.token_logprobs(logits, y.to(device), inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (other + logp.sum()).backward()
+
+
+def test_two_uses_of_overwritten_logits_raise(backend, device):
+    x, y = inputs(4, 33)
+    logits = x.to(device) * 1.0
+    first = rlkern.token_logprobs(logits, y.to(device), inplace_backward=True)
+    second = rlkern.token_logprobs(logits, y.to(device), inplace_backward=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (first.sum() + second.sum()).backward()
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_memory_grows_with_the_vocabulary(inplace):
+    """Native: the forward allocates nothing of vocabulary size, the backward the one gradient, in place nothing."""
+    rows, vocab = 8, 20000
+    gradient_bytes = rows * vocab * 2
+    x = torch.randn(rows, vocab).bfloat16().requires_grad_()
+    y = torch.randint(0, vocab, (rows,))
+
+    def allocated(f):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            result = f()
+        return result, sum(e.cpu_memory_usage for e in profile.events() if e.name == "aten::empty")
+
+    with rlkern.use_backend("native"):
+        stats, forward = allocated(lambda: rlkern.token_stats(x, y, with_sum_sq=True, min_p=0.1, inplace_backward=inplace))
+        total = stats.logp.sum() + stats.entropy.sum()
+        _, backward = allocated(lambda: torch.autograd.grad(total, x))
+    assert 0 < forward < 2000
+    assert backward < (4000 if inplace else gradient_bytes + 4000)
+    assert inplace or backward >= gradient_bytes
+
+
+# --- backends --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_use_backend_restores():
+    before = ops.backends._current
+    with pytest.raises(KeyError), rlkern.use_backend("reference"):
+        assert ops.backends._current == "reference"
+        raise KeyError
+    assert ops.backends._current == before
+
+
+def test_missing_backend_is_named(monkeypatch):
+    monkeypatch.setitem(ops.backends._loaded, "native", ImportError("no compiler at build time"))
+    with pytest.raises(RuntimeError, match="'native' is not available: no compiler"):
+        rlkern.use_backend("native")
+    assert "no compiler" in rlkern.backend_info()["native"]
+    x, y = inputs(2, 10)
+    assert rlkern.token_logprobs(x, y).isfinite().all()  # "auto" goes on with the reference
+
+
+def test_info_names_every_backend():
+    info = rlkern.backend_info()
+    assert {"reference", "native", "triton", "torch", "rlkern"} <= info.keys()

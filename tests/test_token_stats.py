@@ -1,0 +1,379 @@
+"""token_stats on every backend against float64: dtypes, shapes, strides, options, and what breaks other kernels."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from oracle import check, eager, expected, run, upstream
+
+import rlkern
+from rlkern import backends
+
+INF = math.inf
+TILED = 9001  # more than two tiles of every backend, odd
+
+
+def draw(*shape, dtype=torch.float32, device="cpu", scale=3.0, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(device)
+
+
+def ids(vocab, *shape, device="cpu", seed=1):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+OPTIONS = {
+    "plain": {},
+    "temperature": {"temperature": 0.6},
+    "sum_sq": {"with_sum_sq": True, "temperature": 1.7},
+    "min_p": {"min_p": 0.05},
+    "min_prob": {"min_prob": 0.02, "temperature": 1.3},
+    "all": {"with_sum_sq": True, "min_p": 0.3, "temperature": 0.8},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 17, 1000, TILED])
+def test_values_and_gradients(backend, device, vocab, dtype, options):
+    check(draw(2, 3, vocab, dtype=dtype, device=device), ids(vocab, 2, 3, device=device), **options)
+
+
+@pytest.mark.parametrize("only", ["logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass"])
+def test_each_gradient_alone(backend, device, only):
+    check(draw(5, 300, device=device), ids(300, 5, device=device), only=[only], with_sum_sq=True, min_p=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradient_rows_sum_to_zero(backend, device, dtype):
+    for only in ("logp", "entropy", "sum_sq_prob", "kept_logmass"):
+        _, d = run(draw(4, 501, device=device), ids(501, 4, device=device), only=[only], with_sum_sq=True, min_p=0.1)
+        assert d.double().sum(-1).abs().max() < 1e-5, only
+
+
+def test_per_row_temperature(backend, device):
+    t = torch.tensor([[0.5, 1.0, 2.0], [0.9, 1.1, 30.0]], device=device)
+    check(draw(2, 3, 700, device=device), ids(700, 2, 3, device=device), temperature=t, min_p=0.1)
+    check(draw(2, 3, 700, device=device, dtype=torch.float64), ids(700, 2, 3, device=device), temperature=t.double(), with_sum_sq=True)
+    check(draw(2, 3, 700, device=device), ids(700, 2, 3, device=device), temperature=t.to(torch.bfloat16))
+    scalar, _ = run(draw(2, 700, device=device), ids(700, 2, device=device), temperature=torch.tensor(0.5))
+    number, _ = run(draw(2, 700, device=device), ids(700, 2, device=device), temperature=0.5)
+    assert torch.equal(scalar["logp"], number["logp"])
+
+
+@pytest.mark.parametrize("n_targets", [1, 3, 20])
+def test_several_targets_a_row(backend, device, n_targets):
+    x, y = draw(2, 3, 1000, device=device), ids(1000, 2, 3, n_targets, device=device)
+    y[0, 0] = y[0, 0, 0]  # the same target many times
+    y[0, 1, -1] = -100  # one entry ignored
+    y[1, 2] = -100  # a whole row ignored
+    check(x, y, temperature=0.7, with_sum_sq=True, min_p=0.2)
+
+
+def test_mask_and_ignore_index(backend, device):
+    x, y = draw(3, 4, 300, device=device), ids(300, 3, 4, device=device)
+    y[0, 0], y[2, 1] = 7, 7
+    mask = torch.ones(3, 4, device=device)
+    mask[1], mask[2, 3] = 0, 0
+    for m in (mask, mask.bool(), mask.long()):
+        check(x, y, mask=m, ignore_index=7, min_p=0.1, with_sum_sq=True)
+
+
+def test_skipped_rows_are_not_read(backend, device):
+    x, y = draw(4, 300, device=device), ids(300, 4, device=device)
+    want, d_want = run(x, y)
+    x[1], x[2] = math.nan, -INF
+    y[1] = -100
+    mask = torch.tensor([1, 1, 0, 1], device=device)
+    got, d = run(x, y, mask=mask, with_sum_sq=True, min_p=0.5)
+    for t in got.values():
+        assert (t[1:3] == 0).all()
+    assert (d[1:3] == 0).all() and not d.isnan().any()
+    assert torch.equal(got["logp"][[0, 3]], want["logp"][[0, 3]])
+    with rlkern.use_backend("reference" if device == "cpu" else backend):
+        garbage = y.clone()
+        garbage[2] = 10**9  # the target of a masked row is not looked at either
+        rlkern.token_stats(x, garbage, mask=mask)
+
+
+def test_rows_without_upstream_gradient_are_zero(backend, device):
+    x, y = draw(4, 300, device=device).requires_grad_(), ids(300, 4, device=device)
+    stats = rlkern.token_stats(x, y)
+    (stats.logp * torch.tensor([1.0, 0, 0, 1], device=device)).sum().backward()
+    assert (x.grad[1:3] == 0).all() and (x.grad[0] != 0).any()
+
+
+# --- strides ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocab", [64, 301, TILED])
+def test_slices_are_not_copied(backend, device, dtype, vocab, monkeypatch):
+    whole = draw(2, 4, vocab, dtype=dtype, device=device)
+    views = [whole[:, :-1], whole[:, 1:], whole[::2, 1:3], whole[:, :, : vocab - 3], whole[:, :, 5:], whole.transpose(0, 1)]
+    monkeypatch.setattr(torch.Tensor, "contiguous", lambda t, real=torch.Tensor.contiguous: real(t) if t.numel() < 100 else pytest.fail("copied"))
+    for x in views:
+        y = ids(x.shape[-1], *x.shape[:-1], device=device)
+        values, _ = expected(x, y)
+        stats = rlkern.token_stats(x, y)
+        torch.testing.assert_close(stats.logp.double().cpu(), values["logp"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(stats.entropy.double().cpu(), values["entropy"], rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_through_slices(backend, device):
+    for view in (lambda t: t[:, :-1], lambda t: t[1:, ::2], lambda t: t[..., 3:], lambda t: t.transpose(0, 1), lambda t: t.transpose(1, 2)):
+        leaf = draw(3, 5, 301, device=device).requires_grad_()
+        x = view(leaf)
+        y = ids(x.shape[-1], *x.shape[:-1], device=device)
+        stats = rlkern.token_stats(x, y, temperature=0.9)
+        (stats.logp.sum() + 0.3 * stats.entropy.sum()).backward()
+        double = leaf.detach().double().cpu().requires_grad_()
+        logp, entropy = eager(view(double), y.cpu(), 0.9)
+        (logp.sum() + 0.3 * entropy.sum()).backward()
+        torch.testing.assert_close(leaf.grad.double().cpu(), double.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_any_number_of_leading_dimensions(backend, device):
+    x = draw(2, 3, 2, 2, 50, device=device)
+    check(x, ids(50, 2, 3, 2, 2, device=device))
+    check(x[:, 1:, :, 0], ids(50, 2, 2, 2, device=device))
+    check(x.permute(2, 0, 3, 1, 4), ids(50, 2, 2, 2, 3, device=device))
+    check(x[0, 0, 0, 0], ids(50, device=device))
+
+
+def test_expanded_logits(backend, device):
+    x = draw(1, 40, device=device)
+    stats = rlkern.token_stats(x.expand(3, 40), ids(40, 1, device=device).expand(3))
+    assert torch.equal(stats.logp, stats.logp[:1].expand(3))
+
+
+# --- the inputs that break other kernels -----------------------------------------------------------------------------------------------------
+
+
+def minus_inf(where):
+    x = draw(4, TILED)
+    if where == "first tile":
+        x[:, :4200] = -INF
+    elif where == "last tile":
+        x[:, -4200:] = -INF
+    elif where == "one entry":
+        x[:, 17] = -INF
+    elif where == "all but the target":
+        x[:, 1:] = -INF
+        return x, torch.zeros(4, dtype=torch.long)
+    y = torch.where(x.gather(-1, ids(TILED, 4)[:, None]) == -INF, 4500, ids(TILED, 4)[:, None]).squeeze(-1)
+    return x, y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("where", ["first tile", "last tile", "one entry", "all but the target"])
+def test_minus_inf_logits(backend, device, where, dtype):
+    x, y = minus_inf(where)
+    x, y = x.to(dtype).to(device), y.to(device)
+    check(x, y, with_sum_sq=True, min_p=0.1)
+    _, d = run(x, y, with_sum_sq=True)
+    assert (d[x == -INF] == 0).all()
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4, 3e38, -1e30, -3e38])
+def test_large_common_offset(backend, device, offset):
+    x = torch.full((3, 5000), offset, device=device)
+    x[:, :10] += draw(3, 10, device=device)
+    check(x, ids(5000, 3, device=device), only=["logp", "entropy"], atol=2e-3 if abs(offset) < 1e5 else 1e-5 * abs(offset))
+    stats = rlkern.token_stats(x, ids(5000, 3, device=device))
+    truth = torch.log_softmax(x.double().cpu(), -1)
+    torch.testing.assert_close(stats.logp.double().cpu(), truth.gather(-1, ids(5000, 3)[:, None]).squeeze(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(stats.entropy.double().cpu(), -(truth.exp() * truth).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_huge_spread(backend, device):
+    x = draw(3, 5000, device=device, scale=1e4)
+    check(x, x.argmax(-1))
+    check(draw(3, 5000, device=device, scale=30.0, dtype=torch.bfloat16), ids(5000, 3, device=device))
+
+
+@pytest.mark.parametrize("at", [0, 4095, 4096, TILED - 1])
+@pytest.mark.parametrize("gap", [15.0, 16.2, 30.0, 60.0])
+def test_confident_tokens_keep_relative_accuracy(backend, device, gap, at):
+    x = torch.full((1, TILED), -gap, device=device)
+    x[0, at] = 0.0
+    rest = (TILED - 1) * math.exp(-gap)  # closed forms: float64's own softmax loses these
+    want = {"logp": -math.log1p(rest), "entropy": math.log1p(rest) + rest * gap / (1 + rest)}
+    got, d = run(x, torch.tensor([at], device=device), only=["logp"])
+    for name, value in want.items():
+        assert got[name].item() == pytest.approx(value, rel=2e-5), name
+    g = upstream([got["logp"]])[0].item()
+    assert d[0, at].item() == pytest.approx(g * rest / (1 + rest), rel=2e-5)
+    assert d[0, at - 1].item() == pytest.approx(-g * math.exp(-gap) / (1 + rest), rel=2e-5)
+
+
+def test_confident_kept_mass(backend, device):
+    x = torch.full((1, 1000), -25.0, device=device)
+    x[0, 3] = 0.0
+    got, _ = run(x, torch.tensor([3], device=device), min_p=0.5)
+    want, _ = expected(x, torch.tensor([3]), min_p=0.5)
+    torch.testing.assert_close(got["kept_logmass"].double().cpu(), want["kept_logmass"], rtol=1e-5, atol=0.0)
+
+
+def test_ties_at_the_maximum(backend, device):
+    x = torch.full((3, TILED), -50.0, device=device)
+    x[0, [1, 5000]] = 3.0
+    x[1, [4, 5, 6, 8999]] = 3.0
+    x[2] = 0.0
+    check(x, torch.tensor([5000, 4, 77], device=device), with_sum_sq=True, min_p=1.0)
+
+
+def test_rising_and_falling_maxima(backend, device):
+    ramp = torch.linspace(-40, 40, TILED, device=device)
+    check(torch.stack([ramp, ramp.flip(0), ramp.abs()]), ids(TILED, 3, device=device), with_sum_sq=True)
+
+
+def test_undefined_rows_are_nan_not_something_else(backend, device):
+    x = draw(5, 300, device=device)
+    x[1] = -INF
+    x[2, 7], x[3, 7] = math.nan, INF
+    stats = rlkern.token_stats(x, ids(300, 5, device=device))
+    for t in (stats.logp, stats.entropy):
+        assert t.isnan().tolist() == [False, True, True, True, False]
+    assert stats.logsumexp[1] == -INF and stats.logsumexp[2:4].isnan().all()
+
+
+def test_target_at_minus_inf(backend, device):
+    x = draw(2, 50, device=device)
+    x[0, 9] = -INF
+    y = torch.tensor([9, 9], device=device)
+    got, d = run(x, y, only=["logp"])
+    _, d_want = expected(x, y, only=["logp"])
+    assert got["logp"][0] == -INF and torch.isfinite(got["entropy"]).all()
+    torch.testing.assert_close(d.double().cpu(), d_want, rtol=1e-5, atol=1e-6)
+
+
+# --- kept set --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_proxy_logp(backend, device):
+    x, y = draw(40, 50, device=device, scale=2), ids(50, 40, device=device)
+    stats = rlkern.token_stats(x, y, min_p=0.2)
+    log_p = torch.log_softmax(x.double().cpu(), -1)
+    p = log_p.exp()
+    q = torch.where(p >= 0.2 * p.amax(-1, keepdim=True), p, 0)
+    want = (q / q.sum(-1, keepdim=True)).log().gather(-1, y.cpu()[:, None]).squeeze(-1)
+    assert want.isinf().any() and want.isfinite().any()
+    torch.testing.assert_close(stats.proxy_logp.double().cpu(), want, rtol=1e-5, atol=1e-5)
+    kl = (torch.where(q > 0, q / q.sum(-1, keepdim=True), 0) * (torch.log(q / q.sum(-1, keepdim=True)) - log_p).nan_to_num(neginf=0)).sum(-1)
+    torch.testing.assert_close(-stats.kept_logmass.double().cpu(), kl, rtol=1e-5, atol=1e-6)
+
+
+def test_proxy_logp_gradient_and_shape(backend, device):
+    x = draw(30, 50, device=device, scale=2).requires_grad_()
+    y = ids(50, 30, 4, device=device)
+    proxy = rlkern.token_stats(x, y, min_p=0.3).proxy_logp
+    assert proxy.shape == (30, 4)
+    proxy[proxy.isfinite()].sum().backward()
+    assert x.grad.isfinite().all() and (x.grad != 0).any()
+    with pytest.raises(ValueError, match="min_p"):
+        _ = rlkern.token_stats(x, y).proxy_logp
+
+
+def test_empty_kept_set(backend, device):
+    x, y = torch.zeros(2, 100, device=device, requires_grad=True), ids(100, 2, device=device)
+    stats = rlkern.token_stats(x, y, min_prob=0.5)
+    assert (stats.kept_logmass == -INF).all() and (stats.proxy_logp == -INF).all()
+    stats.kept_logmass.backward(torch.ones(2, device=device))
+    assert (x.grad == 0).all()
+
+
+# --- agreements ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
+def test_never_worse_than_eager(backend, device, dtype, scale):
+    x, y = draw(16, 3000, dtype=dtype, scale=scale), ids(3000, 16)
+    truth = expected(x, y)[0]
+    logp, entropy = eager(x, y)
+    got, d = run(x.to(device), y.to(device), only=["logp"])
+    for name, rival in (("logp", logp), ("entropy", entropy)):
+        ours = (got[name].double().cpu() - truth[name]).abs().max()
+        theirs = (rival.double() - truth[name]).abs().max()
+        assert ours <= theirs + 1e-7 * truth[name].abs().max(), name
+    leaf = x.clone().requires_grad_()
+    d_truth = expected(x, y, only=["logp"])[1]
+    eager(leaf, y)[0].backward(upstream([truth["logp"]])[0].to(dtype))
+    # Triton's interpreter truncates where hardware rounds to the nearest bfloat16: twice the error, in it alone.
+    truncates = 3 if backend == "triton" and device == "cpu" and dtype == torch.bfloat16 else 1.01
+    assert (d.double().cpu() - d_truth).norm() <= (leaf.grad.double() - d_truth).norm() * truncates
+
+
+def test_backends_continue_each_other():
+    """The row state is one format: a backward of any backend takes the forward of any other."""
+    x, y = draw(3, 500), ids(500, 3, 2)
+    _, want = expected(x, y, min_p=0.1, with_sum_sq=True)
+    names = ["reference"] + [n for n in ("native",) if not isinstance(backends._load(n), Exception)]
+    names += ["triton"] if not torch.cuda.is_available() else []
+    for forward in names:
+        for backward in names:
+            leaf = x.clone().requires_grad_()
+            with rlkern.use_backend(forward):
+                s = rlkern.token_stats(leaf, y, min_p=0.1, with_sum_sq=True)
+            fields = [s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass]
+            with rlkern.use_backend(backward):
+                torch.autograd.backward(fields, [g.float() for g in upstream(fields)])
+            torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_has_the_same_bits_in_any_batch(backend, device, dtype):
+    x, y = draw(7, 5001, dtype=dtype, device=device), ids(5001, 7, device=device)
+    together, d_together = run(x, y, seed=3)
+    g = {name: t for name, t in together.items()}
+    for i in (0, 3, 6):
+        alone = rlkern.token_stats(x[i : i + 1], y[i : i + 1])
+        assert torch.equal(alone.logp, g["logp"][i : i + 1]) and torch.equal(alone.entropy, g["entropy"][i : i + 1])
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_drawn_inputs(backend, device, data):
+    vocab = data.draw(st.integers(1, 400), "vocab")
+    rows = data.draw(st.integers(1, 4), "rows")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]), "dtype")
+    x = draw(rows, vocab, dtype=dtype, scale=data.draw(st.sampled_from([0.0, 1.0, 10.0])), seed=data.draw(st.integers(0, 99)), device=device)
+    for _ in range(data.draw(st.integers(0, 3))):
+        x[data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, vocab - 1))] = -INF
+    x[:, 0] = 1.0  # no row of -inf alone
+    y = ids(vocab, rows, device=device, seed=data.draw(st.integers(0, 99)))
+    y = torch.where(x.gather(-1, y[:, None]).squeeze(-1) == -INF, 0, y)
+    mask = torch.tensor(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)), device=device)
+    temperature = data.draw(st.sampled_from([0.3, 1.0, 2.5]))
+    kept = data.draw(st.sampled_from([{}, {"min_p": 0.11}]))
+    check(x, y, mask=mask, temperature=temperature, **kept, with_sum_sq=data.draw(st.booleans()))
+    stats = rlkern.token_stats(x, y, mask=mask, temperature=temperature)
+    assert (stats.logp <= 0).all() and (stats.entropy >= 0).all() and (stats.entropy <= math.log(vocab) * (1 + 1e-6) + 1e-6).all()
+
+
+# --- drop-ins --------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_token_logprobs_and_entropy_from_logits(backend, device):
+    x, y = draw(2, 3, 100, device=device).requires_grad_(), ids(100, 2, 3, device=device)
+    logp, entropy = eager(x.detach().double().cpu(), y.cpu(), 0.7)
+    torch.testing.assert_close(rlkern.token_logprobs(x, y, temperature=0.7).double().cpu(), logp, rtol=1e-5, atol=1e-5)
+    got = rlkern.entropy_from_logits(x, temperature=0.7)
+    torch.testing.assert_close(got.double().cpu(), entropy, rtol=1e-5, atol=1e-5)
+    got.sum().backward()
+    double = x.detach().double().cpu().requires_grad_()
+    eager(double, y.cpu(), 0.7)[1].sum().backward()
+    torch.testing.assert_close(x.grad.double().cpu(), double.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_float64_gradcheck(backend, device):
+    x = draw(3, 12, dtype=torch.float64, device=device).requires_grad_()
+    y = ids(12, 3, 2, device=device)
+
+    def f(x):
+        s = rlkern.token_stats(x, y, temperature=0.8, min_p=0.2, with_sum_sq=True)
+        return s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass
+
+    assert torch.autograd.gradcheck(f, (x,), raise_exception=True)
