@@ -17,7 +17,7 @@ using namespace rlkern;
 constexpr int64_t kTile = 2048;
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
-enum StateColumn { kMax, kRest, kEntropy, kSumSq, kKept, kThreshold, kTargets };
+enum StateColumn { kMax, kRest, kMeanU, kSumSq, kKept, kThreshold, kTargets };
 
 template <class T>
 using Acc = typename Element<T>::Acc;
@@ -81,7 +81,7 @@ Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     const AccPack<T> v = load(x + i);
     const AccPack<T> t = max_or_second(broadcast(kLowestExponent<A>), (v - top) * scale);
-    AccPack<T> e = power_of_two(t);
+    AccPack<T> e = power_of_two<sizeof(T) == 2>(t);
     if constexpr (ExcludeMax) {
       const Mask<A> at_max = v == top;
       e = select(at_max, AccPack<T>{}, e);
@@ -131,7 +131,7 @@ double kept_logmass(const T* x, int64_t vocab, Acc<T> top, Acc<T> scale, Acc<T> 
     AccPack<T> outside{}, inside{};
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const AccPack<T> shifted = load(tile + i) - top;
-      const AccPack<T> e = power_of_two(max_or_second(broadcast(kLowestExponent<A>), shifted * scale));
+      const AccPack<T> e = power_of_two<sizeof(T) == 2>(max_or_second(broadcast(kLowestExponent<A>), shifted * scale));
       const Mask<A> is_kept = shifted >= threshold;
       outside = outside + select(is_kept, AccPack<T>{}, e);
       inside = inside + select(is_kept, e, AccPack<T>{});
@@ -174,10 +174,10 @@ void forward_row(const Forward& call, int64_t row) {
   if (std::isnan(sums.s0)) top = A(kNaN);
 
   const double log_s0 = undefined ? kNaN : std::log1p(sums.s0), mass = 1 + sums.s0;
-  const double entropy = log_s0 - kLn2 * sums.s1 / mass;
+  const double mean_u = kLn2 * sums.s1 / mass, entropy = log_s0 - mean_u;
   state[kMax] = top;
   state[kRest] = undefined ? A(kNaN) : A(sums.s0);
-  state[kEntropy] = A(entropy);
+  state[kMeanU] = undefined ? A(kNaN) : A(mean_u);
   state[kSumSq] = state[kKept] = state[kThreshold] = 0;
   put<A>(call.entropy, row, entropy);
   put<A>(call.logsumexp, row, top == -kInfinity ? -kInfinity : double(top) * inv_t + log_s0);
@@ -236,7 +236,7 @@ inline AccPack<T> gradient_of(AccPack<T> x, const Coefficients<Acc<T>>& c) {
   using A = Acc<T>;
   const AccPack<T> shifted = x - c.top;
   const AccPack<T> t = max_or_second(broadcast(kLowestExponent<A>), shifted * c.scale);
-  const AccPack<T> e = power_of_two(t);
+  const AccPack<T> e = power_of_two<sizeof(T) == 2>(t);
   if constexpr (Kind == Terms::constant) return e * c.constant;
   AccPack<T> g = t * c.linear + c.constant;
   if constexpr (Kind == Terms::all) g = g + e * c.square + select(shifted >= c.threshold, broadcast(c.inside), AccPack<T>{});
@@ -278,13 +278,13 @@ void backward_row(const Backward& call, int64_t row, T* out) {
   const A* state = static_cast<const A*>(call.state) + row * (kTargets + call.n_targets);
   const int64_t *y = call.targets ? call.targets + row * call.n_targets : nullptr, first = row * call.n_targets;
   const A inv_t = inverse_temperature<A>(call, row);
-  const double rest = state[kRest], log_s0 = std::log1p(rest), entropy = state[kEntropy], sum_sq = state[kSumSq], kept = state[kKept];
+  const double rest = state[kRest], log_s0 = std::log1p(rest), mean_u = state[kMeanU], sum_sq = state[kSumSq], kept = state[kKept];
   const double g_h = get<A>(call.g_entropy, row), g_z = get<A>(call.g_logsumexp, row), g_s2 = get<A>(call.g_sum_sq_prob, row);
   const double g_k = kept == -kInfinity ? 0 : get<A>(call.g_kept_logmass, row);  // an empty kept set is a constant
   const double inside = g_k != 0 ? g_k * std::exp(-kept) : 0;
 
   double common = g_z;  // what multiplies p in every logit; terms without an upstream gradient are left out: 0 * (-inf) would be NaN
-  if (g_h != 0) common -= g_h * (entropy - log_s0);
+  if (g_h != 0) common += g_h * mean_u;
   if (g_s2 != 0) common -= 2 * g_s2 * sum_sq;
   if (g_k != 0) common -= g_k;
   if (call.g_logp)

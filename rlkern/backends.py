@@ -16,7 +16,7 @@ A backend is a module with one function per operator half. They write into tenso
 
 `state` holds what the backward needs of a row, in the accumulation dtype; any backend can continue from any other's:
 
-    0  m = max x         1  sum exp((x - m) / T) - 1, the maximum's own 1 left out     2  entropy     3  sum_sq_prob     4  kept_logmass
+    0  m = max x     1  sum exp(u) - 1, the maximum's own 1 left out, u = (x - m) / T     2  sum p u     3  sum_sq_prob     4  kept_logmass
     5  kept threshold: x is kept where x - m >= state[5]          6 + k  x[y_k] - m, nan for a target outside [0, V)
 
 Skipped rows: zeros in every output and in `state`, zeros in the gradient; neither reads them. An ignored entry of a row that is not

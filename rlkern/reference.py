@@ -88,13 +88,13 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         rest = e.sum(-1, keepdim=True) + (ties - 1)
         rest = torch.where(m.isinf(), math.nan, rest)  # a row of -inf alone, or one with +inf: undefined
         log_s0 = rest.log1p()
-        s1 = (e * u.clamp_min(-1e4)).sum(-1, keepdim=True)
-        entropy = log_s0 - s1 / (1 + rest)
+        mean_u = (e * u.clamp_min(-1e4)).sum(-1, keepdim=True) / (1 + rest)
+        entropy = log_s0 - mean_u
         lse = m * inv_t + log_s0
         lse = torch.where(torch.isneginf(m), m, lse)
         log_p = u - log_s0
         state = torch.zeros(x.shape[0], state_out.shape[1], dtype=acc, device=x.device)
-        state[:, 0:1], state[:, 1:2], state[:, 2:3] = m, rest, entropy
+        state[:, 0:1], state[:, 1:2], state[:, 2:3] = m, rest, mean_u
         if sum_sq_out is not None:
             state[:, 3] = log_p.exp().square().sum(-1)
             sum_sq_out.view(-1)[flat] = state[:, 3].masked_fill(skipped[flat], 0)
@@ -135,16 +135,14 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
 
     for a, rows, flat in _row_chunks(logits):
         s = state[flat]
-        m, rest, entropy, sum_sq, log_kept_mass, delta = (s[:, i : i + 1] for i in range(6))
-        log_s0 = rest.log1p()
+        m, rest, mean_u, sum_sq, log_kept_mass, delta = (s[:, i : i + 1] for i in range(6))
         gl = None if g_logp is None else g_logp[flat]
         g_h, g_z, g_s2, g_k = (None if g is None else g[flat].unsqueeze(-1) for g in per_row)
         inv_t = _inverse_temperature(temperature, flat, acc)
         x = logits[a, rows].to(acc)
         shifted = x - m
         u = (shifted * inv_t).clamp_min(-1e4)
-        log_p = u - log_s0
-        p = u.exp() / (1 + rest)  # more accurate than exp(log_p)
+        p = u.exp() / (1 + rest)
         c = torch.zeros_like(m)
         if gl is not None:
             c = c - gl.sum(-1, keepdim=True)
@@ -153,7 +151,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
         if g_z is not None:
             c = c + g_z
         if g_h is not None:
-            c = c - g_h * (entropy + log_p)
+            c = c - g_h * (u - mean_u)  # entropy + log p
         if g_s2 is not None:
             c = c + 2 * g_s2 * (p - sum_sq)
         if g_k is not None:

@@ -142,7 +142,7 @@ def _forward_kernel(
     lead = tl.zeros((), tl.int32) if ALIGNED else (start % ALIGN).to(tl.int32)
     tiles_ptr = logits_ptr + tl.multiple_of(start - lead, ALIGN)
     end = vocab + lead
-    # A tile is [BLOCK / LANES, LANES], a lane being what one thread loads at once: sums over axis 0 stay inside a thread.
+    # A tile is [BLOCK / LANES, LANES], every thread holding two loads of a line: sums over axis 0 stay inside a thread.
     cols = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
     m = tl.full((), NEG_INF, ACC)
@@ -172,13 +172,14 @@ def _forward_kernel(
     # A row of -inf alone is no distribution, and one of +inf has no differences.
     rest = tl.where(nothing | (m == float("inf")), float("nan"), rest)
     log_s0 = log1p(rest)
-    entropy = log_s0 - LN2 * s1_row / (1.0 + rest)
+    mean_u = LN2 * s1_row / (1.0 + rest)
+    entropy = log_s0 - mean_u
     lse = tl.where(nothing, NEG_INF, m * inv_t + log_s0)
     tl.store(entropy_ptr + row, entropy)
     tl.store(lse_ptr + row, lse)
     tl.store(state_row, m)
     tl.store(state_row + 1, rest)
-    tl.store(state_row + 2, entropy)
+    tl.store(state_row + 2, mean_u)
     sum_sq = tl.zeros((), ACC)
     if SUM_SQ:
         total = 1.0 + rest
@@ -314,14 +315,13 @@ def _backward_kernel(
     inv_t = _row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     m = tl.load(state_row)
     rest = tl.load(state_row + 1)
-    log_s0 = log1p(rest)
     c0 = g_lse
     c1 = -g_entropy * LN2  # t is in base 2
     c2 = 2.0 * g_sum_sq
     inside = tl.zeros((), ACC)
     delta = tl.zeros((), ACC)
     if HAS_ENTROPY:
-        c0 -= g_entropy * (tl.load(state_row + 2) - log_s0)
+        c0 += g_entropy * tl.load(state_row + 2)
     if HAS_SUM_SQ:
         c0 -= c2 * tl.load(state_row + 3)
     if HAS_KEPT:
@@ -400,7 +400,7 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     outer, inner, vocab = logits.shape
     aligned = all(s % options["ALIGN"] == 0 for s in _strides(logits))
     block, warps, stages = forward_shape(vocab, logits.element_size())
-    lanes = min(block, warps * warp_size() * options["ALIGN"])
+    lanes = min(block, 2 * warps * warp_size() * options["ALIGN"])
     with device_of(logits):
         _forward_kernel[(outer * inner,)](
             *pointers,
