@@ -28,6 +28,11 @@ def warp_size() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size if torch.version.hip else 32
 
 
+def loads_per_line() -> int:
+    """16-byte loads that a thread holds side by side: Blackwell pairs their arithmetic, older cards only spend registers on it."""
+    return 2 if torch.cuda.is_available() and not torch.version.hip and torch.cuda.get_device_capability()[0] >= 10 else 1
+
+
 def device_of(tensor: torch.Tensor):
     """Triton launches on the current device: make it the tensor's."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():

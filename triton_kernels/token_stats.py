@@ -4,8 +4,10 @@ The forward keeps, per thread and element, S0 = sum 2^t and S1 = sum t 2^t with 
 reduction a tile is needed, its maximum; a tile that raises the maximum takes a uniform branch, where the sums are rescaled and the entries
 equal to the maximum are counted and taken out, so that S0 never holds the maximum's own 1 (a confident row keeps its relative accuracy).
 
-Tiles start at an address that is a multiple of 16 bytes whatever the row stride; the first and the last are masked. Calling convention:
-rlkern/backends.py.
+Which element meets which in a sum depends on its column alone, never on the row's address or number: a row has the same bits in any batch. So the
+forward loads 16 bytes at once only where rows start on 16-byte boundaries; the backward, which sums nothing, does so from any address.
+
+Calling convention: rlkern/backends.py.
 """
 
 import math
@@ -14,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import backward_shape, device_of, forward_shape, warp_size
+from .launch import backward_shape, device_of, forward_shape, loads_per_line, warp_size
 from .math import log1p
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -35,6 +37,13 @@ def _row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE: tl.
 def _row_start(row, inner, stride_a, stride_b):
     """Offset of a row, which may pass 2^31; the row number does not, and divides in 32 bits."""
     return (row // inner).to(tl.int64) * stride_a + (row % inner).to(tl.int64) * stride_b
+
+
+@triton.jit
+def _edge(e, lead, body, body_end, end, ALIGN: tl.constexpr):
+    """Columns outside the body, before and after it, as e = 0, 1, ..., and which of them are the row's."""
+    col = tl.where(e < ALIGN, e, body_end + e - ALIGN)
+    return col, (e < 2 * ALIGN) & (col >= lead) & (col < end) & ((e < ALIGN) == (col < body))
 
 
 @triton.jit
@@ -106,7 +115,7 @@ def _forward_kernel(
     KEPT: tl.constexpr,
     ACC: tl.constexpr,
     ALIGN: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
@@ -139,10 +148,8 @@ def _forward_kernel(
 
     inv_t = _row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
-    lead = tl.zeros((), tl.int32) if ALIGNED else (start % ALIGN).to(tl.int32)
-    tiles_ptr = logits_ptr + tl.multiple_of(start - lead, ALIGN)
-    end = vocab + lead
-    # A tile is [BLOCK / LANES, LANES], every thread holding two loads of a line: sums over axis 0 stay inside a thread.
+    row_ptr = logits_ptr + (tl.multiple_of(start, ALIGN) if ALIGNED else start)
+    # A tile is [BLOCK / LANES, LANES], every thread holding whole loads of a line: sums over axis 0 stay inside a thread.
     cols = tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
 
     m = tl.full((), NEG_INF, ACC)
@@ -153,17 +160,12 @@ def _forward_kernel(
     s0 = tl.zeros((LANES,), ACC)
     s1 = tl.zeros((LANES,), ACC)
     s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
-    first = 0
-    if not ALIGNED:
-        x = tl.load(tiles_ptr + cols, mask=(cols >= lead) & (cols < end), other=NEG_INF).to(ACC)
+    whole = vocab // BLOCK * BLOCK
+    for i in tl.range(0, whole, BLOCK, num_stages=STAGES):
+        x = tl.load(row_ptr + i + cols, eviction_policy="evict_first").to(ACC)
         m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
-        first = BLOCK
-    last = end // BLOCK * BLOCK
-    for i in tl.range(first, last, BLOCK, num_stages=STAGES):
-        x = tl.load(tiles_ptr + i + cols, eviction_policy="evict_first").to(ACC)
-        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
-    if (last >= first) & (last < end):
-        x = tl.load(tiles_ptr + last + cols, mask=last + cols < end, other=NEG_INF).to(ACC)
+    if whole < vocab:
+        x = tl.load(row_ptr + whole + cols, mask=whole + cols < vocab, other=NEG_INF).to(ACC)
         m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
 
     rest = tl.sum(s0, axis=0) + r0 + (ties - 1.0)
@@ -193,14 +195,11 @@ def _forward_kernel(
         delta = (log_kept if KEPT == 1 else log_kept + log_s0) / inv_t
         kept = tl.zeros((LANES,), ACC)
         dropped = tl.zeros((LANES,), ACC)
-        if not ALIGNED:
-            x = tl.load(tiles_ptr + cols, mask=(cols >= lead) & (cols < end), other=NEG_INF).to(ACC)
+        for i in range(0, whole, BLOCK):
+            x = tl.load(row_ptr + i + cols).to(ACC)
             kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
-        for i in range(first, last, BLOCK):
-            x = tl.load(tiles_ptr + i + cols).to(ACC)
-            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
-        if (last >= first) & (last < end):
-            x = tl.load(tiles_ptr + last + cols, mask=last + cols < end, other=NEG_INF).to(ACC)
+        if whole < vocab:
+            x = tl.load(row_ptr + whole + cols, mask=whole + cols < vocab, other=NEG_INF).to(ACC)
             kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
         log_mass = -log1p(tl.sum(dropped, axis=0) / tl.sum(kept, axis=0))
         log_mass = tl.where(log_s0 == log_s0, log_mass, log_s0)
@@ -210,7 +209,7 @@ def _forward_kernel(
 
     if K > 0:
         in_vocab = (k < K) & (y >= 0) & (y < vocab)
-        x_y = tl.load(logits_ptr + start + y, mask=in_vocab, other=float("nan")).to(ACC)
+        x_y = tl.load(row_ptr + y, mask=in_vocab, other=float("nan")).to(ACC)
         shifted = x_y - m
         logp = tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0)
         tl.store(logp_ptr + row * K + k, logp, mask=k < K)
@@ -235,6 +234,36 @@ def _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY: tl.const
     if HAS_KEPT:
         c = c + tl.where(shifted >= delta, inside, 0.0)
     return c
+
+
+@triton.jit
+def _gradient_tile(
+    x_ptr, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+    targets_ptr, state_row, ignore_index,
+    K: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads and writes the columns `cols` that are `valid`, all in [low, high); what the others hold is never stored."""
+    x = tl.load(x_ptr + cols, mask=valid).to(ACC)
+    shifted = x - m
+    t = shifted * scale
+    if HAS_ENTROPY:  # the one term that multiplies by t
+        t = tl.maximum(t, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(t)
+    dz = e * _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    if HAS_LOGP:
+        for j in range(K):
+            y_j = tl.load(targets_ptr + row * K + j)
+            if (y_j + lead >= low) & (y_j + lead < high) & (y_j != ignore_index) & (y_j >= 0):
+                # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
+                at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
+                shifted_y = tl.load(state_row + 6 + j)
+                t_y = tl.maximum(shifted_y * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+                e_y = tl.exp2(t_y)
+                c_y = _coefficient(t_y, e_y, shifted_y, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+                at_max = c_y + weight * at_y + weight * rest * at_y
+                col = (y_j + lead).to(tl.int32)
+                dz = tl.where(cols == col, tl.where(shifted_y == 0, at_max, e_y * c_y + inv_t * at_y), dz)
+    tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -272,6 +301,7 @@ def _backward_kernel(
     ALIGN: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
     SAME_LEAD: tl.constexpr,  # or at least equally far from one in logits and out
+    EDGES: tl.constexpr,  # some row starts or ends off one
     BLOCK: tl.constexpr,
 ):
     pid = tl.program_id(0)
@@ -283,12 +313,15 @@ def _backward_kernel(
     k = tl.arange(0, K_BLOCK)
     state_row = state_ptr + row * (6 + K)
     lead = tl.zeros((), tl.int32) if ALIGNED else (out_start % ALIGN).to(tl.int32)
-    cols = tile + tl.arange(0, BLOCK)  # counted from the aligned address before the row
+    # Columns count from the 16-byte boundary before the row. The body lies between boundaries, so even its masked tiles move 16 bytes at a time.
     end = vocab + lead
-    x_ptr = logits_ptr + (tl.multiple_of(start - lead, ALIGN) if SAME_LEAD else start - lead) + cols
-    z_ptr = out_ptr + tl.multiple_of(out_start - lead, ALIGN) + cols
-    whole = (tile >= lead) & (tile + BLOCK <= end)
-    in_row = (cols >= lead) & (cols < end)
+    body = 0 if ALIGNED else ALIGN
+    body_end = tl.multiple_of(end // ALIGN * ALIGN, ALIGN)
+    x_ptr = logits_ptr + (tl.multiple_of(start - lead, ALIGN) if SAME_LEAD else start - lead)
+    z_ptr = out_ptr + tl.multiple_of(out_start - lead, ALIGN)
+    cols = tile + tl.arange(0, BLOCK)
+    in_body = (cols >= body) & (cols < body_end)
+    edge, in_row = _edge(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
 
     active = True
     if HAS_MASK:
@@ -298,6 +331,8 @@ def _backward_kernel(
     g_sum_sq = _load_grad(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
     g_kept = _load_grad(g_kept_ptr, row, HAS_KEPT, ACC)
     flows = (g_entropy != 0) | (g_lse != 0) | (g_sum_sq != 0) | (g_kept != 0)
+    y = tl.zeros((K_BLOCK,), tl.int64)
+    g_logp = tl.zeros((K_BLOCK,), ACC)
     if K > 0:
         y = tl.load(targets_ptr + row * K + k, mask=k < K, other=ignore_index)
         active = active & (tl.sum((y != ignore_index).to(tl.int32), axis=0) > 0)
@@ -306,10 +341,10 @@ def _backward_kernel(
         flows = flows | (tl.sum((g_logp != 0).to(tl.int32), axis=0) > 0)
     if not (active & flows):
         zero = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
-        if whole:
-            tl.store(z_ptr, zero)
-        else:
-            tl.store(z_ptr, zero, mask=in_row)
+        tl.store(z_ptr + cols, zero, mask=in_body)
+        if EDGES:
+            if tile == 0:
+                tl.store(z_ptr + edge, tl.zeros((2 * ALIGN,), out_ptr.dtype.element_ty), mask=in_row)
         return
 
     inv_t = _row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
@@ -341,33 +376,17 @@ def _backward_kernel(
     c2 *= weight / (1.0 + rest)
     inside *= weight
 
-    if whole:
-        x = tl.load(x_ptr).to(ACC)
-    else:
-        x = tl.load(x_ptr, mask=in_row, other=NEG_INF).to(ACC)
-    shifted = x - m
-    t = shifted * (inv_t * LOG2E)
-    if HAS_ENTROPY:  # the one term that multiplies by t
-        t = tl.maximum(t, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    e = tl.exp2(t)
-    dz = e * _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
-    if HAS_LOGP:
-        for j in range(K):
-            y_j = tl.load(targets_ptr + row * K + j)
-            col = y_j + lead
-            if (col >= tile) & (col < tile + BLOCK) & (y_j != ignore_index) & (y_j >= 0):
-                # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
-                at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
-                shifted_y = tl.load(state_row + 6 + j)
-                t_y = tl.maximum(shifted_y * (inv_t * LOG2E), FLOOR, propagate_nan=tl.PropagateNan.ALL)
-                e_y = tl.exp2(t_y)
-                c_y = _coefficient(t_y, e_y, shifted_y, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
-                at_max = c_y + weight * at_y + weight * rest * at_y
-                dz = tl.where(cols == col, tl.where(shifted_y == 0, at_max, e_y * c_y + inv_t * at_y), dz)
-    if whole:
-        tl.store(z_ptr, dz.to(out_ptr.dtype.element_ty))
-    else:
-        tl.store(z_ptr, dz.to(out_ptr.dtype.element_ty), mask=in_row)
+    scale = inv_t * LOG2E
+    if EDGES:
+        if tile == 0:
+            _gradient_tile(
+                *(x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp),
+                *(targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC),
+            )
+    _gradient_tile(
+        *(x_ptr, z_ptr, cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp),
+        *(targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC),
+    )
 
 
 def _common(logits, targets, mask, temperature, state):
@@ -400,7 +419,7 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     outer, inner, vocab = logits.shape
     aligned = all(s % options["ALIGN"] == 0 for s in _strides(logits))
     block, warps, stages = forward_shape(vocab, logits.element_size())
-    lanes = min(block, 2 * warps * warp_size() * options["ALIGN"])
+    lanes = min(block, loads_per_line() * warps * warp_size() * options["ALIGN"])
     with device_of(logits):
         _forward_kernel[(outer * inner,)](
             *pointers,
@@ -446,6 +465,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             **options,
             **{f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)},
             ALIGNED=aligned,
+            EDGES=not aligned or vocab % align != 0,
             SAME_LEAD=all((a - b) % align == 0 for a, b in zip(_strides(logits), _strides(out), strict=True)),
             BLOCK=block,
             num_warps=warps,
