@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import backward_shape, device_of, forward_shape, loads_per_line, warp_size
+from .launch import backward_shape, capability, device_of, forward_shape, warp_size
 from .math import log1p
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -419,7 +419,9 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     outer, inner, vocab = logits.shape
     aligned = all(s % options["ALIGN"] == 0 for s in _strides(logits))
     block, warps, stages = forward_shape(vocab, logits.element_size())
-    lanes = min(block, loads_per_line() * warps * warp_size() * options["ALIGN"])
+    # Blackwell pairs the arithmetic of two loads side by side; older cards only spend registers on it.
+    side_by_side = 2 if capability() >= (10, 0) else 1
+    lanes = min(block, side_by_side * warps * warp_size() * options["ALIGN"])
     with device_of(logits):
         _forward_kernel[(outer * inner,)](
             *pointers,
