@@ -1,0 +1,9 @@
+"""What the compilers make of every Triton kernel, on a machine with no GPU: `benchmarks/report.py` prints it, tests/test_offline_report.py guards it.
+
+cases.py     which launches to look at, recorded from the package's own launchers
+build.py     compiles one recorded launch for one architecture
+program.py   control-flow graph of an assembly listing, and the path that nearly every logit takes through it
+machine.py   reads NVIDIA's SASS and AMD's assembly into a Program
+model.py     occupancy, and the bound that a data sheet predicts
+table.py     rows to text
+"""

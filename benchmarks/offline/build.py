@@ -1,0 +1,86 @@
+"""Compiles a recorded launch for an architecture that need not be present, with the specialisations that a real launch would get."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .cases import Launch
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+NVIDIA_TOOLS = ("cuobjdump", "nvdisasm")
+
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.bool: "*i1"}
+_DIVISIBLE = [["tt.divisibility", 16]]
+
+
+def target(arch: str) -> GPUTarget:
+    """Raises ValueError for an architecture that is not in TARGETS."""
+    if arch not in TARGETS:
+        raise ValueError(f"unknown architecture {arch!r}, known are {', '.join(TARGETS)}")
+    return TARGETS[arch]
+
+
+def nvidia_tool(name: str) -> Path:
+    """A disassembler from Triton's own wheel. Raises FileNotFoundError where the wheel lacks it."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if not path.exists():
+        raise FileNotFoundError(f"{name} is not in this triton {triton.__version__} ({path})")
+    return path
+
+
+def source(launch: Launch) -> tuple[ASTSource, dict]:
+    """(what to compile, compiler options). As in a launch: an integer 1 is folded, integers and pointers that are multiples of 16 are marked so."""
+    names = launch.kernel.arg_names
+    values = dict(zip(names, launch.args, strict=False)) | launch.kwargs
+    options = {name: value for name, value in launch.kwargs.items() if name not in names}
+    signature, constants, attributes = {}, {}, {}
+    for param in launch.kernel.params:
+        index, name, value = param.num, param.name, values[param.name]
+        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = _POINTERS[value.dtype]
+            attributes[(index,)] = _DIVISIBLE  # torch's allocators align to 256 bytes or more
+        elif isinstance(value, bool):
+            signature[name] = "i1"
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attributes[(index,)] = _DIVISIBLE
+        else:
+            signature[name] = "fp32"
+    return ASTSource(launch.kernel, signature, constants, attributes), options
+
+
+def build(launch: Launch, arch: str):
+    """Triton's compiled kernel: `.asm` holds "cubin" or "amdgcn". Raises ValueError for an unknown architecture."""
+    gpu = target(arch)
+    src, options = source(launch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # triton announces a change of default that the launchers do not depend on
+        return triton.compile(src, target=gpu, options=options)
+
+
+def disassemble(cubin: bytes) -> tuple[str, str]:
+    """(resource usage, listing) of a cubin."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        Path(path).write_bytes(cubin)
+        commands = ([nvidia_tool("cuobjdump"), "-res-usage", path], [nvidia_tool("nvdisasm"), "-c", path])
+        usage, listing = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
+    return usage, listing

@@ -1,0 +1,151 @@
+"""The launches that users cause, recorded without a GPU: the package's launchers run on meta tensors, which have shapes and strides and no memory."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+BATCH, TIME = 8, 1024  # rows come as [8, 1024, V], the shape in which trainers hold them
+TEMPERATURE, IGNORE, LOG_KEPT = 0.7, -100, -3.0
+STATE = 6
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# name -> (vocabulary, elements between rows). 50304 lets every row start on a 16-byte boundary, 50257 and 151937 do not.
+LAYOUTS = {
+    "V=151936": (151936, 151936),
+    "V=50257 padded": (50257, 50304),
+    "V=50257": (50257, 50257),
+    "V=151936 odd stride": (151936, 151937),
+}
+ALIGNED = ("V=151936", "V=50257 padded")
+
+FORWARD = {
+    "forward": {},
+    "forward +sum_sq": {"sum_sq": True},
+    "forward +kept": {"kept": 1},
+    "forward K=8": {"targets": 8},
+}
+BACKWARD = {
+    "backward logp": {"grads": ("logp",)},
+    "backward logp+entropy": {"grads": ("logp", "entropy")},
+    "backward all": {"grads": ("logp", "entropy", "logsumexp", "sum_sq", "kept")},
+}
+GRADS = BACKWARD["backward all"]["grads"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch: which kernel variant, on which element type and row layout."""
+
+    variant: str
+    dtype: str
+    layout: str
+
+    @property
+    def backward(self) -> bool:
+        return self.variant in BACKWARD
+
+    @property
+    def element_size(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def bytes_per_logit(self) -> int:
+        """What must move: one read forward (two with a kept set, whose second sweep may hit a cache), one read and one write backward."""
+        sweeps = 2 if self.backward or "kept" in self.variant else 1
+        return sweeps * self.element_size
+
+
+def core_cases() -> list[Case]:
+    """Every variant in bf16 on the common layout; the two that most losses use also on every other layout, and in fp32."""
+    cases = [Case(variant, "bf16", "V=151936") for variant in (*FORWARD, *BACKWARD)]
+    for variant in ("forward", "backward logp+entropy"):
+        cases += [Case(variant, "bf16", layout) for layout in LAYOUTS]
+        cases += [Case(variant, "fp32", layout) for layout in ("V=151936", "V=50257")]
+    return list(dict.fromkeys(cases))
+
+
+def all_cases() -> list[Case]:
+    return [Case(variant, dtype, layout) for variant in (*FORWARD, *BACKWARD) for dtype in DTYPES for layout in LAYOUTS]
+
+
+@dataclass
+class Launch:
+    """A kernel with the arguments its launcher gave it."""
+
+    kernel: object
+    grid: tuple[int, ...]
+    args: tuple
+    kwargs: dict
+
+
+class _Recorder:
+    def __init__(self, kernel, launches: list[Launch]):
+        self._kernel, self._launches = kernel, launches
+
+    def __getitem__(self, grid):
+        def launch(*args, **kwargs):
+            self._launches.append(Launch(self._kernel, grid, args, kwargs))
+
+        return launch
+
+
+@contextmanager
+def _pretending(gpu) -> Iterator[None]:
+    """While it lasts, what launchers ask torch about the device is answered for `gpu`, a GPUTarget."""
+    hip = gpu.backend == "hip"
+    capability = (9, 4) if hip else divmod(gpu.arch, 10)
+    properties = SimpleNamespace(warp_size=gpu.warp_size, major=capability[0], minor=capability[1])
+    answers = {"is_available": True, "current_device": 0, "get_device_capability": capability, "get_device_properties": properties}
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
+        stack.enter_context(mock.patch.object(torch.version, "hip", "6.4" if hip else None))
+        yield
+
+
+@contextmanager
+def _recording(module) -> Iterator[list[Launch]]:
+    """While it lasts, the module's `*_kernel`s note their launches instead of running."""
+    launches: list[Launch] = []
+    recorders = {name: _Recorder(value, launches) for name, value in vars(module).items() if name.endswith("_kernel")}
+    with mock.patch.multiple(module, **recorders):
+        yield launches
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def record(case: Case, gpu) -> Launch:
+    """The launch that `case` stands for, as rlkern.triton_kernels makes it on `gpu`, a GPUTarget."""
+    module, ops = (importlib.import_module(f"rlkern.{name}") for name in ("triton_kernels.token_stats", "ops"))
+    dtype = DTYPES[case.dtype]
+    vocab, stride = LAYOUTS[case.layout]
+    rows = BATCH * TIME
+    # one more token than is scored, as in logits[:, :-1]
+    logits = torch.empty_strided((BATCH, TIME, vocab), ((TIME + 1) * stride, stride, 1), dtype=dtype, device="meta")
+    mask = _meta(rows, dtype=torch.bool)
+    options = FORWARD.get(case.variant, {})
+    n_targets = options.get("targets", 1)
+    targets = _meta(rows, n_targets, dtype=torch.int64)
+    with _pretending(gpu), _recording(module) as launches:
+        if case.backward:
+            wanted = BACKWARD[case.variant]["grads"]
+            grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
+            out = ops._new_gradient(logits)
+            module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, _meta(rows, STATE + n_targets), grads, out)
+        else:
+            sum_sq = _meta(rows) if options.get("sum_sq") else None
+            kept = _meta(rows) if options.get("kept") else None
+            out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, _meta(rows, STATE + n_targets))
+            module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out)
+    (launch,) = launches
+    return launch

@@ -1,0 +1,53 @@
+"""The GPU kernels judged without a GPU: compiles every Triton kernel for each architecture and prints what the compiler made of it.
+
+    python benchmarks/report.py [--arch sm_90 ...] [--all] [--json FILE]
+
+Exits with 2 for an unknown architecture, and where Triton or its disassemblers are missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+# The kernels must compile, not be interpreted, and come from this checkout where the package is not installed.
+os.environ.pop("TRITON_INTERPRET", None)
+for folder in (Path(__file__).parent, Path(__file__).parents[1]):
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Compiles every Triton kernel without a GPU, prints what became of it and the bound it predicts.")
+    parser.add_argument("--arch", nargs="+", metavar="ARCH", help="architectures to compile for (default: all that are known)")
+    parser.add_argument("--all", action="store_true", help="every variant on every type and row layout, minutes instead of seconds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes (default: one per core)")
+    options = parser.parse_args(argv)
+    try:
+        from offline import build, cases, report, table
+
+        archs = options.arch or list(build.TARGETS)
+        for arch in archs:
+            build.target(arch)
+        for tool in build.NVIDIA_TOOLS:
+            build.nvidia_tool(tool)
+    except (ImportError, FileNotFoundError, ValueError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 2
+    started = time.perf_counter()
+    rows = report.analyse_all(cases.all_cases() if options.all else cases.core_cases(), archs, options.jobs)
+    print(table.text(rows))
+    print(f"{len(rows)} kernels in {time.perf_counter() - started:.0f} s, triton {build.triton.__version__}")
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"triton": build.triton.__version__, "rows": table.data(rows)}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

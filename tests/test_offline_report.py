@@ -1,0 +1,276 @@
+"""Budgets of the GPU kernels, read from what the compilers make of them: no GPU is needed, and a kernel that regresses fails here first."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="the offline report compiles with Triton")
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+from offline import build, cases, machine, model  # noqa: E402
+from offline.program import Instruction, Program  # noqa: E402
+
+ARCHS = list(build.TARGETS)
+EXP2_OF_A_ROW = 1  # besides one per logit a kernel may compute one of its row's own, once a tile
+# On B200 the exponentials alone take 86 % of the time that a bf16 forward has.
+MEMORY_BOUND = ("forward", "backward logp", "backward logp+entropy")
+
+# Instructions per logit on the hot path in bf16, the worst of the row layouts and a twentieth more. Twice as much memory time passes per fp32
+# logit, whose tiles are smaller: half as many again are allowed there.
+CEILINGS = {
+    "sm_80": {
+        "forward": 11.6,
+        "forward +sum_sq": 13.2,
+        "forward +kept": 23.3,
+        "forward K=8": 11.6,
+        "backward logp": 12.5,
+        "backward logp+entropy": 16.2,
+        "backward all": 20.0,
+    },
+    "sm_90": {
+        "forward": 13.0,
+        "forward +sum_sq": 14.1,
+        "forward +kept": 25.0,
+        "forward K=8": 12.6,
+        "backward logp": 13.2,
+        "backward logp+entropy": 15.5,
+        "backward all": 21.1,
+    },
+    "sm_100": {
+        "forward": 10.2,
+        "forward +sum_sq": 10.5,
+        "forward +kept": 22.0,
+        "forward K=8": 10.0,
+        "backward logp": 11.3,
+        "backward logp+entropy": 14.0,
+        "backward all": 18.0,
+    },
+    "gfx942": {
+        "forward": 11.6,
+        "forward +sum_sq": 12.4,
+        "forward +kept": 22.8,
+        "forward K=8": 11.6,
+        "backward logp": 12.3,
+        "backward logp+entropy": 16.5,
+        "backward all": 22.0,
+    },
+}
+FP32_ALLOWANCE = 1.5
+
+
+def report(*args: str) -> subprocess.CompletedProcess:
+    # Elsewhere in this process the kernels may be interpreted; a compiler needs a process of its own.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", *args], capture_output=True, text=True, env=environment)
+
+
+def rows_of(tmp_path: Path, *args: str) -> list[dict]:
+    for tool in build.NVIDIA_TOOLS:
+        try:
+            build.nvidia_tool(tool)
+        except FileNotFoundError as error:
+            pytest.skip(str(error))
+    run = report(*args, "--json", str(tmp_path / "report.json"))
+    assert run.returncode == 0, run.stderr
+    return json.loads((tmp_path / "report.json").read_text())["rows"]
+
+
+def kernels_in_the_package() -> set[str]:
+    """The launchable functions of triton_kernels/: a new one needs cases of its own in benchmarks/offline/cases.py."""
+    files = (ROOT / "triton_kernels").glob("*.py")
+    names = (node.name for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef))
+    return {name for name in names if name.endswith("_kernel")}
+
+
+def violations(row: dict) -> list[str]:
+    """What `row` exceeds, named."""
+    case = row["case"]
+    found = []
+    if row["resources"]["spilled_bytes"]:
+        found.append(f"{row['resources']['spilled_bytes']} bytes spilled")
+    # So that a row has the same bits in any batch, the forward reads rows that start anywhere element by element; see token_stats.py.
+    if row["wide_share"] < 1 and (case["variant"] in cases.BACKWARD or case["layout"] in cases.ALIGNED):
+        found.append(f"{row['wide_share']:.0%} of the logits in 16-byte loads: {row['load_widths']}")
+    lanes = row["block"] / row["warps"] / build.TARGETS[row["arch"]].warp_size
+    if row["exp2_per_logit"] > row["sweeps"] * (1 + EXP2_OF_A_ROW / lanes):
+        found.append(f"{row['exp2_per_logit']:.2f} exp2 per logit in {row['sweeps']} sweeps")
+    ceiling = CEILINGS[row["arch"]][case["variant"]] * (FP32_ALLOWANCE if case["dtype"] == "fp32" else 1)
+    if row["instructions_per_logit"] > ceiling:
+        found.append(f"{row['instructions_per_logit']:.2f} instructions per logit, ceiling {ceiling}")
+    for name, device in row["devices"].items():
+        if case["variant"] in MEMORY_BOUND and name != "B200" and device["bound"] != "memory":
+            found.append(f"bound by {device['bound']} on {name}")
+    return [f"{row['arch']} {case['variant']} {case['dtype']} {case['layout']}: {what}" for what in found]
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_budgets(arch, tmp_path):
+    rows = rows_of(tmp_path, "--arch", arch, "--jobs", "1")
+    assert {row["kernel"] for row in rows} == kernels_in_the_package()
+    assert {row["case"]["variant"] for row in rows} == {*cases.FORWARD, *cases.BACKWARD}
+    for variant in ("forward", "backward logp+entropy"):
+        assert {row["case"]["layout"] for row in rows if row["case"]["variant"] == variant} == set(cases.LAYOUTS)
+    assert [what for row in rows for what in violations(row)] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+def test_budgets_of_every_variant_type_and_layout(arch, tmp_path):
+    rows = rows_of(tmp_path, "--all", "--arch", arch, "--jobs", "2")
+    assert len(rows) == len(cases.all_cases())
+    assert [what for row in rows for what in violations(row)] == []
+
+
+def test_unknown_architecture_names_the_known_ones():
+    run = report("--arch", "sm_90", "sm_12")
+    assert run.returncode == 2
+    assert "'sm_12'" in run.stderr and all(arch in run.stderr for arch in ARCHS)
+    with pytest.raises(ValueError, match="unknown architecture 'gfx1'.*sm_80, sm_90, sm_100, gfx942"):
+        build.target("gfx1")
+
+
+# --- reading assembly ------------------------------------------------------------------------------------------------------------------------
+
+# A loop over tiles: loads, a test for a rare branch that holds more code and one exponential, the exponentials, the jump back; then a trap.
+SASS = """
+.text.kernel:
+        /*0000*/                   S2R R0, SR_TID.X ;
+.L_x_0:
+        /*0010*/                   LDG.E.EF.128 R4, desc[UR4][R2.64] ;
+        /*0020*/                   BRA.DIV ~URZ, `(.L_x_4) ;
+.L_x_3:
+        /*0030*/              @!P0 BRA `(.L_x_1) ;
+        /*0040*/                   MUFU.EX2 R9, R9 ;
+        /*0050*/                   LDG.E.U16 R10, desc[UR4][R2.64] ;
+.L_x_1:
+        /*0060*/                   MUFU.EX2 R4, R4 ;
+        /*0070*/                   MUFU.EX2 R5, R5 ;
+        /*0080*/               @P0 BRA `(.L_x_0) ;
+        /*0090*/                   EXIT ;
+.L_x_2:
+        /*00a0*/                   BRA `(.L_x_2);
+.L_x_4:
+        /*00b0*/                   WARPSYNC R1 ;
+        /*00c0*/                   BRA `(.L_x_3) ;
+"""
+
+GCN = """
+kernel:
+.LBB0_1:
+\ts_load_dword s0, s[4:5], 0x0
+\ts_and_saveexec_b64 s[0:1], vcc
+\ts_cbranch_execz .LBB0_3
+\tbuffer_load_dwordx4 v[2:5], v2, s[4:7], 0 offen ; a comment
+.LBB0_3:
+\ts_or_b64 exec, exec, s[0:1]
+\tv_exp_f32_e32 v2, v2
+\tv_exp_f32_e32 v3, v3
+\tglobal_store_dwordx4 v[14:15], v[0:3], off
+\ts_cbranch_scc1 .LBB0_1
+\ts_endpgm
+.Lfunc_end0:
+    .group_segment_fixed_size: 128
+    .private_segment_fixed_size: 8
+    .sgpr_count: 20
+    .sgpr_spill_count: 1
+    .vgpr_count: 33
+    .vgpr_spill_count: 2
+"""
+
+
+def test_hot_path_of_sass_is_the_loop_without_its_rare_branch():
+    program = machine._read_sass(SASS)
+    (loop,) = program.loops()  # neither the trap nor the return of the code that was moved out of line
+    assert (loop.head, loop.back) == (1, {8})
+    (path,) = program.hot_paths(tile=2)
+    assert path == [1, 2, 3, 6, 7, 8]
+    assert (program.count(path, "load"), program.count(path, "exp2")) == (1, 2)
+    assert [program.instructions[i].width for i in (1, 5)] == [16, 2]
+
+
+def test_kernel_without_a_loop_is_read_from_entry_to_exit():
+    program = Program([Instruction("MOV"), Instruction("MUFU.EX2", "exp2"), Instruction("EXIT", falls_through=False)])
+    assert program.loops() == []
+    assert program.hot_paths(tile=1) == [[0, 1, 2]]
+
+
+def test_gcn_loads_that_no_lane_may_want_are_on_the_path():
+    program, resources = machine._read_gcn(GCN)
+    (path,) = program.hot_paths(tile=2)
+    assert (program.count(path, "load"), program.count(path, "store"), program.count(path, "exp2")) == (1, 1, 2)
+    assert sum(program.instructions[i].issues for i in path) == 4  # s_ instructions go to a unit of their own
+    assert resources == machine.Resources(registers=33, spilled_bytes=8 + 4 * 3, shared_bytes=128, scalar_registers=20)
+
+
+# --- what is compiled ------------------------------------------------------------------------------------------------------------------------
+
+
+def kernel_for_signature(logits_ptr, rows, stride, vocab, temperature, flag, BLOCK: triton.language.constexpr):
+    pass
+
+
+def test_arguments_are_specialised_as_in_a_launch():
+    import torch
+
+    kernel = triton.runtime.jit.JITFunction(kernel_for_signature)
+    logits = torch.empty(4, dtype=torch.bfloat16, device="meta")
+    source, options = build.source(cases.Launch(kernel, (1,), (logits, 1, 50257, 151936, 1.0, True), {"BLOCK": 1024, "num_warps": 4}))
+    assert source.signature == {
+        "logits_ptr": "*bf16",
+        "rows": "constexpr",
+        "stride": "i32",
+        "vocab": "i32",
+        "temperature": "fp32",
+        "flag": "i1",
+        "BLOCK": "constexpr",
+    }
+    assert source.constants == {(1,): 1, (6,): 1024}
+    assert set(source.attrs) == {(0,), (3,)}  # the odd stride is not marked as a multiple of 16
+    assert options == {"num_warps": 4}
+
+
+def test_large_integers_are_64_bit():
+    kernel = triton.runtime.jit.JITFunction(kernel_for_signature)
+    source, _ = build.source(cases.Launch(kernel, (1,), (None, 2**31, -(2**31), 3, 0.5, False), {"BLOCK": 1024}))
+    assert [source.signature[name] for name in ("rows", "stride")] == ["i64", "i32"]
+
+
+# --- the model -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [
+        (96, 16, 4, (5, "registers")),  # 65536 / (96 * 128) = 5.3
+        (97, 16, 4, (4, "registers")),  # rounded up to 104 a thread
+        (24, 16, 4, (16, "warps")),
+        (24, 0, 1, (32, "programs")),
+        (32, 32768, 4, (6, "shared memory")),  # 228 KiB / (32 + 1)
+    ],
+)
+def test_occupancy_on_h100(registers, shared, warps, expected):
+    assert model.occupancy(machine.Resources(registers, 0, shared), warps, model.DEVICES["H100"]) == expected
+
+
+def test_occupancy_on_mi300x_counts_waves_of_four_simds():
+    assert model.occupancy(machine.Resources(128, 0, 0), 4, model.DEVICES["MI300X"]) == (4, "registers")
+    assert model.occupancy(machine.Resources(24, 0, 0), 4, model.DEVICES["MI300X"]) == (8, "warps")
+
+
+def test_bound_is_what_runs_out_first():
+    h100 = model.DEVICES["H100"]
+    per_clock = h100.bandwidth / 2 / h100.processors / h100.clock  # bf16 logits an SM must take per clock to keep up with memory
+    assert model.bound(2, 1, 1, h100).limit == "memory"
+    assert model.bound(2, 1, 1, h100).bandwidth_share == 1
+    slow = model.bound(2, 2 * h100.issue / per_clock, 1, h100)
+    assert (slow.limit, slow.bandwidth_share) == ("issue", pytest.approx(0.5))
+    assert model.bound(2, 1, 4, h100).limit == "exp2"
