@@ -1,0 +1,117 @@
+"""`make bench-check`: reruns a small set and compares speed-ups over eager PyTorch with the committed results; exits 1 beyond 15 %.
+
+    python benchmarks/check.py [--device cpu] [--against benchmarks/results/cpu-....json] [--tolerance 0.15]
+
+Ratios only, never absolute times: both sides run in the same rounds, so that a slower clock or a busy machine slows both. They still depend on the
+processor, so results of another processor are compared but not judged (--strict judges them too). A case that fails is measured once more, and the
+better of the two counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import json
+import os
+import sys
+
+import torch
+from contenders import BOTH, EAGER, contenders
+from measure import Case, machine, results_folder, run_case
+from table import columns, ratios
+
+_CHECKED = ("rlkern", "rlkern, in place")
+
+
+def same_machine(a: dict, b: dict) -> bool:
+    """Results of one kind of machine: the GPU's name, or the processor's with its instruction set and the number of threads."""
+    if "gpu" in a or "gpu" in b:
+        return a.get("gpu") == b.get("gpu")
+    return all(a.get(key) == b.get(key) for key in ("cpu", "threads")) and _isa(a) == _isa(b)
+
+
+def _isa(info: dict) -> str:
+    return info.get("native", "").split("(")[0]
+
+
+def find_committed(here: dict, device: str, folder: str) -> str | None:
+    """The newest committed results of this kind of machine, else the newest of another."""
+    newest_first = sorted(glob.glob(os.path.join(folder, "*.json")), key=lambda p: p[-len("2026-01-01.json") :], reverse=True)
+    paths = [p for p in newest_first if any(c["device"] == device for c in json.load(open(p)).get("cases", []))]
+    return next((p for p in paths if same_machine(json.load(open(p))["machine"], here)), paths[0] if paths else None)
+
+
+def small_set(document: dict, device: str, limit: int) -> list[dict]:
+    """The committed cases worth rerunning: logp and entropy, the ones that take least time first."""
+    cases = [c for c in document["cases"] if c["device"] == device and c["computes"] == BOTH]
+    return sorted(cases, key=lambda c: next((r["total"]["ms"] for r in c["results"] if r["name"] == EAGER), 1e9))[:limit]
+
+
+def speedups(case: dict) -> dict[str, float]:
+    """Over the eager baseline, forward + backward, of the contenders under guard."""
+    return {name: r["eager"] for name, r in ratios(case).items() if name in _CHECKED and "eager" in r}
+
+
+def compare(committed: dict[str, float], measured: dict[str, float], tolerance: float) -> dict[str, float]:
+    """The names that fell back by more than `tolerance`, with measured / committed; a name that is missing now counts as 0."""
+    return {name: now / was for name, was in committed.items() if (now := measured.get(name, 0.0)) < (1 - tolerance) * was}
+
+
+def check(case: dict, rounds: int, tolerance: float) -> tuple[dict[str, float], dict[str, float]]:
+    """(measured speed-ups, those that fell back) of one committed case."""
+    wanted = [c for c in contenders(case["device"])[0] if c.name in (*_CHECKED, EAGER)]
+    best: dict[str, float] = {}
+    for _ in range(2):
+        again = run_case(Case(*(case[field] for field in Case._fields)), wanted, rounds)
+        best = {name: max(value, best.get(name, 0.0)) for name, value in speedups(again).items()}
+        if not compare(speedups(case), best, tolerance):
+            break
+    return best, compare(speedups(case), best, tolerance)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--against", metavar="JSON", help="committed results (default: the newest of this machine's kind)")
+    parser.add_argument("--tolerance", type=float, default=0.15)
+    parser.add_argument("--cases", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--strict", action="store_true", help="judge also against results of another machine")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: nothing compared")
+        return 0
+    here = machine()
+    if args.device == "cpu":
+        here.pop("gpu", None)
+    path = args.against or find_committed(here, args.device, results_folder())
+    if path is None:
+        print(f"no committed results for {args.device} under {results_folder()}: `make bench` writes them")
+        return 1
+    with open(path) as file:
+        document = json.load(file)
+    judged = args.strict or same_machine(document["machine"], here)
+    rows, failed = [["speed-up over " + EAGER, "committed", "now", "now / committed", ""]], False
+    for case in small_set(document, args.device, args.cases):
+        measured, fallen = check(case, args.rounds, args.tolerance)
+        failed |= bool(fallen)
+        for name, was in speedups(case).items():
+            now = measured.get(name, 0.0)
+            verdict = "FELL BACK" if name in fallen else "ok"
+            rows.append([f"{name}, {case['dtype']}, {case['rows']} x {case['vocab']}", f"{was:.2f}", f"{now:.2f}", f"{now / was:.2f}", verdict])
+    print(f"against {os.path.relpath(path)}, tolerance {100 * args.tolerance:.0f} %\n{columns(rows)}")
+    if len(rows) == 1:
+        print("these results hold no case to compare")
+        return 1
+    if not judged:
+        print(f"not judged: recorded on another machine ({describe(document['machine'])}; this is {describe(here)}); --strict judges all the same")
+        return 0
+    return 1 if failed else 0
+
+
+def describe(info: dict) -> str:
+    return info.get("gpu") or f"{info.get('cpu')}, {info.get('threads')} threads, {_isa(info).strip()}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""Every way to get log-probabilities, and entropies, with their gradient from logits, behind one call: `outputs = forward(x, y)`.
+
+`x` is [N, V] and requires grad, `y` [N] int64; `forward` returns (logp, entropy) or (logp,), from which autograd takes the gradient. A contender
+that returns losses instead (-logp) costs the same. Contenders are only ever compared with those that compute the same thing.
+Peers are optional: one that is not installed, or does not load, is reported in one line and left out.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import rlkern
+
+LOGP, BOTH = "logp", "logp+entropy"
+EAGER = "eager log_softmax"  # what ratios are given against: float32 log_softmax, gather, entropy from the same log-probabilities
+
+
+class Contender(NamedTuple):
+    name: str
+    computes: str  # LOGP or BOTH
+    forward: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+    kind: str = "eager"  # "rlkern", "eager", "compiled" or "peer"
+    in_place: bool = False  # the gradient (or the forward) overwrites the logits
+    backward: bool = True  # False: a forward without gradient
+    slow: bool = False  # seconds to compile for every new shape
+
+
+# --- rlkern ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def _rlkern_both(x, y, inplace=False):
+    stats = rlkern.token_stats(x, y, inplace_backward=inplace)
+    return stats.logp, stats.entropy
+
+
+def _rlkern_logp(x, y, inplace=False):
+    return (rlkern.token_logprobs(x, y, inplace_backward=inplace),)
+
+
+# --- plain PyTorch, as trainers write it -----------------------------------------------------------------------------------------------------
+
+
+def log_softmax_both(x, y):
+    """Float32 log_softmax once, gather, and -sum p log p from it."""
+    log_p = F.log_softmax(x.float(), dim=-1)
+    return log_p.gather(-1, y.unsqueeze(-1)).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+
+
+def logsumexp_both(x, y):
+    """verl's way: logp from logsumexp, entropy as logsumexp - sum softmax * x; in float32."""
+    x = x.float()
+    lse = torch.logsumexp(x, dim=-1)
+    p = torch.softmax(x, dim=-1)
+    return x.gather(-1, y.unsqueeze(-1)).squeeze(-1) - lse, lse - (p * x).sum(-1)
+
+
+def row_loop_both(x, y, sequences=8, chunk=128):
+    """TRL's way without its kernel: a loop over sequences for logp, over chunks of rows for the entropy; in the dtype of the logits."""
+    logps, entropies = [], []
+    for rows, labels in zip(x.chunk(sequences), y.chunk(sequences), strict=True):
+        if x.dtype == torch.float32:
+            logps.append(rows.gather(-1, labels.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(rows, dim=-1))
+        else:
+            logps.append(F.log_softmax(rows, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1))
+    for rows in x.split(chunk):
+        log_p = F.log_softmax(rows, dim=-1)
+        entropies.append(-(log_p.exp() * log_p).sum(-1))
+    return torch.cat(logps), torch.cat(entropies)
+
+
+def log_softmax_logp(x, y):
+    return (F.log_softmax(x.float(), dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1),)
+
+
+def logsumexp_logp(x, y):
+    x = x.float()
+    return (x.gather(-1, y.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(x, dim=-1),)
+
+
+def cross_entropy_logp(x, y):
+    return (F.cross_entropy(x.float(), y, reduction="none"),)
+
+
+# --- other packages --------------------------------------------------------------------------------------------------------------------------
+
+
+def _load_file(package: str, path: str):
+    """A module of an installed package by its file alone: the package's own imports, and what they depend on, stay out of it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise ImportError(f"{package} is not installed")
+    file = Path(spec.submodule_search_locations[0]) / path
+    if not file.exists():
+        raise ImportError(f"this version of {package} has no {path}")
+    name = "_peer_" + package + "_" + file.stem
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _trl() -> list[Contender]:
+    kernel = _load_file("trl", "kernels/logprob_entropy.py").selective_log_softmax_and_entropy
+    return [
+        Contender("TRL kernel", BOTH, lambda x, y: kernel(x, y), "peer"),
+        Contender("TRL kernel", LOGP, lambda x, y: kernel(x, y)[:1], "peer"),
+    ]
+
+
+def _liger() -> list[Contender]:
+    cross_entropy = importlib.import_module("liger_kernel.ops.cross_entropy").LigerCrossEntropyFunction
+    grpo = importlib.import_module("liger_kernel.ops.grpo_loss")
+
+    def ce(x, y):
+        return (cross_entropy.apply(x, y, None, -100, 0.0, 0.0, "none", None, False)[0],)
+
+    def grpo_loss(x, y):  # old_logp=None makes the ratio 1; it drops the last position, so N - 1 rows
+        advantages = torch.ones(1, device=x.device)
+        loss = grpo.GrpoLossFunction.apply(
+            x[None], None, None, y[None, 1:].contiguous(), advantages, None, 1.0, 0.0, 0.2, 0.2, False, "grpo", None, False
+        )
+        return (loss[0].squeeze(0),)
+
+    def selective(x, y):
+        return (grpo.fused_selective_log_softmax(x.detach()[None], y[None], 1.0).squeeze(0),)
+
+    return [
+        Contender("Liger cross-entropy", LOGP, ce, "peer", in_place=True),
+        Contender("Liger GRPO loss", LOGP, grpo_loss, "peer"),
+        Contender("Liger selective log-softmax", LOGP, selective, "peer", backward=False),
+    ]
+
+
+def _flash_attention() -> list[Contender]:
+    cross_entropy = _load_file("flash_attn", "ops/triton/cross_entropy.py").cross_entropy_loss
+    return [
+        Contender("flash-attn cross-entropy", LOGP, lambda x, y: cross_entropy(x, y)[:1], "peer"),
+        Contender("flash-attn cross-entropy, in place", LOGP, lambda x, y: cross_entropy(x, y, inplace_backward=True)[:1], "peer", in_place=True),
+    ]
+
+
+def _quack() -> list[Contender]:
+    cross_entropy = importlib.import_module("quack.cross_entropy").cross_entropy
+    return [Contender("quack cross-entropy", LOGP, lambda x, y: (cross_entropy(x, y, reduction="none"),), "peer")]
+
+
+_PEERS = {"TRL": _trl, "Liger": _liger, "flash-attn": _flash_attention, "quack": _quack}
+
+
+def _compiled(forward):
+    # A fresh wrapper per case: static shapes give the compiler its best code.
+    return torch.compile(forward, dynamic=False, fullgraph=True)
+
+
+def contenders(device: str) -> tuple[list[Contender], list[str]]:
+    """All contenders that exist on `device` ("cpu" or "cuda"), and one line for each that is absent."""
+    found = [
+        Contender("rlkern", BOTH, _rlkern_both, "rlkern"),
+        Contender("rlkern, in place", BOTH, lambda x, y: _rlkern_both(x, y, True), "rlkern", in_place=True),
+        Contender(EAGER, BOTH, log_softmax_both),
+        Contender("eager logsumexp (verl)", BOTH, logsumexp_both),
+        Contender("eager row loop (TRL)", BOTH, row_loop_both),
+        Contender("compiled log_softmax", BOTH, _compiled(log_softmax_both), "compiled", slow=True),
+        Contender("compiled logsumexp", BOTH, _compiled(logsumexp_both), "compiled", slow=True),
+        Contender("rlkern", LOGP, _rlkern_logp, "rlkern"),
+        Contender("rlkern, in place", LOGP, lambda x, y: _rlkern_logp(x, y, True), "rlkern", in_place=True),
+        Contender(EAGER, LOGP, log_softmax_logp),
+        Contender("eager logsumexp", LOGP, logsumexp_logp),
+        Contender("eager cross_entropy", LOGP, cross_entropy_logp),
+        Contender("compiled log_softmax", LOGP, _compiled(log_softmax_logp), "compiled", slow=True),
+        Contender("compiled logsumexp", LOGP, _compiled(logsumexp_logp), "compiled", slow=True),
+    ]
+    absent = []
+    for name, load in _PEERS.items():
+        if device == "cpu":
+            absent.append(f"{name}: its kernels need a GPU")
+            continue
+        try:
+            found += load()
+        except Exception as error:  # whatever keeps a peer from loading, the others run on
+            absent.append(f"{name}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    return found, absent

@@ -1,0 +1,123 @@
+"""`make bench`: rlkern against eager PyTorch, torch.compile and the peers that are installed; time, memory, share of the copy bandwidth.
+
+    python benchmarks/run.py                       the default set of this machine (a GPU where there is one, else the CPU; about three minutes)
+    python benchmarks/run.py --device cpu --dtypes bf16 --shapes 512x32768 --computes logp+entropy
+    python benchmarks/run.py --full                all vocabularies, both dtypes, logp alone too
+
+Writes benchmarks/results/<machine>-<date>.json and .png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+
+import torch
+from contenders import BOTH, LOGP, contenders
+from measure import DTYPES, Case, machine, results_folder, run_case
+from table import render
+
+VOCABULARIES = (32_000, 128_256, 151_936, 262_144, 50_257)
+_CPU_SHAPES = ((512, 32_768), (128, 151_936))
+_GPU_ROWS = 8192
+
+
+def default_cases(device: str, full: bool = False) -> list[Case]:
+    """Most telling cases first: a time budget cuts the list from its end."""
+    if device == "cuda":
+        cases = [Case(device, "bf16", _GPU_ROWS, 151_936, kind) for kind in (BOTH, LOGP)]
+        cases += [Case(device, "bf16", _GPU_ROWS, v, BOTH) for v in VOCABULARIES if v != 151_936]
+        cases += [Case(device, "fp32", _GPU_ROWS, 151_936, BOTH)]
+        if full:
+            cases += [Case(device, "bf16", _GPU_ROWS, v, LOGP) for v in VOCABULARIES if v != 151_936]
+            cases += [Case(device, "fp32", _GPU_ROWS, v, BOTH) for v in VOCABULARIES if v not in (151_936, 262_144)]
+        return cases
+    cases = [Case(device, dtype, *shape, BOTH) for dtype in ("bf16", "fp32") for shape in _CPU_SHAPES]
+    cases += [Case(device, "bf16", *_CPU_SHAPES[0], LOGP)]
+    if full:
+        cases += [Case(device, dtype, max(32, (1 << 24) // v), v, BOTH) for dtype in ("bf16", "fp32") for v in VOCABULARIES if v != 151_936]
+        cases += [Case(device, "fp16", *_CPU_SHAPES[0], BOTH), Case(device, "bf16", *_CPU_SHAPES[1], LOGP)]
+    return cases
+
+
+def slug(info: dict, device: str) -> str:
+    name = info.get("gpu", "gpu") if device == "cuda" else "cpu " + re.sub(r"\(.*?\)|CPU|Processor|@.*", "", info["cpu"])
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def save(document: dict, folder: str, name: str) -> str:
+    os.makedirs(folder, exist_ok=True)
+    path = os.path.join(folder, name + ".json")
+    with open(path, "w") as file:
+        json.dump(document, file, indent=1)
+        file.write("\n")
+    return path
+
+
+def measure_all(cases: list[Case], rounds: int, budget: float, log=print, on_case=lambda document: None, compiled: bool = True) -> dict:
+    """Runs `cases` until `budget` seconds are spent; the ones that did not fit are named in the result."""
+    document = {"machine": machine(), "cases": [], "absent": [], "left_out": []}
+    found, document["absent"] = contenders(cases[0].device)
+    for line in document["absent"]:
+        log(f"absent: {line}")
+    started = time.perf_counter()
+    for i, case in enumerate(cases):
+        spent = time.perf_counter() - started
+        if spent > budget:
+            document["left_out"] = [str(c) for c in cases[i:]]
+            log(f"time budget of {budget:.0f} s spent; left out: {'; '.join(document['left_out'])}")
+            break
+        # The compiler takes most of the time: once two thirds of it are gone, the remaining cases do without.
+        measured = run_case(case, found, rounds, log, skip_slow=not compiled or spent > 2 / 3 * budget)
+        document["cases"].append(measured)
+        log(f"\n{render(measured)}\n  ({time.perf_counter() - started - spent:.0f} s)")
+        sys.stdout.flush()
+        on_case(document)
+    return document
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="replaces the default set, with --shapes")
+    parser.add_argument("--shapes", nargs="+", metavar="NxV", help="such as 512x32768")
+    parser.add_argument("--computes", nargs="+", choices=(BOTH, LOGP), default=[BOTH])
+    parser.add_argument("--full", action="store_true", help="all vocabularies and dtypes")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="start no further case after this time")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--out", default=results_folder(), help="folder for the JSON and the PNG")
+    parser.add_argument("--name", help="file name without its ending (default: <machine>-<date>)")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: nothing measured (--device cpu measures this processor)")
+        return 0
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    cases = default_cases(args.device, args.full)
+    if args.shapes or args.dtypes:
+        shapes = [tuple(int(n) for n in shape.replace(",", "").split("x")) for shape in args.shapes or ["512x32768"]]
+        cases = [Case(args.device, dtype, *shape, kind) for kind in args.computes for dtype in args.dtypes or ["bf16"] for shape in shapes]
+
+    info = machine()
+    print("\n".join(f"{key}: {value}" for key, value in info.items()))
+    name = args.name or f"{slug(info, args.device)}-{info['date'][:10]}"
+    document = measure_all(cases, args.rounds, args.budget, on_case=lambda d: save(d, args.out, name), compiled=not args.no_compile)
+    path = save(document, args.out, name)
+    print(f"\nwrote {path}")
+    try:
+        from plot import plot
+
+        print(f"wrote {plot(document, path.removesuffix('.json') + '.png')}")
+    except ImportError as error:
+        print(f"no plot: {error}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

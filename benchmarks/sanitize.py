@@ -1,0 +1,133 @@
+"""Launches every variant of every kernel on small inputs and compares with the reference; meant to run under compute-sanitizer.
+
+    compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
+
+Inputs are made on the CPU, so that the kernels under test are nearly all that the tool has to watch. Exits 1 if a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import math
+import subprocess
+import sys
+
+import torch
+
+import rlkern
+from rlkern import reference
+
+_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def variants():
+    """(dtype, vocab, layout, options) over everything that makes the launcher choose other code."""
+    for dtype in _TOLERANCE:
+        for vocab, layout in ((5000, "rows"), (9001, "rows"), (5000, "odd stride"), (9001, "in place")):
+            yield dtype, vocab, layout, {}
+    for vocab, layout in itertools.product((1, 7, 256, 5000), ("rows", "slice", "odd stride", "in place")):
+        yield torch.bfloat16, vocab, layout, {}
+    everything = {"mask": True, "row_temperature": True, "with_sum_sq": True, "min_p": 0.05, "targets": 5}
+    for vocab, layout in ((5000, "rows"), (9001, "odd stride")):
+        for options in (
+            {"mask": True},
+            {"row_temperature": True},
+            {"temperature": 0.7},
+            {"with_sum_sq": True},
+            {"min_p": 0.1},
+            {"min_prob": 1e-3},
+            {"targets": 3},
+            {"holes": True},
+            everything,
+        ):
+            yield torch.bfloat16, vocab, layout, options
+        yield torch.float32, vocab, layout, everything
+        yield torch.float64, vocab, layout, everything
+
+
+def _logits(dtype, vocab, layout, generator):
+    """[A, B, V] on the CPU with the strides of `layout`; the storage around it holds NaN, so a stray read shows."""
+    outer, inner = 2, 3
+    width = {"odd stride": vocab + 1}.get(layout, vocab)
+    height = inner + 1 if layout == "slice" else inner
+    storage = torch.full((outer, height, width), math.nan, dtype=dtype)
+    x = storage[:, :inner, :vocab]
+    x.copy_(3 * torch.randn(outer, inner, vocab, generator=generator))
+    return storage, x
+
+
+def check(dtype, vocab, layout, options, device="cuda") -> str | None:
+    """Runs one variant forward and backward; returns what is wrong with it, or None."""
+    generator = torch.Generator().manual_seed(vocab)
+    options = dict(options)
+    storage, x = _logits(dtype, vocab, layout, generator)
+    rows, k = x.shape[:-1], options.pop("targets", None)
+    if options.pop("holes", False) and vocab > 8:
+        x[..., : vocab // 3] = -math.inf
+        x[0, :, vocab // 2 :] = -math.inf
+    y = torch.randint(vocab, (*rows, k) if k else rows, generator=generator)
+    if vocab > 8 and not k:
+        y = vocab // 3 + y % (vocab // 2 - vocab // 3)
+    mask = torch.rand(rows, generator=generator) < 0.7 if options.pop("mask", False) else None
+    temperature = 0.5 + torch.rand(rows, generator=generator) if options.pop("row_temperature", False) else options.pop("temperature", 1.0)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    weights = [torch.randn(rows, generator=generator, dtype=acc) for _ in range(4)]
+    g_logp = torch.randn(y.shape, generator=generator, dtype=acc)
+
+    def loss(stats, logp, w):
+        parts = [(logp * w[0]).sum(), (stats.entropy * w[1]).sum(), (stats.logsumexp * w[2]).sum()]
+        parts += [(stats.sum_sq_prob * w[3]).sum()] if options.get("with_sum_sq") else []
+        return sum(parts + ([(stats.kept_logmass * w[4]).sum()] if stats.kept_logmass is not None else []))
+
+    on_device = storage.to(device, copy=True).as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_()
+    t = temperature.to(device) if isinstance(temperature, torch.Tensor) else temperature
+    kw = dict(options, mask=None if mask is None else mask.to(device), temperature=t, inplace_backward=layout == "in place")
+    stats = rlkern.token_stats(on_device, y.to(device), **kw)
+    got = torch.autograd.grad(loss(stats, stats.logp, [w.to(device) for w in [g_logp, *weights]]), on_device)[0]
+
+    exact_x = x.double().requires_grad_()
+    exact_t = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    exact = reference.token_stats(exact_x, y if k else y.unsqueeze(-1), exact_t, options.get("min_p"), options.get("min_prob"))
+    keep = torch.ones(rows, dtype=torch.bool) if mask is None else mask
+    exact_logp = exact.logp if k else exact.logp.squeeze(-1)
+    masked = type(exact)(*(None if f is None else torch.where(keep, f, 0) if f.shape == rows else f for f in exact))
+    exact_logp = torch.where(keep.unsqueeze(-1) if k else keep, exact_logp, 0)
+    expected = torch.autograd.grad(loss(masked, exact_logp, [w.double() for w in [g_logp, *weights]]), exact_x)[0]
+    compared = {
+        "logp": (stats.logp, exact_logp, 1e-5),
+        "entropy": (stats.entropy, masked.entropy, 1e-5),
+        "gradient": (got, expected, _TOLERANCE[dtype]),
+    }
+    for name, (value, wanted, tolerance) in compared.items():
+        error = (value.cpu().double() - wanted.detach()).abs() - tolerance * (1 + wanted.detach().abs())
+        if not (error <= 0).all():
+            return f"{name} off by {(value.cpu().double() - wanted.detach()).abs().max().item():.2e}"
+    return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=1, help="processes to share the variants among")
+    parser.add_argument("--part", type=int, nargs=2, default=(0, 1), metavar=("I", "OF"), help="only every OF-th variant, from the I-th on")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no GPU here: nothing to check")
+        return 0
+    if args.jobs > 1:
+        jobs = [subprocess.Popen([sys.executable, __file__, "--part", str(i), str(args.jobs)]) for i in range(args.jobs)]
+        return 1 if any([job.wait() for job in jobs]) else 0
+    mine = list(variants())[args.part[0] :: args.part[1]]
+    wrong = 0
+    for variant in mine:
+        message = check(*variant)
+        if message:
+            wrong += 1
+            print("WRONG", *variant, message)
+    torch.cuda.synchronize()
+    print(f"{len(mine)} kernel variants launched, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""Measured cases as text: `python benchmarks/table.py benchmarks/results/*.json` prints them again, `--markdown` for a document."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from contenders import EAGER
+
+
+def ratios(case: dict, phase: str = "total") -> dict[str, dict[str, float]]:
+    """For each contender its speed-up, in `phase`, over the eager baseline, the fastest eager and the fastest compiled variant."""
+    ms = {r["name"]: r[phase]["ms"] for r in case["results"] if phase in r}
+    kinds = {r["name"]: r["kind"] for r in case["results"]}
+    base = {
+        "eager": ms.get(EAGER),
+        "best eager": min((t for n, t in ms.items() if kinds[n] == "eager"), default=None),
+        "compiled": min((t for n, t in ms.items() if kinds[n] == "compiled"), default=None),
+    }
+    return {name: {b: t / mine for b, t in base.items() if t is not None} for name, mine in ms.items()}
+
+
+def columns(rows: list[list[str]]) -> str:
+    """Left-aligned first column, right-aligned others."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows)
+
+
+def _ms(entry, phase):
+    return f"{entry[phase]['ms']:.3f}" if phase in entry else "-"
+
+
+def _of_copy(entry, phase):
+    return f"{100 * entry[phase]['of_copy']:.1f}%" if phase in entry else "-"
+
+
+def render(case: dict) -> str:
+    """One case as a table, fastest first."""
+    head = f"{case['computes']}, {case['dtype']}, N = {case['rows']:,}, V = {case['vocab']:,}, {case['device']}: copy {case['copy_gb_s']:,.0f} GB/s"
+    speedups = ratios(case)
+    rows = [["", "fwd ms", "bwd ms", "both ms", "spread", "fwd/copy", "bwd/copy", "x eager", "x best eager", "x compiled", "extra MB", "logp error"]]
+    for entry in sorted(case["results"], key=lambda r: r["total"]["ms"] if "total" in r else r["forward"]["ms"]):
+        ratio = speedups.get(entry["name"], {})
+        main = entry.get("total", entry["forward"])
+        rows.append(
+            [entry["name"]]
+            + [_ms(entry, phase) for phase in ("forward", "backward", "total")]
+            + [f"{100 * main['spread']:.1f}%", _of_copy(entry, "forward"), _of_copy(entry, "backward")]
+            + [f"{ratio[b]:.2f}" if b in ratio else "-" for b in ("eager", "best eager", "compiled")]
+            + ["-" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:,.0f}"]
+            + ["-" if entry["logp_error"] is None else f"{entry['logp_error']:.1e}"]
+        )
+    lines = [head, columns(rows)] + [f"  not measured: {name}: {why}" for name, why in case["skipped"].items()]
+    return "\n".join(lines)
+
+
+def _compact_rows(case: dict) -> list[list[str]]:
+    speedups = ratios(case)
+    head = f"{case['computes']} {case['dtype']} {case['rows']}x{case['vocab']}, copy {case['copy_gb_s']:,.0f} GB/s"
+    rows = [[head, "fwd ms", "bwd ms", "fwd", "bwd", "x eager", "x comp.", "MB"]]
+    for entry in sorted(case["results"], key=lambda r: r["total"]["ms"] if "total" in r else r["forward"]["ms"]):
+        ratio = speedups.get(entry["name"], {})
+        rows.append(
+            [entry["name"], _ms(entry, "forward"), _ms(entry, "backward"), _of_copy(entry, "forward"), _of_copy(entry, "backward")]
+            + [f"{ratio[b]:.2f}" if b in ratio else "-" for b in ("eager", "compiled")]
+            + ["-" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:,.0f}"]
+        )
+    return rows
+
+
+def compact(case: dict) -> str:
+    """The columns that matter, one line per contender."""
+    return columns(_compact_rows(case))
+
+
+def sweep_table(swept: list[dict]) -> str:
+    """For every case of a launch sweep the shape in use, the fastest one, and those behind it."""
+    rows = [["BLOCK/num_warps/stages", "now", "ms", "of copy", "fastest", "ms", "of copy", "gain", "next"]]
+    for case in swept:
+        timed = [e for e in case["shapes"] if "ms" in e]
+        now, best = next(e for e in timed if e["current"]), timed[0]
+        shown = [[_shape(e), f"{e['ms']:.3f}", f"{100 * e['of_copy']:.1f}%"] for e in (now, best)]
+        rows.append(
+            [f"{case['direction']} {case['dtype']} {case['vocab']}", *shown[0], *shown[1], f"{now['ms'] / best['ms']:.3f}"]
+            + [" ".join(f"{_shape(e)}:{e['ms']:.3f}" for e in timed[1:4])]
+        )
+    return columns(rows)
+
+
+def _shape(entry: dict) -> str:
+    return "/".join(str(n) for n in entry["shape"])
+
+
+def markdown(case: dict) -> str:
+    """The compact table for a document."""
+    head, *rows = _compact_rows(case)
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["---:"] * (len(head) - 1), *rows)]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("files", nargs="+", metavar="JSON")
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    for path in args.files:
+        with open(path) as file:
+            document = json.load(file)
+        print(f"{path}: {document['machine']}\n")
+        for case in document["cases"]:
+            print((markdown if args.markdown else render)(case) + "\n")
+        if document.get("sweep"):
+            print(sweep_table(document["sweep"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,355 @@
+"""The kernels on a real GPU, at the sizes of training. Skipped where there is none; `make gpu` runs it."""
+
+import math
+
+import pytest
+import torch
+
+import rlkern
+from rlkern import reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+ROWS, VOCAB = 8192, 151_936
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 0.0, torch.float64: 0.0}  # of a gradient, to its dtype
+
+
+def random_logits(*shape, dtype=torch.bfloat16, scale=3.0, seed=0):
+    generator = torch.Generator("cuda").manual_seed(seed)
+    x = torch.empty(shape, dtype=dtype, device="cuda")
+    for part in x.view(-1, shape[-1]).split(max(1, (1 << 28) // shape[-1])):
+        part.copy_(torch.randn(part.shape, generator=generator, device="cuda") * scale)
+    return x
+
+
+def random_targets(vocab, *shape, seed=1):
+    return torch.randint(vocab, shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+
+def upstream(*shape, seed=2, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda", dtype=dtype)
+
+
+def exact(x, y, g_logp, g_entropy, temperature=1.0):
+    """(logp, entropy, d_x) of rows [R, V] in float64, from the reference through autograd."""
+    x = x.detach().double().requires_grad_()
+    stats = reference.token_stats(x, y.unsqueeze(-1), temperature)
+    logp = stats.logp.squeeze(-1)
+    (d_x,) = torch.autograd.grad((logp * g_logp.double()).sum() + (stats.entropy * g_entropy.double()).sum(), x)
+    return logp.detach(), stats.entropy.detach(), d_x
+
+
+def gradient_terms(log_p, entropy, y, g_logp, g_entropy):
+    """The sizes of the terms that an entry of d_x [R, V] is the sum of: where they cancel, an error in proportion to them remains."""
+    p = log_p.exp()
+    terms = p * (g_logp.abs().unsqueeze(-1) + g_entropy.abs().unsqueeze(-1) * (log_p.clamp_min(-1e4).abs() + entropy.unsqueeze(-1)))
+    return terms.scatter_add_(-1, y.unsqueeze(-1), g_logp.abs().unsqueeze(-1))
+
+
+def check_rows(x, y, stats, d_x, grads, rows, temperature=1.0):
+    """Compares chosen rows of a [N, V] result with float64."""
+    g_logp, g_entropy = (g[rows].double() for g in grads)
+    logp, entropy, gradient = exact(x[rows], y[rows], g_logp, g_entropy, temperature)
+    tolerance = 1e-11 if x.dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(stats.logp[rows].double(), logp, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(stats.entropy[rows].double(), entropy, rtol=tolerance, atol=tolerance)
+    t = temperature.unsqueeze(-1) if isinstance(temperature, torch.Tensor) else temperature
+    terms = gradient_terms(torch.log_softmax(x[rows].double() / t, -1), entropy, y[rows], g_logp, g_entropy) / t
+    # float16 has subnormals: below 6e-5 an entry is rounded to a multiple of 6e-8, not in proportion
+    allowed = ROUNDING[x.dtype] * gradient.abs() + tolerance * terms + (6e-8 if x.dtype == torch.float16 else 0)
+    excess = (d_x[rows].double() - gradient).abs() - allowed
+    assert (excess <= 0).all(), f"gradient off by {excess.max().item():.1e} more than allowed"
+
+
+def forward_backward(x, y, grads, **options):
+    x = x.detach().requires_grad_()
+    stats = rlkern.token_stats(x, y, **options)
+    (d_x,) = torch.autograd.grad((stats.logp, stats.entropy), x, grads)
+    return stats, d_x
+
+
+def spread_rows(n, count=24):
+    return torch.linspace(0, n - 1, count, device="cuda").long()
+
+
+# --- full size -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (VOCAB, torch.float32), (50_257, torch.bfloat16), (32_000, torch.float16)])
+def test_full_size(vocab, dtype):
+    x, y = random_logits(ROWS, vocab, dtype=dtype), random_targets(vocab, ROWS)
+    grads = upstream(ROWS), upstream(ROWS, seed=3)
+    stats, d_x = forward_backward(x, y, grads)
+    check_rows(x, y, stats, d_x, grads, spread_rows(ROWS))
+    for chunk in torch.arange(ROWS, device="cuda").split(256):  # the whole, in float32
+        log_p = torch.log_softmax(x[chunk].float(), -1)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(-1)
+        torch.testing.assert_close(stats.logp[chunk], log_p.gather(-1, y[chunk, None]).squeeze(-1), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(stats.entropy[chunk], entropy, rtol=5e-5, atol=5e-5)
+        expected = -p * (grads[0][chunk, None] + grads[1][chunk, None] * (log_p + entropy[:, None]))
+        expected.scatter_add_(-1, y[chunk, None], grads[0][chunk, None])
+        terms = gradient_terms(log_p, entropy, y[chunk], grads[0][chunk], grads[1][chunk])
+        excess = (d_x[chunk].float() - expected).abs() - 1.1 * ROUNDING[dtype] * expected.abs() - 5e-5 * terms - 1e-7
+        assert (excess <= 0).all(), f"gradient off by {excess.max().item():.1e} more than allowed in rows {chunk[0].item()} .. {chunk[-1].item()}"
+
+
+def test_more_than_2_to_the_31_logits():
+    vocab = 262_144
+    n = 2**31 // vocab + 40
+    x, y = random_logits(n, vocab), random_targets(vocab, n)
+    grads = upstream(n), upstream(n, seed=3)
+    stats, d_x = forward_backward(x, y, grads)
+    rows = torch.tensor([0, 1, n // 2, 2**31 // vocab - 1, 2**31 // vocab, n - 2, n - 1], device="cuda")
+    check_rows(x, y, stats, d_x, grads, rows)
+
+
+def test_more_rows_than_a_grid_has_in_y():
+    n, vocab = 140_000, 1000
+    x, y = random_logits(n, vocab), random_targets(vocab, n)
+    grads = upstream(n), upstream(n, seed=3)
+    stats, d_x = forward_backward(x, y, grads)
+    check_rows(x, y, stats, d_x, grads, spread_rows(n, 200))
+
+
+def test_memory_is_one_gradient():
+    x, y = random_logits(1024, VOCAB).requires_grad_(), random_targets(VOCAB, 1024)
+    size = x.numel() * x.element_size()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    stats = rlkern.token_stats(x, y)
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    (stats.logp + stats.entropy).sum().backward()
+    assert torch.cuda.max_memory_allocated() - before < size + (1 << 20)
+
+
+# --- dtypes, sizes, strides ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 2, 7, 33, 255, 1024, 4095, 4096, 4097, 12_289, 32_000, 50_257, 151_937])
+def test_dtypes_and_vocabularies(dtype, vocab):
+    x, y = random_logits(5, vocab, dtype=dtype), random_targets(vocab, 5)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    grads = upstream(5, dtype=acc), upstream(5, seed=3, dtype=acc)
+    stats, d_x = forward_backward(x, y, grads)
+    assert stats.logp.dtype == acc and d_x.dtype == dtype
+    check_rows(x, y, stats, d_x, grads, slice(None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [4096, 50_257])
+@pytest.mark.parametrize("layout", ["shifted", "odd stride", "offset", "column slice", "permuted", "four dims"])
+def test_layouts(dtype, vocab, layout):
+    batch, length = 2, 5
+    storage = random_logits(batch, length + 1, vocab + 3, dtype=dtype)
+    x = {
+        "shifted": lambda: storage[..., :vocab].contiguous()[:, :-1],
+        "odd stride": lambda: storage[:, :length, :vocab],
+        "offset": lambda: storage.view(-1)[1 : 1 + batch * length * vocab].view(batch, length, vocab),
+        "column slice": lambda: storage[:, :length, 2 : 2 + vocab],
+        "permuted": lambda: storage[..., :vocab].transpose(0, 1)[:length],
+        "four dims": lambda: storage[:, :length, :vocab].unsqueeze(1),
+    }[layout]()
+    rows = x.shape[:-1]
+    y, grads = random_targets(vocab, *rows), (upstream(*rows), upstream(*rows, seed=3))
+    stats, d_x = forward_backward(x, y, grads)
+    assert d_x.shape == x.shape
+    n = rows.numel()
+    flat = rlkern.TokenStats(stats.logp.reshape(n), stats.entropy.reshape(n), stats.logsumexp.reshape(n))
+    check_rows(x.reshape(n, vocab), y.reshape(n), flat, d_x.reshape(n, vocab), [g.reshape(n) for g in grads], slice(None))
+
+
+def test_one_temperature_per_row():
+    x, y = random_logits(6, 9001), random_targets(9001, 6)
+    temperature = torch.tensor([0.3, 0.7, 1.0, 1.5, 2.0, 10.0], device="cuda")
+    grads = upstream(6), upstream(6, seed=3)
+    stats, d_x = forward_backward(x, y, grads, temperature=temperature)
+    check_rows(x, y, stats, d_x, grads, slice(None), temperature.double())
+    for i, t in enumerate(temperature.tolist()):
+        alone, d_alone = forward_backward(x[i : i + 1], y[i : i + 1], [g[i : i + 1] for g in grads], temperature=t)
+        torch.testing.assert_close(alone.logp[0], stats.logp[i])
+        torch.testing.assert_close(d_alone[0], d_x[i])
+
+
+# --- values ----------------------------------------------------------------------------------------------------------------------------------
+
+
+def test_masked_rows_are_not_read():
+    x, y = random_logits(64, 9000), random_targets(9000, 64)
+    mask = torch.arange(64, device="cuda") % 3 != 0
+    y[5] = -100
+    x[~mask] = math.nan
+    x[5] = math.nan
+    grads = upstream(64), upstream(64, seed=3)
+    stats, d_x = forward_backward(x, y, grads, mask=mask)
+    live = mask & (y != -100)
+    assert not stats.logp[~live].any() and not stats.entropy[~live].any() and not d_x[~live].any()
+    check_rows(x, y, stats, d_x, grads, live.nonzero().squeeze(-1))
+
+
+@pytest.mark.parametrize("where", ["first tiles", "last tiles", "one entry", "all but two"])
+@pytest.mark.parametrize("vocab", [40_000, 50_257])
+def test_minus_infinity(where, vocab):
+    x, y = random_logits(4, vocab), torch.full((4,), vocab // 2, device="cuda")
+    finite = {"first tiles": slice(vocab // 3, vocab), "last tiles": slice(0, vocab * 2 // 3), "one entry": slice(1, vocab)}
+    kept = torch.zeros(vocab, dtype=torch.bool, device="cuda")
+    kept[finite.get(where, slice(vocab // 2, vocab // 2 + 2))] = True
+    x[:, ~kept] = -math.inf
+    grads = upstream(4), upstream(4, seed=3)
+    stats, d_x = forward_backward(x, y, grads)
+    check_rows(x, y, stats, d_x, grads, slice(None))
+    assert not d_x[:, ~kept].any()
+
+
+def test_confident_rows_keep_their_relative_accuracy():
+    vocab = 151_936
+    gaps = torch.tensor([28.0, 32.0, 40.0, 60.0], device="cuda")
+    x = (-gaps).unsqueeze(-1).repeat(1, vocab)
+    x[:, 77] = 0
+    y = torch.full((4,), 77, device="cuda")
+    stats, d_x = forward_backward(x, y, (torch.ones(4, device="cuda"), torch.zeros(4, device="cuda")))
+    # in closed form: even float64 rounds the last row's probability to 1
+    gaps = gaps.double()
+    rest = (vocab - 1) * (-gaps).exp()
+    torch.testing.assert_close(stats.logp.double(), -rest.log1p(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(stats.entropy.double(), rest.log1p() + gaps * rest / (1 + rest), rtol=1e-5, atol=0)
+    torch.testing.assert_close(d_x[:, 77].double(), rest / (1 + rest), rtol=1e-5, atol=0)
+
+
+def test_large_common_offset():
+    x, y = random_logits(4, 20_000, dtype=torch.float32), random_targets(20_000, 4)
+    x = (x * 64).round() / 64  # exact in float32 with the offset too
+    stats, moved = rlkern.token_stats(x, y), rlkern.token_stats(x + 4096.0, y)
+    torch.testing.assert_close(moved.logp, stats.logp, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(moved.entropy, stats.entropy, rtol=1e-6, atol=1e-6)
+
+
+def test_several_targets_kept_set_and_sum_of_squares():
+    vocab, k = 50_257, 5
+    x, y = random_logits(6, vocab), random_targets(vocab, 6, k)
+    g_logp, others = upstream(6, k), [upstream(6, seed=s) for s in range(3, 7)]
+    for options in ({"min_p": 0.2}, {"min_prob": 1e-4}):
+        leaf = x.detach().requires_grad_()
+        stats = rlkern.token_stats(leaf, y, temperature=1.3, with_sum_sq=True, **options)
+        fields = (stats.logp, stats.entropy, stats.logsumexp, stats.sum_sq_prob, stats.kept_logmass)
+        (d_x,) = torch.autograd.grad(fields, leaf, (g_logp, *others))
+        exact_x = x.double().requires_grad_()
+        wanted = reference.token_stats(exact_x, y, 1.3, **options)
+        (expected,) = torch.autograd.grad(tuple(wanted), exact_x, (g_logp.double(), *(g.double() for g in others)))
+        for field, value in zip(wanted, fields, strict=True):
+            torch.testing.assert_close(value.double(), field, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(d_x.double(), expected, rtol=2**-7, atol=1e-8)
+
+
+def test_targets_out_of_range_give_nan_and_no_wild_read():
+    x, y = random_logits(4, 5000), torch.tensor([3, 5000, -1, 2**40], device="cuda")
+    logp = rlkern.token_logprobs(x, y)
+    assert logp.isnan().tolist() == [False, True, True, True]
+
+
+# --- how it runs -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_in_place_gradient_has_the_same_bits_and_no_memory():
+    x, y = random_logits(512, VOCAB), random_targets(VOCAB, 512)
+    grads = upstream(512), upstream(512, seed=3)
+    _, expected = forward_backward(x, y, grads)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    _, d_x = forward_backward(x, y, grads, inplace_backward=True)
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    assert d_x.data_ptr() == x.data_ptr()
+    assert torch.equal(d_x, expected)
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, 50_257, 9001])
+def test_a_row_has_the_same_bits_in_any_batch(vocab):
+    x, y = random_logits(300, vocab), random_targets(vocab, 300)
+    grads = upstream(300), upstream(300, seed=3)
+    stats, d_x = forward_backward(x, y, grads)
+    again, d_again = forward_backward(x, y, grads)
+    assert torch.equal(stats.logp, again.logp) and torch.equal(stats.entropy, again.entropy) and torch.equal(d_x, d_again)
+    for i in (0, 1, 150, 299):
+        # the same address modulo 16: a row of odd length is read from its aligned start
+        alone, d_alone = forward_backward(x[i : i + 1], y[i : i + 1], [g[i : i + 1] for g in grads])
+        copied, d_copied = forward_backward(x[i : i + 1].clone(), y[i : i + 1], [g[i : i + 1] for g in grads])
+        for one, d_one in ((alone, d_alone), (copied, d_copied)):
+            assert torch.equal(one.logp[0], stats.logp[i]) and torch.equal(one.entropy[0], stats.entropy[i])
+            assert torch.equal(d_one[0], d_x[i])
+
+
+def test_forward_and_backward_do_not_wait_for_the_gpu():
+    x, y = random_logits(2, 33, 9001).requires_grad_(), random_targets(9001, 2, 33)
+    mask, temperature = upstream(2, 33) > 0, 0.5 + torch.rand(2, 33, device="cuda")
+
+    def step():
+        stats = rlkern.token_stats(x, y, mask=mask, temperature=temperature, with_sum_sq=True, min_p=0.1)
+        loss = stats.logp.sum() + stats.entropy.sum() + stats.sum_sq_prob.sum() + stats.kept_logmass.sum()
+        loss.backward()
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_cuda_graph_of_forward_and_backward(inplace):
+    n, vocab = 16, 32_000
+    x, y = random_logits(n, vocab), random_targets(vocab, n)
+    grads = upstream(n), upstream(n, seed=3)
+    fresh = random_logits(n, vocab, seed=9)
+    forward_backward(x.clone(), y, grads, inplace_backward=inplace)  # compiles outside of the capture
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        forward_backward(x.clone(), y, grads, inplace_backward=inplace)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        stats, d_x = forward_backward(x, y, grads, inplace_backward=inplace)
+    x.copy_(fresh)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected, expected_d_x = forward_backward(fresh, y, grads)
+    assert torch.equal(stats.logp, expected.logp) and torch.equal(stats.entropy, expected.entropy)
+    assert torch.equal(d_x, expected_d_x)
+
+
+def test_on_a_side_stream():
+    x, y = random_logits(256, VOCAB), random_targets(VOCAB, 256)
+    grads = upstream(256), upstream(256, seed=3)
+    expected, expected_d_x = forward_backward(x, y, grads)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        stats, d_x = forward_backward(x, y, grads)
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(stats.logp, expected.logp) and torch.equal(d_x, expected_d_x)
+
+
+def test_under_torch_compile():
+    x, y = random_logits(8, 9001).requires_grad_(), random_targets(9001, 8)
+
+    def loss(x, y):
+        stats = rlkern.token_stats(x, y, temperature=0.9)
+        return (stats.logp.exp() - 0.01 * stats.entropy).mean()
+
+    eager, compiled = loss(x, y), torch.compile(loss, fullgraph=True)(x, y)
+    torch.testing.assert_close(compiled, eager)
+    torch.testing.assert_close(torch.autograd.grad(compiled, x)[0], torch.autograd.grad(eager, x)[0])
+
+
+def test_autocast_keeps_float32_results():
+    x, y = random_logits(4, 9001), random_targets(9001, 4)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        stats = rlkern.token_stats(x, y)
+    assert stats.logp.dtype == torch.float32
+    assert torch.equal(stats.logp, rlkern.token_logprobs(x, y))
