@@ -1,0 +1,93 @@
+"""From per-token values to one number: every convention that verl and TRL know, under their names."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TOKEN_MODES = ("token-mean", "bnpo", "dapo")
+SEQUENCE_MODES = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "grpo", "dr_grpo")
+MODES = TOKEN_MODES + SEQUENCE_MODES
+
+
+def check_aggregation(mode: str, normalizer: float | Tensor | None = None) -> None:
+    """Raises ValueError or TypeError for a mode that is not in `MODES` or a normalizer that is not a number. For losses, before they start."""
+    if mode not in MODES:
+        raise ValueError(f"unknown aggregation mode {mode!r}, expected one of {', '.join(map(repr, MODES))}")
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1 or normalizer.requires_grad:
+            raise ValueError(
+                f"normalizer must be one number without gradient, got shape {tuple(normalizer.shape)}, requires_grad={normalizer.requires_grad}"
+            )
+    elif normalizer is not None:
+        if not isinstance(normalizer, (int, float)) or isinstance(normalizer, bool):
+            raise TypeError(f"normalizer must be a number, a tensor with one element or None, got {type(normalizer).__name__}")
+        if not normalizer >= 0:
+            raise ValueError(f"normalizer must not be negative, got {normalizer}")
+
+
+def _divisor(default: int | Tensor, normalizer: float | Tensor | None) -> float | Tensor:
+    """The count to divide by. A count of zero belongs to a sum of zero, so it becomes 1."""
+    count = default if normalizer is None else normalizer
+    if isinstance(count, Tensor):
+        return torch.where(count == 0, 1, count).reshape(())
+    return 1 if count == 0 else count
+
+
+def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer: float | Tensor | None = None) -> Tensor:
+    """Reduces per-token values to a scalar. With m the mask, len_i the tokens of sequence i, and sums over the mask only:
+
+        mode                        loss                                        what `normalizer` replaces
+        "token-mean", "bnpo"        sum / sum(m)                                the number of tokens
+        "dapo"                      sum / sum(m)                                the number of tokens
+        "seq-mean-token-mean"       sum_i (sum_t / len_i) / #{len_i > 0}        the number of sequences
+        "seq-mean-token-sum"        sum / #{len_i > 0}                          the number of sequences
+        "seq-mean-token-sum-norm"   sum / T                                     the length T, verl's loss_scale_factor
+        "grpo"                      sum_i (sum_t / len_i) / B                   the number of sequences B
+        "dr_grpo"                   sum / (B * T)                               the length T, TRL's max_completion_length
+
+    The hyphenated names are verl's `loss_agg_mode`, the others TRL's `loss_type`. TRL's dapo, cispo and vespo divide by the tokens of the whole
+    accumulated batch: pass that count (over the number of processes, if gradients are averaged over them) as `normalizer`; the same serves verl's
+    global counts. Empty sequences count in "grpo" and "dr_grpo" and not in the others. verl's "seq-mean-token-sum-norm" does not divide by B,
+    TRL's "dr_grpo" does. verl divides a sequence by len_i + 1e-8, this by len_i exactly.
+
+    Args:
+        values: [B, T], or any shape for the token modes; float. Masked positions may hold anything, NaN and inf included.
+        mask: shaped like values, bool or number; nonzero counts. It selects, it does not weigh.
+        mode: one of the above.
+        normalizer: a number or a one-element tensor (read on the device, never on the host). None takes the count of this batch.
+
+    Returns:
+        A 0-d tensor, float32 (float64 for float64 values). With nothing to count it is 0 and its gradient is 0.
+
+    Raises:
+        TypeError: values that are no float tensor, a mask that is no tensor, a normalizer that is no number.
+        ValueError: shapes or devices that differ, an unknown mode, a sequence mode with values that are not [B, T], a negative normalizer.
+    """
+    check_aggregation(mode, normalizer)
+    if not isinstance(values, Tensor) or not values.dtype.is_floating_point:
+        raise TypeError(f"values must be a float tensor, got {values.dtype if isinstance(values, Tensor) else type(values).__name__}")
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if values.shape != mask.shape:
+        raise ValueError(f"mask must have the shape of values {tuple(values.shape)}, got {tuple(mask.shape)}")
+    if values.device != mask.device:
+        raise ValueError(f"mask must be on the device of values {values.device}, got {mask.device}")
+    if mode in SEQUENCE_MODES and values.dim() != 2:
+        raise ValueError(f"mode {mode!r} counts sequences: values must be [B, T], got shape {tuple(values.shape)}")
+
+    kept = mask if mask.dtype == torch.bool else mask != 0
+    accumulate = torch.float64 if values.dtype == torch.float64 else torch.float32
+    values = torch.where(kept, values.to(accumulate), 0)  # selects: a product would let masked NaN through
+    if mode in TOKEN_MODES:
+        return values.sum() / _divisor(kept.sum(), normalizer)
+    lengths = kept.sum(-1)
+    n_sequences, length = values.shape
+    if mode == "seq-mean-token-sum-norm":
+        return values.sum() / _divisor(length, normalizer)
+    if mode == "dr_grpo":
+        return values.sum() / _divisor(length, normalizer) / max(n_sequences, 1)
+    if mode == "seq-mean-token-sum":
+        return values.sum() / _divisor((lengths > 0).sum(), normalizer)
+    sequence_means = values.sum(-1) / lengths.clamp(min=1)
+    return sequence_means.sum() / _divisor(n_sequences if mode == "grpo" else (lengths > 0).sum(), normalizer)

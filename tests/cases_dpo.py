@@ -1,0 +1,88 @@
+"""Cases of the loss battery: the DPO family, sequence log-probabilities, aggregation."""
+
+import torch
+from loss_battery import register
+
+from rlkern.losses.aggregate import MODES
+from rlkern.losses.dpo_types import F_DIVERGENCES, PAIR_LOSSES
+from rlkern.losses.sequence import next_tokens
+
+VOCAB = 7
+POLICY = ("policy_chosen_logps", "policy_rejected_logps")
+REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")
+
+
+def draw_pairs(g, batch, length):
+    inputs = {name: g.normal(batch, mean=-8, std=3) for name in POLICY + REFERENCE}
+    inputs["chosen_lengths"], inputs["rejected_lengths"] = g.integers(0, 9, batch), g.integers(1, 9, batch)
+    return inputs, POLICY
+
+
+def draw_weighted_pairs(g, batch, length):
+    inputs, wrt = draw_pairs(g, batch, length)
+    return inputs | {"weights": g.uniform(batch)}, wrt
+
+
+for name, loss in PAIR_LOSSES.items():
+    smoothing = {"label_smoothing": 0.1} if "label_smoothing" in loss.uses else {}
+    register("dpo_loss", label=name, options={"loss_type": name, **smoothing})(draw_pairs)
+for f in F_DIVERGENCES:
+    register("dpo_loss", label=f, options={"f_divergence": f})(draw_pairs)
+register("dpo_loss", label="mixed", options={"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)})(draw_weighted_pairs)
+register("dpo_loss", label="reference_free", options={"reference_free": True})(draw_pairs)
+
+
+def draw_labels(g, batch, length):
+    labels = g.integers(0, VOCAB, batch, length)
+    labels[:, :1] = -100  # the prompt
+    return labels.masked_fill(~g.mask(batch, length), -100)
+
+
+def draw_logits(g, batch, length):
+    return {"logits": g.normal(batch, length, VOCAB, std=2), "labels": draw_labels(g, batch, length)}, ("logits",)
+
+
+def draw_logit_pairs(g, batch, length):
+    inputs, wrt = draw_logits(g, 2 * batch, length)
+    return inputs | {"reference_logps": g.logp(2 * batch)}, wrt
+
+
+def naive_wpo(logits, labels, reference_logps):
+    log_p = logits[:, :-1].log_softmax(-1)
+    labels = labels[:, 1:]
+    logp = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    n = len(labels) // 2
+    ratio = torch.stack([row[keep].sum() for row, keep in zip(logp, labels >= 0, strict=True)]) - reference_logps
+    surplus = (logp - log_p.exp().square().sum(-1).log()).detach()
+    means = torch.stack([row[keep].mean() if keep.any() else row.sum() * 0 for row, keep in zip(surplus, labels >= 0, strict=True)])
+    weights = (means[:n] + means[n:]).exp().clamp(max=1)
+    return (-(0.1 * (ratio[:n] - ratio[n:])).sigmoid().log() * weights).sum()
+
+
+def draw_logit_pairs_per_token(g, batch, length):
+    inputs, wrt = draw_logits(g, 2 * batch, length)
+    return inputs | {"reference_logps": g.logp(2 * batch, length)}, wrt
+
+
+fields = {
+    "empty": lambda inputs: inputs | {"labels": inputs["labels"].clone().fill_(-100)},
+    "counted": lambda inputs: next_tokens(inputs["labels"]) != -100,
+}
+register("sequence_logps", **fields)(draw_logits)
+register("sequence_logps", label="average", options={"average": True}, **fields)(draw_logits)
+fields["zero_when_empty"] = False  # -log sigmoid(0) a pair
+register("dpo_loss_from_logits", **fields)(draw_logit_pairs)
+register("dpo_loss_from_logits", label="mixed", options={"loss_type": ("sigmoid_norm", "sft"), "label_smoothing": 0.0, "temperature": 0.7}, **fields)(
+    draw_logit_pairs
+)
+register("dpo_loss_from_logits", label="wpo", options={"use_weighting": True, "max_weight": 1.0}, naive=naive_wpo, **fields)(draw_logit_pairs)
+register("dpo_loss_from_logits", label="ld", options={"ld_alpha": 0.3, "loss_type": ("sigmoid", "ipo_norm")}, **fields)(draw_logit_pairs_per_token)
+
+
+def draw_values(g, batch, length):
+    return {"values": g.normal(batch, length), "mask": g.mask(batch, length)}, ("values",)
+
+
+for mode in MODES:
+    register("aggregate", label=mode, options={"mode": mode}, mask="mask")(draw_values)
+register("aggregate", label="normalizer", options={"mode": "token-mean", "normalizer": 17.5}, mask="mask")(draw_values)

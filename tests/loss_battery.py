@@ -1,0 +1,339 @@
+"""Checks that every exported loss inherits. A loss registers a small case (tests/cases_*.py); test_loss_battery.py runs all checks on all cases.
+
+    @register("ppo_loss", mask="mask")
+    def ppo(g, batch, length):
+        inputs = dict(logp=g.normal(batch, length), old_logp=..., mask=g.mask(batch, length))   # float64, int64, bool
+        return inputs, ("logp",)                                                                # the inputs that gradients flow into
+
+The check functions below take a `Case`; each says in its docstring what a loss promises.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlkern.losses
+
+BATCH, LENGTH = 4, 6
+
+
+class Draw:
+    """Reproducible inputs in float64."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, mean: float = 0.0, std: float = 1.0) -> Tensor:
+        return mean + std * torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+
+    def logp(self, *shape: int) -> Tensor:
+        """Log-probabilities of tokens: negative, well inside the range of every format."""
+        return -0.05 - 2 * torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def uniform(self, *shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=self.generator, dtype=torch.float64)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=self.generator)
+
+    def mask(self, batch: int, length: int) -> Tensor:
+        """Sequences of different lengths, the first one full."""
+        ends = self.integers(1, length + 1, batch)
+        ends[:1] = length
+        return torch.arange(length) < ends.unsqueeze(-1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss with inputs to try it on. `name` is the exported name, `label` tells the cases of one loss apart."""
+
+    name: str
+    draw: Callable[[Draw, int, int], tuple[dict[str, Tensor], tuple[str, ...]]]
+    options: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+    mask: str | None = None  # the input that says which [B, T] tokens count, if there is one
+    empty: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None  # inputs -> inputs without a token; by default mask = 0
+    counted: Callable[[dict[str, Tensor]], Tensor] | None = None  # inputs -> bool [B, T] of the tokens that count; by default mask != 0
+    zero_when_empty: bool = True
+    naive: Callable[..., Tensor] | None = None  # where parts are detached on purpose: **inputs -> scalar with the right float64 autograd gradient
+    seed: int = 0
+    function: Callable | None = None  # the loss itself, if rlkern.losses does not export it
+
+    def __str__(self) -> str:
+        return f"{self.name}[{self.label}]" if self.label else self.name
+
+    def inputs(self, batch: int = BATCH, length: int = LENGTH) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        return self.draw(Draw(self.seed), batch, length)
+
+    def __call__(self, inputs: dict[str, Tensor]):
+        return (self.function or getattr(rlkern.losses, self.name))(**inputs, **self.options)
+
+    def without_tokens(self, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
+        if self.empty is not None:
+            return self.empty(inputs)
+        return None if self.mask is None else inputs | {self.mask: torch.zeros_like(inputs[self.mask])}
+
+    def tokens(self, inputs: dict[str, Tensor]) -> Tensor | None:
+        if self.counted is not None:
+            return self.counted(inputs)
+        return None if self.mask is None else inputs[self.mask] != 0
+
+
+CASES: list[Case] = []
+
+
+def register(name: str, **fields):
+    """Decorates a function (draw, batch, length) -> (inputs, names of the differentiable ones) that draws the inputs of the loss `name`."""
+
+    def decorator(draw):
+        case = Case(name=name, draw=draw, **fields)
+        if any(str(other) == str(case) for other in CASES):
+            raise ValueError(f"the case {case} is registered already: give it a label")
+        CASES.append(case)
+        return draw
+
+    return decorator
+
+
+# --- helpers -------------------------------------------------------------------------------------------------------------------------------
+
+
+def tensors_of(output) -> list[Tensor]:
+    """All tensors of an output, through tuples and dicts."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = tuple(output.values())
+    return [t for part in output for t in tensors_of(part)] if isinstance(output, tuple) else []
+
+
+def total(output) -> Tensor:
+    """The number to differentiate: the sum of the first tensor, which is the loss in every output."""
+    return tensors_of(output)[0].sum()
+
+
+def as_leaves(inputs: dict[str, Tensor], wrt: tuple[str, ...], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies; floats in `dtype`, gradients required by `wrt`."""
+    copies = {}
+    for name, x in inputs.items():
+        floating = isinstance(x, Tensor) and x.dtype.is_floating_point
+        x = x.detach().clone().to(dtype if floating and dtype is not None else x.dtype) if isinstance(x, Tensor) else x
+        copies[name] = x.requires_grad_() if name in wrt else x
+    return copies
+
+
+def grad(output, leaves: dict[str, Tensor], wrt: tuple[str, ...]) -> list[Tensor]:
+    """Gradients of the loss; zero for an input that it does not use ("sft" has no rejected response). Raises if it uses none of them."""
+    return list(torch.autograd.grad(total(output), [leaves[name] for name in wrt], allow_unused=True, materialize_grads=True))
+
+
+def gradients(case: Case, inputs: dict[str, Tensor], wrt: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """(all output tensors, gradients by `wrt`)."""
+    output = case(inputs)
+    return tensors_of(output), grad(output, inputs, wrt)
+
+
+def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float, atol: float, what: str) -> None:
+    assert len(actual) == len(expected), f"{what}: {len(actual)} tensors, expected {len(expected)}"
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        torch.testing.assert_close(a.double(), e.double(), rtol=rtol, atol=atol, msg=lambda m, i=i: f"{what}, tensor {i}: {m}")
+
+
+# --- checks --------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_gradient(case: Case) -> None:
+    """The gradient is that of the value (gradcheck in float64), or where parts are detached on purpose, that of a naive version of the loss."""
+    inputs, wrt = case.inputs()
+    leaves = as_leaves(inputs, wrt)
+    if case.naive is not None:
+        again = as_leaves(inputs, wrt)
+        assert_same(gradients(case, leaves, wrt)[1], grad(case.naive(**again), again, wrt), 1e-9, 1e-11, "gradient against the naive loss")
+        return
+
+    def function(*args):
+        return total(case(inputs | dict(zip(wrt, args, strict=True))))
+
+    assert torch.autograd.gradcheck(function, [leaves[name] for name in wrt], atol=1e-6, rtol=1e-5, fast_mode=True)
+
+
+def check_precision(case: Case, dtype: torch.dtype) -> None:
+    """Whatever the inputs' dtype, arithmetic is float32: outputs agree with float64 on the rounded inputs, gradients up to their own rounding."""
+    inputs, wrt = case.inputs()
+    low = as_leaves(inputs, wrt, dtype)
+    high = as_leaves(low, wrt, torch.float64)
+    outputs, grads = gradients(case, low, wrt)
+    expected_outputs, expected_grads = gradients(case, high, wrt)
+    for t in outputs:
+        assert not t.dtype.is_floating_point or t.dtype == torch.float32, f"outputs must be float32 for {dtype} inputs, got {t.dtype}"
+    for g, name in zip(grads, wrt, strict=True):
+        assert g.dtype == dtype and g.shape == low[name].shape
+    assert_same(outputs, expected_outputs, 2e-5, 1e-5, f"{dtype} values")
+    rtol = {torch.float32: 5e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    assert_same(grads, expected_grads, rtol, 1e-5 if dtype == torch.float32 else 1e-4, f"{dtype} gradients")
+
+
+def check_strides(case: Case) -> None:
+    """A slice of a larger tensor gives what its copy gives, and the gradient stays inside the slice."""
+    inputs, wrt = case.inputs()
+    leaves = as_leaves(inputs, wrt, torch.float32)
+    outputs, grads = gradients(case, leaves, wrt)
+    bases, views = {}, {}
+    for name, x in leaves.items():
+        if not isinstance(x, Tensor) or x.dim() == 0:
+            views[name] = x
+            continue
+        # Every other entry of dimension 0 and all but the last of dimension 1: two strides that fit no contiguous tensor.
+        shape = (2 * x.shape[0], *(n + 1 for n in x.shape[1:2]), *x.shape[2:])
+        base = x.detach().new_full(shape, math.nan if x.dtype.is_floating_point else 1)
+        region = (slice(None, None, 2), *(slice(0, n) for n in x.shape[1:2]))
+        base[region] = x.detach()
+        bases[name] = base.requires_grad_() if name in wrt else base
+        views[name] = base[region]
+    output = case(views)
+    base_grads = grad(output, bases, wrt)
+    assert_same(tensors_of(output), outputs, 1e-6, 1e-6, "strided values")
+    for name, g, expected in zip(wrt, base_grads, grads, strict=True):
+        inside = torch.zeros_like(g, dtype=torch.bool)
+        inside[(slice(None, None, 2), *(slice(0, n) for n in expected.shape[1:2]))] = True
+        assert (g[~inside] == 0).all(), f"gradient of {name} outside the slice"
+        assert_same([g[inside].reshape(expected.shape)], [expected], 1e-6, 1e-6, f"strided gradient of {name}")
+
+
+def check_empty_mask(case: Case) -> None:
+    """Where nothing counts the loss is finite (0 unless the case says otherwise), connected to the graph, and its gradient is exactly 0."""
+    inputs, wrt = case.inputs()
+    inputs = case.without_tokens(inputs)
+    outputs, grads = gradients(case, as_leaves(inputs, wrt, torch.float32), wrt)
+    for t in outputs:
+        assert t.isfinite().all(), f"not finite without tokens: {t}"
+    assert not case.zero_when_empty or (outputs[0] == 0).all(), f"loss without tokens is {outputs[0]}, expected 0"
+    for g in grads:
+        assert (g == 0).all(), f"gradient without tokens: {g}"
+
+
+def check_empty_batch(case: Case) -> None:
+    """A batch of size 0 gives finite results (0-d) or empty ones, and gradients of the inputs' shapes."""
+    inputs, wrt = case.inputs(batch=0)
+    leaves = as_leaves(inputs, wrt, torch.float32)
+    outputs, grads = gradients(case, leaves, wrt)
+    for t in outputs:
+        assert t.isfinite().all(), f"not finite for an empty batch: {t}"
+    assert total(outputs[0]) == 0
+    assert [g.shape for g in grads] == [leaves[name].shape for name in wrt]
+
+
+def check_masked_garbage(case: Case) -> None:
+    """NaN and inf where no token counts change nothing, neither values nor gradients."""
+    inputs, wrt = case.inputs()
+    counted = case.tokens(inputs)
+    assert not counted.all(), "the case masks nothing, so it tests nothing"
+    clean, expected = gradients(case, as_leaves(inputs, wrt, torch.float32), wrt)
+    for garbage in (math.nan, math.inf, -math.inf):
+        poisoned = dict(inputs)
+        for name, x in inputs.items():
+            if isinstance(x, Tensor) and x.dtype.is_floating_point and x.shape[: counted.dim()] == counted.shape and name != case.mask:
+                poisoned[name] = x.clone()
+                poisoned[name][~counted] = garbage
+        outputs, grads = gradients(case, as_leaves(poisoned, wrt, torch.float32), wrt)
+        assert_same(outputs, clean, 0, 0, f"values with {garbage} where masked")
+        assert_same(grads, expected, 0, 0, f"gradients with {garbage} where masked")
+
+
+class HostSync(AssertionError):
+    pass
+
+
+class NoSyncingOperators(TorchDispatchMode):
+    """Raises HostSync for operators that wait for the device: reading a number, sizes that depend on data."""
+
+    _always = {
+        "aten::_local_scalar_dense", "aten::nonzero", "aten::nonzero_numpy", "aten::masked_select", "aten::equal", "aten::is_nonzero",
+        "aten::unique_dim", "aten::_unique2", "aten::unique_consecutive", "aten::bincount", "aten::repeat_interleave", "aten::lift_fresh",
+    }  # fmt: skip
+    _indexing = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        if name in self._always:
+            raise HostSync(f"{name} waits for the device, or makes a tensor from Python data")
+        if name in self._indexing and any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+            raise HostSync(f"{name} with a bool index waits for the device to count it")
+        return func(*args, **(kwargs or {}))
+
+
+class NoSyncingMethods(TorchFunctionMode):
+    """Raises HostSync for calls that copy to the host. On CPU tensors they reach no operator, so they are recognised by name."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in ("cpu", "tolist", "numpy", "item", "__bool__", "__int__", "__float__", "__index__", "__array__", "tensor", "as_tensor"):
+            raise HostSync(f"{name} waits for the device")
+        if name == "to" and any(isinstance(a, (str, torch.device)) for a in (*args[1:], *(kwargs or {}).values())):
+            raise HostSync(f"to{args[1:]} names a device")
+        return func(*args, **(kwargs or {}))
+
+
+def check_no_host_sync(case: Case) -> None:
+    """Neither forward nor backward reads a device value on the host, so both can be captured in a CUDA graph."""
+    inputs, wrt = case.inputs()
+    leaves = as_leaves(inputs, wrt, torch.float32)
+    with NoSyncingOperators(), NoSyncingMethods():
+        gradients(case, leaves, wrt)
+
+
+def check_compiles(case: Case, backend: str = "aot_eager") -> None:
+    """torch.compile makes one graph of it, with dynamic shapes, and that graph computes the same, gradients included."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend(backend)
+    compiled = torch.compile(lambda inputs: case(inputs), fullgraph=True, dynamic=True, backend=counter)
+    counts = []
+    for batch, length in ((BATCH, LENGTH), (BATCH + 2, LENGTH + 3)):
+        inputs, wrt = case.inputs(batch, length)
+        outputs, grads = gradients(case, as_leaves(inputs, wrt, torch.float32), wrt)
+        leaves = as_leaves(inputs, wrt, torch.float32)
+        output = compiled(leaves)
+        assert_same(tensors_of(output), outputs, 1e-5, 1e-6, "compiled values")
+        assert_same(grad(output, leaves, wrt), grads, 1e-5, 1e-6, "compiled gradients")
+        counts.append(counter.frame_count)
+    assert counts[0] > 0 and counts[0] == counts[1], "compiled again for another shape"
+
+
+def check_results_are_writable(case: Case) -> None:
+    """A caller may write into any result: no input changes, no other result changes, and the backward still runs, on what was written."""
+    inputs, wrt = case.inputs()
+    leaves = as_leaves(inputs, wrt, torch.float32)
+    reference, expected = gradients(case, leaves, wrt)
+    before = {name: x.detach().clone() if isinstance(x, Tensor) else x for name, x in leaves.items()}
+    for i in range(len(reference)):
+        output = case(leaves)
+        tensors = tensors_of(output)
+        tensors[i].mul_(2)
+        for j, (t, r) in enumerate(zip(tensors, reference, strict=True)):
+            assert_same([t], [2 * r if i == j else r], 0, 0, f"result {j} after writing into result {i}")
+        assert_same(grad(output, leaves, wrt), [2 * g if i == 0 else g for g in expected], 1e-6, 1e-7, f"gradients after writing into result {i}")
+    for name, x in leaves.items():
+        if isinstance(x, Tensor):
+            assert torch.equal(x.detach(), before[name]), f"{name} was changed"
+
+
+def check_only_wrt_has_gradient(case: Case) -> None:
+    """Everything else is detached: advantages, old and reference log-probabilities take no gradient even where they require it."""
+    inputs, wrt = case.inputs()
+    others = tuple(name for name, x in inputs.items() if name not in wrt and isinstance(x, Tensor) and x.dtype.is_floating_point)
+    leaves = as_leaves(inputs, wrt + others)
+    tensors = tensors_of(case(leaves))
+    grads = torch.autograd.grad(tensors[0].sum(), [leaves[name] for name in others], allow_unused=True) if others else ()
+    for name, g in zip(others, grads, strict=True):
+        assert g is None or (g == 0).all(), f"{name} must be detached, got a gradient"
+    for i, t in enumerate(tensors[1:], 1):
+        assert not t.requires_grad, f"result {i} must be detached"
