@@ -39,7 +39,7 @@ class CMakeBuild(build_ext):
         cmake, ninja = _tool("cmake"), _tool("ninja")
         if cmake is None:
             raise SystemExit(NO_BUILD.format(reason="cmake was not found"))
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         # Started afresh every time: pip builds in a new environment, whose tools an old cache would still look for elsewhere.
         shutil.rmtree(build, ignore_errors=True)
@@ -48,7 +48,7 @@ class CMakeBuild(build_ext):
             f"-S{ROOT}",
             f"-B{build}",
             f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}",
             "-DCMAKE_BUILD_TYPE=Release",
             *_pybind11_dir(),
             *(["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}"] if ninja else []),
@@ -59,6 +59,9 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(NO_BUILD.format(reason=error)) from None
+        # Put in place at once: a process that runs the old library keeps it, where a linker writing over it would crash that process.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(build / target.name, target)
 
 
 native = os.environ.get("RLKERN_NATIVE", "1") != "0"

@@ -35,14 +35,16 @@ void check_targets(const Rows& call) {
   }
 }
 
-// Contiguous ranges of rows, one per thread. How many there are cannot change a result: a row is computed by one thread, in one way.
+// Hands ranges of rows to the threads as they become free: masked rows cost next to nothing and come in runs. Neither the ranges nor the
+// threads can change a result: a row is computed by one thread, in one way.
 template <class Call>
 void run(void (*rows)(const Call&, int64_t, int64_t), const Call& call, int64_t threads) {
   constexpr int64_t worth_a_thread = 1 << 15;  // logits; waking a thread costs more than computing fewer
   threads = std::min({threads, call.rows, 1 + call.rows * call.vocab / worth_a_thread});
   if (threads <= 1) return rows(call, 0, call.rows);
-#pragma omp parallel for num_threads(int(threads)) schedule(static, 1)
-  for (int64_t i = 0; i < threads; ++i) rows(call, call.rows * i / threads, call.rows * (i + 1) / threads);
+  const int64_t ranges = std::min(call.rows, 8 * threads);
+#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 1)
+  for (int64_t i = 0; i < ranges; ++i) rows(call, call.rows * i / ranges, call.rows * (i + 1) / ranges);
 }
 
 // Asks for huge pages behind a gradient that is about to be written. It is mostly fresh memory, whose page faults, 4 KiB at a time, would
@@ -61,18 +63,12 @@ void advise_huge_pages(const Matrix& out, int64_t rows, int64_t inner, int64_t r
 Rows rows_from(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_inner, int64_t rows, int64_t inner, int64_t vocab,
                uintptr_t targets, int64_t n_targets, uintptr_t mask, double temperature, uintptr_t temperatures, int64_t ignore_index,
                uintptr_t state) {
-  return {DType(dtype),
-          {pointer<void>(logits), stride_outer, stride_inner},
-          rows,
-          inner,
-          vocab,
-          pointer<const int64_t>(targets),
-          n_targets,
-          pointer<const bool>(mask),
-          temperature,
-          pointer<const void>(temperatures),
-          ignore_index,
-          pointer<void>(state)};
+  return {DType(dtype), {pointer<void>(logits), stride_outer, stride_inner},
+          rows,         inner,
+          vocab,        pointer<const int64_t>(targets),
+          n_targets,    pointer<const bool>(mask),
+          temperature,  pointer<const void>(temperatures),
+          ignore_index, pointer<void>(state)};
 }
 
 void forward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_inner, int64_t rows, int64_t inner, int64_t vocab,

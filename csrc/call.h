@@ -19,9 +19,9 @@ struct Rows {
   int64_t rows, inner, vocab;
   const int64_t* targets;  // [rows, n_targets]
   int64_t n_targets;
-  const bool* mask;           // [rows] or null
-  double temperature;         // where `temperatures` is null
-  const void* temperatures;   // Acc [rows] or null
+  const bool* mask;          // [rows] or null
+  double temperature;        // where `temperatures` is null
+  const void* temperatures;  // Acc [rows] or null
   int64_t ignore_index;
   void* state;  // Acc [rows, 6 + n_targets], written by the forward
 };
@@ -35,7 +35,7 @@ struct Forward : Rows {
 
 struct Backward : Rows {
   const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;  // Acc, each may be null
-  Matrix out;                                                                    // may be the logits themselves
+  Matrix out;                                                                     // may be the logits themselves
 };
 
 // The kernels compiled for one instruction set. Each call computes the rows [begin, end) on the calling thread.

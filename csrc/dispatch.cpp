@@ -21,11 +21,16 @@ const Isa isas[] = {
 #ifdef RLKERN_X86
     {"avx512", &kernels_avx512,
      [] {
+       __builtin_cpu_init();
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
      }},
     // Every processor with AVX2 has F16C, which has no name of its own in older compilers' __builtin_cpu_supports.
-    {"avx2", &kernels_avx2, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
+    {"avx2", &kernels_avx2,
+     [] {
+       __builtin_cpu_init();
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+     }},
 #endif
     {"baseline", &kernels_baseline, [] { return true; }},
 };

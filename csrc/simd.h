@@ -146,14 +146,14 @@ inline Pack<T> broadcast(T x) {
   return each<Pack<T>>([&](int) { return x - Vec<T>{}; });
 }
 
-#define RLKERN_PACK_OPERATOR(op)                                                  \
-  template <class T>                                                              \
-  inline Pack<T> operator op(const Pack<T>& a, const Pack<T>& b) {                \
-    return each<Pack<T>>([&](int i) { return a.v[i] op b.v[i]; });                \
-  }                                                                               \
-  template <class T>                                                              \
-  inline Pack<T> operator op(const Pack<T>& a, T b) {                             \
-    return each<Pack<T>>([&](int i) { return a.v[i] op b; });                     \
+#define RLKERN_PACK_OPERATOR(op)                                   \
+  template <class T>                                               \
+  inline Pack<T> operator op(const Pack<T>& a, const Pack<T>& b) { \
+    return each<Pack<T>>([&](int i) { return a.v[i] op b.v[i]; }); \
+  }                                                                \
+  template <class T>                                               \
+  inline Pack<T> operator op(const Pack<T>& a, T b) {              \
+    return each<Pack<T>>([&](int i) { return a.v[i] op b; });      \
   }
 RLKERN_PACK_OPERATOR(+)
 RLKERN_PACK_OPERATOR(-)
@@ -251,21 +251,21 @@ inline T max_lanes(const Pack<T>& p) {
   return fold<T, kVectorBytes>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// The polynomials minimise the relative error of 2^f over [-1/2, 1/2]: 2e-9 before rounding for float, 2e-17 for double, and 7e-8, one term less,
-// where the logits have 16 bits and their own rounding is far above that.
+// The polynomials minimise the relative error of 2^f over [-1/2, 1/2]: 2e-9 before rounding for float, 2e-17 for double, and 7e-8, one term
+// less, where the logits have 16 bits and their own rounding is far above that.
 template <class T, bool Short = false>
 struct Exp2;
 template <>
 struct Exp2<float, true> {
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr float coefficients[] = {1.00000007165f,   0.693146967065f,  0.24022119724f,
+  static constexpr float coefficients[] = {1.00000007165f,   0.693146967065f,   0.24022119724f,
                                            0.0555071327288f, 0.00967554133102f, 0.00132764721678f};
 };
 template <>
 struct Exp2<float> {
   static constexpr int mantissa = 23, bias = 127;
-  static constexpr float coefficients[] = {1.0f,           0.6931472057372f, 0.2402264689060f, 0.0555032877699f,
-                                           0.0096184889613f, 0.0013399931210f, 0.0001534581087f};
+  static constexpr float coefficients[] = {
+      1.0f, 0.6931472057372f, 0.2402264689060f, 0.0555032877699f, 0.0096184889613f, 0.0013399931210f, 0.0001534581087f};
 };
 template <>
 struct Exp2<double> {

@@ -1,4 +1,5 @@
-// token_stats for one instruction set: forward reads a row once (a second time, from cache, for a kept set), backward reads and writes it once.
+// token_stats for one instruction set: forward reads a row once (a second time, from cache, for a kept set), backward reads and writes it
+// once.
 //
 // Tiles of 2048 logits stay in the first-level cache: their maximum is found first, then exp, sum and entropy terms follow in one go.
 // How a row is reduced depends on its length alone, so its result has the same bits in any batch, on any thread.
@@ -340,19 +341,27 @@ void backward_rows(const Backward& call, int64_t begin, int64_t end) {
 
 void forward(const Forward& call, int64_t begin, int64_t end) {
   switch (call.dtype) {
-    case DType::float32: return forward_rows<float>(call, begin, end);
-    case DType::float64: return forward_rows<double>(call, begin, end);
-    case DType::bfloat16: return forward_rows<BFloat16>(call, begin, end);
-    case DType::float16: return forward_rows<Float16>(call, begin, end);
+    case DType::float32:
+      return forward_rows<float>(call, begin, end);
+    case DType::float64:
+      return forward_rows<double>(call, begin, end);
+    case DType::bfloat16:
+      return forward_rows<BFloat16>(call, begin, end);
+    case DType::float16:
+      return forward_rows<Float16>(call, begin, end);
   }
 }
 
 void backward(const Backward& call, int64_t begin, int64_t end) {
   switch (call.dtype) {
-    case DType::float32: return backward_rows<float>(call, begin, end);
-    case DType::float64: return backward_rows<double>(call, begin, end);
-    case DType::bfloat16: return backward_rows<BFloat16>(call, begin, end);
-    case DType::float16: return backward_rows<Float16>(call, begin, end);
+    case DType::float32:
+      return backward_rows<float>(call, begin, end);
+    case DType::float64:
+      return backward_rows<double>(call, begin, end);
+    case DType::bfloat16:
+      return backward_rows<BFloat16>(call, begin, end);
+    case DType::float16:
+      return backward_rows<Float16>(call, begin, end);
   }
 }
 

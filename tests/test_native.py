@@ -269,10 +269,10 @@ def test_bits_depend_on_the_row_alone(isa, dtype):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = [
-            run(native, logits[r // 9, r % 9].clone()[None, None], targets=targets[r : r + 1], grads={k: g[r : r + 1] for k, g in grads.items()}, **options)
-            for r in range(36)
-        ]  # fmt: skip
+        alone = []
+        for r in range(36):
+            mine = {"targets": targets[r : r + 1], "grads": {name: g[r : r + 1] for name, g in grads.items()}}
+            alone.append(run(native, logits[r // 9, r % 9].clone()[None, None], **mine, **options))
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
             got = run(native, logits, targets=targets, grads=grads, **options)
