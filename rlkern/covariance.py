@@ -1,0 +1,62 @@
+"""How a token's log-probability moves with its advantage: the covariance that Clip-Cov and KL-Cov select by (arXiv 2505.22617, Eq. 10)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .checks import as_bool, check_logp, check_tokens, computing_dtype, per_token
+
+__all__ = ["covariance_quantiles", "token_covariance"]
+
+
+@torch.no_grad()
+def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+    """cov_i = (A_i - mean A)(logp_i - mean logp), both means over all counted tokens.
+
+    Args:
+        logp: [B, T] float. A token whose logp is not finite (the policy forbids it) counts as masked, it would make every mean infinite.
+        advantages: [B, T], [B, 1] or [B] float.
+        mask: [B, T] bool or number; nonzero counts. Masked places may hold NaN.
+        group: data-parallel processes to take the means over (one all_reduce of three numbers); None takes this tensor alone.
+
+    Returns:
+        [B, T] float32 (float64 for float64 logp), 0 where masked, no gradient. With equal advantages it is 0 up to rounding.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes and devices other than these.
+    """
+    check_logp(logp)
+    check_tokens("mask", mask, logp, floating=False)
+    logp = logp.detach().to(computing_dtype(logp))
+    advantages = per_token("advantages", advantages, logp)
+    mask = as_bool(mask) & logp.isfinite()
+    logp, advantages = torch.where(mask, logp, 0), torch.where(mask, advantages, 0)
+    sums = torch.stack([mask.sum().to(logp.dtype), logp.sum(), advantages.sum()])
+    if group is not None:
+        torch.distributed.all_reduce(sums, group=group)
+    means = sums[1:] / sums[0].clamp(min=1)
+    return torch.where(mask, (advantages - means[1]) * (logp - means[0]), 0)
+
+
+@torch.no_grad()
+def covariance_quantiles(covariance: Tensor, mask: Tensor, quantiles: tuple[float, ...] = (0.5, 0.9, 0.99, 0.999)) -> Tensor:
+    """Quantiles over the counted tokens, for plots: [len(quantiles)], 0 without tokens. The value at rank floor(q (N - 1)), nothing interpolated.
+
+    Raises:
+        TypeError, ValueError: shapes that differ, quantiles outside [0, 1].
+    """
+    if not isinstance(covariance, Tensor) or not isinstance(mask, Tensor):
+        raise TypeError(f"covariance and mask must be tensors, got {type(covariance).__name__} and {type(mask).__name__}")
+    if covariance.shape != mask.shape:
+        raise ValueError(f"mask must have the shape of covariance {tuple(covariance.shape)}, got {tuple(mask.shape)}")
+    if not all(0 <= q <= 1 for q in quantiles):
+        raise ValueError(f"quantiles must be in [0, 1], got {quantiles}")
+    mask = as_bool(mask)
+    ordered = torch.where(mask, covariance, math.nan).flatten().sort().values
+    ordered = torch.nn.functional.pad(ordered, (0, 1))  # something to read in an empty batch
+    last = (mask.sum() - 1).clamp(min=0).to(torch.float64)
+    ranks = torch.stack([(last * q).floor().to(torch.int64) for q in quantiles])
+    return torch.where(mask.any(), ordered.gather(0, ranks), 0)

@@ -1,0 +1,53 @@
+"""CISPO (MiniMax-M1, arXiv 2506.13585): clips the importance weight and not the update, so that no token loses its gradient."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .policy import LossOutput, bounded, check_clip, check_number, finish, policy_tokens, ratio_metrics, score, weigh
+
+
+def cispo_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    cap: float | None = None,
+    log_ratio_clamp: float | None = None,
+    weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp per token, or with a cap -sg(min(r, cap)) A logp: arXiv 2506.13585 Eq. 4 and 5.
+
+    verl's "cispo" is clip_low, clip_high, its log ratio clamped (log_ratio_clamp=20). TRL's epsilon_high is `cap`, an absolute number (5.0) and not
+    1 + epsilon, and it has no lower bound. The paper leaves the lower bound open too: clip_low=1.
+
+    Args:
+        logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
+        clip_low, clip_high: bounds of the weight; not used with `cap`.
+        cap: the largest weight, > 0.
+
+    Returns:
+        LossOutput as that of `ppo_loss`; clip_fraction_low, clip_fraction_high are of tokens whose weight was cut, whatever their advantage.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    """
+    check_clip(clip_low, clip_high)
+    if cap is not None:
+        check_number("cap", cap, 0)
+    p = policy_tokens(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
+    low, high = (0.0, cap) if cap is not None else (1 - clip_low, 1 + clip_high)
+    ratio = p.ratio.detach()
+    values = weigh(-bounded(ratio, low, high) * p.advantages * score(p), p)
+    with torch.no_grad():
+        count = p.mask.sum().clamp(min=1)
+        metrics = {"clip_fraction_low": (p.mask & (ratio < low)).sum() / count, "clip_fraction_high": (p.mask & (ratio > high)).sum() / count}
+    return finish(values, p, aggregation, normalizer, metrics | ratio_metrics(p))

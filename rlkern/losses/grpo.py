@@ -1,0 +1,77 @@
+"""Group relative policy optimisation (arXiv 2402.03300): PPO's ratio, group advantages, and a penalty for leaving a reference policy."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .kl import check_kl, kl_estimate
+from .policy import LossOutput, check_clip, check_number, check_tokens, finish, masked_mean, per_token, policy_tokens, weigh
+from .ppo import check_dual_clip, clipped_surrogate, ppo_metrics
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    reference_logp: Tensor | None = None,
+    kl_coef: float = 0.0,
+    kl_kind: str = "k3",
+    kl_clamp: float | None = None,
+    kl_scale: Tensor | None = None,
+    kl_times_ratio: bool = False,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """PPO's loss plus kl_coef * kl_scale * KL(pi || pi_ref), the KL estimated at the token taken: arXiv 2402.03300, Eq. 3 and 4.
+
+    Which options reproduce what: the paper is aggregation="grpo", kl_coef=0.04; Dr. GRPO (arXiv 2503.20783) "dr_grpo" without KL and advantages
+    without the division by std; DAPO "dapo", clip_high=0.28; TRL's loss_type names are aggregation modes, its delta is dual_clip; verl's KL loss is
+    kl_kind="k3", kl_clamp=10, kl_coef=0.001; CLPO (arXiv 2509.25004) is kl_scale [B]: 0.5 for hard prompts, 1 for the others, kl_coef=0.001.
+
+    Args:
+        logp, old_logp, advantages, mask, clip_low, clip_high, dual_clip, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
+            `weights` does not touch the KL.
+        reference_logp: [B, T] float, detached; None leaves the KL out, and then kl_coef must be 0.
+        kl_coef: strength of the penalty, >= 0. With 0 the KL is only reported.
+        kl_kind: "k1", "abs", "k2" ("mse"), "k3", or one with a + behind it (its value, k2's gradient): see `rlkern.losses.kl`. The gradient of k3
+            pulls along the KL of the other direction, and that of k1 is noise; k2 and all with a + have the right one.
+        kl_clamp: bounds the estimate, see `kl_estimate`.
+        kl_scale: [B], [B, 1] or [B, T] float, detached: a coefficient per sample.
+        kl_times_ratio: multiplies the estimate with exp(logp - old_logp), gradient included (arXiv 2512.02556; TRL's use_bias_correction_kl), which
+            makes k3's gradient that of KL(pi || pi_ref) on stale samples too.
+
+    Returns:
+        LossOutput as that of `ppo_loss`; metrics also: kl (mean of the estimate, before its coefficients) if there is a reference.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    """
+    check_clip(clip_low, clip_high)
+    check_dual_clip(dual_clip)
+    check_number("kl_coef", kl_coef, 0)
+    check_kl(kl_kind, kl_clamp)
+    p = policy_tokens(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
+    values = weigh(clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip), p)
+    metrics = ppo_metrics(p, clip_low, clip_high, dual_clip)
+    if reference_logp is None:
+        if kl_coef != 0:
+            raise ValueError(f"kl_coef={kl_coef} needs reference_logp= [B, T]")
+        return finish(values, p, aggregation, normalizer, metrics)
+
+    check_tokens("reference_logp", reference_logp, logp)
+    kl = kl_estimate(p.logp, p.keep(reference_logp), kl_kind, clamp=kl_clamp)
+    if kl_times_ratio:
+        kl = kl * p.ratio
+    metrics["kl"] = masked_mean(kl, p.mask)
+    if kl_scale is not None:
+        kl = kl * p.keep(per_token("kl_scale", kl_scale, p.logp))
+    return finish(values + kl_coef * kl, p, aggregation, normalizer, metrics)

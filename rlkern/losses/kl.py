@@ -1,0 +1,68 @@
+"""One-sample estimates of KL(pi || pi_ref) from tokens that pi drew, as penalties that policy losses add.
+
+    kind             value, d = logp - reference_logp     gradient wrt logp     expected gradient on samples of pi
+    "k1"             d                                    1                     0: noise only
+    "abs"            |d|                                  sign(d), 0 at 0       of no divergence
+    "k2", "mse"      d^2 / 2                              d                     of KL(pi || pi_ref)
+    "k3"             exp(-d) - 1 + d                      1 - exp(-d)           of KL(pi_ref || pi), the other direction
+    "k1+" ... "k3+"  of the estimate named                d, that of k2         of KL(pi || pi_ref)
+
+Names elsewhere: "kl" is k1, "low_var_kl" is k3. Estimates: Schulman, http://joschu.net/blog/kl-approx.html.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .policy import LARGEST_EXPONENT, bounded, check_choice, check_number
+
+
+def _k3(d: Tensor) -> Tensor:
+    x = (-d).clamp(max=LARGEST_EXPONENT)  # no value beyond, and no gradient, instead of inf - inf
+    return torch.expm1(x) - x
+
+
+ESTIMATES = {"k1": lambda d: d, "abs": torch.abs, "k2": lambda d: 0.5 * d.square(), "k3": _k3}
+_ALIASES = {"mse": "k2", "kl": "k1", "low_var_kl": "k3"}
+KINDS = (*ESTIMATES, *_ALIASES, *(f"{name}+" for name in (*ESTIMATES, *_ALIASES)))
+
+
+def check_kl(kind: str, clamp: float | None) -> None:
+    """Raises TypeError or ValueError for a kind that is not in the table or a clamp below 0."""
+    check_choice("KL kind", kind, KINDS)
+    if clamp is not None:
+        check_number("the clamp of the KL", clamp, 0)
+
+
+def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp: float | None = None) -> Tensor:
+    """An estimate of the table above for every token.
+
+    Args:
+        logp: float, any shape; gradients flow into it.
+        reference_logp: shaped like logp, used detached.
+        kind: a name of the table; a trailing + keeps the value and takes the gradient of k2 (straight-through).
+        clamp: bounds the value to [-clamp, clamp]; no gradient flows beyond, except with a +. verl and ROLL clamp k3 at 10, which lets go of every
+            token with reference_logp - logp > 2.61. None leaves the value alone (TRL); k3's exponent stops at 80 all the same.
+
+    Returns:
+        The estimates, shaped and typed like logp.
+
+    Raises:
+        TypeError, ValueError: for names, numbers and shapes other than these.
+    """
+    check_kl(kind, clamp)
+    for name, x in (("logp", logp), ("reference_logp", reference_logp)):
+        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+            raise TypeError(f"{name} must be a float tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    if logp.shape != reference_logp.shape:
+        raise ValueError(f"reference_logp must have the shape of logp {tuple(logp.shape)}, got {tuple(reference_logp.shape)}")
+    d = logp - reference_logp.detach()
+    name = kind.removesuffix("+")
+    value = ESTIMATES[_ALIASES.get(name, name)](d)
+    if clamp is not None:
+        value = bounded(value, -clamp, clamp)
+    if kind.endswith("+"):
+        k2 = 0.5 * d.square()
+        value = value.detach() + (k2 - k2.detach())
+    return value

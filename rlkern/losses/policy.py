@@ -1,0 +1,188 @@
+"""What all policy losses share: their output, the checks and clean-up of their inputs, the metrics that their users plot."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import as_bool, check_logp, check_number, check_tokens, computing_dtype, per_token
+from ..checks import check_choice as check_choice  # for the losses
+from ..checks import check_fraction as check_fraction
+from .aggregate import aggregate, check_aggregation
+
+LARGEST_EXPONENT = 80.0  # exp of it is finite in float32, with room for a product
+
+
+class LossOutput(NamedTuple):
+    """loss: 0-d, carries the gradient. metrics: name -> detached 0-d tensor on the loss's device; nothing was read on the host."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class PolicyTokens(NamedTuple):
+    """The tokens of a batch, [B, T], float32 (float64 for float64 logp), neutral where masked: no value and no gradient can come from there.
+
+    Only logp, log_ratio and ratio carry gradient.
+    """
+
+    logp: Tensor  # log pi(token), 0 where masked
+    log_ratio: Tensor  # log pi / pi_old, 0 where masked; never clamped
+    ratio: Tensor  # exp(log_ratio), 1 where masked; never infinite, so that its product with A = 0 is 0
+    advantages: Tensor  # detached, 0 where masked
+    mask: Tensor  # bool
+    weights: Tensor | None  # detached, 0 where masked; None stands for 1
+
+    def keep(self, x: Tensor) -> Tensor:
+        """x [B, T] detached, in the dtype of the computation and 0 where masked."""
+        return torch.where(self.mask, x.detach().to(self.logp.dtype), 0)
+
+
+# --- numbers that a caller may change from step to step ---------------------------------------------------------------------------------------
+
+
+def number(value: float, like: Tensor) -> Tensor:
+    """The value as a 0-d tensor. torch.compile keeps the factor of a product symbolic, where it would bake the argument of `full` into the graph."""
+    return like.new_ones(()) * value
+
+
+def bounded(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """x.clamp(low, high), which torch.compile would compile again for every new bound."""
+    if not torch.compiler.is_compiling():
+        return x.clamp(low, high)
+    for bound, beyond in ((low, torch.lt), (high, torch.gt)):
+        if bound is not None:
+            bound = number(bound, x)
+            x = torch.where(beyond(x, bound), bound, x)
+    return x
+
+
+# --- checks --------------------------------------------------------------------------------------------------------------------------------
+
+
+def check_clip(clip_low: float, clip_high: float) -> None:
+    """The bounds 1 - clip_low and 1 + clip_high must enclose 1; clip_low above 1 would be a negative ratio."""
+    check_number("clip_low", clip_low, 0, 1)
+    check_number("clip_high", clip_high, 0)
+
+
+def policy_tokens(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    log_ratio_clamp: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> PolicyTokens:
+    """Checks the arguments that every policy loss takes and makes them safe to compute with.
+
+    Args:
+        logp: [B, T] float; gradients flow into it.
+        old_logp: [B, T] float, used detached. None is on-policy: logp.detach(), so the ratio is 1 and its gradient that of logp.
+        advantages: [B, T], [B, 1] or [B] float, used detached.
+        mask: [B, T] bool or number; nonzero counts. It selects, it does not weigh.
+        weights: [B, T], [B, 1] or [B] float, importance weights for `weigh`, used detached.
+        log_ratio_clamp: c bounds the exponent of `ratio` to [-c, c]; no gradient flows beyond (verl's vanilla loss: 20). None bounds it to
+            (-inf, 80], where exp is finite in float32, so that a ratio that overflows cannot turn a clipped token's gradient into NaN.
+        aggregation, normalizer: only checked here, see `aggregate`.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices and options other than these.
+    """
+    check_aggregation(aggregation, normalizer)
+    if log_ratio_clamp is not None:
+        check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)
+    check_logp(logp)
+    if old_logp is not None:
+        check_tokens("old_logp", old_logp, logp)
+    check_tokens("mask", mask, logp, floating=False)
+
+    mask = as_bool(mask)
+    logp = torch.where(mask, logp.to(computing_dtype(logp)), 0)
+    advantages = torch.where(mask, per_token("advantages", advantages, logp), 0)
+    if weights is not None:
+        weights = torch.where(mask, per_token("weights", weights, logp), 0)
+    old_logp = logp.detach() if old_logp is None else torch.where(mask, old_logp.detach().to(logp.dtype), 0)
+    log_ratio = logp - old_logp
+    if log_ratio_clamp is None:
+        exponent = log_ratio.clamp(max=LARGEST_EXPONENT)
+    else:
+        exponent = bounded(log_ratio, -log_ratio_clamp, log_ratio_clamp)
+    return PolicyTokens(logp, log_ratio, exponent.exp(), advantages, mask, weights)
+
+
+# --- reductions ----------------------------------------------------------------------------------------------------------------------------
+
+
+def weigh(values: Tensor, tokens: PolicyTokens) -> Tensor:
+    """The values times the importance weights, if there are any."""
+    return values if tokens.weights is None else values * tokens.weights
+
+
+def score(tokens: PolicyTokens) -> Tensor:
+    """logp, and 0 where the advantage is 0: their product is 0 even at logp = -inf."""
+    return torch.where(tokens.advantages == 0, 0, tokens.logp)
+
+
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] -> [B, 1]: the mean over the tokens of each sequence; 0 for an empty one. Masked values must be finite."""
+    return torch.where(mask, values, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+def finish(values: Tensor, tokens: PolicyTokens, aggregation: str, normalizer: float | Tensor | None, metrics: dict[str, Tensor]) -> LossOutput:
+    """Per-token loss values [B, T] to the output."""
+    return LossOutput(aggregate(values, tokens.mask, aggregation, normalizer), metrics)
+
+
+# --- metrics: all detached 0-d tensors -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean over the mask, float; for a bool tensor the fraction of the tokens. 0 if nothing counts."""
+    if values.dtype == torch.bool:
+        return (values & mask).sum() / mask.sum().clamp(min=1)
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
+    """What a ratio tells of the step; 0, 0, 1, 1, 1 without tokens.
+
+    approx_kl_k1, approx_kl_k3: estimates of KL(pi_old || pi) from its own samples, means of -d and of exp(d) - 1 - d, d the log ratio;
+    ratio_max, ratio_min: over the tokens, infinite if it overflows;
+    effective_sample_size: (sum r)^2 / (N sum r^2), a fraction of the tokens in (0, 1].
+    """
+    d, mask = tokens.log_ratio.detach(), tokens.mask
+    count = mask.sum()
+    any_token = count > 0
+    # One entry more, so that a batch of size 0 has a maximum.
+    largest = torch.nn.functional.pad(torch.where(mask, d, -math.inf).flatten(), (0, 1), value=-math.inf).amax()
+    smallest = torch.nn.functional.pad(torch.where(mask, d, math.inf).flatten(), (0, 1), value=math.inf).amin()
+    largest, smallest = torch.where(any_token, largest, 0), torch.where(any_token, smallest, 0)
+    scaled = torch.where(mask, (d - largest).exp(), 0)  # the largest is 1: no overflow
+    ess = scaled.sum().square() / (count * scaled.square().sum())
+    count = count.clamp(min=1)
+    return {
+        "approx_kl_k1": -d.sum() / count,
+        "approx_kl_k3": (torch.expm1(d) - d).sum() / count,
+        "ratio_max": largest.exp(),
+        "ratio_min": smallest.exp(),
+        "effective_sample_size": torch.where(any_token, ess, 1),
+    }
+
+
+@torch.no_grad()
+def clip_fractions(ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> dict[str, Tensor]:
+    """clip_fraction_low, clip_fraction_high: of all tokens, those without gradient because A < 0 and ratio < low, or A > 0 and ratio > high."""
+    count = mask.sum().clamp(min=1)
+    return {
+        "clip_fraction_low": ((advantages < 0) & (ratio < low) & mask).sum() / count,
+        "clip_fraction_high": ((advantages > 0) & (ratio > high) & mask).sum() / count,
+    }

@@ -1,0 +1,78 @@
+"""Proximal policy optimisation (arXiv 1707.06347): the clipped ratio that most policy losses start from, with the dual clip of arXiv 1912.09729."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .policy import LossOutput, bounded, check_clip, check_number, clip_fractions, finish, policy_tokens, ratio_metrics, weigh
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Tensor:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip; written as -A times the ratio that survives.
+
+    That form needs no product with a ratio that is clipped away, so an overflowing one cannot make NaN of the gradient.
+    """
+    return -advantages * torch.where(advantages < 0, bounded(ratio, 1 - clip_low, dual_clip), bounded(ratio, high=1 + clip_high))
+
+
+def check_dual_clip(dual_clip: float | None) -> None:
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, 1)
+
+
+def ppo_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = 20.0,
+    weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """With r = exp(logp - old_logp), per token and for A < 0 at most -A dual_clip:
+
+        max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))            arXiv 1707.06347 Eq. 7, 1912.09729 Eq. 5
+
+    Which options reproduce what: verl "vanilla" is dual_clip=3.0; TRL's `delta` is dual_clip=delta with log_ratio_clamp=None; clip-higher (DAPO,
+    arXiv 2503.14476) is clip_high=0.28; ROLL's dual clip is dual_clip=1 + 2 * clip. An entropy mask (train on the uncertain tokens only,
+    arXiv 2506.01939), an off-policy mask or truncated importance sampling of the rollout engine go in as `weights`.
+
+    Args:
+        logp: [B, T] float log-probabilities of the tokens taken; gradients flow into it.
+        old_logp: [B, T] float, those of the policy that the step started from; None is on-policy: the ratio is 1, the gradient -A.
+        advantages: [B, T], [B, 1] or [B] float, detached.
+        mask: [B, T] bool or number; nonzero counts. Anything may stand where it is 0, NaN included.
+        clip_low, clip_high: the ratio stops mattering below 1 - clip_low (A < 0) and above 1 + clip_high (A > 0). clip_low in [0, 1].
+        dual_clip: c >= 1 bounds the ratio of tokens with A < 0; None does not.
+        log_ratio_clamp: bounds the log ratio to [-c, c] before exp; no gradient beyond. None bounds it at 80, where float32 is still finite.
+        weights: [B, T], [B, 1] or [B] float, multiplied with the per-token loss, detached.
+        aggregation, normalizer: from tokens to one number, see `aggregate`.
+
+    Returns:
+        LossOutput(loss, metrics): 0-d, float32 (float64 for float64 logp). Metrics: clip_fraction_low, clip_fraction_high, clip_fraction_dual,
+        approx_kl_k1, approx_kl_k3, ratio_max, ratio_min, effective_sample_size. Without any token 0, with zero gradient.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    """
+    check_clip(clip_low, clip_high)
+    check_dual_clip(dual_clip)
+    p = policy_tokens(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
+    values = weigh(clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip), p)
+    return finish(values, p, aggregation, normalizer, ppo_metrics(p, clip_low, clip_high, dual_clip))
+
+
+def ppo_metrics(p, clip_low: float, clip_high: float, dual_clip: float | None) -> dict[str, Tensor]:
+    metrics = clip_fractions(p.ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high)
+    if dual_clip is not None:
+        with torch.no_grad():
+            metrics["clip_fraction_dual"] = ((p.advantages < 0) & (p.ratio > dual_clip)).sum() / p.mask.sum().clamp(min=1)
+    return metrics | ratio_metrics(p)

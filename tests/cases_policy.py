@@ -1,0 +1,154 @@
+"""Cases of the loss battery: the PPO family, the covariance family, Lp-Reg."""
+
+import torch
+from loss_battery import register
+
+
+def draw_tokens(g, batch, length):
+    """Ratios on both sides of the clip bounds of a token loss, advantages of both signs, some zero."""
+    logp = g.logp(batch, length)
+    advantages = g.normal(batch, length)
+    advantages[:, 1:2] = 0
+    inputs = {"logp": logp, "old_logp": logp + g.normal(batch, length, std=0.3), "advantages": advantages, "mask": g.mask(batch, length)}
+    return inputs, ("logp",)
+
+
+def draw_sequences(g, batch, length):
+    """The same with one advantage a sequence."""
+    inputs, wrt = draw_tokens(g, batch, length)
+    return inputs | {"advantages": g.normal(batch, 1)}, wrt
+
+
+def draw_with_reference(g, batch, length):
+    inputs, wrt = draw_tokens(g, batch, length)
+    return inputs | {"reference_logp": g.logp(batch, length), "kl_scale": g.uniform(batch), "weights": g.uniform(batch, length)}, wrt
+
+
+def draw_with_proxy(g, batch, length):
+    inputs, wrt = draw_tokens(g, batch, length)
+    proxy = inputs["logp"] + g.normal(batch, length, mean=0.3, std=0.3)
+    return inputs | {"proxy_logp": proxy}, wrt
+
+
+def draw_with_kept_logmass(g, batch, length):
+    inputs, wrt = draw_with_proxy(g, batch, length)
+    return inputs | {"kept_logmass": -g.uniform(batch, length)}, (*wrt, "kept_logmass")
+
+
+def draw_spread(g, batch, length):
+    """Log-probabilities with a heavy tail: covariances large enough for Clip-Cov's band."""
+    inputs, wrt = draw_tokens(g, batch, length)
+    tail = torch.where(g.uniform(batch, length) < 0.3, -6.0, 0.0)
+    return inputs | {"logp": inputs["logp"] + tail, "old_logp": inputs["old_logp"] + tail}, wrt
+
+
+def selected(draw):
+    def with_selection(g, batch, length):
+        inputs, wrt = draw(g, batch, length)
+        return inputs | {"selected": g.uniform(batch, length) < 0.3}, wrt
+
+    return with_selection
+
+
+def mean(values, mask):
+    return torch.where(mask, values, 0).sum() / mask.sum()
+
+
+def sequence_mean(values, mask):
+    return torch.where(mask, values, 0).sum(-1) / mask.sum(-1)
+
+
+def naive_gspo(logp, old_logp, advantages, mask):
+    s = sequence_mean(logp - old_logp, mask).exp()
+    a = advantages.squeeze(-1)
+    return torch.maximum(-a * s, -a * s.clamp(0.9, 1.1)).mean()
+
+
+def naive_cispo(logp, old_logp, advantages, mask):
+    return mean(-(logp - old_logp).exp().clamp(0.8, 1.2).detach() * advantages * logp, mask)
+
+
+def naive_cispo_cap(logp, old_logp, advantages, mask):
+    return mean(-(logp - old_logp).exp().clamp(max=1.1).detach() * advantages * logp, mask)
+
+
+def naive_tis(logp, old_logp, advantages, mask):
+    return mean(-(logp - old_logp).exp().clamp(max=1).detach() * advantages * logp, mask)
+
+
+def naive_topr(logp, old_logp, advantages, mask):
+    weight = torch.where(advantages >= 0, 1, (logp - old_logp).exp().clamp(max=1).detach())
+    return mean(-weight * advantages * logp, mask)
+
+
+def naive_vespo(logp, old_logp, advantages, mask):
+    w = torch.where(mask, logp - old_logp, 0).sum(-1, keepdim=True).exp()
+    kernel = torch.where(advantages >= 0, (3 * (1 - w)).exp() * w**2, (2 * (1 - w)).exp() * w**3)
+    return mean(-kernel.detach() * advantages * logp, mask)
+
+
+def naive_on_policy(logp, advantages, mask, **others):
+    return mean(-advantages * logp, mask)
+
+
+def draw_on_policy(g, batch, length):
+    inputs, wrt = draw_tokens(g, batch, length)
+    inputs.pop("old_logp")
+    return inputs, wrt
+
+
+def naive_k3_straight_through(logp, old_logp, advantages, mask, reference_logp, kl_scale, weights):
+    ratio = (logp - old_logp).exp()
+    policy = weights * torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
+    return mean(policy + 0.3 * kl_scale.unsqueeze(-1) * 0.5 * (logp - reference_logp) ** 2, mask)
+
+
+def naive_keep_value(logp, old_logp, advantages, mask, selected):
+    values = -advantages * (logp - old_logp).exp()
+    return mean(torch.where(selected, values.detach(), values), mask)
+
+
+def naive_full(logp, old_logp, proxy_logp, advantages, mask, kept_logmass):
+    return mean(-advantages * (logp - old_logp).exp() - torch.where(lowest_half(logp, mask) & (advantages < 0), kept_logmass, 0), mask)
+
+
+def lowest_half(logp, mask):
+    ranked = sorted((logp[i, j].item(), i, j) for i in range(len(mask)) for j in range(mask.shape[1]) if mask[i, j])
+    chosen = torch.zeros_like(mask)
+    for _, i, j in ranked[: len(ranked) // 2]:
+        chosen[i, j] = True
+    return chosen
+
+
+for mode in ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "grpo", "dr_grpo"):
+    register("ppo_loss", mask="mask", label=mode, options={"aggregation": mode})(draw_tokens)
+register("ppo_loss", mask="mask", label="dual_clip", options={"dual_clip": 1.5, "clip_high": 0.28, "normalizer": 17.0})(draw_tokens)
+register("ppo_loss", mask="mask", label="on_policy", options={"old_logp": None}, naive=naive_on_policy)(draw_on_policy)
+for kind in ("k1", "abs", "k2", "k3"):
+    register("grpo_loss", mask="mask", label=kind, options={"kl_kind": kind, "kl_coef": 0.3, "kl_times_ratio": kind == "k3"})(draw_with_reference)
+register("grpo_loss", mask="mask", label="k3+", options={"kl_kind": "k3+", "kl_coef": 0.3}, naive=naive_k3_straight_through)(draw_with_reference)
+register("grpo_loss", mask="mask")(draw_tokens)
+register("gspo_loss", mask="mask", options={"clip_low": 0.1, "clip_high": 0.1}, naive=naive_gspo)(draw_sequences)
+register("cispo_loss", mask="mask", naive=naive_cispo)(draw_tokens)
+register("cispo_loss", mask="mask", label="cap", options={"cap": 1.1}, naive=naive_cispo_cap)(draw_tokens)
+register("sapo_loss", mask="mask")(draw_tokens)
+register("gmpo_loss", mask="mask")(draw_sequences)
+register("reinforce_loss", mask="mask")(draw_tokens)
+register("reinforce_loss", mask="mask", label="kimi", options={"square_coef": 0.4})(draw_tokens)
+register("tis_loss", mask="mask", naive=naive_tis)(draw_tokens)
+register("topr_loss", mask="mask", naive=naive_topr)(draw_tokens)
+register("vespo_loss", mask="mask", naive=naive_vespo)(draw_tokens)
+
+# All candidates leave, so that the draw makes no difference.
+register("clip_cov_loss", mask="mask", options={"select_ratio": 1.0, "clip_low": 0.2, "clip_high": 0.2})(draw_spread)
+register("clip_cov_loss", mask="mask", label="paper", options={"select_ratio": 1.0, "preset": "paper"})(draw_spread)
+register("clip_cov_loss", mask="mask", label="selected")(selected(draw_tokens))
+register("clip_cov_loss", mask="mask", label="keep_value", options={"keep_value": True, "preset": "paper"}, naive=naive_keep_value)(
+    selected(draw_tokens)
+)
+register("kl_cov_loss", mask="mask", options={"select_ratio": 0.3})(draw_tokens)
+register("kl_cov_loss", mask="mask", label="verl", options={"preset": "verl"})(draw_tokens)
+register("kl_cov_loss", mask="mask", label="selected")(selected(draw_tokens))
+register("lp_reg_loss", mask="mask", options={"rho": 0.7})(draw_with_proxy)
+register("lp_reg_loss", mask="mask", label="positive", options={"rho": 0.7, "rho_positive": 0.7, "kl_clamp": None, "kl_kind": "k2"})(draw_with_proxy)
+register("lp_reg_loss", mask="mask", label="full", options={"rho": 0.5, "kl_term": "full"}, naive=naive_full)(draw_with_kept_logmass)

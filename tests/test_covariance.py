@@ -1,0 +1,400 @@
+"""Covariance, the selections, Clip-Cov and KL-Cov against naive float64 versions with Python's own sort; their edges; their presets."""
+
+import datetime
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from loss_battery import NoSyncingMethods, NoSyncingOperators
+
+import rlkern
+from rlkern.selection import fraction_count, select_bottom, select_random, select_top
+
+F64 = torch.float64
+
+
+def draw(seed=0, batch=6, length=12, spread=0.3):
+    """A heavy tail of rare tokens, so that covariances reach beyond 5; ratios on both sides of the clip; ragged sequences."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -4 * torch.rand(batch, length, generator=g, dtype=F64) ** 3 - 0.01
+    logp = torch.where(torch.rand(batch, length, generator=g) < 0.2, logp - 7, logp)
+    old = logp + spread * torch.randn(batch, length, generator=g, dtype=F64)
+    advantages = 1.5 * torch.randn(batch, length, generator=g, dtype=F64)
+    mask = torch.arange(length) < torch.randint(length // 2, length + 1, (batch,), generator=g).unsqueeze(-1)
+    mask[0] = True
+    return logp.requires_grad_(), old, advantages, mask
+
+
+def tokens_of(mask):
+    return [(i, t) for i in range(mask.shape[0]) for t in range(mask.shape[1]) if mask[i, t]]
+
+
+def naive_covariance(logp, advantages, mask):
+    tokens = tokens_of(mask)
+    x, a = [logp[i].item() for i in tokens], [advantages[i].item() for i in tokens]
+    mean_x, mean_a = sum(x) / len(x), sum(a) / len(a)
+    return {i: (q - mean_a) * (p - mean_x) for i, p, q in zip(tokens, x, a, strict=True)}
+
+
+def value_and_gradient(loss, *leaves):
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, retain_graph=True)]
+
+
+def agree(ours, naive, *leaves):
+    torch.testing.assert_close(value_and_gradient(ours, *leaves), value_and_gradient(naive, *leaves), rtol=1e-12, atol=1e-13)
+
+
+# --- covariance ----------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
+def test_covariance(mask_dtype):
+    logp, _, advantages, mask = draw()
+    covariance = rlkern.token_covariance(logp, advantages, mask.to(mask_dtype))
+    expected = naive_covariance(logp, advantages, mask)
+    for i in tokens_of(torch.ones_like(mask)):
+        torch.testing.assert_close(covariance[i].item(), expected.get(i, 0.0))
+    assert not covariance.requires_grad and covariance.dtype == F64
+    poisoned = torch.where(mask, logp, math.nan), torch.where(mask, advantages, math.inf)
+    assert torch.equal(rlkern.token_covariance(*poisoned, mask), covariance)
+    assert rlkern.token_covariance(logp.float(), advantages, mask).dtype == torch.float32
+
+
+def test_covariance_edges():
+    logp, _, advantages, mask = draw()
+    assert (rlkern.token_covariance(logp, advantages, torch.zeros_like(mask)) == 0).all()
+    assert rlkern.token_covariance(logp[:0], advantages[:0], mask[:0]).shape == (0, 12)
+    assert (rlkern.token_covariance(logp, torch.ones(6, dtype=F64), mask) == 0).all()
+    # A forbidden token is left out of the means, as if it were masked.
+    forbidden, without = logp.detach().clone(), mask.clone()
+    forbidden[0, 3], without[0, 3] = -math.inf, False
+    torch.testing.assert_close(
+        rlkern.token_covariance(forbidden, advantages, mask), rlkern.token_covariance(logp, advantages, without), rtol=0, atol=0
+    )
+    with pytest.raises(ValueError, match="advantages must be"):
+        rlkern.token_covariance(logp, advantages[:, :5], mask)
+    with pytest.raises(TypeError, match="mask must be"):
+        rlkern.token_covariance(logp, advantages, [True])
+
+
+def test_covariance_quantiles():
+    covariance = torch.tensor([[3.0, 1.0, math.nan], [2.0, 5.0, 4.0]])
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+    assert rlkern.covariance_quantiles(covariance, mask, (0.0, 0.5, 0.74, 1.0)).tolist() == [1, 3, 3, 5]
+    assert rlkern.covariance_quantiles(covariance, mask * 0).tolist() == [0, 0, 0, 0]
+    assert rlkern.covariance_quantiles(covariance[:0], mask[:0], (0.5,)).tolist() == [0]
+    with pytest.raises(ValueError, match="quantiles"):
+        rlkern.covariance_quantiles(covariance, mask, (50.0,))
+    with pytest.raises(ValueError, match="mask must have the shape"):
+        rlkern.covariance_quantiles(covariance, mask[:1])
+
+
+def test_group():
+    """Two ranks (threads here) with unequal shares get the covariances of the whole batch."""
+    logp, old, advantages, mask = draw()
+    shares = (slice(0, 2), slice(2, 6))
+    store = torch.distributed.HashStore()
+
+    def on_rank(rank):
+        group = torch.distributed.ProcessGroupGloo(store, rank, 2, datetime.timedelta(seconds=60))
+        x = [t[shares[rank]] for t in (logp, old, advantages, mask)]
+        covariance = rlkern.token_covariance(x[0], x[2], x[3], group=group)
+        return covariance, rlkern.kl_cov_loss(*x, select_ratio=0.1, group=group).loss.detach()
+
+    with ThreadPoolExecutor(2) as pool:
+        parts = list(pool.map(on_rank, range(2)))
+    whole = rlkern.token_covariance(logp, advantages, mask)
+    torch.testing.assert_close(torch.cat([covariance for covariance, _ in parts]), whole)
+    for (_, loss), share in zip(parts, shares, strict=True):
+        x = [t[share] for t in (logp, old, advantages, mask)]
+        chosen = select_top(whole[share], x[3], fraction_count(x[3].sum(), 0.1, 1))
+        torch.testing.assert_close(loss, rlkern.kl_cov_loss(*x, selected=chosen).loss.detach())
+
+
+# --- selections ----------------------------------------------------------------------------------------------------------------------------
+
+
+def chosen(mask):
+    return [i for i, flag in enumerate(mask.flatten().tolist()) if flag]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("count", [0, 1, 5, 19, 100])
+def test_top_and_bottom_with_ties(seed, count):
+    g = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, 4, (5, 8), generator=g).float()
+    valid = torch.rand(5, 8, generator=g) < 0.6
+    flat = [(v, i) for i, (v, ok) in enumerate(zip(values.flatten().tolist(), valid.flatten().tolist(), strict=True)) if ok]
+    for k in (count, torch.tensor(count)):
+        assert chosen(select_top(values, valid, k)) == sorted(i for _, i in sorted((-v, i) for v, i in flat)[:count])
+        assert chosen(select_bottom(values, valid.int(), k)) == sorted(i for _, i in sorted(flat)[:count])
+
+
+def test_selection_of_extreme_values():
+    values = torch.tensor([math.inf, -math.inf, math.inf, -math.inf, math.nan, 0.0])
+    valid = torch.tensor([False, False, True, True, True, True])
+    assert chosen(select_top(values, valid, 1)) == [2]
+    assert chosen(select_top(values, valid, 3)) == [2, 3, 5]  # the infinity that is valid, not the one before it
+    assert chosen(select_bottom(values, valid, 3)) == [2, 3, 5]
+    assert chosen(select_bottom(values, valid, 9)) == [2, 3, 4, 5]
+    assert select_top(values[:0], valid[:0], 3).shape == (0,)
+
+
+def test_random_selection():
+    valid = torch.tensor([[True, False, True], [True, True, False]])
+    counts = torch.zeros(2, 3)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(3000):
+        picked = select_random(valid, 2, g)
+        assert picked.sum() == 2 and not (picked & ~valid).any()
+        counts += picked
+    assert ((counts[valid] / 3000 - 0.5).abs() < 0.05).all()  # five standard deviations
+    assert torch.equal(select_random(valid, 9), valid)
+    again = [select_random(torch.ones(1000), 10, torch.Generator().manual_seed(7)) for _ in range(2)]
+    assert torch.equal(*again)
+    torch.manual_seed(3)
+    first = select_random(torch.ones(1000), 10)
+    torch.manual_seed(3)
+    assert torch.equal(select_random(torch.ones(1000), 10), first)
+
+
+@pytest.mark.parametrize("fraction", [0, 1e-4, 2e-4, 0.002, 0.005, 0.01, 0.29, 0.3, 0.57, 1])
+def test_fraction_count(fraction):
+    for total in (0, 1, 3, 99, 100, 200, 1000, 5000, 65536, 100000):
+        for minimum in (0, 1):
+            assert fraction_count(torch.tensor(total), fraction, minimum).item() == max(int(total * fraction), minimum)
+
+
+def test_selection_errors():
+    with pytest.raises(ValueError, match="fraction in \\[0, 1\\], not a percentage, got 2"):
+        fraction_count(torch.tensor(5), 2)
+    with pytest.raises(TypeError, match="values must be a float tensor"):
+        select_top(torch.ones(3, dtype=torch.int64), torch.ones(3), 1)
+    with pytest.raises(TypeError, match="valid must be"):
+        select_bottom(torch.ones(3), None, 1)
+    with pytest.raises(TypeError, match="valid must be"):
+        select_random([True], 1)
+    with pytest.raises(ValueError, match="valid must have the shape"):
+        select_top(torch.ones(3), torch.ones(4), 1)
+    with pytest.raises(ValueError, match="count must be one number"):
+        select_top(torch.ones(3), torch.ones(3), torch.ones(2))
+
+
+def test_no_host_sync():
+    logp, old, advantages, mask = draw()
+    with NoSyncingMethods(), NoSyncingOperators():
+        covariance = rlkern.token_covariance(logp, advantages, mask)
+        rlkern.covariance_quantiles(covariance, mask)
+        select_random(mask, mask.sum(), torch.Generator())
+        rlkern.clip_cov_loss(logp, old, advantages, mask, generator=torch.Generator()).loss.backward()
+
+
+# --- Clip-Cov ------------------------------------------------------------------------------------------------------------------------------
+
+
+def clipped_by_ppo(logp, old, advantages, i, low, high):
+    r = (logp[i] - old[i]).exp()
+    return (advantages[i] > 0 and r > 1 + high) or (advantages[i] < 0 and r < 1 - low)
+
+
+def ppo_term(logp, old, advantages, i, low, high):
+    r = (logp[i] - old[i]).exp()
+    return torch.maximum(-advantages[i] * r, -advantages[i] * r.clamp(1 - low, 1 + high))
+
+
+def naive_clip_cov(logp, old, advantages, mask, low, high, removed):
+    tokens = tokens_of(mask)
+    return sum(0 * logp[i] if i in removed else ppo_term(logp, old, advantages, i, low, high) for i in tokens) / len(tokens)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_clip_cov_removes_the_band(seed):
+    """With select_ratio=1 every candidate leaves, and nothing else does."""
+    x = draw(seed)
+    logp, old, advantages, mask = x
+    covariance = naive_covariance(logp, advantages, mask)
+    removed = {i for i, c in covariance.items() if 1 < c < 5 and not clipped_by_ppo(logp, old, advantages, i, 0.2, 0.2)}
+    band = [i for i, c in covariance.items() if 1 < c < 5]
+    assert 0 < len(removed) < len(band) and any(c > 5 for c in covariance.values())  # the draw tests clipping and the upper bound
+    ours = rlkern.clip_cov_loss(*x, select_ratio=1.0, clip_low=0.2, clip_high=0.2)
+    agree(ours.loss, naive_clip_cov(*x, 0.2, 0.2, removed), logp)
+    torch.testing.assert_close(ours.metrics["selected_fraction"].item(), len(removed) / len(covariance))
+    torch.testing.assert_close(ours.metrics["covariance_selected"].item(), sum(covariance[i] for i in removed) / len(removed))
+    torch.testing.assert_close(ours.metrics["covariance_mean"].item(), sum(covariance.values()) / len(covariance))
+    agree(ours.loss, rlkern.clip_cov_loss(*x, select_ratio=1.0, preset="verl").loss, logp)
+
+
+@pytest.mark.parametrize("select_ratio, expected", [(2e-4, 1), (0.0, 1), (0.05, None), (0.08, None)])
+def test_clip_cov_count(select_ratio, expected):
+    """max(floor(ratio N), 1) candidates leave, whichever: found from the gradient, which is 0 for them and for nothing else here."""
+    x = draw(3, spread=0.05)
+    logp, old, advantages, mask = x
+    count = expected or int(select_ratio * int(mask.sum()))
+    covariance = naive_covariance(logp, advantages, mask)
+    candidates = {i for i, c in covariance.items() if 1 < c < 5}
+    assert len(candidates) > count >= 1
+    seen = set()
+    for seed in range(12):
+        output = rlkern.clip_cov_loss(*x, select_ratio=select_ratio, generator=torch.Generator().manual_seed(seed))
+        gradient = torch.autograd.grad(output.loss, logp)[0]
+        removed = {i for i in covariance if gradient[i] == 0}
+        assert len(removed) == count and removed <= candidates
+        torch.testing.assert_close(output.loss, naive_clip_cov(*x, 1.0, 1.0, removed))
+        seen.add(frozenset(removed))
+    assert len(seen) > 1  # a draw, not a fixed choice
+
+
+def test_clip_cov_presets():
+    # Mean advantage 0, mean logp -3: covariances 1, 1, 5, 5 on the band's very bounds, and 3, 3 inside.
+    logp = torch.tensor([[-2.0, -4.0, 2.0, -8.0, 0.0, -6.0]], dtype=F64, requires_grad=True)
+    advantages = torch.tensor([[1.0, -1.0, 1.0, -1.0, 1.0, -1.0]], dtype=F64)
+    mask = torch.ones(1, 6)
+    assert rlkern.token_covariance(logp, advantages, mask).tolist() == [[1, 1, 5, 5, 3, 3]]
+
+    def removed(**options):
+        gradient = torch.autograd.grad(rlkern.clip_cov_loss(logp, logp.detach(), advantages, mask, select_ratio=1.0, **options).loss, logp)[0]
+        return (gradient == 0).flatten().tolist()
+
+    inside = [False] * 4 + [True] * 2
+    assert removed() == removed(preset="prime") == removed(preset="verl") == inside
+    assert removed(preset="paper") == [True] * 6
+    assert removed(preset="paper", closed_band=False) == removed(preset="verl", closed_band=False) == inside
+    assert removed(preset="prime", closed_band=True) == [True] * 6
+
+    def taken(**options):
+        return rlkern.clip_cov_loss(logp, logp.detach(), advantages, mask, **options).metrics["selected_fraction"].item()
+
+    assert taken(preset="paper", select_ratio=0.1) == 0  # floor(0.6)
+    torch.testing.assert_close(taken(preset="verl", select_ratio=0.1), 1 / 6)
+    torch.testing.assert_close(taken(preset="paper", select_ratio=0.1, min_count=2), 2 / 6)
+    assert taken(select_ratio=1.0, cov_low=5.0, cov_high=math.inf) == 0
+
+
+def test_clip_cov_clip_of_presets():
+    """prime's ratio in [0, 2], verl's in [0.8, 1.2], the paper's free; an option given as well wins."""
+    old = torch.full((1, 4), -3.0, dtype=F64)
+    logp = (old + torch.tensor([2.5, 1.5, 0.5, 0.9], dtype=F64).log()).requires_grad_()
+    advantages, none = torch.tensor([[1.0, 1.0, -1.0, 1.0]], dtype=F64), torch.zeros(1, 4)
+
+    def gradient(**options):
+        return torch.autograd.grad(rlkern.clip_cov_loss(logp, old, advantages, torch.ones(1, 4), selected=none, **options).loss, logp)[0][0].tolist()
+
+    r = [-2.5 / 4, -1.5 / 4, 0.5 / 4, -0.9 / 4]
+    assert gradient(preset="paper") == pytest.approx(r)
+    assert gradient() == gradient(preset="prime") == pytest.approx([0, *r[1:]])
+    assert gradient(preset="verl") == pytest.approx([0, 0, 0, r[3]])
+    assert gradient(preset="verl", clip_low=0.6, clip_high=9.0) == pytest.approx(r)
+
+
+def test_clip_cov_without_candidates_is_ppo():
+    logp, old, _, mask = draw()
+    x = (logp, old, torch.full((6,), -1.0, dtype=F64), mask)  # equal advantages: every covariance is 0
+    agree(rlkern.clip_cov_loss(*x, preset="verl").loss, rlkern.ppo_loss(*x, log_ratio_clamp=None).loss, logp)
+
+
+def test_external_selection():
+    x = draw()
+    mask = x[3]
+    picked = torch.rand(mask.shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    removed = {i for i in tokens_of(mask) if picked[i]}
+    for given in (picked, picked.int(), picked.double()):
+        ours = rlkern.clip_cov_loss(*x, selected=given)
+        agree(ours.loss, naive_clip_cov(*x, 1.0, 1.0, removed), x[0])
+    torch.testing.assert_close(ours.metrics["selected_fraction"].item(), len(removed) / int(mask.sum()))
+    kept = rlkern.clip_cov_loss(*x, selected=picked, keep_value=True).loss
+    torch.testing.assert_close(kept, naive_clip_cov(*x, 1.0, 1.0, set()))
+    torch.testing.assert_close(torch.autograd.grad(kept, x[0]), torch.autograd.grad(ours.loss, x[0]), rtol=0, atol=0)
+
+
+# --- KL-Cov --------------------------------------------------------------------------------------------------------------------------------
+
+
+def naive_kl_cov(logp, old, advantages, mask, chosen, coef):
+    total = 0
+    for i in tokens_of(mask):
+        d = logp[i] - old[i]
+        total = total - advantages[i] * d.exp() + (coef * d.abs() if i in chosen else 0)
+    return total / len(tokens_of(mask))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("select_ratio, coef", [(0.002, 1.0), (0.1, 0.5), (0.33, 1.0)])
+def test_kl_cov(seed, select_ratio, coef):
+    x = draw(seed, spread=1.0)
+    covariance = naive_covariance(x[0], x[2], x[3])
+    k = max(1, int(len(covariance) * select_ratio))
+    top = set(sorted(covariance, key=covariance.get)[-k:])
+    ours = rlkern.kl_cov_loss(*x, select_ratio=select_ratio, kl_coef=coef)
+    agree(ours.loss, naive_kl_cov(*x, top, coef), x[0])
+    torch.testing.assert_close(ours.metrics["selected_fraction"].item(), k / len(covariance))
+    d = [abs((x[0][i] - x[1][i]).item()) for i in covariance]
+    torch.testing.assert_close(ours.metrics["abs_log_ratio"].item(), sum(d) / len(d))
+
+
+def test_kl_cov_presets():
+    x = draw(batch=30, length=60)
+    n = int(x[3].sum())
+    assert 1000 < n < 1800
+    for preset, options in {None: (2e-3, 1.0), "paper": (2e-3, 1.0), "prime": (2e-3, 1.0), "verl": (2e-4, 0.1)}.items():
+        output = rlkern.kl_cov_loss(*x, preset=preset)
+        agree(output.loss, rlkern.kl_cov_loss(*x, select_ratio=options[0], kl_coef=options[1]).loss, x[0])
+        torch.testing.assert_close(output.metrics["selected_fraction"].item(), max(1, int(n * options[0])) / n)
+    small = draw()
+    assert rlkern.kl_cov_loss(*small, preset="paper").metrics["selected_fraction"] == 0
+    assert rlkern.kl_cov_loss(*small, preset="verl").metrics["selected_fraction"] > 0
+    agree(rlkern.kl_cov_loss(*small, preset="verl", kl_coef=2.0).loss, rlkern.kl_cov_loss(*small, select_ratio=2e-4, kl_coef=2.0).loss, small[0])
+
+
+def test_kl_cov_on_policy_has_no_penalty():
+    logp, _, advantages, mask = draw()
+    for old in (None, logp.detach()):
+        ours = rlkern.kl_cov_loss(logp, old, advantages, mask, select_ratio=1.0)
+        plain = rlkern.reinforce_loss(logp, old, advantages, mask)
+        torch.testing.assert_close(torch.autograd.grad(ours.loss, logp), torch.autograd.grad(plain.loss, logp))
+
+
+def test_kl_cov_ties_go_to_the_first():
+    logp = torch.full((2, 3), -1.0, dtype=F64, requires_grad=True)
+    loss = rlkern.kl_cov_loss(logp, logp.detach() - 0.5, torch.zeros(2, dtype=F64), torch.tensor([[0, 1, 1], [1, 1, 1]]), select_ratio=0.4).loss
+    assert torch.autograd.grad(loss, logp)[0].tolist() == [[0, 0.2, 0.2], [0, 0, 0]]
+
+
+def test_kl_cov_external_selection():
+    x = draw(spread=1.0)
+    picked = torch.rand(x[3].shape, generator=torch.Generator().manual_seed(0)) < 0.3
+    agree(rlkern.kl_cov_loss(*x, selected=picked).loss, naive_kl_cov(*x, {i for i in tokens_of(x[3]) if picked[i]}, 1.0), x[0])
+
+
+@pytest.mark.parametrize("loss", [rlkern.clip_cov_loss, rlkern.kl_cov_loss])
+def test_weights_multiply_after_the_selection(loss):
+    """One number for all: the whole loss doubles and the selection stays."""
+    x = draw()
+    options = {"generator": torch.Generator().manual_seed(0)} if loss is rlkern.clip_cov_loss else {}
+    plain = loss(*x, **options)
+    options = {"generator": torch.Generator().manual_seed(0)} if options else {}
+    doubled = loss(*x, weights=torch.full((6,), 2.0), **options)
+    torch.testing.assert_close(doubled.loss, 2 * plain.loss)
+    torch.testing.assert_close(doubled.metrics, plain.metrics)
+
+
+@pytest.mark.parametrize("loss", [rlkern.clip_cov_loss, rlkern.kl_cov_loss])
+@pytest.mark.parametrize(
+    "options, words",
+    [({"select_ratio": 0.2 * 100}, "select_ratio is a fraction in .0, 1., not a percentage, got 20"), ({"select_ratio": -0.1}, "select_ratio"),
+     ({"preset": "trl"}, "unknown preset 'trl', expected one of None, 'paper', 'prime', 'verl'"), ({"min_count": -1}, "min_count"),
+     ({"selected": torch.ones(3, 3)}, "selected must have the shape of logp")],
+)  # fmt: skip
+def test_errors(loss, options, words):
+    with pytest.raises(ValueError, match=words):
+        loss(*draw(), **options)
+
+
+def test_own_errors():
+    x = draw()
+    with pytest.raises(ValueError, match="cov_low must not be above cov_high, got 5.0 and 1.0"):
+        rlkern.clip_cov_loss(*x, cov_low=5.0, cov_high=1.0)
+    with pytest.raises(ValueError, match="clip_low and clip_high belong together, got 0.2 and None"):
+        rlkern.clip_cov_loss(*x, preset="paper", clip_low=0.2)
+    with pytest.raises(ValueError, match="kl_coef"):
+        rlkern.kl_cov_loss(*x, kl_coef=-1.0)
