@@ -7,19 +7,26 @@ torch.compile keeps them whole and fuses the [B, T] arithmetic around them.
 from __future__ import annotations
 
 import math
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
+from .rows import (
+    DEBUG,
+    OnlyOnce,
+    accumulation_dtype,
+    as_rows,
+    check_logits,
+    check_mask,
+    check_target_range,
+    check_targets,
+    check_temperature,
+)
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 STATE_SIZE = 6  # columns of the backward's row state before the targets' own, see backends.py
 _KEPT_NONE, _KEPT_MIN_P, _KEPT_MIN_PROB = 0, 1, 2
-
-_DEBUG = os.environ.get("RLKERN_DEBUG", "0") == "1"  # also check targets on a GPU, at the price of a sync
 
 _lib = torch.library.Library("rlkern", "DEF")
 _ROW_ARGS = "Tensor? targets, Tensor? mask, Tensor? row_temperature, float temperature, int ignore_index"
@@ -45,24 +52,6 @@ class TokenStats(NamedTuple):
         return torch.where(self.target_kept, self.logp - kept_logmass, -math.inf)
 
 
-def _accumulation_dtype(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
-def _as_rows(x: Tensor) -> Tensor:
-    """[..., V] as [A, B, V] with last stride 1: a view wherever strides allow it (any slice of up to three dimensions), a copy elsewhere."""
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
-        x = x.contiguous()
-    if x.dim() == 3:
-        return x
-    if x.dim() < 3:
-        return x.unsqueeze(0) if x.dim() == 2 else x.view(1, 1, -1)
-    try:
-        return x.view(-1, x.shape[-2], x.shape[-1])
-    except RuntimeError:  # leading strides that do not merge
-        return x.contiguous().view(-1, x.shape[-2], x.shape[-1])
-
-
 def _row_inputs(logits, targets, mask, row_temperature, temperature):
     """The operators' arguments as the backends want them; every conversion is of [N] size, and none when the input already fits."""
     if targets is not None:
@@ -70,17 +59,8 @@ def _row_inputs(logits, targets, mask, row_temperature, temperature):
     if mask is not None:
         mask = mask.contiguous().view(-1)
     if row_temperature is not None:
-        temperature = row_temperature.to(_accumulation_dtype(logits)).contiguous().view(-1)
+        temperature = row_temperature.to(accumulation_dtype(logits)).contiguous().view(-1)
     return targets, mask, temperature
-
-
-def _check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> None:
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
-    if mask is not None:
-        bad &= mask.unsqueeze(-1)
-    if bad.any():
-        row, k = bad.nonzero()[0].tolist()
-        raise IndexError(f"target {targets[row, k].item()} of row {row} is out of range for {vocab} logits (and is not ignore_index={ignore_index})")
 
 
 # --- forward ---------------------------------------------------------------------------------------------------------------------------------
@@ -93,7 +73,7 @@ _lib.define(
 
 def _new_stats(logits, targets, kept_kind, with_sum_sq):
     """(logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state), uninitialised; None for what was not asked for."""
-    acc, rows = _accumulation_dtype(logits), logits.shape[:-1]
+    acc, rows = accumulation_dtype(logits), logits.shape[:-1]
     n_targets = 0 if targets is None else targets.shape[-1] if targets.dim() == logits.dim() else 1
     return (
         None if targets is None else logits.new_empty(targets.shape, dtype=acc),
@@ -111,9 +91,9 @@ def _token_stats(logits, targets, mask, row_temperature, temperature, ignore_ind
         return out
     backend = backends.select(logits.device)
     targets, mask, temperature = _row_inputs(logits, targets, mask, row_temperature, temperature)
-    if targets is not None and (_DEBUG or (logits.device.type == "cpu" and not getattr(backend, "CHECKS_TARGETS", False))):
-        _check_target_range(targets, mask, ignore_index, logits.shape[-1])
-    backend.token_stats_forward(_as_rows(logits), targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
+    if targets is not None and (DEBUG or (logits.device.type == "cpu" and not getattr(backend, "CHECKS_TARGETS", False))):
+        check_target_range(targets, mask, ignore_index, logits.shape[-1])
+    backend.token_stats_forward(as_rows(logits), targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
     return out
 
 
@@ -121,7 +101,7 @@ def _as_op(function):
     """An operator cannot return None: a tensor without elements stands for it."""
 
     def op(logits, *args):
-        return tuple(logits.new_empty(0, dtype=_accumulation_dtype(logits)) if t is None else t for t in function(logits, *args))
+        return tuple(logits.new_empty(0, dtype=accumulation_dtype(logits)) if t is None else t for t in function(logits, *args))
 
     return op
 
@@ -147,14 +127,16 @@ def _write_gradient(out, logits, targets, mask, row_temperature, temperature, ig
         return
     y, mask, temperature = _row_inputs(logits, targets, mask, row_temperature, temperature)
     grads = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
-    rows = _as_rows(logits)
-    out = rows if out is logits else _as_rows(out)
+    rows = as_rows(logits)
+    out = rows if out is logits else as_rows(out)
     backends.select(logits.device).token_stats_backward(rows, y, mask, temperature, ignore_index, state, grads, out)
 
 
 def _new_gradient(logits, *args):
     """Contiguous; but where the logits are a slice that leaves little out, with the slice's strides, so that a kernel meets the same alignment
     in the rows it reads and in those it writes."""
+    if logits.is_contiguous():
+        return logits.new_empty(logits.shape)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
     if logits.numel() < extent <= 1.125 * logits.numel():
         return logits.new_empty_strided(logits.shape, logits.stride())
@@ -199,18 +181,6 @@ def _watched(logits: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
 
 
-class _OnlyOnce(torch.autograd.Function):
-    """Identity on a gradient that must not be differentiated again."""
-
-    @staticmethod
-    def forward(ctx, gradient, logits):
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx, _):
-        raise RuntimeError("rlkern's gradients cannot be differentiated a second time; use rlkern.reference.token_stats where you need that")
-
-
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, mask, row_temperature, options, inplace_backward):
@@ -219,12 +189,15 @@ class _TokenStats(torch.autograd.Function):
         temperature, ignore_index, kept_kind, _, with_sum_sq = options
         ctx.save_for_backward(logits, targets, mask, row_temperature, state)
         ctx.constants = (temperature, ignore_index, kept_kind, with_sum_sq, inplace_backward)
-        ctx.mark_non_differentiable(state)
         ctx.set_materialize_grads(False)
         if torch.compiler.is_compiling():  # Dynamo of torch 2.6 has no place for a None here
+            ctx.mark_non_differentiable(state)
             return logp, entropy, lse, sum_sq, kept, state
         # Outputs that were not asked for are not handed to autograd, nor paid for.
-        return None if targets is None else logp, entropy, lse, sum_sq if with_sum_sq else None, kept if kept_kind else None, state
+        if not kept_kind:
+            return logp, entropy, lse, sum_sq if with_sum_sq else None, None, None
+        ctx.mark_non_differentiable(state)
+        return logp, entropy, lse, sum_sq if with_sum_sq else None, kept, state
 
     @staticmethod
     def backward(ctx, *grads):
@@ -232,7 +205,7 @@ class _TokenStats(torch.autograd.Function):
             return (_gradient(ctx, grads[:-1]), None, None, None, None, None)
         with torch.no_grad():  # create_graph=True
             d_logits = _gradient(ctx, grads[:-1])
-        return (_OnlyOnce.apply(d_logits, ctx.saved_tensors[0]), None, None, None, None, None)
+        return (OnlyOnce.apply(d_logits, ctx.saved_tensors[0]), None, None, None, None, None)
 
 
 def _gradient(ctx, grads) -> Tensor:
@@ -254,68 +227,6 @@ def _gradient(ctx, grads) -> Tensor:
 
 
 # --- public ----------------------------------------------------------------------------------------------------------------------------------
-
-
-def _check_logits(logits: Tensor, name: str = "logits") -> None:
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{name} must be a tensor [..., V], got {type(logits).__name__}")
-    if logits.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
-
-
-def _check_targets(targets: Tensor, logits: Tensor) -> Tensor:
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be an integer tensor, got {type(targets).__name__}")
-    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
-        raise TypeError(f"targets must be int64 token ids, got {targets.dtype}")
-    rows = logits.shape[:-1]
-    single, several = targets.shape == rows, targets.dim() == logits.dim() and targets.shape[:-1] == rows and targets.shape[-1] > 0
-    if not (single or several):
-        raise ValueError(f"targets must be {tuple(rows)} or {(*rows, 'K')} with K >= 1 for logits {tuple(logits.shape)}, got {tuple(targets.shape)}")
-    _check_device("targets", targets, logits)
-    return targets.long()
-
-
-def _check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
-    if tensor.device != logits.device:
-        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {tensor.device}")
-
-
-def _check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    if mask.shape != logits.shape[:-1]:
-        raise ValueError(f"mask must be {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(mask.shape)}")
-    _check_device("mask", mask, logits)
-    return mask if mask.dtype == torch.bool else mask != 0
-
-
-def _check_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
-    if not isinstance(temperature, Tensor):
-        if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
-            raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {type(temperature).__name__}")
-        if not 0 < temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
-        return None, float(temperature)
-    rows = logits.shape[:-1]
-    if not temperature.dtype.is_floating_point:
-        raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
-    if temperature.requires_grad:
-        raise ValueError("temperature carries no gradient here: pass temperature.detach()")
-    if temperature.dim() > 0 and temperature.shape != rows:
-        raise ValueError(f"temperature must be a float or a tensor {tuple(rows)}, one entry a row, got {tuple(temperature.shape)}")
-    if temperature.dim() > 0:
-        _check_device("temperature", temperature, logits)
-    elif temperature.device != logits.device:
-        temperature = temperature.to(logits.device, non_blocking=True)
-    on_cpu = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and not ((temperature > 0) & (temperature < math.inf)).all():
-        raise ValueError(f"temperature must be positive and finite in every row, got a minimum of {temperature.min().item()}")
-    return temperature.expand(rows), 1.0
 
 
 def _check_kept(min_p: float | None, min_prob: float | None) -> tuple[int, float]:
@@ -342,10 +253,10 @@ def _check_inplace(logits: Tensor) -> None:
 
 
 def _stats(logits, targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, inplace_backward) -> TokenStats:
-    _check_logits(logits)
-    targets = None if targets is None else _check_targets(targets, logits)
-    mask = _check_mask(mask, logits)
-    row_temperature, temperature = _check_temperature(temperature, logits)
+    check_logits(logits)
+    targets = None if targets is None else check_targets(targets, logits)
+    mask = check_mask(mask, logits)
+    row_temperature, temperature = check_temperature(temperature, logits)
     kept_kind, log_kept = _check_kept(min_p, min_prob)
     if inplace_backward:
         _check_inplace(logits)

@@ -1,0 +1,113 @@
+"""Rows of logits: the checks, layout and gradient guard that every primitive over [..., V] shares."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEBUG = os.environ.get("RLKERN_DEBUG", "0") == "1"  # also check targets on a GPU, at the price of a sync
+
+
+def accumulation_dtype(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., V] as [A, B, V] with last stride 1: a view wherever strides allow it (any slice of up to three dimensions), a copy elsewhere."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x
+    if x.dim() < 3:
+        return x.unsqueeze(0) if x.dim() == 2 else x.view(1, 1, -1)
+    try:
+        return x.view(-1, x.shape[-2], x.shape[-1])
+    except RuntimeError:  # leading strides that do not merge
+        return x.contiguous().view(-1, x.shape[-2], x.shape[-1])
+
+
+class OnlyOnce(torch.autograd.Function):
+    """Identity on a gradient that must not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, gradient, logits):
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError("rlkern's gradients cannot be differentiated a second time; use rlkern.reference.token_stats where you need that")
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor [..., V], got {type(logits).__name__}")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
+
+
+def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be an integer tensor, got {type(targets).__name__}")
+    if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
+        raise TypeError(f"targets must be int64 token ids, got {targets.dtype}")
+    rows = logits.shape[:-1]
+    single, several = targets.shape == rows, targets.dim() == logits.dim() and targets.shape[:-1] == rows and targets.shape[-1] > 0
+    if not (single or several):
+        raise ValueError(f"targets must be {tuple(rows)} or {(*rows, 'K')} with K >= 1 for logits {tuple(logits.shape)}, got {tuple(targets.shape)}")
+    check_device("targets", targets, logits)
+    return targets.long()
+
+
+def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+    if tensor.device != logits.device:
+        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {tensor.device}")
+
+
+def check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.shape != logits.shape[:-1]:
+        raise ValueError(f"mask must be {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(mask.shape)}")
+    check_device("mask", mask, logits)
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def check_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
+    if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
+            raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {type(temperature).__name__}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        return None, float(temperature)
+    rows = logits.shape[:-1]
+    if not temperature.dtype.is_floating_point:
+        raise TypeError(f"temperature must be a floating-point tensor, got {temperature.dtype}")
+    if temperature.requires_grad:
+        raise ValueError("temperature carries no gradient here: pass temperature.detach()")
+    if temperature.dim() > 0 and temperature.shape != rows:
+        raise ValueError(f"temperature must be a float or a tensor {tuple(rows)}, one entry a row, got {tuple(temperature.shape)}")
+    if temperature.dim() > 0:
+        check_device("temperature", temperature, logits)
+    elif temperature.device != logits.device:
+        temperature = temperature.to(logits.device, non_blocking=True)
+    on_cpu = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+    if on_cpu and not ((temperature > 0) & (temperature < math.inf)).all():
+        raise ValueError(f"temperature must be positive and finite in every row, got a minimum of {temperature.min().item()}")
+    return temperature.expand(rows), 1.0
+
+
+def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> None:
+    bad = ((targets < 0) | (targets >= vocab)) & (targets != ignore_index)
+    if mask is not None:
+        bad &= mask.unsqueeze(-1)
+    if bad.any():
+        row, k = bad.nonzero()[0].tolist()
+        raise IndexError(f"target {targets[row, k].item()} of row {row} is out of range for {vocab} logits (and is not ignore_index={ignore_index})")
