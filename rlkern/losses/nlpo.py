@@ -1,0 +1,185 @@
+"""Natural language policy optimisation (NLPO, arXiv 2210.01241): PPO over the vocabulary that a lagging mask policy leaves open."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..advantages import whiten
+from ..checks import as_bool, check_choice, check_number, check_tokens
+from ..ops import token_stats
+from ..rows import as_rows, check_logits
+from .aggregate import aggregate
+from .policy import LossOutput, check_clip, masked_mean, policy_tokens
+from .ppo import check_dual_clip, clipped_surrogate, ppo_metrics
+
+_CHUNK_ELEMENTS = 1 << 20  # rows are sorted a chunk at a time
+
+
+def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_keep: int) -> Tensor:
+    """[R, V] -> bool [R, V]"""
+    if top_k is not None:
+        threshold = x.topk(min(max(top_k, min_tokens_to_keep), x.shape[-1]), -1).values[:, -1:]
+        return (x >= threshold) & (x > -math.inf)
+    ordered, order = x.sort(dim=-1, descending=True, stable=True)
+    p = ordered.softmax(-1)
+    before = p.cumsum(-1) - p
+    kept = before <= top_p
+    kept[:, :min_tokens_to_keep] = True
+    return torch.empty_like(kept).scatter_(-1, order, kept) & (x > -math.inf)
+
+
+@torch.no_grad()
+def nlpo_keep_set(
+    mask_logits: Tensor,
+    *,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_tokens_to_keep: int = 1,
+    always_keep: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The tokens that stay open, bool [..., V], from the mask policy's logits. Store it with the rollout: every PPO epoch reuses it.
+
+    Args:
+        mask_logits: [..., V] of the mask policy, a copy of the actor refreshed now and then.
+        top_p: keep the smallest set of likeliest tokens whose mass exceeds top_p (the one that crosses it included); RL4LMs: 0.9.
+        top_k: keep the k likeliest, and those tied with the last of them. Give one of the two.
+        min_tokens_to_keep: at least so many (RL4LMs keeps one more than asked for in its encoder-decoder path).
+        always_keep: [n] integer ids, such as end of sequence.
+        temperature: divides the logits first.
+
+    Tokens at -inf are never kept. Raises TypeError, ValueError for dtypes, shapes and options other than these.
+    """
+    check_logits(mask_logits, "mask_logits")
+    if (top_p is None) == (top_k is None):
+        raise ValueError(f"give one of top_p and top_k, got top_p={top_p}, top_k={top_k}")
+    if top_p is not None:
+        check_number("top_p", top_p, 0, 1)
+    for name, value in (("top_k", top_k), ("min_tokens_to_keep", min_tokens_to_keep)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    check_number("temperature", temperature)
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    rows = as_rows(mask_logits)
+    outer, inner, vocab = rows.shape
+    out = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    accumulate = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    step = max(1, _CHUNK_ELEMENTS // vocab)
+    for a in range(outer):
+        for start in range(0, inner, step):
+            x = rows[a, start : start + step].to(accumulate) / temperature
+            out[a, start : start + step] = _keep_rows(x, top_p, top_k, min_tokens_to_keep)
+    if always_keep is not None:
+        if not isinstance(always_keep, Tensor) or always_keep.dim() != 1 or always_keep.dtype.is_floating_point:
+            got = f"{always_keep.dtype} {tuple(always_keep.shape)}" if isinstance(always_keep, Tensor) else type(always_keep).__name__
+            raise TypeError(f"always_keep must be an integer tensor [n] of ids, got {got}")
+        out.index_fill_(-1, always_keep.to(rows.device).long(), True)
+        out &= rows > -math.inf
+    return out.view(mask_logits.shape)
+
+
+class NLPOStats(NamedTuple):
+    """Each shaped like targets, float32 (float64 for float64 logits)."""
+
+    logp: Tensor  # -inf where the target is not in the kept set and renorm is True
+    entropy: Tensor
+    kept_logmass: Tensor  # log of the actor's mass on the kept set
+
+
+def nlpo_stats(
+    logits: Tensor,
+    targets: Tensor,
+    keep: Tensor,
+    *,
+    renorm: bool = True,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+) -> NLPOStats:
+    """Log-probability and entropy of the actor restricted to the kept set, differentiable.
+
+    renorm=True is the paper's masked policy r = p / S on the set, S the actor's mass on it: logp = log r(target), entropy = -sum r log r.
+    renorm=False is what RL4LMs computes: it renormalises the probabilities but not the log-probabilities, so logp = log p(target), the plain
+    one, and entropy = -sum r log p.
+
+    Args:
+        logits: [..., V] of the actor; keep: bool [..., V] of `nlpo_keep_set`, at least one token a row.
+        targets, temperature, mask, ignore_index: as in `rlkern.token_stats`. One masked copy of the logits is made.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `rlkern.token_stats`, and for a keep of another dtype or shape.
+    """
+    check_logits(logits)
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
+        raise TypeError(f"keep must be a bool tensor [..., V], got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}")
+    if keep.shape != logits.shape or keep.device != logits.device:
+        raise ValueError(f"keep must be like logits, {tuple(logits.shape)} on {logits.device}, got {tuple(keep.shape)} on {keep.device}")
+    options = {"temperature": temperature, "mask": mask, "ignore_index": ignore_index}
+    plain = token_stats(logits, targets, **options)
+    kept = token_stats(logits.masked_fill(~keep, -math.inf), targets, **options)
+    kept_logmass = kept.logsumexp - plain.logsumexp
+    if renorm:
+        return NLPOStats(kept.logp, kept.entropy, kept_logmass)
+    return NLPOStats(plain.logp, kept.entropy - kept_logmass, kept_logmass)
+
+
+def nlpo_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    entropy_coef: float = 0.0,
+    normalize_advantages: bool = True,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """PPO's loss on the log-probabilities of `nlpo_stats`, old and new under the same stored kept set, as RL4LMs runs it.
+
+    Args:
+        logp, old_logp: [B, T]; gradients flow into logp; old_logp=None is on-policy. A token at -inf, outside of the kept set, does not
+            count: it cannot have been sampled from the set.
+        advantages: [B], [B, 1] or [B, T].
+        mask: [B, T], nonzero counts.
+        entropy: [B, T] of `nlpo_stats`; gradients flow into it. entropy_coef of it is subtracted from the loss (RL4LMs: 0).
+        normalize_advantages: to mean 0 and std 1 over the tokens of this minibatch.
+        clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
+
+    Returns:
+        LossOutput(loss, metrics): those of `ppo_loss`, outside_fraction (tokens left out for being outside of the set), entropy if given.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
+    """
+    check_clip(clip_low, clip_high)
+    check_dual_clip(dual_clip)
+    check_number("entropy_coef", entropy_coef, 0)
+    check_choice("normalize_advantages", normalize_advantages, (True, False))
+    if entropy is None and entropy_coef != 0:
+        raise ValueError(f"entropy_coef={entropy_coef} needs entropy= [B, T]")
+    options = {"log_ratio_clamp": log_ratio_clamp, "aggregation": aggregation, "normalizer": normalizer}
+    given = policy_tokens(logp, old_logp, advantages, mask, **options)
+    inside = given.mask & (given.logp > -math.inf)
+    if old_logp is not None:
+        inside = inside & (given.keep(old_logp) > -math.inf)
+    standard = whiten(given.advantages, inside) if normalize_advantages else given.advantages
+    p = policy_tokens(logp, old_logp, standard, inside, **options)
+    values = clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip)
+    metrics = ppo_metrics(p, clip_low, clip_high, dual_clip)
+    metrics["outside_fraction"] = masked_mean(~inside, as_bool(mask))
+    if entropy is not None:
+        check_tokens("entropy", entropy, p.logp)
+        h = torch.where(p.mask, entropy.to(p.logp.dtype), 0)
+        values = values - entropy_coef * h
+        metrics["entropy"] = masked_mean(h, p.mask)
+    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)
