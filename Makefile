@@ -1,0 +1,85 @@
+# Everything runs in .venv, made on first use; `make help` lists the targets.
+# PYTHON chooses the interpreter the environment is made from, and for `make gpu` the one that runs it, without any environment.
+
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+PY := $(BIN)/python
+
+ifeq ($(origin PYTHON),undefined)
+PYTHON := python3
+GPU_PYTHON := $(PY)
+GPU_SETUP := $(VENV)/.built
+else
+GPU_PYTHON := $(PYTHON)
+GPU_SETUP :=
+endif
+
+# Not in constraints.txt: torch's CUDA builds ask for one exact older Triton, its CPU builds for none. Kernels are developed on this one.
+TRITON := 'triton==3.9.0; platform_system == "Linux" and python_version >= "3.11"' \
+          'triton==3.8.0; platform_system == "Linux" and python_version < "3.11"'
+NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
+PIP := $(PY) -m pip --disable-pip-version-check -qq
+TESTS ?= tests
+WORKERS ?= 2
+
+.PHONY: help setup quickstart test lint format bench bench-check report gpu peers package clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.built  ## make .venv, install everything in it, build the CPU kernels
+
+quickstart: $(VENV)/.built  ## DPO on real text, eager PyTorch against rlkern (ARGS="--steps 20" and so on)
+	$(PY) examples/quickstart.py $(ARGS)
+
+test: $(VENV)/.built  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS="-k name" narrow it)
+	$(PY) -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
+
+lint: $(VENV)/.deps  ## ruff and clang-format, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+
+format: $(VENV)/.deps  ## ruff and clang-format, in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+
+bench: $(VENV)/.built  ## time and memory against other implementations on this machine
+	$(PY) benchmarks/run.py $(ARGS)
+
+bench-check: $(VENV)/.built  ## fail if the kernels have become slower than the recorded figures
+	$(PY) benchmarks/check.py $(ARGS)
+
+report: $(VENV)/.built  ## compile every GPU kernel offline and tabulate what the compiler made of it; needs no GPU
+	$(PY) benchmarks/report.py $(ARGS)
+
+gpu: $(GPU_SETUP)  ## tests and benchmarks on this machine's GPU (PYTHON=python3: with that interpreter, no .venv, no network)
+	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+peers: $(VENV)/.deps  ## fetch the packages that benchmarks compare with into build/peers (then: PEERS=build/peers make gpu)
+	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(PIP) download --no-deps --no-build-isolation --no-binary flash-attn -d build/peers -r benchmarks/peers.txt
+
+package: $(VENV)/.deps  ## sdist and wheel in dist/
+	$(PY) -m build
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build dist out *.egg-info rlkern/*.so .benchmarks .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "rlkern needs Python 3.10 or newer; make PYTHON=/path/to/python3 chooses another one"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "python's venv module is missing (on Debian and Ubuntu: apt install python3-venv)"; exit 1; }
+
+$(VENV)/.deps: requirements-dev.txt constraints.txt Makefile | $(PY)
+	@echo "installing the packages of requirements-dev.txt into $(VENV) (the first time: a minute or more)"
+	$(PIP) install -r requirements-dev.txt -c constraints.txt
+	$(PIP) install --no-deps $(TRITON)
+	@touch $@
+
+$(VENV)/.built: $(VENV)/.deps $(NATIVE_SOURCES)
+	@echo "building the CPU kernels and installing rlkern in place"
+	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@

@@ -1,0 +1,55 @@
+"""Seconds and peak memory of a piece of code, whatever library runs in it."""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+
+
+def _status_bytes(key: str) -> int:
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(key):
+                return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")
+
+
+def _reset_peak() -> int | None:
+    """Resident bytes now, with the kernel's high-water mark set back to that; None where the system has no such thing (it takes Linux)."""
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")
+        return _status_bytes("VmRSS")
+    except OSError:
+        return None
+
+
+@dataclass
+class Meter:
+    """Collects what each `with meter.measured():` block cost.
+
+    Memory is the rise of the process's resident set above what it was when the block began, at its highest (Linux: VmHWM, reset before
+    each block). The kernel counts pages, so it sees the temporaries of any library: PyTorch's, C++'s and Python's alike.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: list[int] = field(default_factory=list)
+
+    @contextmanager
+    def measured(self):
+        before = _reset_peak()
+        start = time.perf_counter()
+        yield
+        self.seconds.append(time.perf_counter() - start)
+        if before is not None:
+            self.peak_bytes.append(max(0, _status_bytes("VmHWM") - before))
+
+    @property
+    def median_seconds(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def median_peak_mb(self) -> float | None:
+        return median(self.peak_bytes) / 1e6 if self.peak_bytes else None
