@@ -68,7 +68,8 @@ native = os.environ.get("RLKERN_NATIVE", "1") != "0"
 packages = find_packages(include=["rlkern", "rlkern.*"], exclude=["rlkern.triton_kernels"])
 setup(
     packages=[*packages, "rlkern.triton_kernels"],
-    # Installed inside rlkern: a top-level triton_kernels would shadow the Triton project's package of that name.
+    # Installed inside rlkern: a top-level triton_kernels would shadow the Triton project's package of that name. The link rlkern/triton_kernels
+    # says the same to a Python that runs from the source tree.
     package_dir={"rlkern": "rlkern", "rlkern.triton_kernels": "triton_kernels"},
     ext_modules=[Extension("rlkern._cpu", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild},

@@ -64,7 +64,7 @@ CEILINGS = {
         "backward all": 22.0,
     },
 }
-FP32_ALLOWANCE = 1.5
+FP32_ALLOWANCE = 1.6
 
 
 def report(*args: str) -> subprocess.CompletedProcess:
