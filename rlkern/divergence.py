@@ -10,10 +10,9 @@ import math
 import torch
 from torch import Tensor
 
-from .rows import OnlyOnce, accumulation_dtype, as_rows, check_device, check_logits, check_mask, check_temperature
+from .rows import OnlyOnce, accumulation_dtype, as_rows, check_device, check_logits, check_mask, check_temperature, rows_per_chunk
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
-_CHUNK_ELEMENTS = 1 << 20  # of either row; a handful of temporaries of this size live at a time
 
 _lib = torch.library.Library("rlkern", "FRAGMENT")
 _ARGS = "Tensor logits, Tensor other, Tensor? mask, Tensor? row_temperature, float temperature, str kind, float beta"
@@ -60,7 +59,7 @@ def _chunks(logits, other, row_temperature, temperature):
     """Yields (a, rows, flat, l, m): log-probabilities of `logits[a, rows]`, whose row numbers are `flat`, and those of `other`."""
     acc = accumulation_dtype(logits)
     outer, inner, vocab = logits.shape
-    step = max(1, _CHUNK_ELEMENTS // vocab)
+    step = rows_per_chunk(logits)
     for a in range(outer):
         for start in range(0, inner, step):
             rows = slice(start, min(inner, start + step))

@@ -7,9 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import DEBUG, OnlyOnce, accumulation_dtype, as_rows, check_logits, check_mask, check_targets
-
-_CHUNK_ELEMENTS = 1 << 20  # rows are upcast a chunk at a time
+from .rows import DEBUG, OnlyOnce, accumulation_dtype, as_rows, check_logits, check_mask, check_targets, rows_per_chunk
 
 _lib = torch.library.Library("rlkern", "FRAGMENT")
 _lib.define("row_moments(Tensor logits, Tensor targets, Tensor skipped) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
@@ -27,7 +25,7 @@ class RowMoments(NamedTuple):
 def _chunks(logits: Tensor):
     """Yields (a, rows, flat): `logits[a, rows]` of a [A, B, V] tensor is a chunk, `flat` the slice of its row numbers."""
     outer, inner, vocab = logits.shape
-    step = max(1, _CHUNK_ELEMENTS // vocab)
+    step = rows_per_chunk(logits)
     for a in range(outer):
         for start in range(0, inner, step):
             stop = min(inner, start + step)

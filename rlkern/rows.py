@@ -30,6 +30,11 @@ def as_rows(x: Tensor) -> Tensor:
         return x.contiguous().view(-1, x.shape[-2], x.shape[-1])
 
 
+def rows_per_chunk(rows: Tensor) -> int:
+    """Rows [..., V] to upcast at a time in plain PyTorch: on a CPU what stays in its cache, on a GPU more, where launches cost more than memory."""
+    return max(1, (1 << 18 if rows.device.type == "cpu" else 1 << 24) // rows.shape[-1])
+
+
 class OnlyOnce(torch.autograd.Function):
     """Identity on a gradient that must not be differentiated again."""
 

@@ -11,12 +11,10 @@ from torch import Tensor
 from ..advantages import whiten
 from ..checks import as_bool, check_choice, check_number, check_tokens
 from ..ops import token_stats
-from ..rows import as_rows, check_logits
+from ..rows import as_rows, check_logits, rows_per_chunk
 from .aggregate import aggregate
 from .policy import LossOutput, check_clip, masked_mean, policy_tokens
 from .ppo import check_dual_clip, clipped_surrogate, ppo_metrics
-
-_CHUNK_ELEMENTS = 1 << 20  # rows are sorted a chunk at a time
 
 
 def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_keep: int) -> Tensor:
@@ -69,7 +67,7 @@ def nlpo_keep_set(
     outer, inner, vocab = rows.shape
     out = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
     accumulate = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    step = max(1, _CHUNK_ELEMENTS // vocab)
+    step = rows_per_chunk(rows)
     for a in range(outer):
         for start in range(0, inner, step):
             x = rows[a, start : start + step].to(accumulate) / temperature
