@@ -380,13 +380,13 @@ def _backward_kernel(
     if EDGES:
         if tile == 0:
             _gradient_tile(
-                *(x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp),
-                *(targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC),
-            )
+                x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+                targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+            )  # fmt: skip
     _gradient_tile(
-        *(x_ptr, z_ptr, cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp),
-        *(targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC),
-    )
+        x_ptr, z_ptr, cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+        targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+    )  # fmt: skip
 
 
 def _common(logits, targets, mask, temperature, state):
