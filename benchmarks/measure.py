@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import rlkern
-from rlkern import reference
+from rlkern import reference, spare
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _FLUSH_BYTES = 512 << 20
@@ -165,7 +165,8 @@ def _chain(phases):
 def _cpu_peak_memory(phases) -> int | None:
     """PyTorch keeps no statistics of CPU memory; Linux keeps a process's largest resident size, and resets it on request."""
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed would otherwise be used again, unseen
+        spare.release()  # what earlier runs freed would otherwise be used again, unseen
+        ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         before = _resident("VmRSS")

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, spare
 from .rows import (
     DEBUG,
     OnlyOnce,
@@ -136,11 +136,11 @@ def _new_gradient(logits, *args):
     """Contiguous; but where the logits are a slice that leaves little out, with the slice's strides, so that a kernel meets the same alignment
     in the rows it reads and in those it writes."""
     if logits.is_contiguous():
-        return logits.new_empty(logits.shape)
+        return spare.empty(logits)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(logits.shape, logits.stride(), strict=True))
     if logits.numel() < extent <= 1.125 * logits.numel():
         return logits.new_empty_strided(logits.shape, logits.stride())
-    return logits.new_empty(logits.shape)
+    return spare.empty(logits)
 
 
 def _token_stats_backward(logits, *args):

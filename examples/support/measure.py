@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
+from rlkern import spare
+
 
 def _status_bytes(key: str) -> int:
     with open("/proc/self/status") as status:
@@ -18,6 +20,7 @@ def _status_bytes(key: str) -> int:
 
 def _reset_peak() -> int | None:
     """Resident bytes now, with the kernel's high-water mark set back to that; None where the system has no such thing (it takes Linux)."""
+    spare.release()  # the memory of the last gradient, kept for the next, counts as that gradient's
     try:
         with open("/proc/self/clear_refs", "w") as control:
             control.write("5")
