@@ -23,7 +23,7 @@ PIP := $(PY) -m pip --disable-pip-version-check -qq
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help setup quickstart test lint format bench bench-check report gpu peers package clean
+.PHONY: help setup quickstart lab test lint format bench bench-check report gpu peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ setup: $(VENV)/.built  ## make .venv, install everything in it, build the CPU ke
 
 quickstart: $(VENV)/.built  ## DPO on real text, eager PyTorch against rlkern (ARGS="--steps 20" and so on)
 	$(PY) examples/quickstart.py $(ARGS)
+
+lab: $(VENV)/.built  ## entropy and reward under five policy losses: reinforcement learning of a small model (ARGS="--seed 1")
+	$(PY) examples/entropy_lab.py $(ARGS)
 
 test: $(VENV)/.built  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
