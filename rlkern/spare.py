@@ -38,3 +38,8 @@ def _take() -> torch.UntypedStorage | None:
     if sys.getrefcount(storage) > sys.getrefcount(unknown) or torch._C._storage_Use_Count(storage._cdata) > 1 or storage.is_shared():
         return None
     return storage
+
+
+def release() -> None:
+    """Gives the kept memory back to the system."""
+    _kept.clear()

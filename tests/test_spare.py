@@ -12,9 +12,9 @@ LIKE = torch.empty(128, 70_001)
 
 @pytest.fixture(autouse=True)
 def nothing_kept():
-    spare._kept.clear()
+    spare.release()
     yield
-    spare._kept.clear()
+    spare.release()
 
 
 def address(tensor):
@@ -56,6 +56,13 @@ def test_shared_memory_is_left_alone():
 
 def test_small_tensors_keep_nothing():
     assert spare.empty(torch.empty(3, 5)).shape == (3, 5) and not spare._kept
+
+
+def test_release_gives_it_back():
+    spare.empty(LIKE)
+    assert spare._kept
+    spare.release()
+    assert not spare._kept
 
 
 def test_gradients_of_successive_steps_are_right_and_share_memory():
