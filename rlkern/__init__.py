@@ -6,6 +6,7 @@ from . import advantages
 from .backends import backend_info, use_backend
 from .covariance import covariance_quantiles, token_covariance
 from .divergence import token_divergence
+from .linear import linear_token_stats
 from .losses import (
     DPOOutput,
     EntropyHistory,
@@ -78,6 +79,7 @@ __all__ = [
     "kdrl_loss",
     "kl_cov_loss",
     "kl_estimate",
+    "linear_token_stats",
     "log_ratio_rewards",
     "lp_reg_loss",
     "lse_penalty",

@@ -261,7 +261,12 @@ def _stats(logits, targets, mask, temperature, ignore_index, min_p, min_prob, wi
     if inplace_backward:
         _check_inplace(logits)
     options = (temperature, int(ignore_index), kept_kind, log_kept, bool(with_sum_sq))
-    logp, entropy, lse, sum_sq, kept, state = _TokenStats.apply(logits, targets, mask, row_temperature, options, bool(inplace_backward))
+    return _as_stats(_TokenStats.apply(logits, targets, mask, row_temperature, options, bool(inplace_backward)), targets, options)
+
+
+def _as_stats(outputs, targets: Tensor | None, options) -> TokenStats:
+    logp, entropy, lse, sum_sq, kept, state = outputs
+    _, _, kept_kind, _, with_sum_sq = options
     target_kept = None
     if kept_kind and targets is not None:
         target_kept = (state[..., STATE_SIZE:] >= state[..., STATE_SIZE - 1 : STATE_SIZE]).reshape(targets.shape)
