@@ -189,13 +189,13 @@ class _LinearTokenStats(torch.autograd.Function):
     def backward(ctx, *grads):
         *tensors, state = ctx.saved_tensors
         # torch.compile hands zeros also to the outputs that were not asked for
-        grads = [g if given else None for g, given in zip(grads, ctx.given, strict=False)]
+        grads = [g if given else None for g, given in zip(grads[:-1], ctx.given, strict=True)]
         wanted = list(ctx.needs_input_grad[:3])
         with torch.no_grad():
             out = torch.ops.rlkern.linear_token_stats_backward.default(*tensors, *ctx.constants, state, *grads, wanted)
         out = [g if want else None for g, want in zip(out, wanted, strict=True)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            out = [None if g is None else OnlyOnce.apply(g, x) for g, x in zip(out, tensors, strict=False)]
+            out = [None if g is None else OnlyOnce.apply(g, x) for g, x in zip(out, tensors[:3], strict=True)]
         return (*out, None, None, None, None, None)
 
 
