@@ -8,6 +8,7 @@
 #include <string>
 
 #include "dispatch.h"
+#include "tokens.h"
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -109,6 +110,24 @@ void backward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_
   run(active.kernels->backward, call, threads);
 }
 
+// The statistics over all tokens, for A = float or double, under names that end in that of the type.
+template <class A>
+void define_token_kernels(py::module_& m, const std::string& type) {
+  m.def(("covariance_sums_" + type).c_str(), [](uintptr_t logp, uintptr_t advantages, uintptr_t mask, int64_t n, uintptr_t sums) {
+    const py::gil_scoped_release release;
+    covariance_sums(pointer<const A>(logp), pointer<const A>(advantages), pointer<const bool>(mask), n, pointer<double>(sums));
+  });
+  m.def(("covariance_" + type).c_str(), [](uintptr_t logp, uintptr_t advantages, uintptr_t mask, int64_t n, uintptr_t sums, uintptr_t out) {
+    const py::gil_scoped_release release;
+    covariance(pointer<const A>(logp), pointer<const A>(advantages), pointer<const bool>(mask), n, pointer<const double>(sums),
+               pointer<A>(out));
+  });
+  m.def(("select_bottom_" + type).c_str(), [](uintptr_t values, uintptr_t valid, int64_t n, uintptr_t count, uintptr_t out) {
+    const py::gil_scoped_release release;
+    select_bottom(pointer<const A>(values), pointer<const bool>(valid), n, *pointer<const int64_t>(count), pointer<bool>(out));
+  });
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -119,4 +138,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", [](const std::string& isa) { active = choose(isa); });
   m.def("token_stats_forward", &forward);
   m.def("token_stats_backward", &backward);
+  define_token_kernels<float>(m, "float32");
+  define_token_kernels<double>(m, "float64");
 }

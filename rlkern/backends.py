@@ -1,6 +1,8 @@
 """Which implementation runs, and the calling convention that all of them share.
 
-A backend is a module with one function per operator half. They write into tensors that `ops.py` allocated, and may assume validated input:
+A backend is a module with these functions. They write into tensors that the operators allocated, and may assume validated input.
+
+Rows of logits:
 
     token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
     token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out)
@@ -21,6 +23,20 @@ A backend is a module with one function per operator half. They write into tenso
 
 Skipped rows: zeros in every output and in `state`, zeros in the gradient; neither reads them. An ignored entry of a row that is not
 skipped has logp 0 and no gradient. A row whose upstream gradients are all zero gets a zero gradient without being read.
+
+One number a token, over all tokens of a batch:
+
+    covariance_sums(logp, advantages, mask) -> sums
+    token_covariance(logp, advantages, mask, sums, out)
+    select_bottom(values, valid, count, out)
+
+    logp, advantages, values    [N] contiguous, float32 or float64, the first two alike; N >= 1
+    mask, valid                 [N] bool contiguous; a token with a logp that is not finite counts as masked
+    sums                        [P, 3] float64: (number of counted tokens, sum of their logp, sum of their advantages), in as many parts as the
+                                backend likes; token_covariance also takes their total, P = 1, which data-parallel processes add up in between
+    count                       0-d int64 on the device; below 0 as 0, above the number of valid entries as that number
+    out                         [N]: the covariances, 0 where masked; or bool, True for the `count` smallest of the valid values, NaN being the
+                                largest, both zeros alike, equals in order of their index
 """
 
 from __future__ import annotations
@@ -42,9 +58,9 @@ def _load_native() -> ModuleType:
 
 
 def _load_triton() -> ModuleType:
-    from .triton_kernels import token_stats
+    from . import triton_kernels
 
-    return token_stats
+    return triton_kernels
 
 
 _loaded: dict[str, ModuleType | Exception] = {"reference": reference}

@@ -50,7 +50,7 @@ def check_tokens(name: str, x: Tensor, logp: Tensor, *, floating: bool = True) -
 
 
 def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:
-    """x [B, T], [B, 1] or [B], float, as a detached [B, T] tensor in logp's dtype (expanded, not copied). Raises TypeError, ValueError."""
+    """x [B, T], [B, 1] or [B], float without gradient, as [B, T] in logp's dtype (expanded, not copied). Raises TypeError, ValueError."""
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float tensor [B, T], [B, 1] or [B], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     n_sequences, length = logp.shape
@@ -58,7 +58,9 @@ def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:
         raise ValueError(f"{name} must be [B, T], [B, 1] or [B] for logp [B, T] = {tuple(logp.shape)}, got {tuple(x.shape)}")
     if x.device != logp.device:
         raise ValueError(f"{name} must be on the device of logp {logp.device}, got {x.device}")
-    x = x.detach().to(logp.dtype)
+    if x.requires_grad:
+        raise ValueError(f"{name} must not require grad, got requires_grad=True: detach them")
+    x = x.to(logp.dtype)
     return (x.unsqueeze(-1) if x.dim() == 1 else x).expand(n_sequences, length)
 
 

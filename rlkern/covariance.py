@@ -7,9 +7,37 @@ import math
 import torch
 from torch import Tensor
 
+from . import backends
 from .checks import as_bool, check_logp, check_tokens, computing_dtype, per_token
 
 __all__ = ["covariance_quantiles", "token_covariance"]
+
+_lib = torch.library.Library("rlkern", "FRAGMENT")
+_lib.define("covariance_sums(Tensor logp, Tensor advantages, Tensor mask) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+_lib.define("token_covariance(Tensor logp, Tensor advantages, Tensor mask, Tensor? sums) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _covariance_sums(logp, advantages, mask):
+    if logp.numel() == 0:
+        return logp.new_zeros(3, dtype=torch.float64)
+    flat = (x.contiguous().view(-1) for x in (logp, advantages, mask))
+    return backends.select(logp.device).covariance_sums(*flat).sum(0)
+
+
+def _token_covariance(logp, advantages, mask, sums):
+    out = logp.new_empty(logp.shape)
+    if logp.numel():
+        backend = backends.select(logp.device)
+        flat = [x.contiguous().view(-1) for x in (logp, advantages, mask)]
+        sums = backend.covariance_sums(*flat) if sums is None else sums.unsqueeze(0)
+        backend.token_covariance(*flat, sums, out.view(-1))
+    return out
+
+
+_lib.impl("covariance_sums", _covariance_sums, "CompositeExplicitAutograd")
+_lib.impl("token_covariance", _token_covariance, "CompositeExplicitAutograd")
+torch.library.register_fake("rlkern::covariance_sums", lambda logp, *args: logp.new_empty(3, dtype=torch.float64), lib=_lib)
+torch.library.register_fake("rlkern::token_covariance", lambda logp, *args: logp.new_empty(logp.shape), lib=_lib)
 
 
 @torch.no_grad()
@@ -18,7 +46,7 @@ def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: t
 
     Args:
         logp: [B, T] float. A token whose logp is not finite (the policy forbids it) counts as masked, it would make every mean infinite.
-        advantages: [B, T], [B, 1] or [B] float.
+        advantages: [B, T], [B, 1] or [B] float that does not require grad.
         mask: [B, T] bool or number; nonzero counts. Masked places may hold NaN.
         group: data-parallel processes to take the means over (one all_reduce of three numbers); None takes this tensor alone.
 
@@ -31,14 +59,12 @@ def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: t
     check_logp(logp)
     check_tokens("mask", mask, logp, floating=False)
     logp = logp.detach().to(computing_dtype(logp))
-    advantages = per_token("advantages", advantages, logp)
-    mask = as_bool(mask) & logp.isfinite()
-    logp, advantages = torch.where(mask, logp, 0), torch.where(mask, advantages, 0)
-    sums = torch.stack([mask.sum().to(logp.dtype), logp.sum(), advantages.sum()])
+    tokens = logp, per_token("advantages", advantages, logp), as_bool(mask)
+    sums = None
     if group is not None:
+        sums = torch.ops.rlkern.covariance_sums.default(*tokens)
         torch.distributed.all_reduce(sums, group=group)
-    means = sums[1:] / sums[0].clamp(min=1)
-    return torch.where(mask, (advantages - means[1]) * (logp - means[0]), 0)
+    return torch.ops.rlkern.token_covariance.default(*tokens, sums)
 
 
 @torch.no_grad()

@@ -69,3 +69,25 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
         stride_inner,
         torch.get_num_threads(),
     )
+
+
+_SUMS = {torch.float32: _cpu.covariance_sums_float32, torch.float64: _cpu.covariance_sums_float64}
+_COVARIANCE = {torch.float32: _cpu.covariance_float32, torch.float64: _cpu.covariance_float64}
+_SELECT = {torch.float32: _cpu.select_bottom_float32, torch.float64: _cpu.select_bottom_float64}
+
+
+def covariance_sums(logp, advantages, mask) -> Tensor:
+    """See `backends.py`."""
+    sums = logp.new_empty((1, 3), dtype=torch.float64)
+    _SUMS[logp.dtype](logp.data_ptr(), advantages.data_ptr(), mask.data_ptr(), logp.numel(), sums.data_ptr())
+    return sums
+
+
+def token_covariance(logp, advantages, mask, sums, out) -> None:
+    """See `backends.py`."""
+    _COVARIANCE[logp.dtype](logp.data_ptr(), advantages.data_ptr(), mask.data_ptr(), logp.numel(), sums.data_ptr(), out.data_ptr())
+
+
+def select_bottom(values, valid, count, out) -> None:
+    """See `backends.py`."""
+    _SELECT[values.dtype](values.data_ptr(), valid.data_ptr(), values.numel(), count.data_ptr(), out.data_ptr())

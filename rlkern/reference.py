@@ -1,7 +1,8 @@
 """The mathematics in plain PyTorch: the oracle of the tests, and the fallback that runs on any device.
 
 `token_stats` is written as the formulas are printed and differentiates through autograd, in any dtype.
-`token_stats_forward` / `token_stats_backward` are the closed forms behind the operators (see `backends.py` for the calling convention).
+`token_stats_forward` / `token_stats_backward` are the closed forms behind the operators, and what follows them is statistics over all tokens; see
+`backends.py` for the calling convention.
 """
 
 from __future__ import annotations
@@ -171,3 +172,24 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             dz = spare.scatter(-1, torch.where(dropped[flat] | ~valid, vocab, y), fixed)[:, :vocab]
         dz = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0)
         out[a, rows] = dz.to(out.dtype)
+
+
+# --- statistics over all tokens, one number a token ----------------------------------------------------------------------------------------------
+
+
+def covariance_sums(logp, advantages, mask) -> Tensor:
+    mask = mask & logp.isfinite()
+    sums = [torch.where(mask, x, 0).sum(dtype=torch.float64) for x in (logp, advantages)]
+    return torch.stack([mask.sum().to(torch.float64), *sums]).unsqueeze(0)
+
+
+def token_covariance(logp, advantages, mask, sums, out) -> None:
+    count, *totals = sums.sum(0)
+    mean_logp, mean_advantage = ((total / count.clamp(min=1)).to(logp.dtype) for total in totals)
+    out.copy_(torch.where(mask & logp.isfinite(), (advantages - mean_advantage) * (logp - mean_logp), 0))
+
+
+def select_bottom(values, valid, count, out) -> None:
+    order = values.argsort(stable=True)  # NaN last
+    in_order = valid.gather(0, order)
+    out.scatter_(0, order, in_order & (in_order.cumsum(0) <= count))

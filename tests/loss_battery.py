@@ -327,13 +327,24 @@ def check_results_are_writable(case: Case) -> None:
 
 
 def check_only_wrt_has_gradient(case: Case) -> None:
-    """Everything else is detached: advantages, old and reference log-probabilities take no gradient even where they require it."""
+    """Nothing else takes a gradient: old and reference log-probabilities are detached, advantages and weights that require one refused by name."""
     inputs, wrt = case.inputs()
-    others = tuple(name for name, x in inputs.items() if name not in wrt and isinstance(x, Tensor) and x.dtype.is_floating_point)
-    leaves = as_leaves(inputs, wrt + others)
+    others = [name for name, x in inputs.items() if name not in wrt and isinstance(x, Tensor) and x.dtype.is_floating_point]
+    for refused in [name for name in others if refuses_gradient(case, inputs, name)]:
+        others.remove(refused)
+    leaves = as_leaves(inputs, (*wrt, *others))
     tensors = tensors_of(case(leaves))
     grads = torch.autograd.grad(tensors[0].sum(), [leaves[name] for name in others], allow_unused=True) if others else ()
     for name, g in zip(others, grads, strict=True):
         assert g is None or (g == 0).all(), f"{name} must be detached, got a gradient"
     for i, t in enumerate(tensors[1:], 1):
         assert not t.requires_grad, f"result {i} must be detached"
+
+
+def refuses_gradient(case: Case, inputs: dict[str, Tensor], name: str) -> bool:
+    try:
+        case(as_leaves(inputs, (name,)))
+    except ValueError as error:
+        assert f"{name} must not require grad" in str(error), f"an error that does not name {name}: {error}"
+        return True
+    return False

@@ -1,6 +1,7 @@
-"""Covariance, the selections, Clip-Cov and KL-Cov against naive float64 versions with Python's own sort; their edges; their presets."""
+"""Covariance, Clip-Cov and KL-Cov against naive float64 versions with Python's own sort; their edges; their presets."""
 
 import datetime
+import importlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +10,7 @@ import torch
 from loss_battery import NoSyncingMethods, NoSyncingOperators
 
 import rlkern
-from rlkern.selection import fraction_count, select_bottom, select_random, select_top
+from rlkern.selection import fraction_count, select_top
 
 F64 = torch.float64
 
@@ -49,9 +50,9 @@ def agree(ours, naive, *leaves):
 
 
 @pytest.mark.parametrize("mask_dtype", [torch.bool, torch.int64, torch.float32])
-def test_covariance(mask_dtype):
-    logp, _, advantages, mask = draw()
-    covariance = rlkern.token_covariance(logp, advantages, mask.to(mask_dtype))
+def test_covariance(backend, device, mask_dtype):
+    logp, _, advantages, mask = (t.detach().to(device) for t in draw())
+    covariance = rlkern.token_covariance(logp.requires_grad_(), advantages, mask.to(mask_dtype))
     expected = naive_covariance(logp, advantages, mask)
     for i in tokens_of(torch.ones_like(mask)):
         torch.testing.assert_close(covariance[i].item(), expected.get(i, 0.0))
@@ -59,6 +60,39 @@ def test_covariance(mask_dtype):
     poisoned = torch.where(mask, logp, math.nan), torch.where(mask, advantages, math.inf)
     assert torch.equal(rlkern.token_covariance(*poisoned, mask), covariance)
     assert rlkern.token_covariance(logp.float(), advantages, mask).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n", [1, 16, 33, 50])
+def test_lengths_strides_and_dtypes(backend, device, monkeypatch, n, dtype):
+    """Against float64 on the rounded inputs. Few and small blocks, so that programs take several of them and the last one a part."""
+    if backend == "triton":
+        for name, value in (("BLOCK", 4), ("MOST_PROGRAMS", 4)):
+            monkeypatch.setattr(importlib.import_module("rlkern.triton_kernels.covariance"), name, value)
+    g = torch.Generator().manual_seed(n)
+    x, a = (torch.randn(2 * n, 3, generator=g).to(device, dtype)[::2].t() for _ in range(2))
+    mask = torch.rand(n, 3, generator=g).to(device).t() < 0.7
+    x[0, n // 2], mask[0, n // 2] = (-math.inf if n > 1 else -1), True
+    counted = mask & x.isfinite()
+    wide = [torch.where(counted, t.double(), 0) for t in (x, a)]
+    means = [t.sum() / counted.sum() for t in wide]
+    expected = torch.where(counted, (wide[0] - means[0]) * (wide[1] - means[1]), 0)
+    covariance = rlkern.token_covariance(x, a, mask)
+    tolerance = 1e-12 if dtype == F64 else 2e-6
+    torch.testing.assert_close(covariance.double(), expected, rtol=tolerance, atol=tolerance)
+    assert covariance.dtype == (F64 if dtype == F64 else torch.float32) and (covariance[~counted] == 0).all()
+    assert torch.equal(rlkern.token_covariance(x, a, mask), covariance)
+
+
+def test_a_million_tokens_keep_their_accuracy(backend, device):
+    """Few values, far from zero: in a long float32 sum every addition would be rounded the same way, by a thousandth in the end."""
+    n = 1 << (20 if backend != "triton" or device == "cuda" else 15)
+    i = torch.arange(n)
+    x, a = (-20.1 + 0.01 * (i % 2)).float().view(8, -1), (3.3 + 0.01 * (i % 3 == 0)).float().view(8, -1)
+    expected = (x.double() - x.double().mean()) * (a.double() - a.double().mean())
+    covariance = rlkern.token_covariance(x.to(device), a.to(device), torch.ones_like(x).to(device)).cpu()
+    # A mean is rounded to float32, by 1e-6 at 20, before it is taken from values that stand 0.01 apart.
+    torch.testing.assert_close(covariance.double(), expected, rtol=0, atol=3e-8)
 
 
 def test_covariance_edges():
@@ -112,73 +146,31 @@ def test_group():
         torch.testing.assert_close(loss, rlkern.kl_cov_loss(*x, selected=chosen).loss.detach())
 
 
-# --- selections ----------------------------------------------------------------------------------------------------------------------------
+# --- the operator --------------------------------------------------------------------------------------------------------------------------
 
 
-def chosen(mask):
-    return [i for i, flag in enumerate(mask.flatten().tolist()) if flag]
+def test_operators():
+    logp, _, advantages, mask = draw()
+    tokens = logp.detach().float(), advantages.float(), mask
+    sums = torch.ops.rlkern.covariance_sums.default(*tokens)
+    torch.library.opcheck(torch.ops.rlkern.covariance_sums.default, tokens)
+    for given in (None, sums):
+        torch.library.opcheck(torch.ops.rlkern.token_covariance.default, (*tokens, given))
+        torch.testing.assert_close(torch.ops.rlkern.token_covariance.default(*tokens, given), rlkern.token_covariance(*tokens))
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("count", [0, 1, 5, 19, 100])
-def test_top_and_bottom_with_ties(seed, count):
-    g = torch.Generator().manual_seed(seed)
-    values = torch.randint(0, 4, (5, 8), generator=g).float()
-    valid = torch.rand(5, 8, generator=g) < 0.6
-    flat = [(v, i) for i, (v, ok) in enumerate(zip(values.flatten().tolist(), valid.flatten().tolist(), strict=True)) if ok]
-    for k in (count, torch.tensor(count)):
-        assert chosen(select_top(values, valid, k)) == sorted(i for _, i in sorted((-v, i) for v, i in flat)[:count])
-        assert chosen(select_bottom(values, valid.int(), k)) == sorted(i for _, i in sorted(flat)[:count])
+def test_compiled_and_transformed():
+    logp, old, advantages, mask = draw()
+    compiled = torch.compile(rlkern.token_covariance, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (6, 4):
+        tokens = logp[:rows], advantages[:rows], mask[:rows]
+        torch.testing.assert_close(compiled(*tokens), rlkern.token_covariance(*tokens))
 
+    def loss(x):
+        return rlkern.kl_cov_loss(x, old, advantages, mask, select_ratio=0.1).loss
 
-def test_selection_of_extreme_values():
-    values = torch.tensor([math.inf, -math.inf, math.inf, -math.inf, math.nan, 0.0])
-    valid = torch.tensor([False, False, True, True, True, True])
-    assert chosen(select_top(values, valid, 1)) == [2]
-    assert chosen(select_top(values, valid, 3)) == [2, 3, 5]  # the infinity that is valid, not the one before it
-    assert chosen(select_bottom(values, valid, 3)) == [2, 3, 5]
-    assert chosen(select_bottom(values, valid, 9)) == [2, 3, 4, 5]
-    assert select_top(values[:0], valid[:0], 3).shape == (0,)
-
-
-def test_random_selection():
-    valid = torch.tensor([[True, False, True], [True, True, False]])
-    counts = torch.zeros(2, 3)
-    g = torch.Generator().manual_seed(0)
-    for _ in range(3000):
-        picked = select_random(valid, 2, g)
-        assert picked.sum() == 2 and not (picked & ~valid).any()
-        counts += picked
-    assert ((counts[valid] / 3000 - 0.5).abs() < 0.05).all()  # five standard deviations
-    assert torch.equal(select_random(valid, 9), valid)
-    again = [select_random(torch.ones(1000), 10, torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert torch.equal(*again)
-    torch.manual_seed(3)
-    first = select_random(torch.ones(1000), 10)
-    torch.manual_seed(3)
-    assert torch.equal(select_random(torch.ones(1000), 10), first)
-
-
-@pytest.mark.parametrize("fraction", [0, 1e-4, 2e-4, 0.002, 0.005, 0.01, 0.29, 0.3, 0.57, 1])
-def test_fraction_count(fraction):
-    for total in (0, 1, 3, 99, 100, 200, 1000, 5000, 65536, 100000):
-        for minimum in (0, 1):
-            assert fraction_count(torch.tensor(total), fraction, minimum).item() == max(int(total * fraction), minimum)
-
-
-def test_selection_errors():
-    with pytest.raises(ValueError, match="fraction in \\[0, 1\\], not a percentage, got 2"):
-        fraction_count(torch.tensor(5), 2)
-    with pytest.raises(TypeError, match="values must be a float tensor"):
-        select_top(torch.ones(3, dtype=torch.int64), torch.ones(3), 1)
-    with pytest.raises(TypeError, match="valid must be"):
-        select_bottom(torch.ones(3), None, 1)
-    with pytest.raises(TypeError, match="valid must be"):
-        select_random([True], 1)
-    with pytest.raises(ValueError, match="valid must have the shape"):
-        select_top(torch.ones(3), torch.ones(4), 1)
-    with pytest.raises(ValueError, match="count must be one number"):
-        select_top(torch.ones(3), torch.ones(3), torch.ones(2))
+    expected = torch.autograd.grad(loss(logp), logp)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(logp.detach()), expected)
 
 
 def test_no_host_sync():
@@ -186,7 +178,6 @@ def test_no_host_sync():
     with NoSyncingMethods(), NoSyncingOperators():
         covariance = rlkern.token_covariance(logp, advantages, mask)
         rlkern.covariance_quantiles(covariance, mask)
-        select_random(mask, mask.sum(), torch.Generator())
         rlkern.clip_cov_loss(logp, old, advantages, mask, generator=torch.Generator()).loss.backward()
 
 

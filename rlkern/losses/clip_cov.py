@@ -20,7 +20,6 @@ from .policy import (
     check_tokens,
     clip_fractions,
     finish,
-    masked_mean,
     policy_tokens,
     ratio_metrics,
     weigh,
@@ -50,10 +49,11 @@ def external_mask(selected: Tensor, p: PolicyTokens, logp: Tensor) -> Tensor:
 
 def selection_metrics(p: PolicyTokens, covariance: Tensor, selected: Tensor) -> dict[str, Tensor]:
     """selected_fraction; covariance_mean, over all tokens; covariance_selected, over the selected ones, 0 if there are none."""
+    tokens, chosen = p.mask.sum().clamp(min=1), selected.sum()
     return {
-        "selected_fraction": selected.sum() / p.mask.sum().clamp(min=1),
-        "covariance_mean": masked_mean(covariance, p.mask),
-        "covariance_selected": masked_mean(covariance, selected),
+        "selected_fraction": chosen / tokens,
+        "covariance_mean": covariance.sum() / tokens,  # 0 where masked
+        "covariance_selected": torch.where(selected, covariance, 0).sum() / chosen.clamp(min=1),
     }
 
 
@@ -149,4 +149,5 @@ def clip_cov_loss(
             eligible = eligible & (covariance > cov_low) & (covariance < cov_high)
         selected = select_random(eligible, fraction_count(p.mask.sum(), select_ratio, min_count), generator)
     values = torch.where(selected, values.detach() if keep_value else 0, values)
-    return finish(weigh(values, p), p, aggregation, normalizer, metrics | selection_metrics(p, covariance, selected) | ratio_metrics(p))
+    metrics = {**metrics, **selection_metrics(p, covariance, selected), **ratio_metrics(p)}
+    return finish(weigh(values, p), p, aggregation, normalizer, metrics)

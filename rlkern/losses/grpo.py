@@ -43,7 +43,7 @@ def grpo_loss(
         kl_kind: "k1", "abs", "k2" ("mse"), "k3", or one with a + behind it (its value, k2's gradient): see `rlkern.losses.kl`. The gradient of k3
             pulls along the KL of the other direction, and that of k1 is noise; k2 and all with a + have the right one.
         kl_clamp: bounds the estimate, see `kl_estimate`.
-        kl_scale: [B], [B, 1] or [B, T] float, detached: a coefficient per sample.
+        kl_scale: [B], [B, 1] or [B, T] float, without gradient: a coefficient per sample.
         kl_times_ratio: multiplies the estimate with exp(logp - old_logp), gradient included (arXiv 2512.02556; TRL's use_bias_correction_kl), which
             makes k3's gradient that of KL(pi || pi_ref) on stale samples too.
 

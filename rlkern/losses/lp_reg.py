@@ -20,7 +20,6 @@ from .policy import (
     check_tokens,
     clip_fractions,
     finish,
-    masked_mean,
     policy_tokens,
     ratio_metrics,
     weigh,
@@ -143,6 +142,7 @@ def lp_reg_loss(
         selected = selected & (proxy > -math.inf)
         kl = torch.where(selected, _full_kl(p, logp, kept_logmass, proxy_kl), 0)
         policy = -p.advantages * bounded(p.ratio, 1 - clip_low, 1 + clip_high)
-    metrics = {"selected_fraction": selected.sum() / p.mask.sum().clamp(min=1), "proxy_kl": masked_mean(kl, selected)}
-    metrics |= clip_fractions(p.ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high) | ratio_metrics(p)
+    chosen = selected.sum()
+    metrics = {"selected_fraction": chosen / p.mask.sum().clamp(min=1), "proxy_kl": kl.detach().sum() / chosen.clamp(min=1)}  # 0 elsewhere
+    metrics.update(**clip_fractions(p.ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high), **ratio_metrics(p))
     return finish(weigh(policy + kl_coef * kl, p), p, aggregation, normalizer, metrics)

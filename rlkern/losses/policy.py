@@ -32,9 +32,9 @@ class PolicyTokens(NamedTuple):
     logp: Tensor  # log pi(token), 0 where masked
     log_ratio: Tensor  # log pi / pi_old, 0 where masked; never clamped
     ratio: Tensor  # exp(log_ratio), 1 where masked; never infinite, so that its product with A = 0 is 0
-    advantages: Tensor  # detached, 0 where masked
+    advantages: Tensor  # without gradient, 0 where masked
     mask: Tensor  # bool
-    weights: Tensor | None  # detached, 0 where masked; None stands for 1
+    weights: Tensor | None  # without gradient, 0 where masked; None stands for 1
 
     def keep(self, x: Tensor) -> Tensor:
         """x [B, T] detached, in the dtype of the computation and 0 where masked."""
@@ -85,9 +85,9 @@ def policy_tokens(
     Args:
         logp: [B, T] float; gradients flow into it.
         old_logp: [B, T] float, used detached. None is on-policy: logp.detach(), so the ratio is 1 and its gradient that of logp.
-        advantages: [B, T], [B, 1] or [B] float, used detached.
+        advantages: [B, T], [B, 1] or [B] float; one that requires grad is refused, it would lose its gradient here.
         mask: [B, T] bool or number; nonzero counts. It selects, it does not weigh.
-        weights: [B, T], [B, 1] or [B] float, importance weights for `weigh`, used detached.
+        weights: [B, T], [B, 1] or [B] float, importance weights for `weigh`; without gradient, like the advantages.
         log_ratio_clamp: c bounds the exponent of `ratio` to [-c, c]; no gradient flows beyond (verl's vanilla loss: 20). None bounds it to
             (-inf, 80], where exp is finite in float32, so that a ratio that overflows cannot turn a clipped token's gradient into NaN.
         aggregation, normalizer: only checked here, see `aggregate`.
@@ -162,11 +162,10 @@ def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
     d, mask = tokens.log_ratio.detach(), tokens.mask
     count = mask.sum()
     any_token = count > 0
-    # One entry more, so that a batch of size 0 has a maximum.
-    largest = torch.nn.functional.pad(torch.where(mask, d, -math.inf).flatten(), (0, 1), value=-math.inf).amax()
-    smallest = torch.nn.functional.pad(torch.where(mask, d, math.inf).flatten(), (0, 1), value=math.inf).amin()
-    largest, smallest = torch.where(any_token, largest, 0), torch.where(any_token, smallest, 0)
-    scaled = torch.where(mask, (d - largest).exp(), 0)  # the largest is 1: no overflow
+    counted = torch.where(mask, d, -math.inf)
+    ends = (counted.amax(), torch.where(mask, d, math.inf).amin()) if d.numel() > 0 else (d.sum(), d.sum())  # a batch of size 0 has none
+    largest, smallest = (torch.where(any_token, end, 0) for end in ends)
+    scaled = (counted - largest).exp()  # the largest is 1: no overflow
     ess = scaled.sum().square() / (count * scaled.square().sum())
     count = count.clamp(min=1)
     return {

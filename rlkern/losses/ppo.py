@@ -46,12 +46,12 @@ def ppo_loss(
     Args:
         logp: [B, T] float log-probabilities of the tokens taken; gradients flow into it.
         old_logp: [B, T] float, those of the policy that the step started from; None is on-policy: the ratio is 1, the gradient -A.
-        advantages: [B, T], [B, 1] or [B] float, detached.
+        advantages: [B, T], [B, 1] or [B] float; they must not require grad.
         mask: [B, T] bool or number; nonzero counts. Anything may stand where it is 0, NaN included.
         clip_low, clip_high: the ratio stops mattering below 1 - clip_low (A < 0) and above 1 + clip_high (A > 0). clip_low in [0, 1].
         dual_clip: c >= 1 bounds the ratio of tokens with A < 0; None does not.
         log_ratio_clamp: bounds the log ratio to [-c, c] before exp; no gradient beyond. None bounds it at 80, where float32 is still finite.
-        weights: [B, T], [B, 1] or [B] float, multiplied with the per-token loss, detached.
+        weights: [B, T], [B, 1] or [B] float, multiplied with the per-token loss; they must not require grad.
         aggregation, normalizer: from tokens to one number, see `aggregate`.
 
     Returns:
@@ -75,4 +75,4 @@ def ppo_metrics(p, clip_low: float, clip_high: float, dual_clip: float | None) -
     if dual_clip is not None:
         with torch.no_grad():
             metrics["clip_fraction_dual"] = ((p.advantages < 0) & (p.ratio > dual_clip)).sum() / p.mask.sum().clamp(min=1)
-    return metrics | ratio_metrics(p)
+    return {**metrics, **ratio_metrics(p)}

@@ -14,7 +14,7 @@ def _truncated(p: PolicyTokens, cap: float) -> Tensor:
 
 def _metrics(p: PolicyTokens, cap: float | None) -> dict[str, Tensor]:
     truncated = {} if cap is None else {"clip_fraction_high": masked_mean(p.ratio > cap, p.mask)}
-    return truncated | ratio_metrics(p)
+    return {**truncated, **ratio_metrics(p)}
 
 
 def reinforce_loss(
@@ -31,7 +31,7 @@ def reinforce_loss(
     """-A logp per token: REINFORCE, verl's and TRL's plain policy gradient, and GPG (arXiv 2504.02546) with `rlkern.advantages.gpg`.
 
     old_logp only serves the metrics and the term + square_coef / 2 (logp - old_logp)^2 of Kimi k1.5 (arXiv 2501.12599, tau there); pass None if
-    there is none. Importance weights go in as `weights`, detached.
+    there is none. Importance weights go in as `weights`, without gradient.
 
     Args:
         logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`. A token with A = 0 has no loss, even at logp = -inf.

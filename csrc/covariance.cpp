@@ -1,0 +1,83 @@
+// Covariance of every token's log-probability with its advantage. Tokens that do not count are taken out by masking bits, which compilers
+// turn into vector code without leave to reorder additions.
+
+#include <cstring>
+
+#include "tokens.h"
+
+namespace rlkern {
+namespace {
+
+template <class A>
+struct Bits;
+template <>
+struct Bits<float> {
+  using Int = int32_t;
+  static constexpr Int exponent = 0x7f800000;
+};
+template <>
+struct Bits<double> {
+  using Int = int64_t;
+  static constexpr Int exponent = 0x7ff0000000000000;
+};
+
+// All ones where the token counts (mask set, logp finite), else 0.
+template <class A>
+typename Bits<A>::Int counted(A logp, bool mask) {
+  using Int = typename Bits<A>::Int;
+  Int bits;
+  std::memcpy(&bits, &logp, sizeof bits);
+  const Int finite = ((bits & Bits<A>::exponent) - Bits<A>::exponent) >> (8 * sizeof(Int) - 1);
+  return -Int(mask) & finite;
+}
+
+template <class A>
+A keep(A x, typename Bits<A>::Int where) {
+  typename Bits<A>::Int bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  bits &= where;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+}  // namespace
+
+template <class A>
+void covariance_sums(const A* logp, const A* advantages, const bool* mask, int64_t n, double* sums) {
+  constexpr int64_t lanes = 16;
+  double x[lanes] = {}, a[lanes] = {};
+  int64_t count[lanes] = {};
+  const auto add = [&](int64_t i, int64_t lane) {
+    const auto where = counted(logp[i], mask[i]);
+    count[lane] -= where;
+    x[lane] += keep(logp[i], where);
+    a[lane] += keep(advantages[i], where);
+  };
+  const int64_t whole = n / lanes * lanes;
+  for (int64_t i = 0; i < whole; i += lanes)
+    for (int64_t lane = 0; lane < lanes; ++lane) add(i + lane, lane);
+  for (int64_t i = whole; i < n; ++i) add(i, i - whole);
+  sums[0] = sums[1] = sums[2] = 0;
+  for (int64_t lane = 0; lane < lanes; ++lane) {
+    sums[0] += double(count[lane]);
+    sums[1] += x[lane];
+    sums[2] += a[lane];
+  }
+}
+
+template <class A>
+void covariance(const A* logp, const A* advantages, const bool* mask, int64_t n, const double* sums, A* out) {
+  const double count = sums[0] < 1 ? 1 : sums[0];
+  const A mean_logp = A(sums[1] / count), mean_advantage = A(sums[2] / count);
+  for (int64_t i = 0; i < n; ++i) {
+    const A product = (advantages[i] - mean_advantage) * (logp[i] - mean_logp);
+    out[i] = keep(product, counted(logp[i], mask[i]));
+  }
+}
+
+template void covariance_sums(const float*, const float*, const bool*, int64_t, double*);
+template void covariance_sums(const double*, const double*, const bool*, int64_t, double*);
+template void covariance(const float*, const float*, const bool*, int64_t, const double*, float*);
+template void covariance(const double*, const double*, const bool*, int64_t, const double*, double*);
+
+}  // namespace rlkern

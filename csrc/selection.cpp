@@ -1,0 +1,58 @@
+// Exactly K of the smallest: the K-th key is found among integers that order as the values do, then one pass in flat order marks what lies
+// below it and as many of its equals as are still wanted.
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+
+#include "tokens.h"
+
+namespace rlkern {
+namespace {
+
+template <class A>
+using Key = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+
+// Unsigned integers in the order of the values; both zeros alike, NaN last.
+template <class A>
+Key<A> key_of(A x) {
+  constexpr Key<A> top = Key<A>(1) << (8 * sizeof(A) - 1);
+  Key<A> bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x == 0) bits = 0;
+  bits ^= bits & top ? ~Key<A>(0) : top;
+  return x != x ? ~Key<A>(0) : bits;
+}
+
+}  // namespace
+
+template <class A>
+void select_bottom(const A* values, const bool* valid, int64_t n, int64_t count, bool* out) {
+  const std::unique_ptr<Key<A>[]> keys(new Key<A>[n]);
+  int64_t total = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    keys[total] = key_of(values[i]);
+    total += valid[i];
+  }
+  count = std::min(count, total);
+  if (count <= 0) {
+    std::fill_n(out, n, false);
+    return;
+  }
+  Key<A>* const last = keys.get() + count - 1;
+  std::nth_element(keys.get(), last, keys.get() + total);
+  const Key<A> threshold = *last;
+  int64_t ties = count - std::count_if(keys.get(), last, [=](Key<A> key) { return key < threshold; });
+  for (int64_t i = 0; i < n; ++i) {
+    const Key<A> key = key_of(values[i]);
+    const bool tie = valid[i] & (key == threshold);
+    out[i] = (valid[i] & (key < threshold)) | (tie & (ties > 0));
+    ties -= tie;
+  }
+}
+
+template void select_bottom(const float*, const bool*, int64_t, int64_t, bool*);
+template void select_bottom(const double*, const bool*, int64_t, int64_t, bool*);
+
+}  // namespace rlkern

@@ -1,0 +1,110 @@
+"""Exactly K of the smallest values, K read from the device: a radix select, eight bits of the keys a launch, the highest first.
+
+A launch counts, among the keys that begin as the K-th smallest does, the next eight bits. Counts are integers, so atomics leave no doubt about the
+sum; from them the next launch knows eight bits more of the K-th key. The last launch marks every smaller key, and of the equal ones as many as are
+still wanted, in order of their index.
+
+Calling convention: rlkern/backends.py.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .launch import device_of
+
+BLOCK, WARPS = 2048, 4
+BINS = tl.constexpr(256)
+
+
+@triton.jit
+def _load_keys(values_ptr, valid_ptr, at, n, BITS: tl.constexpr):
+    """Signed integers in the order of the values, both zeros alike and NaN last; and which of them are valid."""
+    x = tl.load(values_ptr + at, mask=at < n, other=0.0)
+    if BITS == 64:
+        bits = tl.where(x == 0, 0, x.to(tl.int64, bitcast=True))
+        key = tl.where(x == x, bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF), 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = tl.where(x == 0, 0, x.to(tl.int32, bitcast=True))
+        key = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return key, tl.load(valid_ptr + at, mask=at < n, other=0) != 0
+
+
+@triton.jit
+def _threshold(counts_ptr, count_ptr, digits):
+    """The first `digits` digits of the K-th smallest key, and how many of the keys that begin so are among the K."""
+    bins = tl.arange(0, BINS)
+    wanted = tl.load(count_ptr)
+    prefix = tl.zeros((), tl.int64)
+    for i in range(digits):
+        counts = tl.load(counts_ptr + i * BINS + bins)
+        wanted = tl.minimum(wanted, tl.sum(counts, axis=0))  # there may be fewer than K
+        digit = tl.sum((tl.cumsum(counts, axis=0) < wanted).to(tl.int32), axis=0)
+        wanted -= tl.sum(tl.where(bins < digit, counts, 0), axis=0)
+        prefix = prefix * BINS + tl.where(i == 0, digit - BINS // 2, digit)  # the first digit holds the sign
+    return prefix, wanted
+
+
+@triton.jit(do_not_specialize=["digit"])
+def _count_digits_kernel(
+    values_ptr,  # [N]
+    valid_ptr,  # [N]
+    count_ptr,  # []
+    counts_ptr,  # [BITS / 8, BINS], those of digits that are yet to come 0
+    of_block_ptr,  # [blocks, BINS]
+    n,
+    digit,  # which one to count
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    key, valid = _load_keys(values_ptr, valid_ptr, pid * BLOCK + tl.arange(0, BLOCK), n, BITS)
+    prefix, _ = _threshold(counts_ptr, count_ptr, digit)
+    shift = BITS - 8 * (digit + 1)
+    follows = valid & ((digit == 0) | ((key >> tl.minimum(shift + 8, BITS - 1)) == prefix))
+    value = ((key >> shift).to(tl.int32) & (BINS - 1)) ^ tl.where(digit == 0, BINS // 2, 0)
+    # Those that do not follow are counted as zeros, and taken out again.
+    bins = tl.arange(0, BINS)
+    counts = tl.histogram(tl.where(follows, value, 0), BINS)
+    counts -= tl.where(bins == 0, BLOCK - tl.sum(follows.to(tl.int32), axis=0), 0)
+    tl.atomic_add(counts_ptr + digit * BINS + bins, counts, mask=counts > 0, sem="relaxed")
+    if shift == 0:
+        tl.store(of_block_ptr + pid * BINS + bins, counts)
+
+
+@triton.jit
+def _select_kernel(
+    values_ptr,  # [N]
+    valid_ptr,  # [N]
+    count_ptr,  # []
+    counts_ptr,  # [BITS / 8, BINS]
+    of_block_ptr,  # [blocks, BINS]
+    out_ptr,  # [N]
+    n,
+    BITS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key, valid = _load_keys(values_ptr, valid_ptr, at, n, BITS)
+    threshold, wanted = _threshold(counts_ptr, count_ptr, BITS // 8)
+    earlier = tl.zeros((BLOCK,), tl.int32)
+    column = threshold & (BINS - 1)
+    for i in range(0, pid, BLOCK):
+        block = i + tl.arange(0, BLOCK)
+        earlier += tl.load(of_block_ptr + block.to(tl.int64) * BINS + column, mask=block < pid, other=0)
+    tie = valid & (key == threshold)
+    place = tl.sum(earlier, axis=0) + tl.cumsum(tie.to(tl.int32), axis=0)
+    tl.store(out_ptr + at, valid & ((key < threshold) | (tie & (place <= wanted))), mask=at < n)
+
+
+def select_bottom(values, valid, count, out) -> None:
+    n, bits = values.numel(), 8 * values.element_size()
+    blocks = triton.cdiv(n, BLOCK)
+    counts = torch.zeros(bits // 8, BINS.value, dtype=torch.int32, device=values.device)
+    of_block = torch.empty(blocks, BINS.value, dtype=torch.int32, device=values.device)
+    shared = (values, valid, count, counts, of_block)
+    with device_of(values):
+        for digit in range(bits // 8):
+            _count_digits_kernel[(blocks,)](*shared, n, digit, BITS=bits, BLOCK=BLOCK, num_warps=WARPS)
+        _select_kernel[(blocks,)](*shared, out, n, BITS=bits, BLOCK=BLOCK, num_warps=WARPS)
