@@ -48,8 +48,9 @@ def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer
 
     The hyphenated names are verl's `loss_agg_mode`, the others TRL's `loss_type`. TRL's dapo, cispo and vespo divide by the tokens of the whole
     accumulated batch: pass that count (over the number of processes, if gradients are averaged over them) as `normalizer`; the same serves verl's
-    global counts. Empty sequences count in "grpo" and "dr_grpo" and not in the others. verl's "seq-mean-token-sum-norm" does not divide by B,
-    TRL's "dr_grpo" does. verl divides a sequence by len_i + 1e-8, this by len_i exactly.
+    global counts. Empty sequences count in "grpo" and "dr_grpo" and not in the others. "seq-mean-token-sum-norm" does not divide by B, as in verl up
+    to 0.7 (from 0.8 verl divides by the number of sequences too); TRL's "dr_grpo" does. verl divides a sequence by len_i + 1e-8, this by len_i
+    exactly.
 
     Args:
         values: [B, T], or any shape for the token modes; float. Masked positions may hold anything, NaN and inf included.

@@ -50,4 +50,4 @@ def cispo_loss(
     with torch.no_grad():
         count = p.mask.sum().clamp(min=1)
         metrics = {"clip_fraction_low": (p.mask & (ratio < low)).sum() / count, "clip_fraction_high": (p.mask & (ratio > high)).sum() / count}
-    return finish(values, p, aggregation, normalizer, metrics | ratio_metrics(p))
+    return finish(values, p, aggregation, normalizer, {**metrics, **ratio_metrics(p)})

@@ -223,7 +223,7 @@ def dpo_loss(
     for name, x in logps.items():
         if x is None and not (no_reference and reference_free and name.startswith("reference")):
             raise TypeError(f"{name} must be a float tensor [B], got None (both references may be None with reference_free=True)")
-    _check_vectors(logps | {"weights": weights})
+    _check_vectors({**logps, "weights": weights})
     lengths = {"chosen_lengths": chosen_lengths, "rejected_lengths": rejected_lengths}
     _check_vectors({"policy_chosen_logps": policy_chosen_logps, **lengths}, integers=True)
     for name, value in lengths.items():

@@ -122,10 +122,10 @@ def epo_loss(
     p = policy_tokens(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
     check_tokens("entropy", entropy, p.logp)
     h = torch.where(p.mask, entropy.to(p.logp.dtype), 0)
-    metrics = ppo_metrics(p, clip_low, clip_high, dual_clip) | {"entropy": masked_mean(h, p.mask)}
+    metrics = {**ppo_metrics(p, clip_low, clip_high, dual_clip), "entropy": masked_mean(h, p.mask)}
     bonus = h
     if mean_entropy is None:
-        metrics |= {name: torch.zeros_like(metrics["entropy"]) for name in ("entropy_low_fraction", "entropy_high_fraction")}
+        metrics.update(dict.fromkeys(("entropy_low_fraction", "entropy_high_fraction"), torch.zeros_like(metrics["entropy"])))
     else:
         center = _history(mean_entropy, p)
         below, above = kappa_low * center - h, h - kappa_high * center
@@ -135,6 +135,6 @@ def epo_loss(
             penalty = ((below >= 0) | (above >= 0)).to(h.dtype)  # the band is open
         bonus = h - beta * alpha * penalty
         with torch.no_grad():
-            metrics |= {"entropy_low_fraction": masked_mean(below > 0, p.mask), "entropy_high_fraction": masked_mean(above > 0, p.mask)}
+            metrics.update(entropy_low_fraction=masked_mean(below > 0, p.mask), entropy_high_fraction=masked_mean(above > 0, p.mask))
     values = clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip) - coef * bonus
     return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)

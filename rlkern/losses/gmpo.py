@@ -47,4 +47,4 @@ def gmpo_loss(
     with torch.no_grad():
         count = p.mask.sum().clamp(min=1)
         metrics = {"clip_fraction_low": ((a < 0) & (d < -clip_low)).sum() / count, "clip_fraction_high": ((a > 0) & (d > clip_high)).sum() / count}
-    return finish(values, p, aggregation, normalizer, metrics | ratio_metrics(p))
+    return finish(values, p, aggregation, normalizer, {**metrics, **ratio_metrics(p)})

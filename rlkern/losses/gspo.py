@@ -36,7 +36,7 @@ def gspo_loss(
     """PPO's clip on s_t = sg(s) * pi_t / sg(pi_t), s = exp(mean over the sequence of logp - old_logp): arXiv 2507.18071 Eq. 5 and, per token, 13.
 
     The token form has the value and, with the default aggregation and one advantage a sequence, the gradient of the sequence form -A s; it also
-    takes advantages per token. verl's "gspo" ignores its aggregation argument and always uses this default; TRL's sequence level is
+    takes advantages per token. verl up to 0.9.0 always does this for "gspo", whatever its loss_agg_mode; TRL's sequence level is
     aggregation="grpo"; LUSPO weighs by length: "seq-mean-token-sum". verl takes the clip bounds of its PPO (0.2) unless told otherwise, which
     hardly ever clip a sequence ratio; the defaults here are the paper's.
 
@@ -59,5 +59,5 @@ def gspo_loss(
     exponent = sequence_mean(p.log_ratio.detach(), p.mask) + (p.logp - p.logp.detach())
     ratio = bounded(exponent, high=log_ratio_clamp).exp()
     values = weigh(clipped_surrogate(ratio, p.advantages, clip_low, clip_high), p)
-    metrics = clip_fractions(ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high) | ratio_metrics(p)
+    metrics = {**clip_fractions(ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high), **ratio_metrics(p)}
     return finish(values, p, aggregation, normalizer, metrics)

@@ -89,7 +89,7 @@ def kdrl_loss(
     else:
         loss = aggregate(values, p.mask, aggregation, normalizer) + kd_coef * aggregate(divergence, kept, aggregation)
     metrics = ppo_metrics(p, clip_low, clip_high, dual_clip)
-    metrics |= {"kd": masked_mean(divergence, p.mask), "kd_fraction": masked_mean(kept, p.mask)}
+    metrics.update(kd=masked_mean(divergence, p.mask), kd_fraction=masked_mean(kept, p.mask))
     return LossOutput(loss, metrics)
 
 

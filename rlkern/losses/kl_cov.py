@@ -81,5 +81,5 @@ def kl_cov_loss(
         selected = select_top(covariance, valid, fraction_count(p.mask.sum(), select_ratio, min_count))
     distance = p.log_ratio.abs()
     values = -p.advantages * p.ratio + kl_coef * torch.where(selected, distance, 0)
-    metrics = selection_metrics(p, covariance, selected) | {"abs_log_ratio": masked_mean(distance, p.mask)} | ratio_metrics(p)
+    metrics = {**selection_metrics(p, covariance, selected), "abs_log_ratio": masked_mean(distance, p.mask), **ratio_metrics(p)}
     return finish(weigh(values, p), p, aggregation, normalizer, metrics)

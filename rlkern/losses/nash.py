@@ -23,7 +23,7 @@ def _preference_loss(tokens, win_prob, anchors: dict[str, tuple[float, Tensor]],
     values = (pull - centred) * tokens.logp
     with torch.no_grad():
         metrics = {"win_prob": masked_mean(win_prob, tokens.mask.any(-1, keepdim=True))}
-        metrics |= {f"kl_{name}": masked_mean(log_ratio, tokens.mask) for name, (_, log_ratio) in anchors.items()}
+        metrics.update({f"kl_{name}": masked_mean(log_ratio, tokens.mask) for name, (_, log_ratio) in anchors.items()})
     return LossOutput(aggregate(values, tokens.mask, aggregation, normalizer), metrics)
 
 

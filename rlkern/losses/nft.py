@@ -101,7 +101,8 @@ def nft_loss(
     else:
         loss = aggregate(losses, counted, aggregation, normalizer)
     with torch.no_grad():
-        metrics = ratio_metrics(tokens) | {
+        metrics = {
+            **ratio_metrics(tokens),
             "positive_fraction": masked_mean(k.expand_as(losses), counted),
             "clamped_fraction": masked_mean((prox < clamp_neg) & (k < 1), counted),
             "success_rate": masked_mean(c.expand_as(losses), counted),

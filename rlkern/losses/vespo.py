@@ -56,4 +56,4 @@ def vespo_loss(
     values = weigh(-kernel * p.advantages * score(p), p)
     with torch.no_grad():
         kernel_mean = torch.where(p.mask, kernel, 0).sum() / p.mask.sum().clamp(min=1)
-    return finish(values, p, aggregation, normalizer, {"kernel_mean": kernel_mean} | ratio_metrics(p))
+    return finish(values, p, aggregation, normalizer, {"kernel_mean": kernel_mean, **ratio_metrics(p)})
