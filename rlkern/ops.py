@@ -23,6 +23,7 @@ from .rows import (
     check_target_range,
     check_targets,
     check_temperature,
+    watched,
 )
 
 STATE_SIZE = 6  # columns of the backward's row state before the targets' own, see backends.py
@@ -176,15 +177,10 @@ _op_backward = torch.ops.rlkern.token_stats_backward.default
 _op_backward_ = torch.ops.rlkern.token_stats_backward_.default
 
 
-def _watched(logits: Tensor) -> bool:
-    """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode. Else dispatch is pure overhead."""
-    return torch.compiler.is_compiling() or type(logits) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
-
-
 class _TokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, targets, mask, row_temperature, options, inplace_backward):
-        run = _op if _watched(logits) else _token_stats
+        run = _op if watched(logits) else _token_stats
         logp, entropy, lse, sum_sq, kept, state = run(logits, targets, mask, row_temperature, *options)
         temperature, ignore_index, kept_kind, _, with_sum_sq = options
         ctx.save_for_backward(logits, targets, mask, row_temperature, state)
@@ -219,8 +215,8 @@ def _gradient(ctx, grads) -> Tensor:
         *(g_sum_sq_prob if with_sum_sq else None, g_kept_logmass if kept_kind else None),
     )
     if not inplace_backward or torch.compiler.is_compiling():
-        return (_op_backward if _watched(logits) else _token_stats_backward)(*args)
-    (_op_backward_ if _watched(logits) else _token_stats_backward_)(*args)
+        return (_op_backward if watched(logits) else _token_stats_backward)(*args)
+    (_op_backward_ if watched(logits) else _token_stats_backward_)(*args)
     # A second consumer that saved the logits must raise, not read the gradient that now stands there.
     torch.autograd.graph.increment_version(logits)
     return logits.detach()

@@ -35,6 +35,11 @@ def rows_per_chunk(rows: Tensor) -> int:
     return max(1, (1 << 18 if rows.device.type == "cpu" else 1 << 24) // rows.shape[-1])
 
 
+def watched(x: Tensor) -> bool:
+    """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode. Else dispatch is pure overhead."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+
+
 class OnlyOnce(torch.autograd.Function):
     """Identity on a gradient that must not be differentiated again."""
 
