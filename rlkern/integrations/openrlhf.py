@@ -1,0 +1,203 @@
+"""OpenRLHF: log_probs_from_logits, compute_entropy and PolicyLoss under its names and signatures. See docs/trainers/openrlhf.md.
+
+    import rlkern.integrations.openrlhf
+
+    patch = rlkern.integrations.openrlhf.patch()     # in every process that trains; patch.undo(), or with ...patch(): ...
+
+Each can also be imported and called without OpenRLHF.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..checks import check_choice, check_number
+from ..losses import ppo_loss
+from .patching import Patch, holders
+
+__all__ = ["SUPPORTED_VERSIONS", "PolicyLoss", "compute_entropy", "log_probs_from_logits", "patch"]
+
+SUPPORTED_VERSIONS = ("0.11.2",)  # releases before it have other options in PolicyLoss
+
+
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+    """openrlhf.models.utils.log_probs_from_logits: logits [..., V], labels [...] -> [...], float32 whatever the dtype of the logits.
+
+    OpenRLHF's divides the logits by the temperature in place; this leaves them as they are.
+    """
+    return ops.token_logprobs(logits, labels, temperature=temperature)
+
+
+def compute_entropy(logits: Tensor) -> Tensor:
+    """openrlhf.models.utils.compute_entropy: [..., V] -> [...], in nats, float32; logits at -inf have probability 0."""
+    return ops.entropy_from_logits(logits)
+
+
+def _mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
+    """Over the mask; NaN where it is empty, as in OpenRLHF, which makes an empty sequence one outside of the gate."""
+    return torch.where(mask, values, 0).sum(dim) / mask.sum(dim)
+
+
+class PolicyLoss(nn.Module):
+    """openrlhf.models.PolicyLoss: its arguments, its five results.
+
+    Args:
+        clip_eps_low, clip_eps_high: the ratio stops mattering below 1 - low (A < 0) and above 1 + high (A > 0).
+        dual_clip: c > 1 bounds the ratio of tokens with A < 0; None does not.
+        token_level_loss: the mean over tokens; False: the mean over sequences of their means.
+        policy_loss_type: "ppo", or "gspo": PPO on the sequence's mean log-probability, always with the mean over sequences.
+        is_correction_level, is_correction_mode, is_correction_gating, is_correction_threshold: for "ppo", what the mismatch of training and rollout
+            log-probabilities does to a token's or ("seq") a sequence's loss: outside of the threshold (low, high) it is dropped ("mask", the
+            others are weighted by pi_train / pi_rollout) or its weight clamped ("clip"). gating: what is compared with the threshold, "ratio",
+            "binary_kl" or "tv". For "gspo", any level but "off" takes the ratio to the rollout policy.
+
+    Raises:
+        TypeError, ValueError: for options other than these.
+    """
+
+    def __init__(
+        self,
+        clip_eps_low: float = 0.2,
+        clip_eps_high: float = 0.2,
+        dual_clip: float | None = None,
+        token_level_loss: bool = True,
+        policy_loss_type: str = "ppo",
+        is_correction_level: str = "off",
+        is_correction_mode: str = "mask",
+        is_correction_gating: str = "ratio",
+        is_correction_threshold: Sequence[float] = (0.5, 5.0),
+    ) -> None:
+        super().__init__()
+        check_number("clip_eps_low", clip_eps_low, 0, 1)
+        check_number("clip_eps_high", clip_eps_high, 0)
+        if dual_clip is not None and not dual_clip > 1:
+            raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+        check_choice("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
+        check_choice("is_correction_level", is_correction_level, ("off", "token", "seq"))
+        check_choice("is_correction_mode", is_correction_mode, ("mask", "clip"))
+        check_choice("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv"))
+        if is_correction_mode == "clip" and (is_correction_level, is_correction_gating) not in (("token", "ratio"), ("off", "ratio")):
+            raise ValueError(
+                "is_correction_mode 'clip' bounds the ratio of a token: it needs is_correction_level 'token' and is_correction_gating 'ratio', "
+                f"got {is_correction_level!r} and {is_correction_gating!r}"
+            )
+        if is_correction_gating != "ratio" and is_correction_level != "off" and is_correction_threshold[0] > 0:
+            raise ValueError(
+                f"is_correction_gating {is_correction_gating!r} has an upper bound only: is_correction_threshold must be (0, bound), "
+                f"got {tuple(is_correction_threshold)}"
+            )
+        self.clip_eps_low, self.clip_eps_high, self.dual_clip = clip_eps_low, clip_eps_high, dual_clip
+        self.token_level_loss = token_level_loss and policy_loss_type != "gspo"
+        self.policy_loss_type = policy_loss_type
+        self.is_correction_level = is_correction_level
+        self.is_correction_mode = is_correction_mode
+        self.is_correction_gating = is_correction_gating
+        self.is_correction_threshold = is_correction_threshold
+
+    def forward(
+        self,
+        log_probs: Tensor,
+        old_log_probs: Tensor,
+        advantages: Tensor,
+        action_mask: Tensor | None = None,
+        rollout_log_probs: Tensor | None = None,
+        dp_size: int = 1,
+        batch_num_tokens: float | None = None,
+        global_batch_size: float | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """All [B, T] -> (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio); the last two are None without a correction.
+
+        batch_num_tokens, global_batch_size: counts of the whole batch, and dp_size the processes that gradients are averaged over; None takes
+        this batch's.
+        """
+        mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask != 0
+        correct = self.is_correction_level != "off"
+        if correct and rollout_log_probs is None:
+            raise ValueError(f"is_correction_level {self.is_correction_level!r} needs rollout_log_probs= [B, T], got None")
+
+        logp, old_logp, weights = log_probs, old_log_probs, None
+        vllm_kl = is_filter_ratio = None
+        if self.policy_loss_type == "gspo":
+            # A sequence's ratio is exp(mean log ratio): PPO, where each token stands for the mean of its sequence.
+            logp = self._sequence_mean(log_probs, mask)
+            old_logp = self._sequence_mean(rollout_log_probs if correct else old_log_probs, mask)
+        elif correct:
+            weights, outside = self._correction(old_log_probs.detach(), rollout_log_probs.detach(), mask)
+            is_filter_ratio = outside.float().mean() if self.is_correction_level == "seq" else _mean(outside.float(), mask)
+            vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
+
+        count = batch_num_tokens if self.token_level_loss else global_batch_size
+        loss, metrics = ppo_loss(
+            logp,
+            old_logp,
+            advantages,
+            mask,
+            clip_low=self.clip_eps_low,
+            clip_high=self.clip_eps_high,
+            dual_clip=self.dual_clip,
+            log_ratio_clamp=20.0 if self.policy_loss_type == "ppo" else None,
+            weights=weights,
+            aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
+            normalizer=None if count is None else count / dp_size,
+        )
+        ppo_kl = _mean((old_log_probs - log_probs).detach(), mask)
+        return loss, metrics["clip_fraction_low"] + metrics["clip_fraction_high"], ppo_kl, vllm_kl, is_filter_ratio
+
+    @staticmethod
+    def _sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+        return (torch.where(mask, values, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(values)
+
+    def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """The weight [B, T] of each token's loss, and what is outside of the threshold, [B, T] or for sequences [B, 1]."""
+        low, high = self.is_correction_threshold
+        sequences = self.is_correction_level == "seq"
+        log_ratio = old - rollout
+        if self.is_correction_gating == "ratio":
+            statistic = log_ratio
+        else:
+            p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
+            statistic = (p - q).abs() if self.is_correction_gating == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        if sequences:
+            statistic = _mean(statistic, mask, -1).unsqueeze(-1)
+        if self.is_correction_gating == "ratio":
+            statistic = statistic.exp()
+        inside = (statistic >= low) & (statistic <= high)  # False for the NaN of an empty sequence
+        if self.is_correction_mode == "clip":
+            return statistic.clamp(low, high), ~inside
+        return torch.where(inside, log_ratio.exp(), 0), ~inside
+
+
+def patch() -> Patch:
+    """Replaces OpenRLHF's log_probs_from_logits, compute_entropy and PolicyLoss wherever it has imported or will import them.
+
+    From here on in all threads of this process, until `undo()` on the result or the end of its `with` block; patches nest. A trainer that was built
+    while it stood keeps its PolicyLoss.
+
+    Raises:
+        ImportError: OpenRLHF is not there, or not one of SUPPORTED_VERSIONS.
+    """
+    try:
+        version = metadata.version("openrlhf")
+    except metadata.PackageNotFoundError:
+        raise ImportError("rlkern.integrations.openrlhf.patch needs OpenRLHF: pip install openrlhf") from None
+    if version not in SUPPORTED_VERSIONS:
+        raise ImportError(
+            f"OpenRLHF {version} is not supported by this rlkern, which knows {', '.join(SUPPORTED_VERSIONS)}: install one of these, or a newer "
+            "rlkern, or train without rlkern.integrations.openrlhf.patch"
+        )
+    from openrlhf.models import loss, utils
+
+    replacements = (
+        (utils, "log_probs_from_logits", log_probs_from_logits),
+        (utils, "compute_entropy", compute_entropy),
+        (loss, "PolicyLoss", PolicyLoss),
+    )
+    return Patch(
+        [(module, bound, new) for owner, name, new in replacements for module, bound in holders("openrlhf", getattr(owner, name))],
+        package="openrlhf",
+    )

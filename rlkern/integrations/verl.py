@@ -1,0 +1,381 @@
+"""verl: rlkern's policy losses through verl's registry, its log-probabilities and entropy in place of verl's. See docs/trainers/verl.md.
+
+    from rlkern.integrations import verl as rlkern_verl
+
+    rlkern_verl.register()              # actor.policy_loss.loss_mode=rlkern_clip_cov, and so on
+    patch = rlkern_verl.patch()         # fused logprobs_from_logits and entropy_from_logits; patch.undo(), or with rlkern_verl.patch(): ...
+
+verl trains in Ray workers, so both must run in each of them: `verl_plugin` does so when it is imported, which verl's own
+actor_rollout_ref.model.external_lib=rlkern.integrations.verl_plugin brings about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..losses import (
+    LossOutput,
+    aggregate,
+    cispo_loss,
+    clip_cov_loss,
+    gmpo_loss,
+    gspo_loss,
+    kl_cov_loss,
+    ppo_loss,
+    reinforce_loss,
+    sapo_loss,
+    tis_loss,
+    topr_loss,
+    vespo_loss,
+)
+from .patching import Patch, holders
+
+__all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
+
+SUPPORTED_VERSIONS = ("0.8.0", "0.9.0", "0.9.1")
+PREFIX = "rlkern_"
+_GSPO_OWN_AGGREGATION = ("0.8.0", "0.9.0")  # there verl's gspo ignores loss_agg_mode
+
+# --- verl's options, as those of rlkern's losses -----------------------------------------------------------------------------------------------
+
+
+def _get(config: Mapping, key: str, default: Any = None) -> Any:
+    value = config.get(key)
+    return default if value is None else value
+
+
+def _policy_option(config: Mapping, key: str, default: Any = None) -> Any:
+    return _get(_get(config, "policy_loss", {}), key, default)
+
+
+def _clip(config: Mapping) -> dict[str, float]:
+    bounds = {}
+    for name in ("clip_low", "clip_high"):
+        verl_name = name.replace("clip", "clip_ratio")
+        bounds[name] = _get(config, verl_name, config.get("clip_ratio"))
+        if bounds[name] is None:
+            raise ValueError(f"verl's actor config must have {verl_name} or clip_ratio, got neither")
+    return bounds
+
+
+def _vanilla(config: Mapping) -> dict[str, Any]:
+    dual_clip = _get(config, "clip_ratio_c", 3.0)
+    if not dual_clip > 1:
+        raise ValueError(f"verl's clip_ratio_c must be above 1, got {dual_clip}")
+    return _clip(config) | {"dual_clip": dual_clip}
+
+
+def _ratio(config: Mapping, key: str) -> float:
+    ratio = _policy_option(config, key, 2e-4)
+    if not 0 < ratio <= 1:
+        raise ValueError(f"verl's policy_loss.{key} is a fraction of the tokens in (0, 1], got {ratio}")
+    return ratio
+
+
+def _clip_cov(config: Mapping) -> dict[str, Any]:
+    return _clip(config) | {
+        "preset": "verl",
+        "select_ratio": _ratio(config, "clip_cov_ratio"),
+        "cov_low": _policy_option(config, "clip_cov_lb", 1.0),
+        "cov_high": _policy_option(config, "clip_cov_ub", 5.0),
+    }
+
+
+def _kl_cov(config: Mapping) -> dict[str, Any]:
+    return {"preset": "verl", "select_ratio": _ratio(config, "kl_cov_ratio"), "kl_coef": _policy_option(config, "ppo_kl_coef", 1.0)}
+
+
+def _sapo(config: Mapping) -> dict[str, Any]:
+    return {"tau_positive": _get(config, "tau_pos", 1.0), "tau_negative": _get(config, "tau_neg", 1.05), "log_ratio_clamp": 20.0}
+
+
+def _dro(config: Mapping) -> dict[str, Any]:
+    beta = _policy_option(config, "dro_beta")
+    if beta is None or not beta > 0:
+        raise ValueError(f"rlkern_dro needs verl's policy_loss.dro_beta above 0, got {beta}")
+    return {"beta": beta}
+
+
+def _dro_loss(logp, old_logp, advantages, mask, *, beta, weights=None, aggregation, normalizer) -> LossOutput:
+    """`reinforce_loss` with its quadratic penalty, which verl puts under the importance weights as well."""
+    out = reinforce_loss(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
+    kept = mask != 0
+    penalty = 0.5 * beta * torch.where(kept, logp - old_logp.detach(), 0).square()
+    if weights is not None:
+        penalty = penalty * torch.where(kept, weights.detach(), 0)
+    return LossOutput(out.loss + aggregate(penalty, mask, aggregation, normalizer), out.metrics)
+
+
+_CLIPPED = ("clip_fraction_low", "clip_fraction_high")
+_KL = {"actor/ppo_kl": ("approx_kl_k1",)}
+
+
+class _Loss(NamedTuple):
+    function: Callable[..., LossOutput]
+    options: Callable[[Mapping], dict[str, Any]]  # verl's config -> keyword options of the function
+    metrics: dict[str, tuple[str, ...]]  # verl's name -> the sum of these of ours
+
+
+_TABLE = {
+    "vanilla": _Loss(ppo_loss, _vanilla, _KL | {"actor/pg_clipfrac": _CLIPPED, "actor/pg_clipfrac_lower": ("clip_fraction_dual",)}),
+    "gspo": _Loss(gspo_loss, _clip, _KL | {"actor/pg_clipfrac": _CLIPPED, "actor/pg_clipfrac_lower": ()}),
+    "sapo": _Loss(sapo_loss, _sapo, _KL | {"actor/pg_clipfrac": (), "actor/pg_clipfrac_lower": ()}),
+    "gpg": _Loss(reinforce_loss, lambda config: {}, _KL),
+    "clip_cov": _Loss(clip_cov_loss, _clip_cov, _KL | {"actor/pg_clipfrac": ("selected_fraction",)}),
+    "kl_cov": _Loss(kl_cov_loss, _kl_cov, {"actor/ppo_kl": ("abs_log_ratio",)}),
+    "geo_mean": _Loss(gmpo_loss, _clip, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",), "actor/pg_clipfrac_lower": ("clip_fraction_low",)}),
+    "dro": _Loss(_dro_loss, _dro, _KL),
+    "cispo": _Loss(
+        cispo_loss, lambda config: _clip(config) | {"log_ratio_clamp": 20.0}, _KL | {"actor/pg_clipfrac": _CLIPPED, "actor/pg_clipfrac_lower": ()}
+    ),
+    # losses that verl does not have; their own options come from register(options=...)
+    "tis": _Loss(tis_loss, lambda config: {}, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",)}),
+    "topr": _Loss(topr_loss, lambda config: {}, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",)}),
+    "vespo": _Loss(vespo_loss, lambda config: {}, _KL),
+}
+LOSSES = tuple(_TABLE)
+_NEEDS_MORE = {
+    "lp_reg": "proxy_logp",
+    "nft": "success_rate and correct",
+    "kdrl": "teacher_logp",
+    "epo": "entropy",
+    "nlpo": "the keep-set's mass",
+    "nash_md": "win probabilities",
+    "nash_mp": "win probabilities",
+}
+
+
+def _aggregation(name: str, version: str, mode: str, length: int, info: Mapping) -> tuple[str, float | Tensor | None, float]:
+    """verl's agg_loss: the mode and normalizer of `aggregate`, and a number to divide its result by."""
+    if name == "geo_mean":
+        return "grpo", None, 1  # verl's own: the mean over all rows, with no global counts
+    if name == "sapo" or (name == "gspo" and version in _GSPO_OWN_AGGREGATION):
+        mode = "seq-mean-token-mean"
+    dp_size = _get(info, "dp_size", 1)
+    if mode == "token-sum":
+        return "token-mean", 1 / dp_size, 1
+    count_name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    count = info.get(count_name)
+    if count is None and dp_size > 1:
+        raise ValueError(f"loss_agg_mode {mode!r} with dp_size={dp_size} needs {count_name} in verl's global_batch_info, got None")
+    normalizer = None if count is None else count / dp_size
+    if mode == "seq-mean-token-sum-norm":  # verl >= 0.8 divides by the sequences and by the scale, `aggregate` by the scale alone
+        return "seq-mean-token-sum", normalizer, _get(info, "loss_scale_factor", length)
+    if mode not in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean"):
+        raise ValueError(
+            f"unknown loss_agg_mode {mode!r}, expected 'token-mean', 'token-sum', 'seq-mean-token-sum', 'seq-mean-token-mean' "
+            "or 'seq-mean-token-sum-norm'"
+        )
+    return mode, normalizer, 1
+
+
+def _geometric_mean(weights: Tensor, mask: Tensor) -> Tensor:
+    """verl's importance weight of a whole sequence, [B, T] -> [B, 1]."""
+    kept = mask != 0
+    logs = torch.where(kept, (weights + 1e-10).log(), 0)
+    return (logs.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)).exp()
+
+
+def _floats(out: LossOutput, names: dict[str, tuple[str, ...]]) -> dict[str, float]:
+    """verl's metrics, and rlkern's own behind actor/rlkern/: floats, as verl's losses return; read from the device all at once."""
+    own = dict(zip(out.metrics, torch.stack([m.float() for m in out.metrics.values()]).tolist(), strict=True))
+    return {name: float(sum(own.get(part, 0) for part in parts)) for name, parts in names.items()} | {
+        f"actor/rlkern/{name}": value for name, value in own.items()
+    }
+
+
+def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
+    """The loss as verl calls it."""
+    spec = _TABLE[name]
+
+    def loss_fn(
+        old_log_prob: Tensor,
+        log_prob: Tensor,
+        advantages: Tensor,
+        response_mask: Tensor,
+        loss_agg_mode: str = "seq-mean-token-mean" if name == "gspo" else "token-mean",
+        config: Mapping | None = None,
+        rollout_is_weights: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, float]]:
+        if config is None or not hasattr(config, "get"):
+            raise ValueError(f"{PREFIX}{name} needs verl's actor config, got {type(config).__name__}")
+        info = _get(config, "global_batch_info", {})
+        aggregation, normalizer, divisor = _aggregation(name, version, loss_agg_mode, log_prob.shape[-1], info)
+        weights = rollout_is_weights
+        if name == "geo_mean" and weights is not None:
+            weights = _geometric_mean(weights, response_mask)
+        out = spec.function(
+            log_prob,
+            old_log_prob,
+            advantages,
+            response_mask,
+            **(spec.options(config) | extra),
+            weights=weights,
+            aggregation=aggregation,
+            normalizer=normalizer,
+        )
+        return out.loss / divisor, _floats(out, spec.metrics)
+
+    loss_fn.__name__ = loss_fn.__qualname__ = f"{PREFIX}{name}"
+    return loss_fn
+
+
+# --- registration ------------------------------------------------------------------------------------------------------------------------------
+
+
+def _check_version() -> str:
+    """verl's version. Raises ImportError without verl, and for a version that rlkern was not tested with."""
+    try:
+        import verl
+    except ModuleNotFoundError as error:
+        if error.name != "verl":
+            raise
+        raise ImportError("rlkern.integrations.verl needs verl: pip install 'rlkern[verl]'") from None
+    if verl.__version__ not in SUPPORTED_VERSIONS:
+        raise ImportError(
+            f"verl {verl.__version__} is not supported by this rlkern, which knows {', '.join(SUPPORTED_VERSIONS)}: install one of these, "
+            "or a newer rlkern, or train without rlkern.integrations.verl"
+        )
+    return verl.__version__
+
+
+def _dry_run(loss_fn: Callable, config: Mapping, mode: str = "token-mean") -> None:
+    """Lets the loss check its options, on four tokens."""
+    tokens = torch.zeros(2, 2)
+    loss_fn(tokens, tokens, tokens, tokens == 0, loss_agg_mode=mode, config=config, rollout_is_weights=None)
+
+
+_ANY_CONFIG = {"clip_ratio": 0.2, "policy_loss": {"dro_beta": 1.0}}  # to try out the options of `register`
+
+
+def register(*names: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[str, ...]:
+    """Puts rlkern's losses into verl's registry, as "rlkern_" and verl's own name for it: rlkern_vanilla, rlkern_clip_cov, rlkern_geo_mean, ...
+
+    They read verl's config (clip_ratio*, policy_loss.*, tau_*, loss_agg_mode, global_batch_info, rollout_is_weights) and return verl's metrics as
+    floats. Registering again replaces. It adds names and changes none of verl's; `unregister` takes them away.
+
+    Args:
+        names: some of `LOSSES`; none stands for all of them.
+        options: name -> keyword options of rlkern's function, which win over verl's config and are the only way to options that verl's config
+            has no place for: {"tis": {"cap": 2.0}, "clip_cov": {"keep_value": True}}.
+
+    Returns:
+        The names that verl now knows.
+
+    Raises:
+        ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
+        TypeError, ValueError: names or options that do not exist or do not fit; nothing has been registered then.
+    """
+    version = _check_version()
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    options = dict(options or {})
+    for name in (*names, *options):
+        if name in _NEEDS_MORE:
+            raise ValueError(f"{name}_loss needs {_NEEDS_MORE[name]}, which verl does not hand to a policy loss: call it from a loss of your own")
+        if name not in _TABLE:
+            raise ValueError(f"unknown policy loss {name!r}, expected one of {', '.join(map(repr, LOSSES))}")
+    losses = {f"{PREFIX}{name}": _policy_loss(name, options.get(name, {}), version) for name in names or LOSSES}
+    for loss_fn in losses.values():
+        _dry_run(loss_fn, _ANY_CONFIG)
+    POLICY_LOSS_REGISTRY.update(losses)
+    return tuple(losses)
+
+
+def unregister() -> None:
+    """Takes all of rlkern's losses out of verl's registry."""
+    _check_version()
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+
+    for name in LOSSES:
+        POLICY_LOSS_REGISTRY.pop(f"{PREFIX}{name}", None)
+
+
+# --- log-probabilities and entropy -------------------------------------------------------------------------------------------------------------
+
+
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    """verl.utils.torch_functional.logprobs_from_logits: logits [..., V], labels [...] -> [...], float32 whatever the dtype of the logits.
+
+    inplace_backward: the gradient overwrites the logits, as with verl's flash-attention; something else that saved them raises in its backward.
+    """
+    return ops.token_logprobs(logits, labels, inplace_backward=inplace_backward and logits.is_contiguous())
+
+
+def _logprobs_never_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    return ops.token_logprobs(logits, labels)
+
+
+def entropy_from_logits(logits: Tensor) -> Tensor:
+    """verl.utils.torch_functional.entropy_from_logits: [..., V] -> [...], in nats, float32; logits at -inf have probability 0."""
+    return ops.entropy_from_logits(logits)
+
+
+def _entropy_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    return ops.entropy_from_logits(logits)
+
+
+def patch(*, inplace_backward: bool = True) -> Patch:
+    """Replaces verl's logprobs_from_logits, entropy_from_logits and entropy_from_logits_with_chunking wherever verl has imported or will import them.
+
+    From here on in all threads of this process, until `undo()` on the result or the end of its `with` block; patches nest. An engine that was built
+    while it stood keeps the entropy function that it took then.
+
+    Args:
+        inplace_backward: honour the argument of that name that verl's engines pass. False never overwrites logits: for code of yours that saved
+            them before, which raises in its backward otherwise.
+
+    Raises:
+        ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
+    """
+    _check_version()
+    from verl.utils import torch_functional
+
+    replacements = {
+        "logprobs_from_logits": logprobs_from_logits if inplace_backward else _logprobs_never_in_place,
+        "entropy_from_logits": entropy_from_logits,
+        "entropy_from_logits_with_chunking": _entropy_with_chunking,
+    }
+    return Patch(
+        [
+            (module, name, replacement)
+            for function, replacement in replacements.items()
+            for module, name in holders("verl", getattr(torch_functional, function))
+        ],
+        package="verl",
+    )
+
+
+def check_config(config: Mapping) -> None:
+    """Refuses, before training starts, an actor config that rlkern would fail on or leave without effect.
+
+    Args:
+        config: verl's actor config (actor_rollout_ref.actor).
+
+    Raises:
+        ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
+        ValueError, TypeError: policy_loss.loss_mode names a loss of rlkern's that is not registered, or one with options that it does not take;
+            or `patch` stands in this process, and the config has verl compute log-probabilities elsewhere (Megatron, fused kernels).
+    """
+    _check_version()
+    from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+    from verl.utils import torch_functional
+
+    mode = _policy_option(config, "loss_mode", "vanilla")
+    if mode.startswith(PREFIX):
+        if mode not in POLICY_LOSS_REGISTRY:
+            known = [name for name in POLICY_LOSS_REGISTRY if name.startswith(PREFIX)]
+            raise ValueError(f"policy_loss.loss_mode {mode!r} is not registered in this process; call register() there. Registered: {known}")
+        _dry_run(POLICY_LOSS_REGISTRY[mode], dict(config) | {"global_batch_info": {}}, _get(config, "loss_agg_mode", "token-mean"))
+    if torch_functional.entropy_from_logits is entropy_from_logits:
+        for key, refused in (("strategy", "megatron"), ("use_fused_kernels", True)):
+            if config.get(key) == refused:
+                raise ValueError(
+                    f"with actor.{key}={refused} verl does not call the functions that patch() replaces: "
+                    f"change {key}, or leave out patch() (the registered losses work)"
+                )

@@ -1,0 +1,192 @@
+"""rlkern under prime-rl's names. prime-rl is not on the package index: its interface is restated here (its trainer/rl/loss.py).
+
+LossInputs, the sum over sequences divided by the batch's tokens, and the signatures of the functions that `patch` replaces are
+those of public copies of it in autumn 2026.
+"""
+
+import math
+import sys
+import types
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlkern.integrations import prime_rl as rlkern_prime
+
+
+@dataclass
+class LossInputs:
+    trainer_logprobs: Tensor
+    inference_logprobs: Tensor
+    ref_logprobs: Tensor | None
+    advantages: Tensor
+    loss_mask: Tensor
+    loss_weights: Tensor | None = field(default=None)
+
+
+def sequences(seed=0, weighted=False):
+    g = torch.Generator().manual_seed(seed)
+    made = []
+    for length in (5, 9, 1):
+        logp = (-torch.rand(length, generator=g, dtype=torch.float64) - 0.01).requires_grad_()
+        old = logp.detach() + 0.5 * torch.randn(length, generator=g, dtype=torch.float64)
+        advantages = torch.randn(1, generator=g, dtype=torch.float64).expand(length)
+        mask = torch.rand(length, generator=g) < 0.8
+        mask[0] = True
+        weights = torch.rand(length, generator=g, dtype=torch.float64) if weighted else None
+        made.append(LossInputs(logp, old, None, advantages, mask, weights))
+    return made
+
+
+def train(inputs, **kwargs):
+    """What prime-rl makes of a custom loss."""
+    outputs = [rlkern_prime.policy_loss(x, **kwargs) for x in inputs]
+    for name, value in outputs[0].metrics.items():
+        assert torch.stack([out.metrics[name] for out in outputs]).shape == (3,), name
+        assert not value.requires_grad
+    return sum(out.loss for out in outputs) / sum(x.loss_mask.sum() for x in inputs)
+
+
+def naive(x, kwargs):
+    """Per-token losses from the papers' formulas."""
+    d = x.trainer_logprobs - x.inference_logprobs
+    ratio, a = d.exp(), x.advantages
+    low, high = 1 - kwargs.get("clip_low", 0.2), 1 + kwargs.get("clip_high", 0.2)
+    if kwargs["loss"] == "ppo":
+        return torch.maximum(-a * ratio, -a * ratio.clamp(low, high))
+    if kwargs["loss"] == "cispo":
+        return -ratio.detach().clamp(low, high) * a * x.trainer_logprobs
+    if kwargs["loss"] == "reinforce":
+        return -a * x.trainer_logprobs
+    if kwargs["loss"] == "tis":
+        return -ratio.detach().clamp(max=kwargs["cap"]) * a * x.trainer_logprobs
+    mean = (d * x.loss_mask).sum() / x.loss_mask.sum()
+    if kwargs["loss"] == "gspo":
+        s = (mean.detach() + x.trainer_logprobs - x.trainer_logprobs.detach()).exp()
+        return torch.maximum(-a * s, -a * s.clamp(low, high))
+    raise AssertionError(kwargs)
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize(
+    "kwargs",
+    (
+        dict(loss="ppo", clip_low=0.1, clip_high=0.3),
+        dict(loss="cispo", clip_low=0.5, clip_high=0.3),
+        dict(loss="reinforce"),
+        dict(loss="tis", cap=1.2),
+        dict(loss="gspo", clip_low=0.05, clip_high=0.05),
+    ),
+    ids=lambda kwargs: kwargs["loss"],
+)
+def test_custom_loss(kwargs, weighted):
+    inputs = sequences(weighted=weighted)
+    leaves = [x.trainer_logprobs for x in inputs]
+    ours = train(inputs, **kwargs)
+    tokens = sum(x.loss_mask.sum() for x in inputs)
+    expected = sum((naive(x, kwargs) * (1 if x.loss_weights is None else x.loss_weights))[x.loss_mask].sum() for x in inputs) / tokens
+    torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves), rtol=1e-10, atol=1e-12)
+
+
+def test_every_loss_runs():
+    for name in rlkern_prime.LOSSES:
+        rlkern_prime.check_loss(loss=name)
+        assert train(sequences(), loss=name).isfinite()
+
+
+def test_inputs_of_older_versions_have_no_weights():
+    x = sequences()[0]
+    older = types.SimpleNamespace(**{k: v for k, v in vars(x).items() if k != "loss_weights"})
+    assert rlkern_prime.policy_loss(older, loss="ppo").loss == rlkern_prime.policy_loss(x, loss="ppo").loss
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, message",
+    (
+        (dict(loss="clip_cov"), ValueError, "'clip_cov' compares tokens of many sequences"),
+        (dict(loss="pppo"), ValueError, "unknown policy loss 'pppo', expected one of 'ppo'"),
+        (dict(loss="ppo", clip=0.1), TypeError, "clip"),
+        (dict(loss="ppo", clip_low=2.0), ValueError, "clip_low must be in"),
+        (dict(loss="ppo", aggregation="dapo"), TypeError, "aggregation"),
+        (dict(), TypeError, "loss"),
+    ),
+)
+def test_refusals(kwargs, error, message):
+    for call in (rlkern_prime.check_loss, lambda **k: rlkern_prime.policy_loss(sequences()[0], **k)):
+        with pytest.raises(error, match=message):
+            call(**kwargs)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_functions_of_logits(dtype):
+    g = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(1, 6, 211, generator=g)).to(dtype)
+    index, topk = torch.randint(211, (1, 6), generator=g), torch.randint(211, (1, 6, 3), generator=g)
+    topk[0, 2, 1] = topk[0, 3] = -1
+    log_p = logits.double().log_softmax(-1)
+    leaf = logits.clone().requires_grad_()
+    picked = rlkern_prime.selective_log_softmax(leaf, index)
+    head = rlkern_prime.selective_topk_log_softmax(leaf, topk)
+    entropy = rlkern_prime.compute_entropy(leaf)
+    torch.testing.assert_close(picked.detach().double(), log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1), rtol=1e-5, atol=1e-5)
+    expected = torch.where(topk < 0, 0, log_p.gather(-1, topk.clamp(min=0)))
+    torch.testing.assert_close(head.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-5)
+    assert picked.requires_grad and head.requires_grad and not entropy.requires_grad
+    logits[..., 7] = -math.inf
+    assert rlkern_prime.compute_entropy(logits).isfinite().all()
+
+
+@pytest.fixture
+def prime_rl(monkeypatch):
+    """prime_rl.trainer.rl.loss, and a train.py that has imported from it."""
+
+    def selective_log_softmax(logits, index):
+        return logits.log_softmax(-1).gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+    def compute_entropy(shifted_logits):
+        return torch.distributions.Categorical(logits=shifted_logits).entropy()
+
+    names = ("prime_rl", "prime_rl.trainer", "prime_rl.trainer.rl", "prime_rl.trainer.rl.loss", "prime_rl.trainer.rl.train")
+    modules = {name: types.ModuleType(name) for name in names}
+    for name, module in modules.items():
+        module.__path__ = []
+        monkeypatch.setitem(sys.modules, name, module)
+        parent, _, child = name.rpartition(".")
+        if parent:
+            setattr(modules[parent], child, module)
+    loss, train_module = modules["prime_rl.trainer.rl.loss"], modules["prime_rl.trainer.rl.train"]
+    for module in (loss, train_module):
+        module.selective_log_softmax, module.compute_entropy = selective_log_softmax, compute_entropy
+    return types.SimpleNamespace(loss=loss, train=train_module)
+
+
+def test_patch(prime_rl):
+    original = dict(vars(prime_rl.train))
+    with pytest.raises(KeyError), rlkern_prime.patch():
+        assert prime_rl.train.selective_log_softmax is prime_rl.loss.selective_log_softmax is rlkern_prime.selective_log_softmax
+        with rlkern_prime.patch():
+            pass
+        assert prime_rl.train.compute_entropy is rlkern_prime.compute_entropy
+        raise KeyError
+    assert dict(vars(prime_rl.train)) == original
+    assert prime_rl.loss.selective_log_softmax is original["selective_log_softmax"]
+
+
+def test_patch_refuses_another_signature(prime_rl):
+    def selective_log_softmax(logits, index, temperature=1.0): ...
+
+    prime_rl.loss.selective_log_softmax = selective_log_softmax
+    with pytest.raises(ImportError, match=r"selective_log_softmax takes \['logits', 'index', 'temperature'\], expected \['logits', 'index'\]"):
+        rlkern_prime.patch()
+    del prime_rl.loss.selective_log_softmax
+    with pytest.raises(ImportError, match="selective_log_softmax takes None"):
+        rlkern_prime.patch()
+
+
+def test_without_prime_rl():
+    with pytest.raises(ImportError, match="needs prime-rl"):
+        rlkern_prime.patch()

@@ -1,0 +1,430 @@
+"""rlkern in verl: the registered losses against verl's own, in value, gradient and metrics; the patched functions against float64; refusals."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import types
+
+import pytest
+import torch
+
+if importlib.util.find_spec("verl") is None:
+    pytest.skip("verl is not installed (requirements-trainers.txt)", allow_module_level=True)
+
+import verl
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+from verl.trainer.ppo import core_algos
+from verl.utils import tensordict_utils, torch_functional
+from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
+
+from rlkern.integrations import verl as rlkern_verl
+
+MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
+GLOBAL = {"dp_size": 2, "batch_num_tokens": 97, "global_batch_size": 12, "loss_scale_factor": 50}
+SHARED = tuple(name for name in rlkern_verl.LOSSES if name in core_algos.POLICY_LOSS_REGISTRY)
+
+
+@pytest.fixture(autouse=True)
+def registered():
+    rlkern_verl.register()
+    yield
+    rlkern_verl.unregister()
+
+
+def config(info=None, policy=None, **options):
+    policy = PolicyLossConfig(**({"clip_cov_ratio": 1.0, "kl_cov_ratio": 0.2, "ppo_kl_coef": 0.7, "dro_beta": 0.3} | (policy or {})))
+    options = {"clip_ratio_low": 0.15, "clip_ratio_high": 0.28, "tau_pos": 1.3, "tau_neg": 1.9, "clip_ratio_c": 2.5} | options
+    return FSDPActorConfig(rollout_n=1, ppo_micro_batch_size_per_gpu=1, policy_loss=policy, global_batch_info=dict(info or {}), **options)
+
+
+def batch(seed=0, n=6, length=11):
+    """Rare tokens (so that some covariances reach the band), ratios beyond every clip, tokens with A = 0, a sequence without tokens."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -torch.rand(n, length, generator=g, dtype=torch.float64).pow(4) * 12 - 0.01
+    old = logp + 0.5 * torch.randn(n, length, generator=g, dtype=torch.float64)
+    old[0, :3] = logp[0, :3] + torch.tensor([-1.5, 1.5, -2.0], dtype=torch.float64)
+    advantages = 1.5 * torch.randn(n, length, generator=g, dtype=torch.float64)
+    advantages[0, :4] = torch.tensor([-1.0, -1.0, 1.0, 0.0], dtype=torch.float64)
+    mask = torch.arange(length) < torch.tensor([length, 3, 7, 1, length - 1, 0])[:n, None]
+    weights = torch.rand(n, length, generator=g, dtype=torch.float64) * 2
+    return {"old_log_prob": old, "log_prob": logp, "advantages": advantages, "response_mask": mask}, weights
+
+
+def run(name, inputs, **call):
+    logp = inputs["log_prob"].clone().requires_grad_()
+    loss, metrics = core_algos.get_policy_loss_fn(name)(**(inputs | {"log_prob": logp}), **call)
+    return loss.detach(), torch.autograd.grad(loss, logp)[0], metrics
+
+
+def assert_equal(name, inputs, **call):
+    theirs, ours = run(name, inputs, **call), run(f"rlkern_{name}", inputs, **call)
+    # verl divides by the length + 1e-8
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-7, atol=1e-9)
+    assert theirs[1].abs().max() > 0
+    return theirs[2], ours[2]
+
+
+# --- losses ------------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", SHARED)
+def test_loss_is_verls_own(name, mode):
+    for seed in range(3):
+        inputs, weights = batch(seed)
+        for info in ({}, GLOBAL):
+            for rollout_is_weights in (None, weights):
+                call = dict(loss_agg_mode=mode, config=config(info), rollout_is_weights=rollout_is_weights)
+                theirs, ours = assert_equal(name, inputs, **call)
+                assert all(type(value) is float for value in ours.values())
+                if name == "geo_mean":  # verl counts tokens as clipped whose gradient is not: A > 0 below the low bound, A < 0 above the high one
+                    assert theirs.pop("actor/pg_clipfrac") > ours["actor/pg_clipfrac"] > 0
+                    assert theirs.pop("actor/pg_clipfrac_lower") > ours["actor/pg_clipfrac_lower"] > 0
+                assert ours.keys() >= theirs.keys()
+                for key, value in theirs.items():
+                    assert ours[key] == pytest.approx(value, rel=1e-6, abs=1e-7), key
+                if name == "clip_cov":
+                    assert ours["actor/pg_clipfrac"] > 0  # something was selected, or there is nothing to see here
+
+
+def test_all_of_verls_losses_are_accounted_for():
+    assert set(core_algos.POLICY_LOSS_REGISTRY) - {f"rlkern_{name}" for name in rlkern_verl.LOSSES} == {
+        *SHARED,
+        *("dppo_tv", "dppo_kl", "bypass_mode"),
+    }
+
+
+@pytest.mark.parametrize("name", ("vanilla", "gspo", "cispo", "geo_mean", "clip_cov"))
+def test_clip_ratio_stands_in_for_a_bound_that_is_none(name):
+    inputs, _ = batch()
+    assert_equal(name, inputs, config=config(clip_ratio=0.1, clip_ratio_low=None, clip_ratio_high=None))
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_omegaconf_config(name):
+    inputs, _ = batch()
+    policy = {"clip_cov_ratio": 1.0, "kl_cov_ratio": 0.2, "ppo_kl_coef": 0.7, "dro_beta": 0.3}
+    values = dict(clip_ratio_low=0.15, clip_ratio_high=0.28, tau_pos=1.3, tau_neg=1.9, clip_ratio_c=2.5, policy_loss=policy, global_batch_info=GLOBAL)
+    ours = run(f"rlkern_{name}", inputs, config=OmegaConf.create(values))
+    torch.testing.assert_close(ours[:2], run(f"rlkern_{name}", inputs, config=config(GLOBAL))[:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ("vanilla", "sapo", "cispo"))
+def test_log_ratios_stop_at_20(name):
+    inputs, _ = batch()
+    inputs["old_log_prob"][0, 0], inputs["old_log_prob"][0, 1] = inputs["log_prob"][0, 0] - 30, inputs["log_prob"][0, 1] + 30
+    assert_equal(name, inputs, config=config(clip_ratio_c=1e12))
+
+
+def test_gspo_ignores_the_mode_before_0_9_1(monkeypatch):
+    inputs, _ = batch()
+    expected = run("gspo", inputs, loss_agg_mode="seq-mean-token-mean", config=config())
+    for version in ("0.8.0", "0.9.0"):
+        monkeypatch.setattr(verl, "__version__", version)
+        rlkern_verl.register("gspo")
+        torch.testing.assert_close(run("rlkern_gspo", inputs, loss_agg_mode="token-mean", config=config())[:2], expected[:2], rtol=1e-7, atol=1e-9)
+
+
+def test_clip_cov_draws_as_many_tokens_from_the_same_band():
+    inputs, _ = batch(n=5, length=40)
+    inputs["response_mask"] = torch.ones_like(inputs["response_mask"])
+    every = run("rlkern_clip_cov", inputs, config=config())
+    some = config(policy={"clip_cov_ratio": 0.02})
+    without = run("rlkern_clip_cov", inputs, config=config(policy={"clip_cov_lb": 1e8, "clip_cov_ub": 1e9}))
+    band = every[1] != without[1]
+    assert band.sum() > 8
+    seen = set()
+    for _ in range(20):
+        ours, theirs = run("rlkern_clip_cov", inputs, config=some), run("clip_cov", inputs, config=some)
+        selected = ours[1] != without[1]
+        assert selected.sum() == (theirs[1] != without[1]).sum() == 4  # 2 % of 200
+        assert not (selected & ~band).any()
+        seen.add(tuple(selected.flatten().nonzero().flatten().tolist()))
+    assert len(seen) > 10
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_without_tokens_the_loss_is_0(name):
+    """verl's is 0 / 0 where it divides by the tokens of the micro-batch."""
+    inputs, _ = batch()
+    inputs["response_mask"] = torch.zeros_like(inputs["response_mask"])
+    loss, gradient, _ = run(f"rlkern_{name}", inputs, config=config())
+    assert loss == 0 and (gradient == 0).all()
+    if name != "geo_mean":
+        assert run(name, inputs, config=config())[0].isnan()
+
+
+@pytest.mark.parametrize("name", ("clip_cov", "kl_cov", "gpg", "geo_mean", "vanilla"))
+def test_overflow_and_masked_garbage_stay_out(name):
+    inputs, _ = batch()
+    inputs = {k: v.float() if v.is_floating_point() else v for k, v in inputs.items()}
+    inputs["old_log_prob"][0, 5] = -200.0
+    inputs["log_prob"][1, 5], inputs["old_log_prob"][1, 6], inputs["advantages"][1, 7] = math.nan, math.inf, math.nan  # masked
+    loss, gradient, metrics = run(f"rlkern_{name}", inputs, config=config())
+    assert loss.isfinite() and gradient.isfinite().all()
+    if name == "kl_cov":
+        assert not run(name, inputs, config=config())[0].isfinite()
+
+
+def test_own_options_win_over_verls_config():
+    inputs, _ = batch()
+    rlkern_verl.register("vanilla", "tis", options={"vanilla": {"clip_high": 3.0, "dual_clip": None}, "tis": {"cap": 0.5}})
+    ratio = (inputs["log_prob"] - inputs["old_log_prob"]).exp()
+    a, mask = inputs["advantages"], inputs["response_mask"]
+    values = torch.maximum(-a * ratio, -a * ratio.clamp(0.85, 4.0))
+    torch.testing.assert_close(run("rlkern_vanilla", inputs, config=config())[0], values[mask].mean())
+    values = -ratio.clamp(max=0.5) * a * inputs["log_prob"]
+    torch.testing.assert_close(run("rlkern_tis", inputs, config=config())[0], values[mask].mean())
+
+
+# --- verl's own training loss ------------------------------------------------------------------------------------------------------------------
+
+
+def jagged(rows):
+    return torch.nested.nested_tensor(rows, layout=torch.jagged)
+
+
+@pytest.mark.parametrize("name", ("vanilla", "geo_mean", "kl_cov"))
+def test_inside_verls_ppo_loss(name):
+    """With verl's entropy bonus and KL penalty, which it adds to the returned loss in place, and its metric objects."""
+    g = torch.Generator().manual_seed(1)
+    prompts, responses = (2, 3, 1), (4, 2, 5)
+
+    def responses_of(make):
+        return jagged([make(n) for n in responses])
+
+    fields = {
+        "prompts": jagged([torch.ones(n, dtype=torch.int64) for n in prompts]),
+        "responses": responses_of(lambda n: torch.ones(n, dtype=torch.int64)),
+        "response_mask": responses_of(lambda n: torch.ones(n, dtype=torch.int64)),
+        "old_log_probs": responses_of(lambda n: -torch.rand(n, generator=g)),
+        "ref_log_prob": responses_of(lambda n: -torch.rand(n, generator=g)),
+        "advantages": responses_of(lambda n: torch.randn(n, generator=g)),
+    }
+    total = sum(prompts) + sum(responses)
+    values = -torch.rand(total, generator=g)
+    entropy = torch.rand(total, generator=g)
+    results, kl = [], []
+    for loss_mode in (name, f"rlkern_{name}"):
+        data = TensorDict(dict(fields), batch_size=len(prompts))
+        tensordict_utils.assign_non_tensor(data, dp_size=1, batch_num_tokens=sum(responses), global_batch_size=len(responses))
+        actor = config(policy={"loss_mode": loss_mode}, use_kl_loss=True, entropy_coeff=0.1)
+        leaf, entropy_leaf = values.clone().requires_grad_(), entropy.clone().requires_grad_()
+        loss, metrics = verl_ppo_loss(actor, {"log_probs": leaf, "entropy": entropy_leaf}, data)
+        results.append((loss.detach(), *torch.autograd.grad(loss, (leaf, entropy_leaf))))
+        kl.append(metrics["actor/ppo_kl"].aggregate())
+    assert kl[1] == pytest.approx(kl[0], rel=1e-5)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
+    assert metrics["actor/rlkern/ratio_max"].aggregate() > 0
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", (rlkern_verl.register, rlkern_verl.patch, rlkern_verl.unregister, lambda: rlkern_verl.check_config(config())))
+def test_unknown_version(call, monkeypatch):
+    monkeypatch.setattr(verl, "__version__", "0.99.0")
+    before = dict(core_algos.POLICY_LOSS_REGISTRY)
+    with pytest.raises(ImportError, match=r"verl 0\.99\.0 is not supported.*0\.9\.1"):
+        call()
+    assert core_algos.POLICY_LOSS_REGISTRY == before
+    assert torch_functional.logprobs_from_logits.__module__ == "verl.utils.torch_functional"
+
+
+@pytest.mark.parametrize(
+    "arguments, options, error, message",
+    (
+        (("lp_reg",), None, ValueError, "lp_reg_loss needs proxy_logp"),
+        (("grpp",), None, ValueError, "unknown policy loss 'grpp', expected one of 'vanilla'"),
+        ((), {"ppo": {}}, ValueError, "unknown policy loss 'ppo'"),
+        ((), {"tis": {"capp": 1.0}}, TypeError, "capp"),
+        ((), {"tis": {"cap": -1.0}}, ValueError, "cap must be in"),
+        ((), {"clip_cov": {"aggregation": "dapo"}}, TypeError, "aggregation"),
+    ),
+)
+def test_register_refuses(arguments, options, error, message):
+    rlkern_verl.unregister()
+    with pytest.raises(error, match=message):
+        rlkern_verl.register(*arguments, options=options)
+    assert not [name for name in core_algos.POLICY_LOSS_REGISTRY if name.startswith("rlkern_")]
+
+
+@pytest.mark.parametrize(
+    "name, actor, message",
+    (
+        ("vanilla", None, "needs verl's actor config"),
+        ("vanilla", dict(clip_ratio_c=1.0), "clip_ratio_c must be above 1, got 1.0"),
+        ("vanilla", dict(clip_ratio=None, clip_ratio_low=None), "clip_ratio_low or clip_ratio"),
+        ("gspo", dict(clip_ratio_low=1.5), "clip_low must be in"),
+        ("clip_cov", dict(policy={"clip_cov_ratio": 0.0}), "clip_cov_ratio is a fraction"),
+        ("clip_cov", dict(policy={"clip_cov_ratio": 20.0}), "clip_cov_ratio is a fraction"),
+        ("kl_cov", dict(policy={"kl_cov_ratio": 0.0}), "kl_cov_ratio is a fraction"),
+        ("dro", dict(policy={"dro_beta": None}), "dro_beta above 0, got None"),
+        ("sapo", dict(tau_pos=0.0), "tau_positive must be positive"),
+        ("vanilla", dict(info={"dp_size": 2}), "needs batch_num_tokens"),
+    ),
+)
+def test_options_that_do_not_fit(name, actor, message):
+    inputs, _ = batch()
+    with pytest.raises(ValueError, match=message):
+        run(f"rlkern_{name}", inputs, config=None if actor is None else config(**actor))
+
+
+def test_unknown_aggregation():
+    inputs, _ = batch()
+    with pytest.raises(ValueError, match="unknown loss_agg_mode 'mean', expected 'token-mean'"):
+        run("rlkern_vanilla", inputs, config=config(), loss_agg_mode="mean")
+
+
+def test_check_config():
+    rlkern_verl.check_config(config(GLOBAL, policy={"loss_mode": "rlkern_kl_cov"}))
+    rlkern_verl.check_config(config(policy={"loss_mode": "vanilla"}))
+    with pytest.raises(ValueError, match="clip_cov_ratio is a fraction"):
+        rlkern_verl.check_config(config(policy={"loss_mode": "rlkern_clip_cov", "clip_cov_ratio": 2.0}))
+    with pytest.raises(ValueError, match="'rlkern_lp_reg' is not registered"):
+        rlkern_verl.check_config(config(policy={"loss_mode": "rlkern_lp_reg"}))
+    fused = config(use_fused_kernels=True)
+    rlkern_verl.check_config(fused)
+    with rlkern_verl.patch(), pytest.raises(ValueError, match="use_fused_kernels=True verl does not call"):
+        rlkern_verl.check_config(fused)
+
+
+# --- log-probabilities and entropy -------------------------------------------------------------------------------------------------------------
+
+
+def logits_and_labels(dtype=torch.float32, rows=7, vocabulary=301):
+    g = torch.Generator().manual_seed(3)
+    return (3 * torch.randn(rows, vocabulary, generator=g)).to(dtype), torch.randint(vocabulary, (rows,), generator=g)
+
+
+def oracle(logits, labels):
+    """log-probabilities and entropies of the logits as they are, in float64, with the gradient of sum(logp) + 2 sum(H)."""
+    exact = logits.double().requires_grad_()
+    log_p = exact.log_softmax(-1)
+    logp = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    return logp.detach(), entropy.detach(), torch.autograd.grad(logp.sum() + 2 * entropy.sum(), exact)[0]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_patched_functions(dtype):
+    logits, labels = logits_and_labels(dtype)
+    logp, entropy, gradient = oracle(logits, labels)
+    theirs = torch_functional.logprobs_from_logits(logits, labels, inplace_backward=False)
+    leaf = logits.clone().requires_grad_()
+    with rlkern_verl.patch():
+        ours = torch_functional.logprobs_from_logits(logits=leaf, labels=labels, inplace_backward=False)
+        h = torch_functional.entropy_from_logits(leaf)
+        chunked = torch_functional.entropy_from_logits_with_chunking(leaf, chunk_size=2)
+    (ours.sum() + h.sum() + chunked.sum()).backward()
+    assert ours.dtype == h.dtype == chunked.dtype == torch.float32
+    for got, expected in ((ours, logp), (h, entropy), (chunked, entropy)):
+        torch.testing.assert_close(got.detach().double(), expected, rtol=1e-5, atol=1e-5)
+    tolerance = 2**-7 if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(leaf.grad.double(), gradient, rtol=3 * tolerance, atol=tolerance * gradient.abs().max().item())
+    if dtype == torch.bfloat16:  # the difference that the page speaks of
+        assert theirs.dtype == torch.bfloat16
+        assert (theirs.double() - logp).abs().max() > 1e-3
+
+
+def test_masked_vocabulary():
+    logits, _ = logits_and_labels()
+    logits[:, ::2] = -math.inf
+    with rlkern_verl.patch():
+        entropy = torch_functional.entropy_from_logits(logits)
+    kept = logits[:, 1::2].double().log_softmax(-1)
+    torch.testing.assert_close(entropy.double(), -(kept.exp() * kept).sum(-1), rtol=1e-5, atol=1e-5)
+    assert torch_functional.entropy_from_logits(logits).isnan().all()
+
+
+def test_gradient_in_place_where_verl_asks_for_it():
+    logits, labels = logits_and_labels()
+    before = logits.clone()
+    with rlkern_verl.patch():
+        leaf = logits.clone().requires_grad_()
+        torch_functional.logprobs_from_logits(leaf, labels).sum().backward()
+        torch.testing.assert_close(leaf.detach(), leaf.grad, rtol=0, atol=0)
+        twice = logits.clone().requires_grad_()
+        scaled = twice * 1.0
+        loss = scaled.square().sum() + torch_functional.logprobs_from_logits(scaled, labels).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+    with rlkern_verl.patch(inplace_backward=False):
+        leaf = logits.clone().requires_grad_()
+        torch_functional.logprobs_from_logits(leaf, labels).sum().backward()
+        assert torch.equal(leaf.detach(), before)
+
+
+def test_compiled_entropy():
+    logits, labels = logits_and_labels()
+    with rlkern_verl.patch():  # the engines compile what they find here
+        compiled = torch.compile(torch_functional.entropy_from_logits, dynamic=True, backend="eager")
+        torch.testing.assert_close(compiled(logits).double(), oracle(logits, labels)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """A module of verl that has imported the function by name."""
+    module = types.ModuleType("verl.imported_before")
+    module.logprobs_from_logits = torch_functional.logprobs_from_logits
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    return module
+
+
+def test_patch_reaches_every_importer_and_is_undone(engine, monkeypatch):
+    original = {
+        name: getattr(torch_functional, name) for name in ("logprobs_from_logits", "entropy_from_logits", "entropy_from_logits_with_chunking")
+    }
+    with pytest.raises(KeyError), rlkern_verl.patch():
+        assert engine.logprobs_from_logits is torch_functional.logprobs_from_logits is rlkern_verl.logprobs_from_logits
+        late = types.ModuleType("verl.imported_later")
+        late.logprobs_from_logits = torch_functional.logprobs_from_logits
+        monkeypatch.setitem(sys.modules, late.__name__, late)
+        with rlkern_verl.patch(inplace_backward=False):
+            assert engine.logprobs_from_logits is torch_functional.logprobs_from_logits is not rlkern_verl.logprobs_from_logits
+        assert engine.logprobs_from_logits is rlkern_verl.logprobs_from_logits
+        raise KeyError
+    assert late.logprobs_from_logits is engine.logprobs_from_logits is original["logprobs_from_logits"]
+    assert {name: getattr(torch_functional, name) for name in original} == original
+
+
+def test_patch_from_several_threads(engine):
+    original, errors = engine.logprobs_from_logits, []
+
+    def work():
+        try:
+            for _ in range(20):
+                with rlkern_verl.patch():
+                    assert engine.logprobs_from_logits is not original
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and engine.logprobs_from_logits is torch_functional.logprobs_from_logits is original
+
+
+@pytest.mark.slow
+def test_plugin_in_a_fresh_process():
+    """As a Ray worker starts: verl imports the plugin, and its FSDP engine finds rlkern's functions."""
+    code = """
+        import verl
+        from verl.trainer.ppo.core_algos import get_policy_loss_fn
+        assert get_policy_loss_fn("rlkern_clip_cov").__name__ == "rlkern_clip_cov"
+        from verl.workers.engine.fsdp import transformer_impl
+        from rlkern.integrations import verl as rlkern_verl
+        assert transformer_impl.logprobs_from_logits is rlkern_verl.logprobs_from_logits
+        assert transformer_impl.verl_F.entropy_from_logits is rlkern_verl.entropy_from_logits
+    """
+    environment = os.environ | {"VERL_USE_EXTERNAL_MODULES": "rlkern.integrations.verl_plugin", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], env=environment, check=True, timeout=300)
