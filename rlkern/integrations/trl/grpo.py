@@ -1,0 +1,251 @@
+"""TRL's GRPOTrainer with the policy losses of rlkern."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from trl import GRPOTrainer as _GRPOTrainer
+
+from ... import losses
+from ...ops import token_stats
+from .versions import known_replacements
+
+POLICY_LOSSES: dict[str, Callable] = {
+    "ppo": losses.ppo_loss,
+    "grpo": losses.grpo_loss,
+    "gspo": losses.gspo_loss,
+    "cispo": losses.cispo_loss,
+    "sapo": losses.sapo_loss,
+    "gmpo": losses.gmpo_loss,
+    "vespo": losses.vespo_loss,
+    "tis": losses.tis_loss,
+    "topr": losses.topr_loss,
+    "reinforce": losses.reinforce_loss,
+    "clip_cov": losses.clip_cov_loss,
+    "kl_cov": losses.kl_cov_loss,
+    "lp_reg": losses.lp_reg_loss,
+    "nft": losses.nft_loss,
+}
+_AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")  # of `aggregate`, under TRL's loss_type
+# Arguments that the trainer gives, and so not options
+_GIVEN = ("logp", "old_logp", "advantages", "mask", "weights", "aggregation", "normalizer", "proxy_logp", "kept_logmass", "success_rate", "correct")
+_MIN_P = 0.02  # Lp-Reg's paper
+
+
+class GRPOTrainer(_GRPOTrainer):
+    """TRL's GRPOTrainer whose policy loss is one of rlkern's; all else, the KL term, entropy bonus, auxiliary loss and metrics, is TRL's.
+
+    Args:
+        policy_loss: a name of `POLICY_LOSSES`. `args.loss_type` then says how the token losses are averaged: "grpo", "bnpo", "dr_grpo" or "dapo".
+            "lp_reg" reads whole rows of logits once more than TRL's fused head does, [batch, completion, V], to know each token's kept set; its
+            proxy is the old policy's, or the current one's where TRL is on-policy. "nft" takes the rewards, in [0, 1], for the chance of being
+            correct, and a group's mean for its success rate; the advantages go unused.
+        policy_loss_options: the loss's own keyword options; for "lp_reg" also min_p (0.02).
+        *args, **kwargs: TRL's.
+
+    Metrics of the loss are logged as "rlkern/<name>". Selections (clip_cov, kl_cov, lp_reg) and their statistics are taken over the micro-batch.
+
+    Raises:
+        UnknownTRLError: for a release of TRL that has not been tested.
+        TypeError, ValueError: for an unknown loss, options that it does not take, or a GRPOConfig with an option that would have no effect on it.
+        ValueError: in training with "nft", for a reward outside [0, 1].
+    """
+
+    def __init__(self, *args, policy_loss: str, policy_loss_options: dict[str, Any] | None = None, **kwargs):
+        known_replacements()
+        options = dict(policy_loss_options or {})
+        self._rlkern_min_p = options.pop("min_p", _MIN_P) if policy_loss == "lp_reg" else None
+        _check_loss(policy_loss, options, self._rlkern_min_p)
+        config = inspect.signature(_GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
+        if config is not None:
+            _check_config(policy_loss, config)
+        self._rlkern_loss, self._rlkern_options = policy_loss, options
+        self._rlkern_scored: list[dict[str, Tensor]] = []
+        self._rlkern_rewards: Tensor | None = None
+        super().__init__(*args, **kwargs)
+        if config is None:
+            _check_config(policy_loss, self.args)
+        self._rlkern_check_trainer()
+
+    def _rlkern_check_trainer(self) -> None:
+        if self._rlkern_loss != "lp_reg":
+            return
+        if self._is_vlm or self.aux_loss_enabled:
+            what = "a vision-language model" if self._is_vlm else "a mixture of experts with an auxiliary loss"
+            raise ValueError(f"policy_loss 'lp_reg' does not support {what}; use a text model, or router_aux_loss_coef=0 in GRPOConfig")
+        base = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        self._rlkern_keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
+        if self._rlkern_options.get("kl_term") == "full" and self._rlkern_off_policy():
+            raise ValueError(
+                "policy_loss 'lp_reg' with kl_term='full' needs the kept set of the current policy, so steps_per_generation * num_iterations must "
+                "divide gradient_accumulation_steps and vLLM's importance sampling correction must be off; or use kl_term='sampled'"
+            )
+
+    def _rlkern_off_policy(self) -> bool:
+        """Whether TRL scores the completions with the old policy before it trains on them."""
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0 or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )
+
+    # --- what the losses need besides log-probabilities ------------------------------------------------------------------------------------
+
+    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+        if self._rlkern_min_p is None or model is self.ref_model:
+            result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+            self._rlkern_scored.append({"logp": result[0]})
+            return result
+        stats = self._rlkern_full_rows(model, *args, **kwargs)
+        self._rlkern_scored.append(stats)
+        return stats["logp"], stats["entropy"], None
+
+    def _rlkern_full_rows(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **_) -> dict[str, Tensor]:
+        """logp, entropy, kept_logmass and proxy_logp [B, T] of the completion tokens."""
+        parts = []
+        for ids, mask in zip(input_ids.split(batch_size or len(input_ids)), attention_mask.split(batch_size or len(input_ids)), strict=True):
+            # one more than the completion's: the last row predicts what comes after it
+            keep = {"logits_to_keep": logits_to_keep + 1} if self._rlkern_keeps_logits else {}
+            with self.accelerator.autocast():
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
+            stats = token_stats(
+                logits[:, -logits_to_keep - 1 : -1],
+                ids[:, -logits_to_keep:],
+                mask=mask[:, -logits_to_keep:],
+                temperature=self.temperature,
+                min_p=self._rlkern_min_p,
+            )
+            parts.append((stats.logp, stats.entropy, stats.kept_logmass, stats.proxy_logp.detach()))
+        return dict(zip(("logp", "entropy", "kept_logmass", "proxy_logp"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+
+    def _calculate_rewards(self, *args, **kwargs):
+        self._rlkern_rewards = super()._calculate_rewards(*args, **kwargs)
+        return self._rlkern_rewards
+
+    def _generate_and_score_completions(self, inputs):
+        self._rlkern_scored.clear()
+        output = super()._generate_and_score_completions(inputs)
+        if self._rlkern_loss == "lp_reg" and "old_per_token_logps" in output:
+            (old,) = (s for s in self._rlkern_scored if s["logp"] is output["old_per_token_logps"])
+            output["rlkern_old_proxy_logp"] = old["proxy_logp"]
+        if self._rlkern_loss == "nft":
+            correct = self._rlkern_correctness()
+            size = self.num_generations if self.model.training else self.num_generations_eval
+            success_rate = correct.view(-1, size).nanmean(1).repeat_interleave(size)
+            mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+            output["rlkern_correct"], output["rlkern_success_rate"] = correct[mine], success_rate[mine]
+        self._rlkern_scored.clear()
+        return output
+
+    def _rlkern_correctness(self) -> Tensor:
+        """The weighted sum of the rewards of all processes' completions; NaN where no reward function gave one."""
+        rewards = self._rlkern_rewards
+        total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
+        if ((total < 0) | (total > 1)).any():
+            raise ValueError(
+                f"policy_loss 'nft' takes the reward for the chance of being correct, in [0, 1], got {total.min().item():g} to "
+                f"{total.max().item():g}: let the reward functions return 0 or 1, or set reward_weights in GRPOConfig"
+            )
+        return total.masked_fill(rewards.isnan().all(1), torch.nan)
+
+    # --- the loss --------------------------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        mode = "train" if self.model.training else "eval"
+        metrics = self._metrics[mode]
+        before = {key: len(values) for key, values in metrics.items()}
+        # With no advantage TRL's own policy loss is 0 and has no gradient; what remains is what it adds to it.
+        stock = inputs | {"advantages": torch.zeros_like(inputs["advantages"])}
+        if self.beta == 0 or not self.args.use_bias_correction_kl:
+            stock.pop("old_per_token_logps", None)  # a ratio that overflows times 0 would be NaN
+        self._rlkern_scored.clear()
+        loss = super()._compute_loss(model, stock)
+        (scored,) = self._rlkern_scored
+        self._rlkern_scored.clear()
+
+        policy_loss, extra = self._rlkern_policy_loss(scored, inputs, mode)
+        for key in [key for key in metrics if key.startswith("clip_ratio/") and len(metrics[key]) > before.get(key, 0)]:
+            del metrics[key][before.get(key, 0) :]  # those of the loss that was not used
+            if not metrics[key]:
+                del metrics[key]
+        if "clip_fraction_low" in extra:
+            low, high = extra["clip_fraction_low"], extra["clip_fraction_high"]
+            extra |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+        gathered = self.accelerator.gather(torch.stack([policy_loss.detach(), *(x.float() for x in extra.values())]))
+        policy_mean, *means = gathered.view(self.accelerator.num_processes, -1).nanmean(0).tolist()
+        for key, mean in zip(extra, means, strict=True):
+            metrics[key if "/" in key else f"rlkern/{key}"].append(mean)
+        if self._entropy_bonus_enabled:  # then TRL logs it
+            metrics["policy_loss"][-1] += policy_mean
+        accumulates = self.args.loss_type != "dapo" and mode == "train"
+        return loss + (policy_loss / self.current_gradient_accumulation_steps if accumulates else policy_loss)
+
+    def _rlkern_policy_loss(self, scored: dict[str, Tensor], inputs: dict[str, Any], mode: str) -> losses.LossOutput:
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        options = self._rlkern_options | {"aggregation": self.args.loss_type, "normalizer": self._rlkern_normalizer(inputs, mode)}
+        if self._rlkern_loss == "nft":
+            known = ~inputs["rlkern_correct"].isnan()
+            mask = mask * known[:, None]
+            arguments = [inputs[f"rlkern_{key}"].nan_to_num(0.0) for key in ("success_rate", "correct")]
+        else:
+            arguments = [inputs["advantages"]]
+            options["weights"] = inputs.get("importance_sampling_ratio")
+        if self._rlkern_loss == "lp_reg":
+            arguments.insert(0, inputs.get("rlkern_old_proxy_logp", scored["proxy_logp"]))
+            if options.get("kl_term") == "full":
+                options["kept_logmass"] = scored["kept_logmass"]
+        return POLICY_LOSSES[self._rlkern_loss](scored["logp"], inputs.get("old_per_token_logps"), *arguments, mask, **options)
+
+    def _rlkern_normalizer(self, inputs: dict[str, Any], mode: str) -> float | Tensor | None:
+        if self.args.loss_type == "dr_grpo":
+            return self.max_completion_length
+        if self.args.loss_type != "dapo":
+            return None
+        tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes  # of the generation batch
+        return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation if mode == "train" else tokens
+
+
+def _check_loss(name: str, options: dict[str, Any], min_p: float | None) -> None:
+    """Runs the loss once on two tokens: what it has to say against the options, it says before a model is loaded."""
+    if name not in POLICY_LOSSES:
+        raise ValueError(f"unknown policy_loss {name!r}, expected one of {', '.join(map(repr, POLICY_LOSSES))}")
+    function = POLICY_LOSSES[name]
+    allowed = [p for p in inspect.signature(function).parameters if p not in _GIVEN]
+    unknown = [option for option in options if option not in allowed]
+    if unknown:
+        allowed += ["min_p"] if name == "lp_reg" else []
+        raise TypeError(f"policy_loss {name!r} has no option {', '.join(map(repr, unknown))}, expected one of {', '.join(map(repr, allowed))}")
+    if name == "nft" and options.get("ratio_type") == "sequence":
+        raise ValueError("policy_loss 'nft' averages over tokens here, as loss_type in GRPOConfig says: ratio_type must be 'token', got 'sequence'")
+    x, mask, advantages = torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1)
+    arguments = [advantages, advantages] if name == "nft" else [advantages]
+    options = dict(options, aggregation="grpo")
+    if name == "lp_reg":
+        arguments = [token_stats(torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long), min_p=min_p).proxy_logp, *arguments]
+        if options.get("kl_term") == "full":
+            options["kept_logmass"] = x
+    function(x, None, *arguments, mask, **options)
+
+
+def _check_config(name: str, config) -> None:
+    """Options of GRPOConfig that act on TRL's own policy loss: whoever sets one means it."""
+    if config.loss_type not in _AGGREGATIONS:
+        raise ValueError(
+            f"policy_loss={name!r} takes the place of a loss, and loss_type then only says how its tokens are averaged: expected one of "
+            f"{', '.join(map(repr, _AGGREGATIONS))} in GRPOConfig, got {config.loss_type!r}"
+        )
+    advice = {
+        "epsilon": (config.epsilon == 0.2, "give clip_low in policy_loss_options"),
+        "epsilon_high": (config.epsilon_high in (None, config.epsilon), "give clip_high in policy_loss_options"),
+        "delta": (config.delta is None, "give dual_clip in policy_loss_options, for the losses that have one"),
+        "importance_sampling_level": (config.importance_sampling_level == "token", "policy_loss='gspo' or 'gmpo' have ratios of sequences"),
+        "top_entropy_quantile": (config.top_entropy_quantile == 1.0, "it is not supported here: use TRL's own trainer"),
+        "off_policy_mask_threshold": (config.off_policy_mask_threshold is None, "it is not supported here: use TRL's own trainer"),
+    }
+    for option, (default, what) in advice.items():
+        if not default:
+            raise ValueError(f"{option}={getattr(config, option)} in GRPOConfig has no effect on policy_loss={name!r}: {what}")
+    if name == "nft" and config.use_vllm and config.vllm_importance_sampling_correction:
+        raise ValueError("policy_loss='nft' takes no importance weights: set vllm_importance_sampling_correction=False in GRPOConfig")
