@@ -75,7 +75,7 @@ struct Sums {
   double ties = 0;                // how many those are
 };
 
-template <class T, bool ExcludeMax, bool Squares>
+template <class T, bool ExcludeMax, bool Squares, bool Entropy>
 Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
   using A = Acc<T>;
   AccPack<T> s0{}, s1{}, s2{}, ties{};
@@ -89,15 +89,15 @@ Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
       ties = ties + select(at_max, broadcast(A(1)), AccPack<T>{});
     }
     s0 = s0 + e;
-    s1 = s1 + e * t;
+    if constexpr (Entropy) s1 = s1 + e * t;
     if constexpr (Squares) s2 = s2 + e * e;
   }
-  return {sum_lanes(s0), sum_lanes(s1), Squares ? sum_lanes(s2) : 0, ExcludeMax ? sum_lanes(ties) : 0};
+  return {sum_lanes(s0), Entropy ? sum_lanes(s1) : 0, Squares ? sum_lanes(s2) : 0, ExcludeMax ? sum_lanes(ties) : 0};
 }
 
 // The whole row's maximum and sums. One logit equal to the maximum stays out of s0, so that sum 2^t = 1 + s0 and log1p(s0) keeps the
 // relative accuracy of a row that is all but certain; s1 and s2 are complete.
-template <class T, bool Squares>
+template <class T, bool Squares, bool Entropy>
 Sums row_sums(const T* x, int64_t vocab, Acc<T> scale, Acc<T>& top) {
   Sums row;
   top = Acc<T>(-kInfinity);
@@ -114,8 +114,9 @@ Sums row_sums(const T* x, int64_t vocab, Acc<T> scale, Acc<T>& top) {
       top = highest;
     }
     // While there is nothing but -inf any finite number stands for the maximum: every term is 0.
-    const Sums part = highest > -kInfinity && highest == top ? tile_sums<T, true, Squares>(tile, n, top, scale)
-                                                             : tile_sums<T, false, Squares>(tile, n, top > -kInfinity ? top : 0, scale);
+    const Sums part = highest > -kInfinity && highest == top
+                          ? tile_sums<T, true, Squares, Entropy>(tile, n, top, scale)
+                          : tile_sums<T, false, Squares, Entropy>(tile, n, top > -kInfinity ? top : 0, scale);
     row.s0 += part.s0 + (part.ties - is_new);
     row.s1 += part.s1;
     row.s2 += part.s2 + part.ties;
@@ -169,7 +170,9 @@ void forward_row(const Forward& call, int64_t row) {
   const A inv_t = inverse_temperature<A>(call, row), scale = A(kLog2E * inv_t);
 
   A top;
-  Sums sums = call.sum_sq_prob ? row_sums<T, true>(x, call.vocab, scale, top) : row_sums<T, false>(x, call.vocab, scale, top);
+  Sums sums = call.sum_sq_prob ? row_sums<T, true, true>(x, call.vocab, scale, top)
+              : call.entropy   ? row_sums<T, false, true>(x, call.vocab, scale, top)
+                               : row_sums<T, false, false>(x, call.vocab, scale, top);
   // Nothing above -inf, a +inf or a NaN: not a distribution.
   const bool undefined = std::isinf(top) || std::isnan(sums.s0);
   if (std::isnan(sums.s0)) top = A(kNaN);

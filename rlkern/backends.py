@@ -12,7 +12,7 @@ Rows of logits:
     mask         [N] bool contiguous, or None; a row is skipped where mask is False or all its K targets are ignore_index
     temperature  float, or [N] contiguous tensor of the accumulation dtype (float64 for float64 logits, float32 otherwise)
     kept_kind    0: no kept set; 1: p >= k * max p; 2: p >= k.  log_kept = log k
-    out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob | None, kept_logmass | None, state [.., 6 + K]), contiguous, N rows
+    out          forward: (logp [.., K], entropy | None, logsumexp, sum_sq_prob | None, kept_logmass | None, state [.., 6 + K]), contiguous, N rows
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
     grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous, accumulation dtype, each may be None
 

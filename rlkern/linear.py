@@ -29,7 +29,8 @@ _ARGS = (
 )
 _GRADS = "Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp, Tensor? g_sum_sq_prob, Tensor? g_kept_logmass"
 _lib.define(
-    f"linear_token_stats({_ARGS}, int kept_kind, float log_kept, bool with_sum_sq) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"linear_token_stats({_ARGS}, int kept_kind, float log_kept, bool with_sum_sq, bool with_entropy) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _lib.define(
@@ -90,7 +91,7 @@ def _flat(lead: torch.Size, *tensors):
 
 
 def _linear_token_stats(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, temperature, ignore_index, *options):
-    stats = _new_stats(hidden, targets, options[0], options[2])
+    stats = _new_stats(hidden, targets, options[0], *options[2:])
     lead = hidden.shape[:-1]
     if lead.numel() == 0:
         return stats
@@ -98,7 +99,7 @@ def _linear_token_stats(hidden, weight, bias, targets, mask, row_temperature, ch
     hidden, targets, mask, row_temperature = _flat(lead, hidden, targets, mask, row_temperature)
     counted = _indices(_counted(targets, mask, ignore_index))
     picked = _pick(counted, hidden, targets, mask, row_temperature)
-    results = out if counted is None else _new_stats(picked[0], picked[1], options[0], options[2])
+    results = out if counted is None else _new_stats(picked[0], picked[1], options[0], *options[2:])
     for rows, logits, *of_rows in _Chunks(picked[0], weight, bias, chunk_rows, *picked[1:]):
         for to, value in zip(results, _token_stats(logits, *of_rows, temperature, ignore_index, *options), strict=True):
             if to is not None:
@@ -158,7 +159,7 @@ _lib.impl("linear_token_stats", _as_op(_linear_token_stats), "CompositeExplicitA
 _lib.impl("linear_token_stats_backward", _as_op(_linear_token_stats_backward), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "rlkern::linear_token_stats",
-    _as_op(lambda hidden, weight, bias, targets, *args: _new_stats(hidden, targets, args[-3], args[-1])),
+    _as_op(lambda hidden, weight, bias, targets, *args: _new_stats(hidden, targets, args[-4], *args[-2:])),
     lib=_lib,
 )
 torch.library.register_fake("rlkern::linear_token_stats_backward", _as_op(_new_gradients_fake), lib=_lib)
@@ -175,12 +176,12 @@ for _name in ("linear_token_stats", "linear_token_stats_backward"):
 class _LinearTokenStats(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets, mask, row_temperature, chunk_rows, options):
-        temperature, ignore_index, kept_kind, _, with_sum_sq = options
+        temperature, ignore_index, kept_kind, _, with_sum_sq, with_entropy = options
         tensors = (hidden, weight, bias, targets, mask, row_temperature)
         outputs = torch.ops.rlkern.linear_token_stats.default(*tensors, chunk_rows, *options)
         ctx.save_for_backward(*tensors, outputs[-1])
         ctx.constants = (chunk_rows, temperature, ignore_index)
-        ctx.given = (targets is not None, True, True, with_sum_sq, bool(kept_kind))
+        ctx.given = (targets is not None, with_entropy, True, with_sum_sq, bool(kept_kind))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[-1])
         return outputs
@@ -231,6 +232,7 @@ def linear_token_stats(
     min_p: float | None = None,
     min_prob: float | None = None,
     with_sum_sq: bool = False,
+    with_entropy: bool = True,
     group=None,
 ) -> TokenStats:
     """`token_stats` of `hidden @ weight.T + bias`, without the logits ever existing at once.
@@ -242,8 +244,8 @@ def linear_token_stats(
         hidden: [..., H] float32, bfloat16, float16 or float64. Under torch.autocast it is cast to autocast's dtype, with weight and bias.
         weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. Each of the three may or may not require grad.
         chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
-        targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, group: as in `token_stats`, for the rows of hidden. On a CPU masked
-            rows are left out of the products too.
+        targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, group: as in `token_stats`, for the rows of hidden. On
+            a CPU masked rows are left out of the products too.
 
     Returns:
         TokenStats as `token_stats` returns them. Logits are rounded to hidden's dtype, as those of a model's own head. The gradients are those of
@@ -270,5 +272,5 @@ def linear_token_stats(
     elif chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
-    options = (temperature, int(ignore_index), kept_kind, log_kept, bool(with_sum_sq))
+    options = (temperature, int(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return _as_stats(_LinearTokenStats.apply(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, options), targets, options)

@@ -50,7 +50,7 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         kept_kind,
         log_kept,
         _address(logp),
-        entropy.data_ptr(),
+        _address(entropy),
         lse.data_ptr(),
         _address(sum_sq),
         _address(kept),

@@ -113,7 +113,8 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
             logp = log_p.gather(-1, index).masked_fill(~valid, math.nan)
             dropped = skipped[flat].unsqueeze(-1) | (y == ignore_index)
             logp_out.view(n, -1)[flat] = logp.masked_fill(dropped, 0)
-        entropy_out.view(-1)[flat] = entropy.squeeze(-1).masked_fill(skipped[flat], 0)
+        if entropy_out is not None:
+            entropy_out.view(-1)[flat] = entropy.squeeze(-1).masked_fill(skipped[flat], 0)
         lse_out.view(-1)[flat] = lse.squeeze(-1).masked_fill(skipped[flat], 0)
         state_out[flat] = state.masked_fill(skipped[flat].unsqueeze(-1), 0)
 

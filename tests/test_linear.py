@@ -33,6 +33,7 @@ OPTIONS = [
     {"temperature": torch.linspace(0.5, 2, 6).view(2, 3)},
     {"mask": torch.tensor([[1, 0, 1], [0, 1, 1]])},
     {"min_p": 0.1, "with_sum_sq": True},
+    {"with_entropy": False},
     {"min_prob": 0.02, "mask": torch.tensor([[True, False, False], [False, True, True]])},
 ]
 
@@ -172,7 +173,7 @@ def test_memory_is_a_chunk():
 def test_compile_and_opcheck():
     hidden, weight, bias, targets = draw(9, dtype=torch.float32)
     operator = torch.ops.rlkern.linear_token_stats.default
-    torch.library.opcheck(operator, (hidden.detach(), weight.detach(), bias.detach(), targets, None, None, 4, 1.0, -100, 1, -2.0, True))
+    torch.library.opcheck(operator, (hidden.detach(), weight.detach(), bias.detach(), targets, None, None, 4, 1.0, -100, 1, -2.0, True, False))
 
     def loss(h, w, b, y):
         stats = linear_token_stats(h, w, y, bias=b, chunk_rows=4)

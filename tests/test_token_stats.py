@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import check, eager, expected, run, upstream
+from oracle import FIELDS, check, eager, expected, run, upstream
 
 import rlkern
 from rlkern import backends
@@ -69,6 +69,19 @@ def test_several_targets_a_row(backend, device, n_targets):
     y[0, 1, -1] = -100  # one entry ignored
     y[1, 2] = -100  # a whole row ignored
     check(x, y, temperature=0.7, with_sum_sq=True, min_p=0.2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_entropy_everything_else_has_the_same_bits(backend, device, dtype):
+    x, y = draw(6, TILED, device=device, dtype=dtype), ids(TILED, 6, 2, device=device)
+    mask = torch.tensor([1, 0, 1, 1, 1, 1], device=device)
+    options = {"mask": mask, "temperature": 0.7, "min_p": 0.2, "with_sum_sq": True}
+    every = [name for name in FIELDS if name != "entropy"]
+    got, d_got = run(x, y, only=every, with_entropy=False, **options)
+    want, d_want = run(x, y, only=every, **options)
+    assert list(got) == every
+    assert all(torch.equal(got[name], want[name]) for name in every) and torch.equal(d_got, d_want)
+    assert torch.equal(rlkern.token_logprobs(x, y, mask=mask), rlkern.token_stats(x, y, mask=mask).logp)
 
 
 def test_mask_and_ignore_index(backend, device):

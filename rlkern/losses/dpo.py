@@ -329,7 +329,13 @@ def dpo_loss_from_logits(
 
     targets = next_tokens(labels, ignore_index) if shift else labels
     stats = token_stats(
-        logits, targets, temperature=temperature, ignore_index=ignore_index, with_sum_sq=use_weighting, inplace_backward=inplace_backward
+        logits,
+        targets,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        with_sum_sq=use_weighting,
+        with_entropy=False,
+        inplace_backward=inplace_backward,
     )
     counted = targets != ignore_index
     lengths = counted.sum(-1)
