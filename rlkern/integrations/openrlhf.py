@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..checks import check_choice, check_number
 from ..losses import ppo_loss
-from .patching import Patch, holders
+from .patching import Patch
 
 __all__ = ["SUPPORTED_VERSIONS", "PolicyLoss", "compute_entropy", "log_probs_from_logits", "patch"]
 
@@ -197,7 +197,4 @@ def patch() -> Patch:
         (utils, "compute_entropy", compute_entropy),
         (loss, "PolicyLoss", PolicyLoss),
     )
-    return Patch(
-        [(module, bound, new) for owner, name, new in replacements for module, bound in holders("openrlhf", getattr(owner, name))],
-        package="openrlhf",
-    )
+    return Patch.everywhere("openrlhf", replacements)

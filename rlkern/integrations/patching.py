@@ -84,6 +84,16 @@ class Patch:
                 self.undo()
                 raise
 
+    @classmethod
+    def everywhere(cls, package: str, replacements: Iterable[tuple[Any, str, Any]]) -> Patch:
+        """As the constructor, and wherever else a loaded module of the package is bound to what the attribute holds.
+
+        The bindings are found and replaced in one piece: meanwhile no other thread patches, so none is met half way.
+        """
+        with _lock:
+            sites = [(module, bound, new) for owner, name, new in replacements for module, bound in holders(package, getattr(owner, name))]
+            return cls(sites, package=package)
+
     def undo(self) -> None:
         """Takes this patch back; does nothing the second time. What somebody else has put over it meanwhile stays, with a RuntimeWarning."""
         with _lock:

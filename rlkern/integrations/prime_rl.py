@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import losses, ops
-from .patching import Patch, holders
+from .patching import Patch
 
 __all__ = ["LOSSES", "check_loss", "compute_entropy", "patch", "policy_loss", "selective_log_softmax", "selective_topk_log_softmax"]
 
@@ -121,7 +121,6 @@ def patch() -> Patch:
     replacements = [selective_log_softmax, compute_entropy]
     if hasattr(module, selective_topk_log_softmax.__name__):
         replacements.append(selective_topk_log_softmax)
-    sites = []
     for replacement in replacements:
         name = replacement.__name__
         found = getattr(module, name, None)
@@ -132,5 +131,4 @@ def patch() -> Patch:
                 f"this prime-rl's {name} takes {arguments}, expected {expected}: rlkern does not know this version of prime-rl; "
                 "use a newer rlkern, or leave out patch()"
             )
-        sites += [(owner, bound, replacement) for owner, bound in holders("prime_rl", found)]
-    return Patch(sites, package="prime_rl")
+    return Patch.everywhere("prime_rl", [(module, replacement.__name__, replacement) for replacement in replacements])

@@ -33,7 +33,7 @@ from ..losses import (
     topr_loss,
     vespo_loss,
 )
-from .patching import Patch, holders
+from .patching import Patch
 
 __all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
 
@@ -341,14 +341,7 @@ def patch(*, inplace_backward: bool = True) -> Patch:
         "entropy_from_logits": entropy_from_logits,
         "entropy_from_logits_with_chunking": _entropy_with_chunking,
     }
-    return Patch(
-        [
-            (module, name, replacement)
-            for function, replacement in replacements.items()
-            for module, name in holders("verl", getattr(torch_functional, function))
-        ],
-        package="verl",
-    )
+    return Patch.everywhere("verl", [(torch_functional, name, replacement) for name, replacement in replacements.items()])
 
 
 def check_config(config: Mapping) -> None:

@@ -18,7 +18,7 @@ def test_the_plain_pytorch_page_runs(capsys):
     assert "effective_sample_size" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("page", ("verl", "openrlhf", "prime_rl", "plain_pytorch", "migration"))
+@pytest.mark.parametrize("page", ("trl", "verl", "openrlhf", "prime_rl", "plain_pytorch", "migration"))
 def test_names_exist(page):
     text = (PAGES / f"{page}.md").read_text()
     for owner, name in re.findall(r"\brlkern\.(advantages\.)?(\w+)", text):

@@ -171,6 +171,31 @@ def test_threads_patch_and_leave_at_once(module):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_everywhere_is_one_piece(module):
+    """A thread that looks for the bindings while another one undoes would find only some of them."""
+    subs = [types.ModuleType(f"{module.__name__}.sub{i}") for i in range(20)]
+    for sub in subs:
+        sub.copied = first
+        sys.modules[sub.__name__] = sub
+    wrong, interval = [], sys.getswitchinterval()
+
+    def work():
+        for _ in range(100):
+            with Patch.everywhere(module.__name__, [(module, "function", second)]):
+                wrong.extend(m for m, value in [(module, module.function), *((sub, sub.copied) for sub in subs)] if value is not second)
+
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong and module.function is first and all(sub.copied is first for sub in subs) and not _sites
+
+
 def test_a_child_forked_while_another_thread_patches_can_patch(module):
     stop = threading.Event()
 

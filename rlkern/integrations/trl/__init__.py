@@ -8,7 +8,7 @@ and trainers with losses that TRL does not have: `GRPOTrainer(policy_loss="clip_
 
 from trl.trainer import utils as _utils
 
-from ..patching import Patch, holders
+from ..patching import Patch
 from .dpo import DPOTrainer
 from .grpo import POLICY_LOSSES, GRPOTrainer
 from .versions import UnknownTRLError, known_replacements
@@ -31,5 +31,4 @@ def patch() -> Patch:
         UnknownTRLError: (an ImportError) for a release of TRL that has not been tested; nothing has been changed then.
     """
     replacements = known_replacements()
-    sites = [(module, name, new) for key, new in replacements.items() for module, name in holders("trl", getattr(_utils, key))]
-    return Patch(sites, package="trl")
+    return Patch.everywhere("trl", [(_utils, name, new) for name, new in replacements.items()])
