@@ -20,10 +20,13 @@ TRITON := 'triton==3.9.0; platform_system == "Linux" and python_version >= "3.11
           'triton==3.8.0; platform_system == "Linux" and python_version < "3.11"'
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 PIP := $(PY) -m pip --disable-pip-version-check -qq
+# Without their dependencies, which want GPUs and other versions than TRL's.
+BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
+                 'openrlhf; python_version >= "3.11" and python_version < "3.13"'
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help setup quickstart lab test lint format bench bench-check report gpu peers package clean
+.PHONY: help setup quickstart lab test lint format bench bench-check bench-losses bench-bgpo report gpu trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,7 +39,7 @@ quickstart: $(VENV)/.built  ## DPO on real text, eager PyTorch against rlkern (A
 lab: $(VENV)/.built  ## entropy and reward under five policy losses: reinforcement learning of a small model (ARGS="--seed 1")
 	$(PY) examples/entropy_lab.py $(ARGS)
 
-test: $(VENV)/.built  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS="-k name" narrow it)
+test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
 
 lint: $(VENV)/.deps  ## ruff and clang-format, changing nothing
@@ -55,11 +58,20 @@ bench: $(VENV)/.built  ## time and memory against other implementations on this 
 bench-check: $(VENV)/.built  ## fail if the kernels have become slower than the recorded figures
 	$(PY) benchmarks/check.py $(ARGS)
 
+bench-losses: $(VENV)/.built  ## Clip-Cov, KL-Cov and Lp-Reg from logits to gradient, against eager PyTorch
+	$(PY) benchmarks/losses.py $(ARGS)
+
+bench-bgpo: $(VENV)/.built  ## one Monte-Carlo draw of BGPO from logits to gradient, against eager PyTorch
+	$(PY) benchmarks/bgpo.py $(ARGS)
+
 report: $(VENV)/.built  ## compile every GPU kernel offline and tabulate what the compiler made of it; needs no GPU
 	$(PY) benchmarks/report.py $(ARGS)
 
 gpu: $(GPU_SETUP)  ## tests and benchmarks on this machine's GPU (PYTHON=python3: with that interpreter, no .venv, no network)
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+trl-versions: $(VENV)/.trainers  ## the TRL tests with every release of TRL that the integration knows
+	$(PY) tests/integrations/trl_versions.py $(ARGS)
 
 peers: $(VENV)/.deps  ## fetch the packages that benchmarks compare with into build/peers (then: PEERS=build/peers make gpu)
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(PIP) download --no-deps --no-build-isolation --no-binary flash-attn -d build/peers -r benchmarks/peers.txt
@@ -85,4 +97,10 @@ $(VENV)/.deps: requirements-dev.txt constraints.txt Makefile | $(PY)
 $(VENV)/.built: $(VENV)/.deps $(NATIVE_SOURCES)
 	@echo "building the CPU kernels and installing rlkern in place"
 	$(PIP) install --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.trainers: $(VENV)/.built requirements-trainers.txt
+	@echo "installing the trainers of requirements-trainers.txt into $(VENV) (the first time: a minute)"
+	$(PIP) install -r requirements-trainers.txt -c constraints.txt
+	$(PIP) install --no-deps -c constraints.txt $(BARE_TRAINERS)
 	@touch $@

@@ -153,7 +153,7 @@ def rlkern_phases(loss, needs, logits, tokens, in_place: bool):
     x, (ids, *tokens) = logits.detach().requires_grad_(), tokens
 
     def statistics(_):
-        return rlkern.token_stats(x, ids, mask=tokens[-1], inplace_backward=in_place, **needs)
+        return rlkern.token_stats(x, ids, mask=tokens[-1], with_entropy=False, inplace_backward=in_place, **needs)
 
     def loss_of(stats):
         return stats.logp, loss(stats, *tokens).loss

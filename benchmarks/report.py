@@ -1,6 +1,6 @@
 """The GPU kernels judged without a GPU: compiles every Triton kernel for each architecture and prints what the compiler made of it.
 
-    python benchmarks/report.py [--arch sm_90 ...] [--all] [--json FILE]
+    python benchmarks/report.py [--arch sm_90 ...] [--all] [--json FILE] [--waves]
 
 Exits with 2 for an unknown architecture, and where Triton or its disassemblers are missing.
 """
@@ -26,10 +26,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--arch", nargs="+", metavar="ARCH", help="architectures to compile for (default: all that are known)")
     parser.add_argument("--all", action="store_true", help="every variant on every type and row layout, minutes instead of seconds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
+    parser.add_argument("--waves", action="store_true", help="also predict what splitting rows over several programs is worth, by the number of rows")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes (default: one per core)")
     options = parser.parse_args(argv)
     try:
-        from offline import build, cases, report, table
+        from offline import build, cases, report, table, tokens, waves
 
         archs = options.arch or list(build.TARGETS)
         for arch in archs:
@@ -41,11 +42,15 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     started = time.perf_counter()
     rows = report.analyse_all(cases.all_cases() if options.all else cases.core_cases(), archs, options.jobs)
-    print(table.text(rows))
-    print(f"{len(rows)} kernels in {time.perf_counter() - started:.0f} s, triton {build.triton.__version__}")
+    over_tokens = [row for arch in archs for row in tokens.analyse(arch, tuple(tokens.DTYPES) if options.all else ("fp32",))]
+    print(table.text(rows) + "\n\n" + tokens.text(over_tokens))
+    if options.waves:
+        print(f"\n{waves.text(rows)}\n")
+    print(f"{len(rows) + len(over_tokens)} kernels in {time.perf_counter() - started:.0f} s, triton {build.triton.__version__}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"triton": build.triton.__version__, "rows": table.data(rows)}, indent=1) + "\n")
+        document = {"triton": build.triton.__version__, "rows": table.data(rows), "tokens": tokens.data(over_tokens)}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0
 
 

@@ -44,6 +44,9 @@ def variants():
             yield torch.bfloat16, vocab, layout, options
         yield torch.float32, vocab, layout, everything
         yield torch.float64, vocab, layout, everything
+    for vocab in (262_144, 262_147):  # split over several programs a row
+        yield torch.bfloat16, vocab, "slice", {}
+        yield torch.bfloat16, vocab, "rows", everything
 
 
 def _logits(dtype, vocab, layout, generator):

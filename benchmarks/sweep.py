@@ -1,6 +1,9 @@
-"""Launch sweep: times the kernels over (BLOCK, num_warps, stages), and proposes the table for triton_kernels/launch.py.
+"""Launch sweep: times the kernels over (BLOCK, num_warps, stages, programs a row or tiles a program), and proposes the table for
+triton_kernels/launch.py.
 
-python benchmarks/sweep.py --out sweep.json [--budget 90] [--dtypes bf16 fp32] [--vocabs 151936 ...]
+python benchmarks/sweep.py --out sweep.json [--budget 90] [--dtypes bf16 fp32] [--vocabs 151936 ...] [--rows 8192]
+
+What splitting rows over programs is worth shows with few rows: --rows 16, 128, 1024.
 """
 
 from __future__ import annotations
@@ -22,14 +25,22 @@ from rlkern.triton_kernels import token_stats as kernels
 VOCABS = (151_936, 32_000, 128_256, 262_144, 50_257)
 BLOCKS = (1024, 2048, 4096, 8192, 16384, 32768)
 WARPS = (1, 2, 4, 8, 16, 32)
-STAGES = (1, 2, 3, 4)
+STAGES = {"forward": (1, 2, 3, 4), "backward": (1, 2, 3)}
+COUNTS = {"forward": (1, 2, 4, 8), "backward": (1, 2, 4, 8, 16)}  # programs a row; tiles a program
 _PER_THREAD = (8, 64)  # elements of a tile that a thread holds; outside of this nothing is fast, and registers spill
 
 
-def shapes(direction: str) -> list[tuple[int, ...]]:
-    """(BLOCK, num_warps), with the stages of the load pipeline where the table has them (a third entry)."""
+def shapes(direction: str, current: tuple[int, ...] = (4096, 4, 3, 4)) -> list[tuple[int, ...]]:
+    """(BLOCK, num_warps, stages, count): first `current` with every other count, then everything else with the count that `current` has."""
     pairs = [(b, w) for b in BLOCKS for w in WARPS if _PER_THREAD[0] <= b // (32 * w) <= _PER_THREAD[1]]
-    return [(*pair, s) for s in STAGES for pair in pairs] if len(_table(direction)(1 << 17, 2)) > 2 else pairs
+    counts = [(*current[:3], n) for n in COUNTS[direction] if n != current[3]]
+    return counts + [(*pair, s, current[3]) for s in STAGES[direction] for pair in pairs]
+
+
+def shape_in_use(direction: str, vocab: int, element_size: int) -> tuple[int, ...]:
+    """What the table says for contiguous rows."""
+    aligned = {"aligned": vocab * element_size % 16 == 0} if direction == "forward" else {}
+    return tuple(_table(direction)(vocab, element_size, **aligned))
 
 
 def _table(direction: str):
@@ -68,10 +79,10 @@ class Operators:
 def sweep_one(operators: Operators, direction: str, timer, rounds: int, deadline: float) -> list[dict]:
     """Every shape twice, then the promising ones in rounds; fastest first. The shape in use now is the entry marked `current`."""
     case, run = operators.case, getattr(operators, direction)
-    current = tuple(_table(direction)(case.vocab, operators.x.element_size()))
+    current = shape_in_use(direction, case.vocab, operators.x.element_size())
     times: dict[tuple[int, ...], list[float]] = {}
     failed = []
-    for shape in [current] + [s for s in shapes(direction) if s != current]:
+    for shape in [current] + [s for s in shapes(direction, current) if s != current]:
         if times and time.perf_counter() > deadline:
             break
         with launch_shape(direction, shape):
@@ -107,7 +118,8 @@ def precompile(cases: list[Case], part: int, parts: int) -> None:
     for case in cases:
         operators = Operators(case._replace(rows=16))
         for direction in ("forward", "backward"):
-            for shape in shapes(direction)[part::parts]:
+            current = shape_in_use(direction, case.vocab, operators.x.element_size())
+            for shape in [current, *shapes(direction, current)][part::parts]:
                 with launch_shape(direction, shape), contextlib.suppress(Exception):  # the sweep itself reports what does not run
                     getattr(operators, direction)(None)
 

@@ -75,7 +75,7 @@ def compact(case: dict) -> str:
 
 def sweep_table(swept: list[dict]) -> str:
     """For every case of a launch sweep the shape in use, the fastest one, and those behind it."""
-    rows = [["BLOCK/num_warps/stages", "now", "ms", "of copy", "fastest", "ms", "of copy", "gain", "next"]]
+    rows = [["BLOCK/num_warps/stages/count", "now", "ms", "of copy", "fastest", "ms", "of copy", "gain", "next"]]
     for case in swept:
         timed = [e for e in case["shapes"] if "ms" in e]
         now, best = next(e for e in timed if e["current"]), timed[0]

@@ -7,6 +7,7 @@ import torch
 
 import rlkern
 from rlkern import reference
+from rlkern.selection import select_bottom
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -204,6 +205,15 @@ def test_minus_infinity(where, vocab):
     assert not d_x[:, ~kept].any()
 
 
+@pytest.mark.parametrize("vocab", [40_000, 50_257, 262_144])
+def test_masking_with_the_lowest_number(vocab):
+    x, y = random_logits(4, vocab), torch.full((4,), vocab // 2, device="cuda")
+    x[:, : vocab // 3] = torch.finfo(x.dtype).min
+    grads = upstream(4), upstream(4, seed=3)
+    stats, d_x = forward_backward(x, y, grads)
+    check_rows(x, y, stats, d_x, grads, slice(None))
+
+
 def test_confident_rows_keep_their_relative_accuracy():
     vocab = 151_936
     gaps = torch.tensor([28.0, 32.0, 40.0, 60.0], device="cuda")
@@ -266,7 +276,7 @@ def test_in_place_gradient_has_the_same_bits_and_no_memory():
     assert torch.equal(d_x, expected)
 
 
-@pytest.mark.parametrize("vocab", [VOCAB, 50_257, 9001])
+@pytest.mark.parametrize("vocab", [VOCAB, 262_145, 50_257, 9001])
 def test_a_row_has_the_same_bits_in_any_batch(vocab):
     x, y = random_logits(300, vocab), random_targets(vocab, 300)
     grads = upstream(300), upstream(300, seed=3)
@@ -274,7 +284,7 @@ def test_a_row_has_the_same_bits_in_any_batch(vocab):
     again, d_again = forward_backward(x, y, grads)
     assert torch.equal(stats.logp, again.logp) and torch.equal(stats.entropy, again.entropy) and torch.equal(d_x, d_again)
     for i in (0, 1, 150, 299):
-        # the same address modulo 16: a row of odd length is read from its aligned start
+        # rows of odd length start at any address modulo 16, a copy of one on a 16-byte boundary
         alone, d_alone = forward_backward(x[i : i + 1], y[i : i + 1], [g[i : i + 1] for g in grads])
         copied, d_copied = forward_backward(x[i : i + 1].clone(), y[i : i + 1], [g[i : i + 1] for g in grads])
         for one, d_one in ((alone, d_alone), (copied, d_copied)):
@@ -301,8 +311,9 @@ def test_forward_and_backward_do_not_wait_for_the_gpu():
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_cuda_graph_of_forward_and_backward(inplace):
-    n, vocab = 16, 32_000
+@pytest.mark.parametrize("vocab", [32_000, 262_144])  # the second is split over several programs, with scratch memory between them
+def test_cuda_graph_of_forward_and_backward(vocab, inplace):
+    n = 16
     x, y = random_logits(n, vocab), random_targets(vocab, n)
     grads = upstream(n), upstream(n, seed=3)
     fresh = random_logits(n, vocab, seed=9)
@@ -353,3 +364,69 @@ def test_autocast_keeps_float32_results():
         stats = rlkern.token_stats(x, y)
     assert stats.logp.dtype == torch.float32
     assert torch.equal(stats.logp, rlkern.token_logprobs(x, y))
+
+
+# --- statistics over all tokens --------------------------------------------------------------------------------------------------------------
+
+
+def on_reference(function, *args):
+    with rlkern.use_backend("reference"):
+        return function(*args)
+
+
+@pytest.mark.parametrize("n", [1, 2048, 2049, 65_537, 1_000_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_selection_equals_the_sort(n, dtype):
+    generator = torch.Generator("cuda").manual_seed(n)
+    valid = torch.rand(n, generator=generator, device="cuda") < 0.9
+    for spread in (1.0, 1e-3):  # the second leaves few values, with thousands of ties
+        values = (torch.randn(n, generator=generator, device="cuda") * 1000 * spread).round().div(1000).to(dtype)
+        values[::97], values[5::101], values[7::103] = math.nan, -math.inf, -0.0
+        for count in (0, 1, n // 100, n // 2, n):
+            got = select_bottom(values, valid, count)
+            assert torch.equal(got, on_reference(select_bottom, values, valid, count))
+            assert got.sum() == torch.minimum(valid.sum(), torch.tensor(count, device="cuda"))
+            assert torch.equal(select_bottom(values, valid, count), got)
+
+
+@pytest.mark.parametrize("n", [1, 1000, 65_537, 3_000_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_covariance_of_many_tokens(n, dtype):
+    i = torch.arange(n, device="cuda")
+    x, a = (-20.1 + 0.01 * (i % 2)).to(dtype)[None], (3.3 + 0.01 * (i % 3 == 0)).to(dtype)[None]
+    x[0, ::50] = -math.inf
+    counted = x.isfinite()
+    wide = [torch.where(counted, t.double(), 0) for t in (x, a)]
+    means = [t.sum() / counted.sum().clamp(min=1) for t in wide]
+    expected = torch.where(counted, (wide[0] - means[0]) * (wide[1] - means[1]), 0)
+    covariance = rlkern.token_covariance(x, a, torch.ones_like(x))
+    torch.testing.assert_close(covariance.double(), expected, rtol=0, atol=3e-8 if dtype == torch.float32 else 1e-15)
+    assert torch.equal(rlkern.token_covariance(x, a, torch.ones_like(x)), covariance)
+
+
+def test_cuda_graph_of_a_selecting_loss():
+    """One capture serves every mask and every count that follows from it."""
+    logp, old = -3 * torch.rand(16, 1000, device="cuda"), -3 * torch.rand(16, 1000, device="cuda")
+    advantages, mask = torch.randn(16, 1000, device="cuda"), torch.rand(16, 1000, device="cuda") < 0.9
+
+    def step():
+        x = logp.detach().requires_grad_()
+        clip = rlkern.clip_cov_loss(x, old, advantages, mask, select_ratio=1.0)  # every candidate: the draw makes no difference
+        loss = clip.loss + rlkern.kl_cov_loss(x, old, advantages, mask).loss + rlkern.lp_reg_loss(x, old, old, advantages, mask).loss
+        return loss.detach(), torch.autograd.grad(loss, x)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss, gradient = step()
+    logp.copy_(-5 * torch.rand_like(logp))
+    mask.copy_(torch.rand(16, 1000, device="cuda") < 0.3)
+    graph.replay()
+    torch.cuda.synchronize()
+    expected, expected_gradient = step()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(gradient, expected_gradient)

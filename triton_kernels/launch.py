@@ -14,16 +14,23 @@ def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
 
 
 # 64 bytes a thread: four 16-byte loads in flight, and registers for five to nine programs an SM (make report).
+# Stages: NVIDIA's asynchronous copies pass by the registers; AMD's pipeline is made of registers, and costs more programs than it is worth.
 
 
-def forward_shape(vocab: int, element_size: int) -> tuple[int, int, int]:
-    """(BLOCK, num_warps, stages of the load pipeline)"""
-    return *_fit(vocab, 8192 // element_size, 4), 3
+def forward_shape(vocab: int, element_size: int, aligned: bool = True) -> tuple[int, int, int, int]:
+    """(BLOCK, num_warps, stages of the load pipeline, programs a row). aligned: every row starts on a 16-byte boundary"""
+    block, warps = _fit(vocab, 8192 // element_size, 4)
+    blackwell = capability() >= (10, 0)
+    stages = 1 if torch.version.hip else 3 if aligned or blackwell else 2
+    # Parts of 64 KB and more. A part meets new maxima that the row does not, and Blackwell has few issue slots to spare for them.
+    parts, least = (2, 62) if blackwell else (4, 31)
+    splits = parts if vocab > least * block else 1
+    return block, warps, stages, splits
 
 
-def backward_shape(vocab: int, element_size: int) -> tuple[int, int]:
-    """(BLOCK, num_warps)"""
-    return _fit(vocab, 8192 // element_size, 4)
+def backward_shape(vocab: int, element_size: int) -> tuple[int, int, int, int]:
+    """(BLOCK, num_warps, stages of the load pipeline, tiles a program)"""
+    return *_fit(vocab, 8192 // element_size, 4), 1 if torch.version.hip else 3, 4
 
 
 def warp_size() -> int:

@@ -23,7 +23,8 @@ TARGETS = {
 }
 NVIDIA_TOOLS = ("cuobjdump", "nvdisasm")
 
-_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64", torch.int64: "*i64", torch.bool: "*i1"}
+_POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
+_POINTERS |= {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 
@@ -43,14 +44,16 @@ def nvidia_tool(name: str) -> Path:
 
 
 def source(launch: Launch) -> tuple[ASTSource, dict]:
-    """(what to compile, compiler options). As in a launch: an integer 1 is folded, integers and pointers that are multiples of 16 are marked so."""
+    """(what to compile, compiler options). As in a launch: an integer 1 is folded, integers and pointers that are multiples of 16 are marked so,
+    unless the kernel does not want its code to depend on that argument."""
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False)) | launch.kwargs
     options = {name: value for name, value in launch.kwargs.items() if name not in names}
     signature, constants, attributes = {}, {}, {}
     for param in launch.kernel.params:
         index, name, value = param.num, param.name, values[param.name]
-        if param.is_constexpr or value is None or (type(value) is int and value == 1):
+        specialize = not param.do_not_specialize
+        if param.is_constexpr or value is None or (specialize and type(value) is int and value == 1):
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, torch.Tensor):
@@ -60,7 +63,7 @@ def source(launch: Launch) -> tuple[ASTSource, dict]:
             signature[name] = "i1"
         elif isinstance(value, int):
             signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
+            if specialize and value % 16 == 0:
                 attributes[(index,)] = _DIVISIBLE
         else:
             signature[name] = "fp32"

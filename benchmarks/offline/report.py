@@ -1,4 +1,4 @@
-"""One row of the report: a case compiled for an architecture, and what its hot path costs per logit."""
+"""One row of the report: a kernel that a case launches, compiled for an architecture, and what its hot path costs per logit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from multiprocessing import get_context
 
 from .build import build, target
-from .cases import Case, record
+from .cases import LAYOUTS, Case, Launch, record
 from .machine import Resources, read
 from .model import DEVICES, bound, occupancy
 
@@ -18,10 +18,11 @@ class Row:
     case: Case
     kernel: str
     arch: str
-    block: int
+    block: int | None  # logits of a tile; None where a kernel reads none but a few of a row
     warps: int
     resources: Resources
     sweeps: int
+    bytes_in_flight: int  # of a program, while it waits for logits: the buffers of its pipeline, or else the tile that it loads at once
     instructions_per_logit: float  # on the hot path, all sweeps together
     exp2_per_logit: float
     load_widths: dict[int, int]  # bytes -> loads of logits on the hot path that are that wide
@@ -29,32 +30,36 @@ class Row:
     operations: dict[str, int] = field(default_factory=dict)  # mnemonic -> times on the hot path
 
     @property
+    def bytes_per_logit(self) -> int:
+        """What must move: one read a sweep forward (a second one may hit a cache), one read and one write backward."""
+        return (2 if self.case.backward else self.sweeps) * self.case.element_size
+
+    @property
     def devices(self) -> dict[str, dict]:
-        """Product -> occupancy and predicted bound."""
+        """Product -> occupancy, and for a kernel that reads whole rows the predicted bound."""
         found = {}
         for device in DEVICES.values():
             if device.arch == self.arch:
                 programs, limit = occupancy(self.resources, self.warps, device)
-                cap = bound(self.case.bytes_per_logit, self.instructions_per_logit, self.exp2_per_logit, device)
-                found[device.name] = {
-                    "programs": programs,
-                    "warps": programs * self.warps,
-                    "occupancy_limit": limit,
-                    "bound": cap.limit,
-                    "bandwidth_share": cap.bandwidth_share,
-                    "loads": cap.loads,
-                }
+                entry = {"programs": programs, "warps": programs * self.warps, "occupancy_limit": limit}
+                if self.block:
+                    cap = bound(self.bytes_per_logit, self.instructions_per_logit, self.exp2_per_logit, device)
+                    entry |= {"bytes_in_flight": programs * self.bytes_in_flight, "bound": cap.limit}
+                    entry |= {"bandwidth_share": cap.bandwidth_share, "loads": cap.loads}
+                found[device.name] = entry
         return found
 
 
-def analyse(case: Case, arch: str) -> Row:
-    """Compiles `case` for `arch` and reads its assembly. Raises ValueError for an unknown architecture."""
-    gpu = target(arch)
-    launch = record(case, gpu)
+def analyse(case: Case, arch: str) -> list[Row]:
+    """Compiles what `case` launches for `arch` and reads the assembly. Raises ValueError for an unknown architecture."""
+    return [_analyse_launch(case, launch, arch) for launch in record(case, target(arch))]
+
+
+def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
     compiled = build(launch, arch)
     program, resources = read(compiled)
-    block, warps = launch.kwargs["BLOCK"], compiled.metadata.num_warps
-    tile = max(1, block // (warps * gpu.warp_size))
+    block, warps = launch.kwargs.get("BLOCK"), compiled.metadata.num_warps
+    tile = max(1, (block or LAYOUTS[case.layout][0]) // (warps * target(arch).warp_size))
     instructions = exps = wide = covered = 0.0
     widths: Counter[int] = Counter()
     operations: Counter[str] = Counter()
@@ -64,16 +69,20 @@ def analyse(case: Case, arch: str) -> Row:
     for path in paths:
         steps = [program.instructions[i] for i in path]
         loads = Counter(step.width for step in steps if step.kind == "load")
-        # A row's few scalars are narrower than a vector of logits: of a path's loads those that are as wide as the widest are logits.
-        widest = max(loads, default=0)
-        tiles = max(1, widest * loads[widest] // (tile * case.element_size))
+        # A row's few scalars are narrower than a vector of logits: of a path's loads those that are as wide as the widest are logits. Some may be
+        # loaded twice, so an unrolled loop shows in its exponentials too.
+        widest, path_exps = max(loads, default=0), program.count(path, "exp2")
+        tiles = max(1, min(widest * loads[widest] // (tile * case.element_size), path_exps // tile)) if block else 1
         logits = tiles * tile
         instructions += sum(step.issues for step in steps) / logits
-        exps += sum(step.kind == "exp2" for step in steps) / logits
+        exps += path_exps / logits
         wide += 16 * loads[16]
         covered += logits * case.element_size
         widths += loads
         operations += Counter(step.op for step in steps)
+    tile_bytes = (block or 0) * case.element_size
+    # a shifted row's tile has two buffers, the second nearly empty
+    buffers = resources.shared_bytes // (tile_bytes * (2 if launch.kwargs.get("SHIFTED") else 1)) if block else 0
     return Row(
         case=case,
         kernel=launch.kernel.__name__,
@@ -81,7 +90,8 @@ def analyse(case: Case, arch: str) -> Row:
         block=block,
         warps=warps,
         resources=resources,
-        sweeps=len(paths),
+        sweeps=len(paths) if block else 0,
+        bytes_in_flight=tile_bytes * max(1, buffers),
         instructions_per_logit=instructions,
         exp2_per_logit=exps,
         load_widths=dict(sorted(widths.items())),
@@ -90,7 +100,7 @@ def analyse(case: Case, arch: str) -> Row:
     )
 
 
-def _analyse(job: tuple[Case, str]) -> Row:
+def _analyse(job: tuple[Case, str]) -> list[Row]:
     return analyse(*job)
 
 
@@ -100,6 +110,6 @@ def analyse_all(cases: list[Case], archs: list[str], workers: int) -> list[Row]:
     for arch in archs:
         target(arch)
     if workers < 2:
-        return [analyse(*job) for job in jobs]
+        return [row for job in jobs for row in analyse(*job)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(_analyse, jobs))
+        return [row for rows in pool.map(_analyse, jobs) for row in rows]

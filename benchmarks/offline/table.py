@@ -7,15 +7,17 @@ from dataclasses import asdict
 from .model import DEVICES
 from .report import Row
 
-_HEADER = "kernel|type|rows|tile|regs|spill|smem|warps|loads|instr|exp2|bytes|bound|of peak|issue|exp2 load".split("|")
+_HEADER = "case|type|rows|kernel|tile|regs|spill|smem|warps|flight|loads|instr|exp2|bytes|bound|of peak|issue|exp2 load".split("|")
 
 LEGEND = """\
+kernel       of token_stats: what the case launches
 tile         logits per tile / warps per program
 regs, spill  registers, and bytes of spilled memory, per thread
 smem         bytes of shared memory per program
 warps        resident per SM or CU, and what limits them: registers, shared memory, warps or programs (first letter)
+flight       KB of logits that an SM or CU has asked for while all its programs wait
 loads        bytes per global load on the hot path
-instr, exp2  per logit on the hot path; a backward that has no loop counts its prologue too
+instr, exp2  per logit on the hot path; a kernel that has no loop over tiles counts its prologue too
 bytes        per logit, by design
 bound        what runs out first on the device: memory bandwidth, instruction issue or exponentials; of peak: the bandwidth it leaves
 issue, exp2 load   share of the issue slots and exponential units that is busy while memory runs at its peak
@@ -25,19 +27,26 @@ issue, exp2 load   share of the issue slots and exponential units that is busy w
 def _cells(row: Row) -> tuple[str, ...]:
     (device,) = row.devices.values()
     loads = "+".join(f"{n}x{width}" for width, n in sorted(row.load_widths.items(), reverse=True) if width == 16 or row.wide_share < 1)
-    return (
+    cells = (
         row.case.variant,
         row.case.dtype,
         row.case.layout,
-        f"{row.block}/{row.warps}",
+        row.kernel.removeprefix("token_stats_").removesuffix("_kernel"),
+        f"{row.block or '-'}/{row.warps}",
         str(row.resources.registers),
         str(row.resources.spilled_bytes),
         str(row.resources.shared_bytes),
         f"{device['warps']} {device['occupancy_limit'][0]}",
+    )
+    if not row.block:
+        return *cells, "-", "-", f"{row.instructions_per_logit:.2f}", f"{row.exp2_per_logit:.2f}", *5 * "-"
+    return (
+        *cells,
+        f"{device['bytes_in_flight'] >> 10}",
         loads,
         f"{row.instructions_per_logit:.2f}",
         f"{row.exp2_per_logit:.2f}",
-        str(row.case.bytes_per_logit),
+        str(row.bytes_per_logit),
         device["bound"],
         f"{device['bandwidth_share']:.0%}",
         f"{device['loads']['issue']:.0%}",
@@ -47,7 +56,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 def _align(lines: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = 3  # the first columns are words, the others figures
+    text = 4  # the first columns are words, the others figures
     return ["  ".join(cell.ljust(w) if i < text else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
 
 
@@ -65,4 +74,4 @@ def text(rows: list[Row]) -> str:
 
 def data(rows: list[Row]) -> list[dict]:
     """Everything known of each row, for json.dump."""
-    return [asdict(row) | {"bytes_per_logit": row.case.bytes_per_logit, "devices": row.devices} for row in rows]
+    return [asdict(row) | {"bytes_per_logit": row.bytes_per_logit, "devices": row.devices} for row in rows]

@@ -1,0 +1,71 @@
+"""The kernels over tokens (covariance, selection), one number a token: compiled like those over rows of logits, and judged by what they occupy alone.
+
+They move a few bytes a token, where a row of logits takes hundreds of thousands; a bound on their bandwidth would tell nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass
+
+import torch
+
+from .build import build, target
+from .cases import Launch, _meta, _pretending, _recording
+from .machine import Resources, read
+from .model import DEVICES, occupancy
+
+TOKENS = 262_144
+DTYPES = {"fp32": torch.float32, "fp64": torch.float64}
+
+
+@dataclass(frozen=True)
+class Row:
+    kernel: str
+    dtype: str
+    arch: str
+    launches: int  # in one call
+    programs: int
+    warps: int
+    resources: Resources
+
+    @property
+    def resident(self) -> dict[str, int]:
+        """Product -> programs per SM or CU."""
+        return {d.name: occupancy(self.resources, self.warps, d)[0] for d in DEVICES.values() if d.arch == self.arch}
+
+
+def record(dtype: torch.dtype, gpu) -> list[Launch]:
+    """The launches of one covariance and one selection, as rlkern.triton_kernels makes them on `gpu`, a GPUTarget."""
+    covariance, selection = (importlib.import_module(f"rlkern.triton_kernels.{name}") for name in ("covariance", "selection"))
+    values, mask = _meta(TOKENS, dtype=dtype), _meta(TOKENS, dtype=torch.bool)
+    with _pretending(gpu), _recording(covariance) as means, _recording(selection) as selections:
+        covariance.token_covariance(values, values, mask, covariance.covariance_sums(values, values, mask), values)
+        selection.select_bottom(values, mask, _meta(dtype=torch.int64), mask)
+    return means + selections
+
+
+def analyse(arch: str, dtypes=("fp32",)) -> list[Row]:
+    """One row for each kernel and type. All launches of a kernel in one call run the same code."""
+    rows = []
+    for dtype in dtypes:
+        launches: dict[str, list[Launch]] = {}
+        for launch in record(DTYPES[dtype], target(arch)):
+            launches.setdefault(launch.kernel.__name__, []).append(launch)
+        for kernel, (first, *others) in launches.items():
+            compiled = build(first, arch)
+            rows.append(Row(kernel, dtype, arch, 1 + len(others), first.grid[0], compiled.metadata.num_warps, read(compiled)[1]))
+    return rows
+
+
+def text(rows: list[Row]) -> str:
+    lines = [f"one number a token, {TOKENS:,} tokens: kernel, type, architecture, launches x programs / warps, registers, bytes spilled, shared"]
+    for r in rows:
+        occupied = f"{r.resources.registers:4} {r.resources.spilled_bytes:3} {r.resources.shared_bytes:6}"
+        lines.append(f"{r.kernel:26}{r.dtype:6}{r.arch:8}{r.launches:2} x {r.programs} / {r.warps} {occupied}")
+    return "\n".join(lines)
+
+
+def data(rows: list[Row]) -> list[dict]:
+    """For json.dump."""
+    return [asdict(row) | {"resident": row.resident} for row in rows]

@@ -1,0 +1,209 @@
+"""What the Triton kernels of token_stats do by themselves: rows split over several programs, rows that start anywhere, gradients in groups of tiles.
+
+test_token_stats.py compares every backend with float64. Here launch shapes are made small, so that short rows have many tiles and parts.
+"""
+
+import math
+
+import pytest
+import torch
+from oracle import check, run, upstream
+
+import rlkern
+
+pytest.importorskip("triton", reason="needs Triton")
+
+from rlkern.triton_kernels import launch, token_stats  # noqa: E402
+
+INF = math.inf
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BLOCK = 256
+SPLIT = (BLOCK, 1, 2, 4)  # the shape for rows of at least 31 tiles
+WHOLE = (BLOCK, 1, 2, 1)
+
+
+@pytest.fixture(autouse=True)
+def on_triton():
+    with rlkern.use_backend("triton"):
+        yield
+
+
+@pytest.fixture
+def shape(monkeypatch):
+    """shape(forward=..., backward=...) replaces the launch table."""
+
+    def replace(forward=None, backward=None):
+        for name, value in (("forward_shape", forward), ("backward_shape", backward)):
+            if value:
+                monkeypatch.setattr(token_stats, name, lambda *_, value=value: value)
+
+    return replace
+
+
+def draw(*shape, dtype=torch.float32, scale=3.0, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(DEVICE)
+
+
+def ids(vocab, *shape, seed=1):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def nan_filled(t, *size, **kwargs):
+    """Tensor.new_empty, but what nobody writes shows."""
+    size = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
+    return t.new_full(size, math.nan if kwargs.get("dtype", t.dtype).is_floating_point else 7, **kwargs)
+
+
+def forward(x, y, **options):
+    """All outputs of a forward, as one tensor of bits."""
+    s = rlkern.token_stats(x, y, with_sum_sq=True, min_p=0.1, **options)
+    return torch.stack([s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass])
+
+
+# --- rows split over several programs --------------------------------------------------------------------------------------------------------
+
+# Fewer tiles than parts, empty parts at the end, a last part of one column, one of a whole tile.
+LENGTHS = (1, BLOCK, 3 * BLOCK, 5 * BLOCK - 7, 9 * BLOCK + 1)
+
+
+@pytest.mark.parametrize("vocab", LENGTHS)
+@pytest.mark.parametrize("options", [{"min_p": 0.05, "with_sum_sq": True}, {"min_prob": 0.01, "temperature": 0.7}], ids=["min_p", "min_prob"])
+def test_split_rows(shape, vocab, options):
+    shape(SPLIT)
+    check(draw(2, vocab), ids(vocab, 2), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+def test_split_rows_of_every_type(shape, dtype):
+    shape(SPLIT)
+    check(draw(1, 2, 1501, dtype=dtype), ids(1501, 1, 2, 3), temperature=1.3, min_p=0.05, with_sum_sq=True)
+
+
+def test_split_rows_that_are_skipped(shape):
+    shape(SPLIT)
+    x, y = draw(4, 1501), ids(1501, 4)
+    x[1], x[2], y[2] = math.nan, math.nan, -100
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    stats, d = run(x, y, mask=mask, with_sum_sq=True, min_p=0.1)
+    assert all((t[1:3] == 0).all() and (t[[0, 3]] != 0).all() for t in stats.values()) and (d[1:3] == 0).all()
+    check(x[[0, 3]], y[[0, 3]], with_sum_sq=True, min_p=0.1)
+
+
+def test_scratch_is_written_before_it_is_read(shape, monkeypatch):
+    shape(SPLIT)
+    x, y = draw(2, 1501), ids(1501, 2)
+    want = forward(x, y)
+    monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
+    assert torch.equal(forward(x, y), want)
+
+
+@pytest.mark.parametrize("fill", [-INF, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("first", [0, 2 * BLOCK, 7 * BLOCK])
+def test_parts_without_a_probability(shape, first, fill):
+    """Parts that are -inf throughout, or the lowest number that frameworks mask with, before, between and after the others."""
+    shape(SPLIT)
+    x = draw(1, 8 * BLOCK)
+    live = slice(first, first + BLOCK)
+    x[:, : live.start] = fill
+    x[:, live.stop :] = fill
+    y = torch.tensor([first + 5], device=DEVICE)
+    check(x, y, with_sum_sq=True, min_p=0.1)
+
+
+@pytest.mark.parametrize("where", [[0], [3 * BLOCK, 3 * BLOCK + 1], [5, 2 * BLOCK + 5, 7 * BLOCK], [8 * BLOCK - 1]], ids=str)
+def test_the_maximum_of_a_split_row_keeps_its_own_1_apart(shape, where):
+    """One maximum, or several in one part, or in several parts; what remains is 1e-9 of it."""
+    shape(SPLIT)
+    gap, n = 28.0, 8 * BLOCK
+    x = torch.full((1, n), -gap, device=DEVICE)
+    x[0, where] = 0.0
+    stats = rlkern.token_stats(x, torch.tensor([where[0]], device=DEVICE), with_sum_sq=True)
+    others, k = (n - len(where)) * math.exp(-gap), len(where)
+    assert stats.logp.item() == pytest.approx(-math.log(k) - math.log1p(others / k), rel=1e-5)
+    assert stats.entropy.item() == pytest.approx(math.log(k) + math.log1p(others / k) + others * gap / (k + others), rel=1e-5)
+    assert stats.sum_sq_prob.item() == pytest.approx(1 / k, rel=1e-6)
+
+
+def test_undefined_split_rows_are_nan(shape):
+    shape(SPLIT)
+    x = draw(5, 1501)
+    x[1] = -INF
+    x[2, 700], x[3, 1500] = math.nan, INF
+    s = rlkern.token_stats(x, ids(1501, 5), min_p=0.1)
+    for t in (s.logp, s.entropy, s.kept_logmass):
+        assert t.isnan().tolist() == [False, True, True, True, False]
+    assert s.logsumexp[1] == -INF and s.logsumexp[2:4].isnan().all()
+
+
+def test_the_number_of_parts_follows_from_the_vocabulary_alone():
+    for size in (2, 4, 8):
+        parts = [launch.forward_shape(vocab, size)[3] for vocab in (1, 1000, 32_000, 151_936, 262_144, 2**21)]
+        assert parts == sorted(parts) and parts[0] == 1 and parts[-1] > 1 and all(n & (n - 1) == 0 for n in parts)
+    assert launch.forward_shape(50_257, 2)[3] == 1 and launch.forward_shape(262_144, 2)[3] > 1
+
+
+# --- the same bits in any batch, and at any address ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole rows", "split rows"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_row_has_the_same_bits_wherever_it_starts(shape, dtype, whole):
+    shape(WHOLE if whole else SPLIT)
+    per_boundary, vocab = 16 // dtype.itemsize, 5 * BLOCK + 3
+    row = draw(vocab, dtype=dtype, scale=0.5)
+    y = ids(vocab, 1)
+    want = None
+    for lead in range(per_boundary):
+        rows = torch.full((3, vocab + 2 * per_boundary + 1), math.nan, dtype=dtype, device=DEVICE)  # an odd stride, and NaN around the rows
+        rows[:, lead : lead + vocab] = row
+        x = rows[:, lead : lead + vocab]
+        got = torch.cat([forward(x, y.expand(3)), forward(x[1:2], y)], dim=1)
+        want = got[:, :1] if want is None else want
+        assert torch.equal(got, want.expand_as(got)), lead
+
+
+def test_the_columns_before_and_after_a_row_do_not_leak(shape):
+    """Whole tiles alone, so that the last one ends where the next row begins."""
+    shape(WHOLE)
+    n = 2 * BLOCK
+    for dtype in (torch.bfloat16, torch.float32):
+        rows = torch.full((3, n + 3), INF, dtype=dtype, device=DEVICE)
+        rows[1, 1 : n + 1] = draw(n, dtype=dtype)
+        check(rows[1:2, 1 : n + 1].unsqueeze(0).expand(1, 1, n).squeeze(0), ids(n, 1), with_sum_sq=True, min_p=0.1)
+
+
+# --- the backward's groups of tiles ----------------------------------------------------------------------------------------------------------
+
+
+def gradients(x, y, **options):
+    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    s = rlkern.token_stats(leaf, y, with_sum_sq=True, min_p=0.1, **options)
+    fields = [s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass]
+    torch.autograd.backward(fields, [g.to(t) for g, t in zip(upstream(fields), fields, strict=True)])
+    return leaf.grad
+
+
+@pytest.mark.parametrize("vocab", [BLOCK, 4 * BLOCK, 4 * BLOCK + 1, 7 * BLOCK - 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_do_not_depend_on_the_grid(shape, dtype, vocab):
+    x, y = draw(2, vocab + 5, dtype=dtype)[:, :vocab], ids(vocab, 2, 3)
+    y[0] = torch.tensor([0, vocab - 1, min(BLOCK, vocab - 1)], device=DEVICE)  # in the edges, and at the border of a tile
+    found = []
+    for tiles in (1, 3, 4):
+        shape(WHOLE, (BLOCK, 1, 2, tiles))
+        found.append(gradients(x, y))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    shape(WHOLE, (BLOCK, 1, 2, 3))
+    check(x, y, with_sum_sq=True, min_p=0.1)
+
+
+@pytest.mark.parametrize("stride", [0, 3])
+def test_every_column_of_a_skipped_row_is_zeroed(shape, stride, monkeypatch):
+    shape(WHOLE, (BLOCK, 1, 2, 3))
+    vocab = 8 * BLOCK + 5
+    x, y = draw(3, vocab + stride)[:, :vocab].requires_grad_(), ids(vocab, 3)
+    mask = torch.tensor([1, 0, 1], device=DEVICE)
+    stats = rlkern.token_stats(x, y, mask=mask)
+    monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
+    (d,) = torch.autograd.grad((stats.logp * torch.tensor([1.0, 1.0, 0.0], device=DEVICE)).sum(), x)
+    assert (d[1:] == 0).all() and (d[0] != 0).all()

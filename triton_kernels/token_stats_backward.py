@@ -1,0 +1,188 @@
+"""Gradient of the row statistics: a program reads and writes TILES tiles of one row, after fetching the row's scalars once.
+
+It sums nothing, so 16 bytes move at once from any address, and how a row is cut into tiles leaves its bits alone.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
+
+
+@triton.jit
+def _edge(e, lead, body, body_end, end, ALIGN: tl.constexpr):
+    """Columns outside the body, before and after it, as e = 0, 1, ..., and which of them are the row's."""
+    col = tl.where(e < ALIGN, e, body_end + e - ALIGN)
+    return col, (e < 2 * ALIGN) & (col >= lead) & (col < end) & ((e < ALIGN) == (col < body))
+
+
+@triton.jit
+def _load_grad(ptr, row, HAS: tl.constexpr, ACC: tl.constexpr):
+    if HAS:
+        return tl.load(ptr + row)
+    return tl.zeros((), ACC)
+
+
+@triton.jit
+def _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr):
+    """c of dz = e * c, with e = 2^t = S0 p; terms without an upstream gradient are not there at all."""
+    c = c0
+    if HAS_ENTROPY:
+        c = c + c1 * t
+    if HAS_SUM_SQ:
+        c = c + c2 * e
+    if HAS_KEPT:
+        c = c + tl.where(shifted >= delta, inside, 0.0)
+    return c
+
+
+@triton.jit
+def _gradient_tile(
+    x_ptr, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+    targets_ptr, state_row, ignore_index,
+    K: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """Reads and writes the columns `cols` that are `valid`, all in [low, high); what the others hold is never stored."""
+    x = tl.load(x_ptr + cols, mask=valid).to(ACC)
+    shifted = x - m
+    t = shifted * scale
+    if HAS_ENTROPY:  # the one term that multiplies by t
+        t = tl.maximum(t, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    e = tl.exp2(t)
+    dz = e * _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    if HAS_LOGP:
+        for j in range(K):
+            y_j = tl.sum(y, axis=0) if K == 1 else tl.load(targets_ptr + row * K + j)
+            if (y_j + lead >= low) & (y_j + lead < high) & (y_j != ignore_index) & (y_j >= 0):
+                # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
+                at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
+                shifted_y = tl.load(state_row + 6 + j)
+                t_y = tl.maximum(shifted_y * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+                e_y = tl.exp2(t_y)
+                c_y = _coefficient(t_y, e_y, shifted_y, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+                at_max = c_y + weight * at_y + weight * rest * at_y
+                col = (y_j + lead).to(tl.int32)
+                dz = tl.where(cols == col, tl.where(shifted_y == 0, at_max, e_y * c_y + inv_t * at_y), dz)
+    tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit(do_not_specialize=BATCH_SHAPE)
+def token_stats_backward_kernel(
+    logits_ptr,  # [A, B, V]
+    targets_ptr,  # [N, K]
+    mask_ptr,  # [N]
+    temperature_ptr,  # [N]
+    state_ptr,  # [N, 6 + K]
+    g_logp_ptr,  # [N, K]
+    g_entropy_ptr,  # [N]
+    g_lse_ptr,  # [N]
+    g_sum_sq_ptr,  # [N]
+    g_kept_ptr,  # [N]
+    out_ptr,  # [A, B, V]
+    inner,
+    stride_a,
+    stride_b,
+    out_stride_a,
+    out_stride_b,
+    vocab,
+    groups,
+    temperature,
+    ignore_index,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    HAS_LOGP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SUM_SQ: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
+    SAME_LEAD: tl.constexpr,  # or at least equally far from one in logits and out
+    EDGES: tl.constexpr,  # some row starts or ends off one
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row = pid // groups
+    first = (pid - row * groups) * (TILES * BLOCK)
+    start = row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
+    out_start = row_start(row, inner, out_stride_a, out_stride_b, ALIGN if ALIGNED else 1)
+    row = row.to(tl.int64)
+    k = tl.arange(0, K_BLOCK)
+    state_row = state_ptr + row * (6 + K)
+    lead = tl.zeros((), tl.int32) if ALIGNED else (out_start % ALIGN).to(tl.int32)
+    # Columns count from the 16-byte boundary before the row. The body lies between boundaries, so even its masked tiles move 16 bytes at a time.
+    end = vocab + lead
+    body = 0 if ALIGNED else ALIGN
+    body_end = tl.multiple_of(end // ALIGN * ALIGN, ALIGN)
+    last = tl.minimum(first + TILES * BLOCK, body_end)
+    x_ptr = logits_ptr + (tl.multiple_of(start - lead, ALIGN) if SAME_LEAD else start - lead)
+    z_ptr = out_ptr + tl.multiple_of(out_start - lead, ALIGN)
+    cols = tl.arange(0, BLOCK)
+    edge, in_row = _edge(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
+
+    active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
+    g_entropy = _load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
+    g_lse = _load_grad(g_lse_ptr, row, HAS_LSE, ACC)
+    g_sum_sq = _load_grad(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
+    g_kept = _load_grad(g_kept_ptr, row, HAS_KEPT, ACC)
+    flows = (g_entropy != 0) | (g_lse != 0) | (g_sum_sq != 0) | (g_kept != 0)
+    g_logp = tl.zeros((K_BLOCK,), ACC)
+    if HAS_LOGP:
+        g_logp = tl.where(y != ignore_index, tl.load(g_logp_ptr + row * K + k, mask=k < K, other=0.0), 0.0)
+        flows = flows | (tl.sum((g_logp != 0).to(tl.int32), axis=0) > 0)
+    if not (active & flows):
+        zero = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
+        for tile in range(first, last, BLOCK):
+            tl.store(z_ptr + tile + cols, zero, mask=(tile + cols >= body) & (tile + cols < body_end))
+        if EDGES:
+            if first == 0:
+                tl.store(z_ptr + edge, tl.zeros((2 * ALIGN,), out_ptr.dtype.element_ty), mask=in_row)
+        return
+
+    inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
+    m = tl.load(state_row)
+    rest = tl.load(state_row + 1)
+    c0 = g_lse
+    c1 = -g_entropy * LN2  # t is in base 2
+    c2 = 2.0 * g_sum_sq
+    inside = tl.zeros((), ACC)
+    delta = tl.zeros((), ACC)
+    if HAS_ENTROPY:
+        c0 += g_entropy * tl.load(state_row + 2)
+    if HAS_SUM_SQ:
+        c0 -= c2 * tl.load(state_row + 3)
+    if HAS_KEPT:
+        log_mass = tl.load(state_row + 4)
+        delta = tl.load(state_row + 5)
+        g_kept = tl.where(log_mass == NEG_INF, 0.0, g_kept)  # an empty kept set is a constant
+        inside = tl.where(g_kept == 0, 0.0, g_kept * tl.exp(-log_mass))
+        c0 -= g_kept
+    if HAS_LOGP:
+        c0 -= tl.sum(g_logp, axis=0)
+        lost = (k < K) & (y != ignore_index) & ((y < 0) | (y >= vocab))
+        c0 = tl.where(tl.sum(lost.to(tl.int32), axis=0) > 0, float("nan"), c0)
+    # dz = e * c: what turns e into p, and the chain rule's 1/T, go into the row's scalars.
+    weight = inv_t / (1.0 + rest)
+    c0 *= weight
+    c1 *= weight
+    c2 *= weight / (1.0 + rest)
+    inside *= weight
+
+    scale = inv_t * LOG2E
+    if EDGES:
+        if first == 0:
+            _gradient_tile(
+                x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+                targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+            )  # fmt: skip
+    for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
+        in_body = (tile + cols >= body) & (tile + cols < body_end)
+        _gradient_tile(
+            x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+            targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+        )  # fmt: skip

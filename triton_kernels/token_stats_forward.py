@@ -1,0 +1,298 @@
+"""Row statistics of logits, forward: a row is read once, by one program; token_stats_split.py spreads long rows over several.
+
+Per thread and element it keeps S0 = sum 2^t and S1 = sum t 2^t with t = (x - m) log2(e) / T and m the running maximum. Only one block-wide
+reduction a tile is needed, its maximum; a tile that raises the maximum takes a uniform branch, where the sums are rescaled and the entries
+equal to the maximum are counted and taken out, so that S0 never holds the maximum's own 1 (a confident row keeps its relative accuracy).
+
+Which element meets which in a sum depends on its column alone, never on the row's address or number: a row has the same bits in any batch. To load
+16 bytes at once from rows that do not start on a 16-byte boundary, the lines of a tile are rotated: with `lead` elements between the boundary and
+the row, lane e of a line holds its column e - lead, and the first `lead` lanes its last columns, which stand where the next line begins. A tile has
+the same columns and a lane's sum the same terms as without a lead; at the end the lanes' sums are put in order.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import log1p
+from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
+
+
+@triton.jit
+def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
+    """Takes a tile into the running sums; r0, r1, r2 hold what former maxima contributed."""
+    tile_max = tl.max(tl.max(x, axis=0), axis=0)
+    if tile_max >= m:
+        if tile_max > m:
+            d = tl.where(m == NEG_INF, 0.0, tl.maximum((m - tile_max) * scale, FLOOR))  # the lowest float masks as -inf does, and overflows here
+            shrink = tl.exp2(d)
+            r1 = shrink * (r1 + d * (r0 + ties))
+            r0 = shrink * (r0 + ties)
+            s1 = shrink * (s1 + d * s0)
+            s0 = shrink * s0
+            if SUM_SQ:
+                r2 = shrink * shrink * (r2 + ties)
+                s2 = shrink * shrink * s2
+            m = tile_max
+            ties = ties * 0.0
+        if tile_max > NEG_INF:
+            ties += tl.sum(tl.sum((x == tile_max).to(ties.dtype), axis=0), axis=0)
+            x = tl.where(x == tile_max, NEG_INF, x)
+    t = exponent(x, tl.where(m == NEG_INF, 0.0, m), scale)
+    e = tl.exp2(t)
+    s0 += tl.sum(e, axis=0)
+    s1 += tl.sum(e * t, axis=0)
+    if SUM_SQ:
+        s2 += tl.sum(e * e, axis=0)
+    return m, ties, r0, r1, r2, s0, s1, s2
+
+
+@triton.jit
+def _kept_tile(x, m, delta, scale, kept, dropped):
+    e = tl.exp2(exponent(x, m, scale))
+    inside = x - m >= delta
+    return kept + tl.sum(tl.where(inside, e, 0.0), axis=0), dropped + tl.sum(tl.where(inside, 0.0, e), axis=0)
+
+
+# A tile is [BLOCK / LANES, LANES], every thread holding whole loads of a line: sums over axis 0 stay inside a thread.
+
+
+@triton.jit
+def _row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
+    """(what loads count from, where it is shifted the 16-byte boundary before the row; elements from there to the start of the row)"""
+    lead = tl.zeros((), tl.int32)
+    if SHIFTED:
+        lead = (row_ptr.to(tl.int64) % 16 // (16 // ALIGN)).to(tl.int32)
+    return tl.multiple_of(row_ptr - lead, 16) if SHIFTED else row_ptr, lead
+
+
+@triton.jit
+def _columns(lead, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """Which column of its tile each element is."""
+    lane = tl.arange(0, LANES)[None, :]
+    return tl.arange(0, BLOCK // LANES)[:, None] * LANES + lane - lead + tl.where(lane < lead, LANES, 0)
+
+
+@triton.jit
+def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    line = tl.arange(0, BLOCK // LANES)[:, None]
+    replaced = tl.cdiv(lead, ALIGN) * ALIGN  # lanes, whole loads of them
+    if not SHIFTED:
+        x = tl.load(boundary + i + line * LANES + tl.arange(0, LANES)[None, :], eviction_policy="evict_first")
+    elif ALIGN != 8:
+        lane = tl.arange(0, LANES)[None, :]
+        at = boundary + i + line * LANES + lane
+        x = tl.load(at, eviction_policy="evict_first")
+        x = tl.where(lane < lead, tl.load(at + LANES, mask=lane < replaced), x)
+    else:  # two elements to a word, and one instruction for both
+        word = tl.arange(0, LANES // 2)[None, :]
+        at = tl.multiple_of(boundary.to(tl.pointer_type(tl.int32)), 16) + i // 2 + line * (LANES // 2) + word
+        following = tl.load(at + LANES // 2, mask=word < replaced // 2, other=0)
+        bits = tl.where(2 * word + 1 < lead, -1, tl.where(2 * word < lead, 0xFFFF, 0))
+        pair = (tl.load(at, eviction_policy="evict_first") & ~bits) | (following & bits)
+        dtype = boundary.dtype.element_ty
+        low, high = pair.to(tl.int16).to(dtype, bitcast=True), (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
+        x = tl.reshape(tl.join(low, high), (BLOCK // LANES, LANES))
+    return x
+
+
+CAN_SHIFT = hasattr(tl, "gather")  # Triton 3.2 has none: there, rows that start off a boundary are read element by element
+
+if CAN_SHIFT:
+
+    @triton.jit
+    def _rotate(s, lead, LANES: tl.constexpr):
+        return tl.gather(s, (tl.arange(0, LANES) + lead) % LANES, 0)
+
+else:
+
+    @triton.jit
+    def _rotate(s, lead, LANES: tl.constexpr):
+        return s
+
+
+@triton.jit
+def _sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
+    """In the order of the columns."""
+    return tl.sum(_rotate(s, lead, LANES) if SHIFTED else s, axis=0)
+
+
+@triton.jit
+def sweep(
+    row_ptr, begin, end, scale,
+    SUM_SQ: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums over the columns [begin, end), begin a whole number of tiles: (m, how many are equal to m, S0, S1, S2 of the others)."""
+    boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
+    m = tl.full((), NEG_INF, ACC)
+    ties = tl.zeros((), ACC)
+    r0 = tl.zeros((), ACC)
+    r1 = tl.zeros((), ACC)
+    r2 = tl.zeros((), ACC)
+    s0 = tl.zeros((LANES,), ACC)
+    s1 = tl.zeros((LANES,), ACC)
+    s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
+    whole = end // BLOCK * BLOCK
+    for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
+        x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+    if whole < end:
+        cols = whole + _columns(lead, BLOCK, LANES)
+        x = tl.load(row_ptr + cols, mask=cols < end, other=NEG_INF).to(ACC)
+        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+    if SUM_SQ:
+        r2 += _sum_lanes(s2, lead, SHIFTED, LANES)
+    return m, ties, _sum_lanes(s0, lead, SHIFTED, LANES) + r0, _sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2
+
+
+@triton.jit
+def kept_sweep(
+    row_ptr, begin, end, m, delta, scale,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), begin a whole number of tiles."""
+    boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
+    kept = tl.zeros((LANES,), ACC)
+    dropped = tl.zeros((LANES,), ACC)
+    whole = end // BLOCK * BLOCK
+    for i in range(begin, whole, BLOCK):
+        x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+    if whole < end:
+        cols = whole + _columns(lead, BLOCK, LANES)
+        x = tl.load(row_ptr + cols, mask=cols < end, other=NEG_INF).to(ACC)
+        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+    return _sum_lanes(kept, lead, SHIFTED, LANES), _sum_lanes(dropped, lead, SHIFTED, LANES)
+
+
+@triton.jit
+def log_total(m, ties, s0):
+    """(sum e^u without the maximum's own 1, log sum e^u, whether all is -inf), u = (x - m) / T"""
+    rest = s0 + (ties - 1.0)
+    nothing = (m == NEG_INF) & (rest == -1.0)
+    # A row of -inf alone is no distribution, and one of +inf has no differences.
+    rest = tl.where(nothing | (m == float("inf")), float("nan"), rest)
+    return rest, log1p(rest), nothing
+
+
+@triton.jit
+def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr):
+    """x is kept where x - m reaches it."""
+    return (log_kept if KEPT == 1 else log_kept + log_s0) / inv_t
+
+
+@triton.jit
+def write_row(
+    row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
+    logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    rest, log_s0, nothing = log_total(m, ties, s0)
+    mean_u = LN2 * s1 / (1.0 + rest)
+    entropy = log_s0 - mean_u
+    lse = tl.where(nothing, NEG_INF, m * inv_t + log_s0)
+    tl.store(entropy_ptr + row, entropy)
+    tl.store(lse_ptr + row, lse)
+    state_row = state_ptr + row * (6 + K)
+    tl.store(state_row, m)
+    tl.store(state_row + 1, rest)
+    tl.store(state_row + 2, mean_u)
+    sum_sq = tl.zeros((), ACC)
+    if SUM_SQ:
+        total = 1.0 + rest
+        sum_sq = (s2 + ties) / (total * total)
+        tl.store(sum_sq_ptr + row, sum_sq)
+    tl.store(state_row + 3, sum_sq)
+    log_mass = tl.zeros((), ACC)
+    delta = tl.zeros((), ACC)
+    if KEPT:
+        log_mass = -log1p(dropped / kept)
+        log_mass = tl.where(log_s0 == log_s0, log_mass, log_s0)
+        delta = kept_threshold(log_s0, log_kept, inv_t, KEPT)
+        tl.store(kept_ptr + row, log_mass)
+    tl.store(state_row + 4, log_mass)
+    tl.store(state_row + 5, delta)
+    if K > 0:
+        k = tl.arange(0, K_BLOCK)
+        in_vocab = (k < K) & (y >= 0) & (y < vocab)
+        x_y = tl.load(row_ptr + y, mask=in_vocab, other=float("nan")).to(ACC)
+        shifted = x_y - m
+        logp = tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0)
+        tl.store(logp_ptr + row * K + k, logp, mask=k < K)
+        tl.store(state_row + 6 + k, shifted, mask=k < K)
+
+
+@triton.jit
+def write_zeros(
+    row, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    zero = tl.zeros((), ACC)
+    state_row = state_ptr + row * (6 + K)
+    tl.store(entropy_ptr + row, zero)
+    tl.store(lse_ptr + row, zero)
+    if SUM_SQ:
+        tl.store(sum_sq_ptr + row, zero)
+    if KEPT:
+        tl.store(kept_ptr + row, zero)
+    for i in tl.static_range(6):
+        tl.store(state_row + i, zero)
+    if K > 0:
+        k = tl.arange(0, K_BLOCK)
+        tl.store(logp_ptr + row * K + k, tl.zeros((K_BLOCK,), ACC), mask=k < K)
+        tl.store(state_row + 6 + k, tl.zeros((K_BLOCK,), ACC), mask=k < K)
+
+
+@triton.jit(do_not_specialize=BATCH_SHAPE)
+def token_stats_forward_kernel(
+    logits_ptr,  # [A, B, V]
+    targets_ptr,  # [N, K]
+    mask_ptr,  # [N]
+    temperature_ptr,  # [N]
+    logp_ptr,  # [N, K]
+    entropy_ptr,  # [N]
+    lse_ptr,  # [N]
+    sum_sq_ptr,  # [N]
+    kept_ptr,  # [N]
+    state_ptr,  # [N, 6 + K]
+    inner,
+    stride_a,
+    stride_b,
+    vocab,
+    temperature,
+    ignore_index,
+    log_kept,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    SUM_SQ: tl.constexpr,
+    KEPT: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGN: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
+    SHIFTED: tl.constexpr,  # rows start anywhere, and are loaded from the boundary before them
+    BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One row a program."""
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
+    row = row.to(tl.int64)
+    active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
+    if not active:
+        write_zeros(row, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, ACC)
+        return
+    inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
+    scale = inv_t * LOG2E
+    m, ties, s0, s1, s2 = sweep(row_ptr, 0, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
+    kept = tl.zeros((), ACC)
+    dropped = tl.zeros((), ACC)
+    if KEPT:
+        _rest, log_s0, _nothing = log_total(m, ties, s0)
+        kept, dropped = kept_sweep(row_ptr, 0, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES)
+    write_row(
+        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
+        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, ACC,
+    )  # fmt: skip
