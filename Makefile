@@ -26,7 +26,7 @@ BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help setup quickstart lab test lint format bench bench-check bench-losses bench-bgpo report gpu trl-versions peers package clean
+.PHONY: help setup quickstart lab diffusion test lint format bench bench-check bench-losses bench-bgpo report gpu trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,9 @@ quickstart: $(VENV)/.built  ## DPO on real text, eager PyTorch against rlkern (A
 
 lab: $(VENV)/.built  ## entropy and reward under five policy losses: reinforcement learning of a small model (ARGS="--seed 1")
 	$(PY) examples/entropy_lab.py $(ARGS)
+
+diffusion: $(VENV)/.built  ## BGPO on a small diffusion model: memory and reward against the number of draws (ARGS="--quick")
+	$(PY) examples/diffusion_rl.py $(ARGS)
 
 test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
