@@ -209,7 +209,7 @@ def test_second_derivative_raises():
         ({"mask": torch.ones(4)}, ValueError, "mask must be"),
         ({"temperature": 0}, ValueError, "temperature must be positive"),
         ({"min_p": 2.0}, ValueError, "min_p is a fraction"),
-        ({"group": object()}, ValueError, "group"),
+        ({"group": "tp"}, ValueError, "group"),
     ],
     ids=str,
 )

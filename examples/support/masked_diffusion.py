@@ -33,7 +33,7 @@ def solved(model: nn.Module, puzzles: Tensor, cells: int) -> float:
 
 
 def pretrain(model: nn.Module, task: Sudoku, *, until: float, cells: int, max_steps: int, seed: int, batch: int = 128, lr: float = 3e-3) -> int:
-    """LLaDA's supervised loss, the negative ELBO of one draw a grid, until that share of the held-out puzzles is solved. Returns the steps taken."""
+    """LLaDA's supervised loss, the negative ELBO of one draw a grid, until that share of 200 held-out puzzles is solved. Returns the steps taken."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(1, max_steps + 1):
         puzzles, grids = task.draw(batch)
@@ -43,6 +43,6 @@ def pretrain(model: nn.Module, task: Sudoku, *, until: float, cells: int, max_st
         optimizer.zero_grad()
         (-elbo / response.sum(-1)).mean().backward()
         optimizer.step()
-        if step % 10 == 0 and solved(model, task.held_out, cells) >= until:
+        if step % 10 == 0 and solved(model, task.held_out[:200], cells) >= until:
             break
     return step
