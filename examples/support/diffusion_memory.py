@@ -16,7 +16,6 @@ from .processes import advance
 from .sudoku import CELLS, VOCAB
 
 _LIBC = ctypes.CDLL(None)
-UPDATES = 2
 ANSWERS = 64
 PADDED_VOCAB = 8192  # logits are the largest tensor of a language model; with the task's five columns they would be none
 
@@ -73,15 +72,15 @@ def _allocate_from_the_system() -> None:
 
 
 def _return_freed_memory() -> None:
-    """Of the smaller blocks: what earlier updates freed would otherwise be used again, unseen."""
+    """Of the smaller blocks: what was freed before would otherwise be used again, unseen."""
     if hasattr(_LIBC, "malloc_trim"):
         _LIBC.malloc_trim(0)
 
 
 def measure(objective: str, n: int) -> Memory:
-    """Off-policy updates on random answers, after one to make the gradients and the optimizer's state; the lowest of their peaks: chance only adds.
+    """One update off-policy, on random answers, after a small one that makes the gradients and the optimizer's state.
 
-    An update is everything from the draws of the masks to the optimizer's step.
+    It is everything from the draws of the masks to the optimizer's step.
     """
     _allocate_from_the_system()
     torch.set_num_threads(1)
@@ -92,11 +91,10 @@ def measure(objective: str, n: int) -> Memory:
     response = torch.rand(ANSWERS, CELLS).argsort(-1) < 12
     answers = Answers(ids, response, torch.randn(ANSWERS), torch.arange(ANSWERS), seed=0)
     meter, retained = Meter(), Retained(model.parameters())
-    update(model, optimizer, objective, answers, 2, None)
     old_elbo = elbos(model, answers, n)
-    for _ in range(UPDATES):
-        _return_freed_memory()
-        with meter.measured(), torch.autograd.graph.saved_tensors_hooks(retained.pack, lambda saved: saved.tensor):
-            update(model, optimizer, objective, answers, n, old_elbo)
-        advance(n)
-    return Memory(retained.most, min(meter.peak_bytes, default=None))
+    update(model, optimizer, objective, answers, 2, None)
+    _return_freed_memory()
+    with meter.measured(), torch.autograd.graph.saved_tensors_hooks(retained.pack, lambda saved: saved.tensor):
+        update(model, optimizer, objective, answers, n, old_elbo)
+    advance(n)
+    return Memory(retained.most, meter.peak_bytes[0] if meter.peak_bytes else None)

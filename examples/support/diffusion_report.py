@@ -58,7 +58,7 @@ def print_memory(memory: dict[Key, Memory]) -> None:
 
 def print_runs(runs: dict[Key, Run], before: float) -> None:
     objectives, samples = _axes(runs)
-    print(f"\nshare of held-out puzzles solved at the end, from {before:.1%}; in brackets seconds of the run")
+    print(f"\nshare of held-out puzzles solved at the end, from {before:.1%}; in brackets CPU seconds of the run")
     print(f"{'':<9}" + "".join(f"{f'n = {n}':>16}" for n in samples))
     for objective in objectives:
         cells = (f"{r.solved:.1%} ({r.seconds:.0f})" for r in (runs[objective, n] for n in samples))
@@ -70,7 +70,7 @@ def write_csv(memory: dict[Key, Memory], runs: dict[Key, Run], folder: Path) -> 
     summary, rewards = folder / "diffusion_rl.csv", folder / "diffusion_rl_rewards.csv"
     with summary.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["objective", "n", "retained_bytes", "peak_bytes", "held_out_solved", "seconds"])
+        table.writerow(["objective", "n", "retained_bytes", "peak_bytes", "held_out_solved", "cpu_seconds"])
         for (objective, n), run in runs.items():
             m = memory[objective, n]
             table.writerow([objective, n, m.retained, m.peak, f"{run.solved:.6f}", f"{run.seconds:.3f}"])
