@@ -161,7 +161,7 @@ def masked_elbo(
         return_token_logp: also return the log-probabilities of the targets, shaped like targets, detached, 0 where not counted: what a later
             update takes as `old_token_logp`. (`rlkern.token_logprobs` has them with gradient.)
         old_token_logp: shaped like targets, float, detached, from the same draw: returns the sum of w (log p - old), the log ratio of the ELBOs,
-            instead. It keeps the digits that the difference of two ELBOs loses (at 512 tokens, 1e-8 against 3e-4 in float32).
+            instead. It keeps the digits that the difference of two ELBOs loses (up to 512 tokens in float32: 2e-7 against 4e-4 at worst).
 
     Returns:
         [B] or [num_seqs], float32 (float64 for float64 logits), differentiable; 0 for a sequence without counted rows; -inf where a counted

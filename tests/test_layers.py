@@ -46,6 +46,12 @@ def test_losses_use_primitives_only(path):
     assert imported(path, ["rlkern", "losses"]) <= PRIMITIVES | {"rows", "checks", "losses"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "rlkern" / "integrations").rglob("*.py")), ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_integrations_use_what_users_may(path):
+    package = list(path.relative_to(ROOT).parent.parts)
+    assert imported(path, package) <= PRIMITIVES | {"rows", "checks", "losses", "integrations", "__init__"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "triton_kernels").glob("*.py")), ids=lambda p: p.stem)
 def test_kernels_import_torch_and_triton_only(path):
     for node in ast.walk(ast.parse(path.read_text())):
