@@ -278,13 +278,14 @@ def _tokens(token_rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reinforce_plus_plus(token_rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> TokenAdvantages:
-    """Discounted returns, whitened over the batch (REINFORCE++, arXiv 2501.03262). The return starts anew behind a masked token."""
+    """Discounted returns, whitened over the batch (REINFORCE++, arXiv 2501.03262). Masked tokens, such as a tool's output, are stepped over:
+    what comes behind them counts for what stands before them (as in verl 0.9.1; its 0.8 began anew there)."""
     _fraction("gamma", gamma)
     r, kept = _tokens(token_rewards, mask)
     running, columns = torch.zeros_like(r[:, 0]) if r.shape[1] else None, []
     for reward, keep in zip(reversed(r.unbind(1)), reversed(kept.unbind(1)), strict=True):
-        running = torch.where(keep, reward + gamma * running, 0)
-        columns.append(running)
+        running = torch.where(keep, reward + gamma * running, running)
+        columns.append(torch.where(keep, running, 0))
     returns = torch.stack(columns[::-1], 1) if columns else r
     return TokenAdvantages(_like(whiten(returns, kept), token_rewards), _like(returns, token_rewards))
 

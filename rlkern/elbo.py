@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .ops import token_logprobs
-from .rows import DEBUG, accumulation_dtype, check_device, check_logits, check_mask, check_targets, watched
+from .rows import DEBUG, accumulation_dtype, check_device, check_ignore_index, check_logits, check_mask, check_targets, watched
 
 __all__ = ["ELBORows", "elbo_rows", "masked_elbo", "values_at_hand"]
 
@@ -108,7 +108,8 @@ def elbo_rows(
         raise ValueError(f"targets must be {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(targets.shape)}")
     mask = check_mask(mask, logits)
     weight = _row_weights(weight, logits, seq_idx is not None)
-    counted = (targets != ignore_index) & (weight != 0)  # a row of weight 0 adds nothing whatever it holds, so it need not be read
+    # A row of weight 0 adds nothing whatever it holds, so it need not be read.
+    counted = (targets != check_ignore_index(ignore_index)) & (weight != 0)
     if mask is not None:
         counted = counted & mask
     weight = torch.where(counted, weight, 0)

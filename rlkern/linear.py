@@ -18,7 +18,7 @@ from .ops import (
     _token_stats,
     _write_gradient,
 )
-from .rows import OnlyOnce, accumulation_dtype, check_device, check_logits, check_mask, check_targets, check_temperature
+from .rows import OnlyOnce, accumulation_dtype, check_device, check_ignore_index, check_logits, check_mask, check_targets, check_temperature
 
 __all__ = ["linear_token_stats"]
 
@@ -258,7 +258,7 @@ def linear_token_stats(
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    if isinstance(hidden, Tensor) and torch.is_autocast_enabled(hidden.device.type):
+    if isinstance(hidden, Tensor) and not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight, bias = (_autocast(x, hidden.device.type) for x in (hidden, weight, bias))
     _check_matrix(hidden, weight, bias)
     targets = check_targets(targets, hidden)
@@ -272,5 +272,5 @@ def linear_token_stats(
     elif chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
-    options = (temperature, int(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
+    options = (temperature, check_ignore_index(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return _as_stats(_LinearTokenStats.apply(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, options), targets, options)

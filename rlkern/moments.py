@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rows import DEBUG, OnlyOnce, accumulation_dtype, as_rows, check_logits, check_mask, check_targets, rows_per_chunk
+from .rows import DEBUG, OnlyOnce, accumulation_dtype, as_rows, check_ignore_index, check_logits, check_mask, check_targets, rows_per_chunk
 
 _lib = torch.library.Library("rlkern", "FRAGMENT")
 _lib.define("row_moments(Tensor logits, Tensor targets, Tensor skipped) -> (Tensor, Tensor, Tensor)", tags=(torch.Tag.pt2_compliant_tag,))
@@ -120,6 +120,6 @@ def row_moments(logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, 
     if targets.dim() == logits.dim():
         raise ValueError(f"targets must be {tuple(logits.shape[:-1])}, one a row, got {tuple(targets.shape)}")
     mask = check_mask(mask, logits)
-    skipped = targets == ignore_index
+    skipped = targets == check_ignore_index(ignore_index)
     skipped = skipped if mask is None else skipped | ~mask
     return RowMoments(*_RowMoments.apply(logits, targets, skipped))

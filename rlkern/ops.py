@@ -18,6 +18,7 @@ from .rows import (
     OnlyOnce,
     accumulation_dtype,
     as_rows,
+    check_ignore_index,
     check_logits,
     check_mask,
     check_target_range,
@@ -257,7 +258,7 @@ def _stats(logits, targets, mask, temperature, ignore_index, min_p, min_prob, wi
     kept_kind, log_kept = _check_kept(min_p, min_prob)
     if inplace_backward:
         _check_inplace(logits)
-    options = (temperature, int(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
+    options = (temperature, check_ignore_index(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return _as_stats(_TokenStats.apply(logits, targets, mask, row_temperature, options, bool(inplace_backward)), targets, options)
 
 

@@ -36,8 +36,17 @@ def rows_per_chunk(rows: Tensor) -> int:
 
 
 def watched(x: Tensor) -> bool:
-    """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode. Else dispatch is pure overhead."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0
+    """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode, or only the shapes of meta tensors.
+    Else dispatch is pure overhead."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
+
+
+def call(op, function, *args):
+    """op(*args), which has no gradient; by calling `function`, which stands behind it, where nobody looks at the first argument."""
+    if not watched(args[0]) and torch._C._functorch.peek_interpreter_stack() is None:
+        return function(*args)
+    with torch.no_grad():
+        return op(*args)
 
 
 class OnlyOnce(torch.autograd.Function):
@@ -74,6 +83,12 @@ def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
     return targets.long()
 
 
+def check_ignore_index(ignore_index: int) -> int:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+    return ignore_index
+
+
 def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
     if tensor.device != logits.device:
         raise ValueError(f"{name} must be on the logits' device {logits.device}, got {tensor.device}")
@@ -96,6 +111,9 @@ def check_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tens
             raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {type(temperature).__name__}")
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if torch.compiler.is_compiling() and temperature != 1:
+            # As a number, and in new_full, it would be part of the graph: compiled anew for every value.
+            return temperature * logits.new_ones(logits.shape[:-1], dtype=accumulation_dtype(logits)), 1.0
         return None, float(temperature)
     rows = logits.shape[:-1]
     if not temperature.dtype.is_floating_point:

@@ -159,8 +159,9 @@ def test_reinforce_plus_plus():
     for i in range(4):
         running = 0.0
         for t in reversed(range(5)):
-            running = (rewards[i, t] + 0.9 * running) if MASK[i, t] else 0.0
-            returns[i, t] = running
+            if MASK[i, t]:  # the reward behind the hole reaches the tokens before it
+                running = rewards[i, t] + 0.9 * running
+                returns[i, t] = running
     result = adv.reinforce_plus_plus(rewards, MASK, gamma=0.9)
     close(result.returns, returns)
     close(result.advantages, naive_whiten(returns, MASK))

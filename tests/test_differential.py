@@ -96,6 +96,7 @@ def test_rewards_and_displacement():
         (lambda: did_entropy(torch.ones(2).long(), torch.ones(2), torch.ones(2)), TypeError, "logps must be a float tensor"),
         (lambda: token_did_entropy(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "reference_logits must have the shape"),
         (lambda: log_ratio_rewards(torch.ones(2), torch.ones(2), beta="x"), TypeError, "beta must be a number"),
+        (lambda: log_ratio_rewards(torch.ones(2), torch.ones(2), beta=-0.1), ValueError, "beta must be in"),
         (lambda: displacement_metrics(*(torch.ones(2),) * 3, torch.ones(3)), ValueError, "reference_rejected_logps must be like"),
     ],
 )

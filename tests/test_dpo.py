@@ -245,6 +245,14 @@ def test_far_out_values_and_gradients_are_finite(kind, dtype):
     assert torch.autograd.grad(losses.sum(), pc)[0].isfinite().all()
 
 
+def test_hinge_lets_go_at_its_kink():
+    """relu's convention, and TRL's: no gradient where the margin is 1 exactly, as bfloat16 log-probabilities can have it."""
+    pc, zero = torch.tensor([2.0, 1.5, 2.5], requires_grad=True), torch.zeros(3)
+    losses = dpo_loss(pc, zero, zero, zero, 0.5, loss_type="hinge").losses
+    assert torch.equal(losses, torch.tensor([0.0, 0.25, 0.0]))
+    assert torch.equal(torch.autograd.grad(losses.sum(), pc)[0], torch.tensor([0.0, -0.5, 0.0]))
+
+
 @pytest.mark.parametrize("f", F_DIVERGENCES)
 def test_f_divergences_far_out(f):
     pc = torch.tensor([1e4, -1e4], requires_grad=True)
@@ -498,6 +506,8 @@ def test_ignore_index_and_empty_time():
     )
     assert sequence_logps(torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.long)).tolist() == [0, 0]
     assert next_tokens(torch.tensor([[1, 2, 3]]), -7).tolist() == [[2, 3, -7]]
+    with pytest.raises(ValueError, match=r"labels must be \[\.\.\., T\]"):
+        next_tokens(torch.tensor(1))
 
 
 # --- errors ---------------------------------------------------------------------------------------------------------------------------------

@@ -259,6 +259,7 @@ def packing(**changes):
      ((2, 3, 5), {"old_token_logp": torch.zeros(2)}, ValueError, r"old_token_logp must have the shape of targets \(2, 3\)"),
      ((2, 3, 5), {"old_token_logp": 0.0}, TypeError, "old_token_logp must be a float tensor"),
      ((2, 3, 5), {"temperature": 0.0}, ValueError, "temperature must be positive"),
+     ((2, 3, 5), {"ignore_index": "-100"}, TypeError, "ignore_index must be an int, got '-100'"),
      ((4, 5), {}, ValueError, r"logits must be \[B, S, V\], or \[N, V\] with seq_idx="),
      ((4, 5), {"seq_idx": torch.zeros(4, dtype=torch.long)}, TypeError, "packed rows need num_seqs="),
      ((4, 5), packing(num_seqs=3.0), TypeError, "num_seqs must be an int, got float"),

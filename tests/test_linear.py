@@ -186,6 +186,13 @@ def test_compile_and_opcheck():
         torch.testing.assert_close(a, b)
 
 
+def test_meta_tensors():
+    hidden, weight, bias, targets = (t.detach().to("meta") for t in draw(9))
+    stats = linear_token_stats(hidden.requires_grad_(), weight, targets, bias=bias)
+    stats.logp.sum().backward()
+    assert stats.entropy.is_meta and stats.logp.shape == (9,) and hidden.grad.shape == hidden.shape
+
+
 def test_second_derivative_raises():
     hidden, weight, bias, targets = draw(3)
     (g,) = torch.autograd.grad(linear_token_stats(hidden, weight, targets).logp.sum(), hidden, create_graph=True)
@@ -209,6 +216,7 @@ def test_second_derivative_raises():
         ({"mask": torch.ones(4)}, ValueError, "mask must be"),
         ({"temperature": 0}, ValueError, "temperature must be positive"),
         ({"min_p": 2.0}, ValueError, "min_p is a fraction"),
+        ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
         ({"group": "tp"}, ValueError, "group"),
     ],
     ids=str,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import rlkern
@@ -56,6 +57,7 @@ X, Y = torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.long)
         (lambda: rlkern.token_stats(X, Y, temperature=torch.zeros(2, 3)), ValueError, "positive"),
         (lambda: rlkern.token_stats(X, Y, temperature=torch.ones(2, 3, dtype=torch.long)), TypeError, "int64"),
         (lambda: rlkern.token_stats(X, Y, temperature=torch.ones(2, 3, requires_grad=True)), ValueError, "detach"),
+        (lambda: rlkern.token_stats(X, Y, ignore_index=-100.5), TypeError, "ignore_index must be an int, got -100.5"),
         (lambda: rlkern.token_stats(X, Y, min_p=0.0), ValueError, "min_p"),
         (lambda: rlkern.token_stats(X, Y, min_p=0.1, min_prob=0.1), ValueError, "not both"),
         (lambda: rlkern.token_stats(X, Y, min_prob=1.5), ValueError, "1.5"),
@@ -182,6 +184,24 @@ def test_compile_with_temperature_that_changes():
     torch.testing.assert_close(gradient(compiled, x, y, t), gradient(loss, x, y, t))
 
 
+@pytest.mark.skipif(OLD_DYNAMO, reason="may take every float for a constant")
+@pytest.mark.parametrize("source", ["logits", "hidden", "divergence"])
+def test_a_temperature_that_changes_is_not_compiled_again(source):
+    x, y = inputs(2, 5, 33)
+    weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(1))
+    call = {
+        "logits": lambda t: rlkern.token_stats(x, y, temperature=t).entropy,
+        "hidden": lambda t: rlkern.linear_token_stats(x, weight, y % 7, temperature=t).entropy,
+        "divergence": lambda t: rlkern.token_divergence(x, x.flip(-1), temperature=t),
+    }[source]
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for t in (0.5, 0.9, 1.3, 1.1):  # the second value is where torch.compile learns that it varies
+        torch.testing.assert_close(compiled(t), call(t))
+    assert counter.frame_count == 2
+
+
 def test_compile_with_inplace_backward():
     torch._dynamo.reset()
 
@@ -206,6 +226,13 @@ def test_fake_tensors():
     with torch._subclasses.FakeTensorMode():
         s = rlkern.token_stats(torch.empty(2, 5, 33, dtype=torch.bfloat16), torch.zeros(2, 5, 4, dtype=torch.long), with_sum_sq=True)
         assert s.logp.shape == (2, 5, 4) and s.entropy.shape == (2, 5) and s.sum_sq_prob.dtype == torch.float32
+
+
+def test_meta_tensors():
+    """Shapes without data, outside of FakeTensorMode: no backend runs."""
+    x, y = (t.detach().to("meta") for t in inputs(2, 3, 50))
+    loss(x.requires_grad_(), y).backward()
+    assert x.grad.is_meta and x.grad.shape == (2, 3, 50)
 
 
 def test_autocast(backend, device):

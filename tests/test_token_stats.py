@@ -289,11 +289,12 @@ def test_proxy_logp_gradient_and_shape(backend, device):
         _ = rlkern.token_stats(x, y).proxy_logp
 
 
-def test_empty_kept_set(backend, device):
-    x, y = torch.zeros(2, 100, device=device, requires_grad=True), ids(100, 2, device=device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_empty_kept_set(backend, device, dtype):
+    x, y = torch.zeros(2, 100, dtype=dtype, device=device, requires_grad=True), ids(100, 2, device=device)
     stats = rlkern.token_stats(x, y, min_prob=0.5)
     assert (stats.kept_logmass == -INF).all() and (stats.proxy_logp == -INF).all()
-    stats.kept_logmass.backward(torch.ones(2, device=device))
+    stats.kept_logmass.backward(torch.ones(2, dtype=dtype, device=device))
     assert (x.grad == 0).all()
 
 

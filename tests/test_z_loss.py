@@ -136,6 +136,8 @@ def test_penalty_equals_formula():
         (lambda x, y: spherical_z_loss(x, y - 100, ignore_index=-1), IndexError, "target -100 is out of range"),
         (lambda x, y: spherical_z_loss(x, y.unsqueeze(-1)), ValueError, "one a row"),
         (lambda x, y: spherical_z_loss(x, y.float()), TypeError, "int64 token ids"),
+        (lambda x, y: spherical_z_loss(x, y, ignore_index=[]), TypeError, "ignore_index must be an int"),
+        (lambda x, y: lse_penalty(x[..., 0], y.to("meta")), ValueError, "meta"),
         (lambda x, y: lse_penalty(x[..., 0], y, coef=-1), ValueError, "coef must be in"),
         (lambda x, y: lse_penalty(y, y), TypeError, "logsumexp must be a float tensor"),
         (lambda x, y: lse_penalty(x[..., 0], y[:1]), ValueError, "mask must have the shape of values"),

@@ -9,7 +9,8 @@ def log1p(x):
     """log(1 + x) for x >= 0, accurate relative to x."""
     if x.dtype == tl.float64:
         w = 1.0 + x
-        return tl.where(w == 1.0, x, tl.log(w) * (x / (w - 1.0)))
+        small = tl.where(w == 1.0, x, tl.log(w) * (x / (w - 1.0)))
+        return tl.where(x < 1.0, small, tl.log(w))  # of +inf small is NaN
     # The hardware's log2 has an absolute error near 1; there 2 atanh(x / (2 + x)) as a series.
     s = x / (2.0 + x)
     q = s * s

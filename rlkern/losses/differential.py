@@ -34,7 +34,7 @@ def _check_logps(tensors: dict[str, Tensor]) -> None:
 def log_ratio_rewards(logps: Tensor, reference_logps: Tensor, *, beta: float = 0.1) -> Tensor:
     """DPO's implicit reward beta (log pi' - log pi) of each response, from sequence log-probabilities of one shape. float32 or float64."""
     _check_logps({"logps": logps, "reference_logps": reference_logps})
-    check_number("beta", beta)
+    check_number("beta", beta, 0)
     difference = beta * (logps.double() - reference_logps.double())
     return difference.to(torch.float64 if logps.dtype == torch.float64 else torch.float32)
 

@@ -191,7 +191,8 @@ def dpo_loss(
     Only "sigmoid", "robust", "exo_pair" and the two "aot" listen to label_smoothing. TRL's "sigmoid" ignores it: conservative DPO lives here.
     f-divergences (f-DPO, arXiv 2309.16240), of the log ratio a: reverse_kl a; forward_kl -exp(-a); js_divergence log sigmoid(a);
     alpha_divergence exp((f_alpha-1) a)/(f_alpha-1), a itself at f_alpha = 1. Exponents stop at 80. "aot", "aot_unpaired", "apo_zero" and the first
-    term of "apo_down" take a and b.
+    term of "apo_down" take a and b. TRL 1.16 adds the constants by which these are 0 at a = 0, which shows where lengths divide them, in
+    "sigmoid_norm" and "ipo_norm", and gives a and b to "nca_pair", "bco_pair", "sppo_hard" and all of "apo_down".
 
     Args:
         policy_chosen_logps, policy_rejected_logps: [B] float; gradients flow into these.

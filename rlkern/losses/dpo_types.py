@@ -88,7 +88,7 @@ def sigmoid_norm(p: Pairs) -> Tensor:
 
 
 def hinge(p: Pairs) -> Tensor:
-    return (1 - p.margin).clamp(min=0)
+    return torch.relu(1 - p.margin)
 
 
 def ipo(p: Pairs) -> Tensor:

@@ -35,7 +35,7 @@ def reinforce_loss(
 
     Args:
         logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`. A token with A = 0 has no loss, even at logp = -inf.
-        square_coef: >= 0.
+        square_coef: >= 0. `weights` does not touch its term (in verl's "dro" it does).
 
     Returns:
         LossOutput as that of `ppo_loss`, without clip fractions.

@@ -24,6 +24,10 @@ def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
 
     The logits stay whole this way: slicing them off instead costs a zero-fill and a copy of all logits in the backward.
     """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor [..., T], got {type(labels).__name__}")
+    if labels.dim() == 0:
+        raise ValueError(f"labels must be [..., T], got shape {tuple(labels.shape)}")
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 

@@ -87,7 +87,7 @@ def lse_penalty(
     check_number("coef", coef, 0)
     if not isinstance(logsumexp, Tensor) or not logsumexp.dtype.is_floating_point:
         raise TypeError(f"logsumexp must be a float tensor, got {logsumexp.dtype if isinstance(logsumexp, Tensor) else type(logsumexp).__name__}")
-    if isinstance(mask, Tensor) and mask.shape == logsumexp.shape:  # else aggregate says what is wrong
+    if isinstance(mask, Tensor) and mask.shape == logsumexp.shape and mask.device == logsumexp.device:  # else aggregate says what is wrong
         logsumexp = torch.where(mask != 0, logsumexp, 0)
     accumulate = torch.float64 if logsumexp.dtype == torch.float64 else torch.float32
     return coef * aggregate(logsumexp.to(accumulate).square(), mask, aggregation, normalizer)
