@@ -119,12 +119,38 @@ void define_token_kernels(py::module_& m, const std::string& type) {
   });
   m.def(("covariance_" + type).c_str(), [](uintptr_t logp, uintptr_t advantages, uintptr_t mask, int64_t n, uintptr_t sums, uintptr_t out) {
     const py::gil_scoped_release release;
-    covariance(pointer<const A>(logp), pointer<const A>(advantages), pointer<const bool>(mask), n, pointer<const double>(sums),
+    double own[3];
+    if (!sums) covariance_sums(pointer<const A>(logp), pointer<const A>(advantages), pointer<const bool>(mask), n, own);
+    covariance(pointer<const A>(logp), pointer<const A>(advantages), pointer<const bool>(mask), n, sums ? pointer<const double>(sums) : own,
                pointer<A>(out));
   });
   m.def(("select_bottom_" + type).c_str(), [](uintptr_t values, uintptr_t valid, int64_t n, uintptr_t count, uintptr_t out) {
     const py::gil_scoped_release release;
     select_bottom(pointer<const A>(values), pointer<const bool>(valid), n, *pointer<const int64_t>(count), pointer<bool>(out));
+  });
+  m.def(("select_fraction_" + type).c_str(),
+        [](uintptr_t values, uintptr_t valid, uintptr_t group, int64_t n, double fraction, int64_t minimum, int64_t least, uintptr_t out) {
+          const py::gil_scoped_release release;
+          const int64_t count = fraction_count(pointer<const bool>(group), n, fraction, minimum, least);
+          select_bottom(pointer<const A>(values), pointer<const bool>(valid), n, count, pointer<bool>(out));
+        });
+  m.def(("selected_means_" + type).c_str(), [](uintptr_t values, uintptr_t selected, uintptr_t mask, int64_t n, uintptr_t means) {
+    const py::gil_scoped_release release;
+    selected_means(pointer<const A>(values), pointer<const bool>(selected), pointer<const bool>(mask), n, pointer<A>(means));
+  });
+  m.def(("ratio_terms_" + type).c_str(),
+        [](uintptr_t logp, uintptr_t old_logp, uintptr_t advantages, uintptr_t mask, uintptr_t unclipped, int64_t n, double low,
+           double high, double dual, double least, double most, uintptr_t terms, uintptr_t free, uintptr_t summary) {
+          const py::gil_scoped_release release;
+          ratio_terms(pointer<const A>(logp), pointer<const A>(old_logp), pointer<const A>(advantages), pointer<const bool>(mask),
+                      pointer<const bool>(unclipped), n, {low, high, dual, least, most}, pointer<A>(terms), pointer<A>(terms) + n,
+                      pointer<bool>(free), pointer<A>(summary));
+        });
+  m.def(("kl_terms_" + type).c_str(), [](uintptr_t logp, uintptr_t reference, uintptr_t where, int64_t n, int kind, bool straight_through,
+                                         double clamp, uintptr_t terms) {
+    const py::gil_scoped_release release;
+    kl_terms(pointer<const A>(logp), pointer<const A>(reference), pointer<const bool>(where), n, kind, straight_through, clamp,
+             pointer<A>(terms), pointer<A>(terms) + n);
   });
 }
 

@@ -52,6 +52,29 @@ void select_bottom(const A* values, const bool* valid, int64_t n, int64_t count,
   }
 }
 
+int64_t fraction_count(const bool* group, int64_t n, double fraction, int64_t minimum, int64_t least) {
+  const int64_t count = std::max(int64_t(double(std::count(group, group + n, true)) * fraction), minimum);
+  return count < least ? 0 : count;
+}
+
+template <class A>
+void selected_means(const A* values, const bool* selected, const bool* mask, int64_t n, A* means) {
+  int64_t tokens = 0, chosen = 0;
+  double sum = 0, chosen_sum = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    tokens += mask[i];
+    chosen += selected[i];
+    sum += mask[i] ? values[i] : 0;
+    chosen_sum += selected[i] ? values[i] : 0;
+  }
+  const double total = double(std::max<int64_t>(tokens, 1));
+  means[0] = A(chosen / total);
+  means[1] = A(sum / total);
+  means[2] = A(chosen_sum / double(std::max<int64_t>(chosen, 1)));
+}
+
+template void selected_means(const float*, const bool*, const bool*, int64_t, float*);
+template void selected_means(const double*, const bool*, const bool*, int64_t, double*);
 template void select_bottom(const float*, const bool*, int64_t, int64_t, bool*);
 template void select_bottom(const double*, const bool*, int64_t, int64_t, bool*);
 

@@ -33,10 +33,24 @@ One number a token, over all tokens of a batch:
     logp, advantages, values    [N] contiguous, float32 or float64, the first two alike; N >= 1
     mask, valid                 [N] bool contiguous; a token with a logp that is not finite counts as masked
     sums                        [P, 3] float64: (number of counted tokens, sum of their logp, sum of their advantages), in as many parts as the
-                                backend likes; token_covariance also takes their total, P = 1, which data-parallel processes add up in between
+                                backend likes; token_covariance takes their total, P = 1, which data-parallel processes added up, or None for its own
     count                       0-d int64 on the device; below 0 as 0, above the number of valid entries as that number
     out                         [N]: the covariances, 0 where masked; or bool, True for the `count` smallest of the valid values, NaN being the
                                 largest, both zeros alike, equals in order of their index
+
+In one pass what losses otherwise say in plain PyTorch (`one_pass`), so not in `reference`; N may be 0:
+
+    select_fraction(values, valid, group, fraction, minimum, least, out)
+    selected_means(values, selected, mask, out)
+    ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out)
+    kl_terms(logp, reference, mask, kind, straight_through, clamp, out)
+
+    select_fraction             as select_bottom with count = max(floor(fraction * size of the group), minimum), the product in float64, or 0 where
+                                that is less than `least`; group [N] bool
+    selected_means              out [3]: the selected fraction of the mask, the mean of the values over the mask, that over the selected; 0 of nothing
+    ratio_terms                 see `ratio.ratio_terms`; old_logp and unclipped may be None; bounds (low, high, dual, least, most);
+                                out (terms [2, N], free [N] bool, summary [10])
+    kl_terms                    see `ratio.kl_terms`; out [2, N]
 """
 
 from __future__ import annotations
@@ -45,6 +59,7 @@ import os
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from . import reference
 
@@ -124,6 +139,14 @@ def select(device: torch.device) -> ModuleType:
     if _current == "triton" and on_cpu and not _triton_interpreted():
         raise RuntimeError("backend 'triton' runs on GPU tensors, got CPU tensors (TRITON_INTERPRET=1 interprets the kernels on the CPU)")
     return module
+
+
+def one_pass(x: Tensor) -> bool:
+    """Whether the backend for x does in one pass what losses otherwise write in plain PyTorch, and nobody wants to see through it: torch.compile
+    fuses and torch.func transforms the plain form."""
+    if torch.compiler.is_compiling() or x.is_meta or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return select(x.device) is not reference
 
 
 def backend_info() -> dict[str, str]:

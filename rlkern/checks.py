@@ -50,7 +50,8 @@ def check_tokens(name: str, x: Tensor, logp: Tensor, *, floating: bool = True) -
 
 
 def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:
-    """x [B, T], [B, 1] or [B], float without gradient, as [B, T] in logp's dtype (expanded, not copied). Raises TypeError, ValueError."""
+    """x [B, T], [B, 1] or [B], float without gradient, as [B, T] in the dtype that logp is computed in (expanded, not copied). Raises
+    TypeError, ValueError."""
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float tensor [B, T], [B, 1] or [B], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     n_sequences, length = logp.shape
@@ -60,8 +61,15 @@ def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:
         raise ValueError(f"{name} must be on the device of logp {logp.device}, got {x.device}")
     if x.requires_grad:
         raise ValueError(f"{name} must not require grad, got requires_grad=True: detach them")
-    x = x.to(logp.dtype)
+    x = x.to(computing_dtype(logp))
+    if x.shape == logp.shape:
+        return x
     return (x.unsqueeze(-1) if x.dim() == 1 else x).expand(n_sequences, length)
+
+
+def numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in dtype, for who reads its numbers: without gradient where that takes a copy, and itself where it does not."""
+    return x if x.dtype == dtype else x.detach().to(dtype)
 
 
 def as_bool(mask: Tensor) -> Tensor:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import as_bool, check_logp, check_tokens, computing_dtype, per_token
+from .checks import as_bool, check_logp, check_tokens, numbers, per_token
+from .rows import call
 
 __all__ = ["covariance_quantiles", "token_covariance"]
 
@@ -20,17 +21,15 @@ _lib.define("token_covariance(Tensor logp, Tensor advantages, Tensor mask, Tenso
 def _covariance_sums(logp, advantages, mask):
     if logp.numel() == 0:
         return logp.new_zeros(3, dtype=torch.float64)
-    flat = (x.contiguous().view(-1) for x in (logp, advantages, mask))
-    return backends.select(logp.device).covariance_sums(*flat).sum(0)
+    return backends.select(logp.device).covariance_sums(logp.contiguous(), advantages.contiguous(), mask.contiguous()).sum(0)
 
 
 def _token_covariance(logp, advantages, mask, sums):
     out = logp.new_empty(logp.shape)
     if logp.numel():
         backend = backends.select(logp.device)
-        flat = [x.contiguous().view(-1) for x in (logp, advantages, mask)]
-        sums = backend.covariance_sums(*flat) if sums is None else sums.unsqueeze(0)
-        backend.token_covariance(*flat, sums, out.view(-1))
+        sums = None if sums is None else sums.unsqueeze(0)
+        backend.token_covariance(logp.contiguous(), advantages.contiguous(), mask.contiguous(), sums, out)
     return out
 
 
@@ -40,7 +39,6 @@ torch.library.register_fake("rlkern::covariance_sums", lambda logp, *args: logp.
 torch.library.register_fake("rlkern::token_covariance", lambda logp, *args: logp.new_empty(logp.shape), lib=_lib)
 
 
-@torch.no_grad()
 def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
     """cov_i = (A_i - mean A)(logp_i - mean logp), both means over all counted tokens.
 
@@ -58,13 +56,17 @@ def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: t
     """
     check_logp(logp)
     check_tokens("mask", mask, logp, floating=False)
-    logp = logp.detach().to(computing_dtype(logp))
-    tokens = logp, per_token("advantages", advantages, logp), as_bool(mask)
+    return covariance_of(logp, per_token("advantages", advantages, logp), as_bool(mask), group)
+
+
+def covariance_of(logp: Tensor, advantages: Tensor, mask: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """`token_covariance` of checked inputs: advantages [B, T] in the dtype of the computation, mask bool."""
+    logp = numbers(logp, advantages.dtype)
     sums = None
     if group is not None:
-        sums = torch.ops.rlkern.covariance_sums.default(*tokens)
+        sums = torch.ops.rlkern.covariance_sums.default(logp.detach(), advantages, mask)
         torch.distributed.all_reduce(sums, group=group)
-    return torch.ops.rlkern.token_covariance.default(*tokens, sums)
+    return call(torch.ops.rlkern.token_covariance.default, _token_covariance, logp, advantages, mask, sums)
 
 
 @torch.no_grad()

@@ -85,9 +85,39 @@ def covariance_sums(logp, advantages, mask) -> Tensor:
 
 def token_covariance(logp, advantages, mask, sums, out) -> None:
     """See `backends.py`."""
-    _COVARIANCE[logp.dtype](logp.data_ptr(), advantages.data_ptr(), mask.data_ptr(), logp.numel(), sums.data_ptr(), out.data_ptr())
+    _COVARIANCE[logp.dtype](logp.data_ptr(), advantages.data_ptr(), mask.data_ptr(), logp.numel(), _address(sums), out.data_ptr())
 
 
 def select_bottom(values, valid, count, out) -> None:
     """See `backends.py`."""
     _SELECT[values.dtype](values.data_ptr(), valid.data_ptr(), values.numel(), count.data_ptr(), out.data_ptr())
+
+
+_SELECT_FRACTION = {torch.float32: _cpu.select_fraction_float32, torch.float64: _cpu.select_fraction_float64}
+_MEANS = {torch.float32: _cpu.selected_means_float32, torch.float64: _cpu.selected_means_float64}
+_RATIO = {torch.float32: _cpu.ratio_terms_float32, torch.float64: _cpu.ratio_terms_float64}
+_KL = {torch.float32: _cpu.kl_terms_float32, torch.float64: _cpu.kl_terms_float64}
+
+
+def select_fraction(values, valid, group, fraction, minimum, least, out) -> None:
+    """See `backends.py`."""
+    _SELECT_FRACTION[values.dtype](values.data_ptr(), valid.data_ptr(), group.data_ptr(), values.numel(), fraction, minimum, least, out.data_ptr())
+
+
+def selected_means(values, selected, mask, out) -> None:
+    """See `backends.py`."""
+    _MEANS[values.dtype](values.data_ptr(), selected.data_ptr(), mask.data_ptr(), values.numel(), out.data_ptr())
+
+
+def ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out) -> None:
+    """See `backends.py`."""
+    terms, free, summary = out
+    _RATIO[logp.dtype](
+        *(logp.data_ptr(), _address(old_logp), advantages.data_ptr(), mask.data_ptr(), _address(unclipped), logp.numel()),
+        *(*bounds, terms.data_ptr(), free.data_ptr(), summary.data_ptr()),
+    )
+
+
+def kl_terms(logp, reference, mask, kind, straight_through, clamp, out) -> None:
+    """See `backends.py`."""
+    _KL[logp.dtype](logp.data_ptr(), reference.data_ptr(), mask.data_ptr(), logp.numel(), kind, straight_through, clamp, out.data_ptr())

@@ -179,15 +179,16 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
 
 
 def covariance_sums(logp, advantages, mask) -> Tensor:
+    logp = logp.detach()
     mask = mask & logp.isfinite()
     sums = [torch.where(mask, x, 0).sum(dtype=torch.float64) for x in (logp, advantages)]
     return torch.stack([mask.sum().to(torch.float64), *sums]).unsqueeze(0)
 
 
 def token_covariance(logp, advantages, mask, sums, out) -> None:
-    count, *totals = sums.sum(0)
+    count, *totals = (covariance_sums(logp, advantages, mask) if sums is None else sums).sum(0)
     mean_logp, mean_advantage = ((total / count.clamp(min=1)).to(logp.dtype) for total in totals)
-    out.copy_(torch.where(mask & logp.isfinite(), (advantages - mean_advantage) * (logp - mean_logp), 0))
+    out.copy_(torch.where(mask & logp.isfinite(), (advantages - mean_advantage) * (logp.detach() - mean_logp), 0))
 
 
 def select_bottom(values, valid, count, out) -> None:

@@ -7,9 +7,11 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .backends import one_pass as one_pass  # for the losses
 from .checks import as_bool, check_fraction, check_number, computing_dtype
+from .rows import call
 
-__all__ = ["fraction_count", "select_bottom", "select_random", "select_top"]
+__all__ = ["fraction_count", "select_bottom", "select_fraction", "select_random", "select_random_fraction", "select_top", "selected_means"]
 
 _lib = torch.library.Library("rlkern", "FRAGMENT")
 _lib.define("select_bottom(Tensor values, Tensor valid, Tensor count) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
@@ -26,6 +28,32 @@ def _select_bottom(values, valid, count):
 _lib.impl("select_bottom", _select_bottom, "CompositeExplicitAutograd")
 torch.library.register_fake("rlkern::select_bottom", lambda values, *args: values.new_empty(values.shape, dtype=torch.bool), lib=_lib)
 _op = torch.ops.rlkern.select_bottom.default
+
+_lib.define(
+    "select_fraction(Tensor values, Tensor valid, Tensor group, float fraction, int minimum, int least) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_lib.define("selected_means(Tensor values, Tensor selected, Tensor mask) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _select_fraction(values, valid, group, fraction, minimum, least):
+    out = values.new_empty(values.shape, dtype=torch.bool)
+    if values.numel():
+        flat = (x.contiguous() for x in (values, valid, group))
+        backends.select(values.device).select_fraction(*flat, fraction, minimum, least, out)
+    return out
+
+
+def _selected_means(values, selected, mask):
+    out = values.new_empty(3)
+    backends.select(values.device).selected_means(*(x.contiguous() for x in (values, selected, mask)), out)
+    return out
+
+
+_lib.impl("select_fraction", _select_fraction, "CompositeExplicitAutograd")
+_lib.impl("selected_means", _selected_means, "CompositeExplicitAutograd")
+torch.library.register_fake("rlkern::select_fraction", lambda values, *args: values.new_empty(values.shape, dtype=torch.bool), lib=_lib)
+torch.library.register_fake("rlkern::selected_means", lambda values, *args: values.new_empty(3), lib=_lib)
 
 
 def _check_valid(valid: Tensor) -> None:
@@ -108,8 +136,38 @@ def select_random(valid: Tensor, count: Tensor | int, generator: torch.Generator
         TypeError, ValueError: for dtypes, shapes and devices other than these.
     """
     _check_valid(valid)
+    return select_bottom(_random_keys(valid, generator), valid, count)
+
+
+def _random_keys(valid: Tensor, generator: torch.Generator | None) -> Tensor:
     if generator is None:  # torch.compile knows rand without a generator only
-        keys = torch.rand(valid.shape, device=valid.device)
-    else:
-        keys = torch.rand(valid.shape, device=valid.device, generator=generator)
-    return select_bottom(keys, valid, count)
+        return torch.rand(valid.shape, dtype=torch.float32, device=valid.device)
+    return torch.rand(valid.shape, dtype=torch.float32, device=valid.device, generator=generator)
+
+
+def select_fraction(values: Tensor, valid: Tensor, group: Tensor, fraction: float, *, minimum: int = 0, least: int = 0) -> Tensor:
+    """`select_bottom` with count = max(floor(fraction * tokens of the group), minimum), and none where that makes fewer than `least`.
+
+    For losses, which have checked what they hand over: values float32 or float64 [B, T], valid and group bool [B, T].
+    """
+    if not one_pass(values):
+        count = fraction_count(group.sum(), fraction, minimum)
+        return select_bottom(values, valid, torch.where(count >= least, count, 0))
+    return call(torch.ops.rlkern.select_fraction.default, _select_fraction, values, valid, group, fraction, minimum, least)
+
+
+def select_random_fraction(valid: Tensor, group: Tensor, fraction: float, *, minimum: int = 0, generator: torch.Generator | None = None) -> Tensor:
+    """As `select_fraction`, uniformly drawn; `generator` as in `select_random`."""
+    return select_fraction(_random_keys(valid, generator), valid, group, fraction, minimum=minimum)
+
+
+def selected_means(values: Tensor, selected: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The fraction of the tokens that is selected, the mean of the values over the tokens, and that over the selected ones; each 0 of nothing.
+
+    For losses, which have checked what they hand over: values [B, T] float32 or float64, finite where masked; selected and mask bool [B, T], all of
+    `selected` inside the mask.
+    """
+    if one_pass(values):
+        return call(torch.ops.rlkern.selected_means.default, _selected_means, values, selected, mask).unbind()
+    tokens, chosen = mask.sum().clamp(min=1), selected.sum()
+    return chosen / tokens, torch.where(mask, values, 0).sum() / tokens, torch.where(selected, values, 0).sum() / chosen.clamp(min=1)

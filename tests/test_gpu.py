@@ -430,3 +430,27 @@ def test_cuda_graph_of_a_selecting_loss():
     expected, expected_gradient = step()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("n", [1, 1024, 65_537, 2_000_001])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_losses_of_many_tokens(n, dtype):
+    """In one pass as in plain PyTorch, metrics included, and the same bits again."""
+    generator = torch.Generator("cuda").manual_seed(n)
+    logp, noise, advantages = (torch.randn(1, n, generator=generator, device="cuda", dtype=dtype) for _ in range(3))
+    old, mask = logp + 0.3 * noise, torch.rand(1, n, generator=generator, device="cuda") < 0.9
+
+    def losses():
+        leaf = logp.clone().requires_grad_()
+        ppo = rlkern.ppo_loss(leaf, old, advantages, mask, dual_clip=1.5)
+        kl_cov = rlkern.kl_cov_loss(leaf, old, advantages, mask)
+        lp_reg = rlkern.lp_reg_loss(leaf, old, old, advantages, mask, clip_high=0.2)
+        gradients = [torch.autograd.grad(output.loss, leaf)[0] * n for output in (ppo, kl_cov, lp_reg)]
+        return [ppo.loss.detach(), *gradients, ppo.metrics, kl_cov.metrics, lp_reg.metrics]
+
+    got = losses()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-6
+    torch.testing.assert_close(got, on_reference(losses), rtol=10 * tolerance, atol=tolerance, check_dtype=False)
+    again = losses()
+    assert all(torch.equal(a, b) for a, b in zip(got[:4], again[:4], strict=True))
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(got[4:], again[4:], strict=True) for name in a)

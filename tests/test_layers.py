@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PRIMITIVES = {"ops", "linear", "divergence", "moments", "covariance", "selection", "advantages", "elbo", "diffusion_masks"}
+PRIMITIVES = {"ops", "linear", "divergence", "moments", "covariance", "ratio", "selection", "advantages", "elbo", "diffusion_masks"}
 MAY_IMPORT = {  # module of rlkern: modules of rlkern; whatever is not listed here is a primitive
     "reference": set(),
     "rows": set(),

@@ -1,7 +1,18 @@
 """Triton kernels, one file per primitive. They import torch and triton only; `rlkern.backends` holds the calling convention."""
 
 from .covariance import covariance_sums, token_covariance
-from .selection import select_bottom
+from .ratio import kl_terms, ratio_terms
+from .selection import select_bottom, select_fraction, selected_means
 from .token_stats import token_stats_backward, token_stats_forward
 
-__all__ = ["covariance_sums", "select_bottom", "token_covariance", "token_stats_backward", "token_stats_forward"]
+__all__ = [
+    "covariance_sums",
+    "kl_terms",
+    "ratio_terms",
+    "select_bottom",
+    "select_fraction",
+    "selected_means",
+    "token_covariance",
+    "token_stats_backward",
+    "token_stats_forward",
+]

@@ -94,6 +94,7 @@ def covariance_sums(logp, advantages, mask) -> torch.Tensor:
 
 
 def token_covariance(logp, advantages, mask, sums, out) -> None:
+    sums = covariance_sums(logp, advantages, mask) if sums is None else sums
     n, parts = logp.numel(), sums.shape[0]
     programs, blocks = _grid(n)
     with device_of(logp):

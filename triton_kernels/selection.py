@@ -98,6 +98,56 @@ def _select_kernel(
     tl.store(out_ptr + at, valid & ((key < threshold) | (tie & (place <= wanted))), mask=at < n)
 
 
+@triton.jit(do_not_specialize=["minimum", "least"])
+def _fraction_count_kernel(
+    group_ptr,  # [N]
+    count_ptr,  # []
+    n,
+    fraction: tl.float64,
+    minimum,
+    least,
+    BLOCK: tl.constexpr,
+):
+    cols = tl.arange(0, BLOCK)
+    tokens = tl.zeros((BLOCK,), tl.int64)
+    for i in range(0, n, BLOCK):
+        tokens += (tl.load(group_ptr + i + cols, mask=i + cols < n, other=0) != 0).to(tl.int64)
+    count = (tl.sum(tokens, axis=0).to(tl.float64) * tl.full((), fraction, tl.float64)).to(tl.int64)
+    count = tl.maximum(count, minimum)
+    tl.store(count_ptr, tl.where(count < least, 0, count))
+
+
+@triton.jit
+def _selected_means_kernel(
+    values_ptr,  # [N]
+    selected_ptr,  # [N]
+    mask_ptr,  # [N]
+    means_ptr,  # [3]
+    n,
+    BLOCK: tl.constexpr,
+):
+    dtype = values_ptr.dtype.element_ty
+    cols = tl.arange(0, BLOCK)
+    tokens = tl.zeros((BLOCK,), tl.int32)
+    chosen = tl.zeros((BLOCK,), tl.int32)
+    total = tl.zeros((BLOCK,), dtype)
+    chosen_total = tl.zeros((BLOCK,), dtype)
+    for i in range(0, n, BLOCK):
+        at = i + cols
+        mask = tl.load(mask_ptr + at, mask=at < n, other=0) != 0
+        selected = tl.load(selected_ptr + at, mask=at < n, other=0) != 0
+        values = tl.load(values_ptr + at, mask=mask, other=0.0)
+        tokens += mask.to(tl.int32)
+        chosen += selected.to(tl.int32)
+        total += values
+        chosen_total += tl.where(selected, values, 0.0)
+    count = tl.maximum(tl.sum(tokens.to(tl.int64), axis=0), 1).to(tl.float64)
+    n_chosen = tl.sum(chosen.to(tl.int64), axis=0).to(tl.float64)
+    tl.store(means_ptr, (n_chosen / count).to(dtype))
+    tl.store(means_ptr + 1, (tl.sum(total.to(tl.float64), axis=0) / count).to(dtype))
+    tl.store(means_ptr + 2, (tl.sum(chosen_total.to(tl.float64), axis=0) / tl.maximum(n_chosen, 1.0)).to(dtype))
+
+
 def select_bottom(values, valid, count, out) -> None:
     n, bits = values.numel(), 8 * values.element_size()
     blocks = triton.cdiv(n, BLOCK)
@@ -108,3 +158,16 @@ def select_bottom(values, valid, count, out) -> None:
         for digit in range(bits // 8):
             _count_digits_kernel[(blocks,)](*shared, n, digit, BITS=bits, BLOCK=BLOCK, num_warps=WARPS)
         _select_kernel[(blocks,)](*shared, out, n, BITS=bits, BLOCK=BLOCK, num_warps=WARPS)
+
+
+def select_fraction(values, valid, group, fraction, minimum, least, out) -> None:
+    count = torch.empty((), dtype=torch.int64, device=values.device)
+    with device_of(values):
+        _fraction_count_kernel[(1,)](group, count, group.numel(), fraction, minimum, least, BLOCK=BLOCK, num_warps=8)
+    select_bottom(values.view(-1), valid.view(-1), count, out.view(-1))
+
+
+def selected_means(values, selected, mask, out) -> None:
+    """One program: a step of a million tokens is far from where that would be felt."""
+    with device_of(values):
+        _selected_means_kernel[(1,)](values, selected, mask, out, values.numel(), BLOCK=BLOCK, num_warps=8)

@@ -66,7 +66,7 @@ def source(launch: Launch) -> tuple[ASTSource, dict]:
             if specialize and value % 16 == 0:
                 attributes[(index,)] = _DIVISIBLE
         else:
-            signature[name] = "fp32"
+            signature[name] = param.annotation_type or "fp32"
     return ASTSource(launch.kernel, signature, constants, attributes), options
 
 

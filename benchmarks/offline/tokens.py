@@ -1,4 +1,4 @@
-"""The kernels over tokens (covariance, selection), one number a token: compiled like those over rows of logits, and judged by what they occupy alone.
+"""The kernels over tokens (covariance, selection, ratios), one number a token: compiled like those over rows, and judged by what they occupy alone.
 
 They move a few bytes a token, where a row of logits takes hundreds of thousands; a bound on their bandwidth would tell nothing.
 """
@@ -36,13 +36,17 @@ class Row:
 
 
 def record(dtype: torch.dtype, gpu) -> list[Launch]:
-    """The launches of one covariance and one selection, as rlkern.triton_kernels makes them on `gpu`, a GPUTarget."""
-    covariance, selection = (importlib.import_module(f"rlkern.triton_kernels.{name}") for name in ("covariance", "selection"))
+    """The launches of each of them, as rlkern.triton_kernels makes them on `gpu`, a GPUTarget."""
+    covariance, selection, ratio = (importlib.import_module(f"rlkern.triton_kernels.{name}") for name in ("covariance", "selection", "ratio"))
     values, mask = _meta(TOKENS, dtype=dtype), _meta(TOKENS, dtype=torch.bool)
-    with _pretending(gpu), _recording(covariance) as means, _recording(selection) as selections:
+    bounds = (0.8, 1.2, 3.0, -20.0, 20.0)
+    with _pretending(gpu), _recording(covariance) as means, _recording(selection) as selections, _recording(ratio) as ratios:
         covariance.token_covariance(values, values, mask, covariance.covariance_sums(values, values, mask), values)
-        selection.select_bottom(values, mask, _meta(dtype=torch.int64), mask)
-    return means + selections
+        selection.select_fraction(values, mask, mask, 0.01, 1, 2, mask)
+        selection.selected_means(values, mask, mask, values)
+        ratio.ratio_terms(values, values, values, mask, mask, bounds, (values, mask, values))
+        ratio.kl_terms(values, values, mask, 3, False, 10.0, values)
+    return means + selections + ratios
 
 
 def analyse(arch: str, dtypes=("fp32",)) -> list[Row]:

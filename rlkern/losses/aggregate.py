@@ -26,7 +26,7 @@ def check_aggregation(mode: str, normalizer: float | Tensor | None = None) -> No
             raise ValueError(f"normalizer must not be negative, got {normalizer}")
 
 
-def _divisor(default: int | Tensor, normalizer: float | Tensor | None) -> float | Tensor:
+def divisor(default: int | Tensor, normalizer: float | Tensor | None) -> float | Tensor:
     """The count to divide by. A count of zero belongs to a sum of zero, so it becomes 1."""
     count = default if normalizer is None else normalizer
     if isinstance(count, Tensor):
@@ -81,14 +81,14 @@ def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer
     accumulate = torch.float64 if values.dtype == torch.float64 else torch.float32
     values = torch.where(kept, values.to(accumulate), 0)  # selects: a product would let masked NaN through
     if mode in TOKEN_MODES:
-        return values.sum() / _divisor(kept.sum(), normalizer)
+        return values.sum() / divisor(kept.sum(), normalizer)
     lengths = kept.sum(-1)
     n_sequences, length = values.shape
     if mode == "seq-mean-token-sum-norm":
-        return values.sum() / _divisor(length, normalizer)
+        return values.sum() / divisor(length, normalizer)
     if mode == "dr_grpo":
-        return values.sum() / _divisor(length, normalizer) / max(n_sequences, 1)
+        return values.sum() / divisor(length, normalizer) / max(n_sequences, 1)
     if mode == "seq-mean-token-sum":
-        return values.sum() / _divisor((lengths > 0).sum(), normalizer)
+        return values.sum() / divisor((lengths > 0).sum(), normalizer)
     sequence_means = values.sum(-1) / lengths.clamp(min=1)
-    return sequence_means.sum() / _divisor(n_sequences if mode == "grpo" else (lengths > 0).sum(), normalizer)
+    return sequence_means.sum() / divisor(n_sequences if mode == "grpo" else (lengths > 0).sum(), normalizer)

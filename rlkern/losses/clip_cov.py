@@ -8,23 +8,10 @@ import torch
 from torch import Tensor
 
 from ..checks import as_bool
-from ..covariance import token_covariance
-from ..selection import fraction_count, select_random
-from .policy import (
-    LossOutput,
-    PolicyTokens,
-    check_choice,
-    check_clip,
-    check_fraction,
-    check_number,
-    check_tokens,
-    clip_fractions,
-    finish,
-    policy_tokens,
-    ratio_metrics,
-    weigh,
-)
-from .ppo import clipped_surrogate
+from ..covariance import covariance_of
+from ..selection import select_random_fraction, selected_means
+from .policy import LossOutput, PolicyInputs, check_choice, check_clip, check_fraction, check_number, check_tokens, policy_inputs
+from .terms import clipped_ratio, finish_terms, weigh_terms, without_gradient
 
 
 class _Convention(NamedTuple):
@@ -41,20 +28,16 @@ PRESETS = {
 }
 
 
-def external_mask(selected: Tensor, p: PolicyTokens, logp: Tensor) -> Tensor:
+def external_mask(selected: Tensor, x: PolicyInputs) -> Tensor:
     """A caller's choice of tokens as bool [B, T], without the masked ones."""
-    check_tokens("selected", selected, logp, floating=False)
-    return p.mask & as_bool(selected)
+    check_tokens("selected", selected, x.logp, floating=False)
+    return x.mask & as_bool(selected)
 
 
-def selection_metrics(p: PolicyTokens, covariance: Tensor, selected: Tensor) -> dict[str, Tensor]:
+def selection_metrics(covariance: Tensor, selected: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """selected_fraction; covariance_mean, over all tokens; covariance_selected, over the selected ones, 0 if there are none."""
-    tokens, chosen = p.mask.sum().clamp(min=1), selected.sum()
-    return {
-        "selected_fraction": chosen / tokens,
-        "covariance_mean": covariance.sum() / tokens,  # 0 where masked
-        "covariance_selected": torch.where(selected, covariance, 0).sum() / chosen.clamp(min=1),
-    }
+    names = ("selected_fraction", "covariance_mean", "covariance_selected")
+    return dict(zip(names, selected_means(covariance, selected, mask), strict=True))
 
 
 def clip_cov_loss(
@@ -128,26 +111,16 @@ def clip_cov_loss(
         raise ValueError(f"cov_low must not be above cov_high, got {cov_low} and {cov_high}")
     check_number("min_count", min_count, 0)
 
-    p = policy_tokens(
+    x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
-    covariance = token_covariance(p.logp, p.advantages, p.mask, group=group)
-    if clip_low is None:
-        values, eligible, metrics = -p.advantages * p.ratio, p.mask, {}
-    else:
-        values = clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high)
-        ratio = p.ratio.detach()
-        clipped = torch.where(p.advantages < 0, ratio < 1 - clip_low, (p.advantages > 0) & (ratio > 1 + clip_high))
-        eligible = p.mask & ~clipped
-        metrics = clip_fractions(p.ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high)
+    covariance = covariance_of(logp, x.advantages, x.mask, group)
+    ratio = clipped_ratio(x, clip_low, clip_high)
     if selected is not None:
-        selected = external_mask(selected, p, logp)
+        selected = external_mask(selected, x)
     else:
-        if closed_band:
-            eligible = eligible & (covariance >= cov_low) & (covariance <= cov_high)
-        else:
-            eligible = eligible & (covariance > cov_low) & (covariance < cov_high)
-        selected = select_random(eligible, fraction_count(p.mask.sum(), select_ratio, min_count), generator)
-    values = torch.where(selected, values.detach() if keep_value else 0, values)
-    metrics = {**metrics, **selection_metrics(p, covariance, selected), **ratio_metrics(p)}
-    return finish(weigh(values, p), p, aggregation, normalizer, metrics)
+        in_band = (covariance >= cov_low) & (covariance <= cov_high) if closed_band else (covariance > cov_low) & (covariance < cov_high)
+        selected = select_random_fraction(ratio.free & in_band, x.mask, select_ratio, minimum=min_count, generator=generator)
+    terms = without_gradient(ratio.terms, selected) if keep_value else ratio.terms.masked_fill(selected, 0)
+    metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
+    return finish_terms(weigh_terms(terms, x), x, ratio.count, aggregation, normalizer, metrics)

@@ -11,8 +11,9 @@ from torch import Tensor
 from ..checks import check_choice, check_number, check_tokens
 from .aggregate import aggregate
 from .inputs import per_sequence
-from .policy import LossOutput, check_clip, masked_mean, policy_tokens
-from .ppo import check_dual_clip, clipped_surrogate, ppo_metrics
+from .policy import LossOutput, check_clip, clean, masked_mean, policy_inputs
+from .ppo import check_dual_clip
+from .terms import clipped_ratio, values_of
 
 
 @dataclass
@@ -119,10 +120,12 @@ def epo_loss(
     for name, value in (("coef", coef), ("alpha", alpha), ("beta", beta), ("kappa_low", kappa_low)):
         check_number(name, value, 0)
     check_number("kappa_high", kappa_high, kappa_low)
-    p = policy_tokens(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
+    x = policy_inputs(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
+    p = clean(x)
     check_tokens("entropy", entropy, p.logp)
     h = torch.where(p.mask, entropy.to(p.logp.dtype), 0)
-    metrics = {**ppo_metrics(p, clip_low, clip_high, dual_clip), "entropy": masked_mean(h, p.mask)}
+    ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
+    metrics = {**ratio.metrics, "entropy": masked_mean(h, p.mask)}
     bonus = h
     if mean_entropy is None:
         metrics.update(dict.fromkeys(("entropy_low_fraction", "entropy_high_fraction"), torch.zeros_like(metrics["entropy"])))
@@ -136,5 +139,5 @@ def epo_loss(
         bonus = h - beta * alpha * penalty
         with torch.no_grad():
             metrics.update(entropy_low_fraction=masked_mean(below > 0, p.mask), entropy_high_fraction=masked_mean(above > 0, p.mask))
-    values = clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip) - coef * bonus
+    values = values_of(ratio.terms, x) - coef * bonus
     return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .kl import check_kl, kl_estimate
-from .policy import LossOutput, check_clip, check_number, check_tokens, finish, masked_mean, per_token, policy_tokens, weigh
-from .ppo import check_dual_clip, clipped_surrogate, ppo_metrics
+from .kl import check_kl
+from .policy import LossOutput, check_clip, check_number, check_tokens, clean, per_token, policy_inputs
+from .ppo import check_dual_clip
+from .terms import clipped_ratio, finish_terms, kl_penalty, values_of, weigh_terms
 
 
 def grpo_loss(
@@ -57,21 +59,22 @@ def grpo_loss(
     check_dual_clip(dual_clip)
     check_number("kl_coef", kl_coef, 0)
     check_kl(kl_kind, kl_clamp)
-    p = policy_tokens(
+    x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
-    values = weigh(clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip), p)
-    metrics = ppo_metrics(p, clip_low, clip_high, dual_clip)
-    if reference_logp is None:
-        if kl_coef != 0:
-            raise ValueError(f"kl_coef={kl_coef} needs reference_logp= [B, T]")
-        return finish(values, p, aggregation, normalizer, metrics)
-
-    check_tokens("reference_logp", reference_logp, logp)
-    kl = kl_estimate(p.logp, p.keep(reference_logp), kl_kind, clamp=kl_clamp)
-    if kl_times_ratio:
-        kl = kl * p.ratio
-    metrics["kl"] = masked_mean(kl, p.mask)
+    if reference_logp is not None:
+        check_tokens("reference_logp", reference_logp, logp)
+    elif kl_coef != 0:
+        raise ValueError(f"kl_coef={kl_coef} needs reference_logp= [B, T]")
     if kl_scale is not None:
-        kl = kl * p.keep(per_token("kl_scale", kl_scale, p.logp))
-    return finish(values + kl_coef * kl, p, aggregation, normalizer, metrics)
+        kl_scale = torch.where(x.mask, per_token("kl_scale", kl_scale, logp), 0)
+
+    ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
+    terms, metrics = weigh_terms(ratio.terms, x), ratio.metrics
+    if reference_logp is not None:
+        kl = kl_penalty(x, reference_logp, x.mask, kl_kind, kl_clamp)
+        if kl_times_ratio:  # a product of two that carry gradient
+            terms, kl = values_of(terms, x).unsqueeze(0), (values_of(kl, x) * clean(x).ratio).unsqueeze(0)
+        metrics["kl"] = kl[0].detach().sum() / ratio.count
+        terms = terms + kl_coef * (kl if kl_scale is None else kl * kl_scale)
+    return finish_terms(terms, x, ratio.count, aggregation, normalizer, metrics)

@@ -11,8 +11,9 @@ from ..advantages import _Groups
 from ..checks import check_choice, check_number, check_tokens, computing_dtype, per_token
 from .aggregate import aggregate
 from .kl import kl_estimate
-from .policy import LossOutput, check_clip, masked_mean, policy_tokens
-from .ppo import check_dual_clip, clipped_surrogate, ppo_metrics
+from .policy import LossOutput, check_clip, clean, masked_mean, policy_inputs
+from .ppo import check_dual_clip
+from .terms import clipped_ratio, values_of
 
 ESTIMATES = ("k1", "k2", "k3", "exact")
 
@@ -68,7 +69,8 @@ def kdrl_loss(
     check_number("kd_coef", kd_coef, 0)
     if (teacher_kl is None) == (kd == "exact"):
         raise ValueError(f"teacher_kl= [B, T] belongs to kd='exact', got kd={kd!r} and teacher_kl {'None' if teacher_kl is None else 'given'}")
-    p = policy_tokens(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
+    x = policy_inputs(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
+    p = clean(x)
     if kd == "exact":
         check_tokens("teacher_kl", teacher_kl, p.logp)
         divergence = torch.where(p.mask, teacher_kl.to(p.logp.dtype), 0)
@@ -83,13 +85,13 @@ def kdrl_loss(
             )
         kept = kept & (per_token("kd_mask", kd_mask.to(p.logp.dtype), p.logp) != 0)
 
-    values = clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip)
+    ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
+    values = values_of(ratio.terms, x)
     if kd_norm == "all":
         loss = aggregate(values + kd_coef * torch.where(kept, divergence, 0), p.mask, aggregation, normalizer)
     else:
         loss = aggregate(values, p.mask, aggregation, normalizer) + kd_coef * aggregate(divergence, kept, aggregation)
-    metrics = ppo_metrics(p, clip_low, clip_high, dual_clip)
-    metrics.update(kd=masked_mean(divergence, p.mask), kd_fraction=masked_mean(kept, p.mask))
+    metrics = {**ratio.metrics, "kd": masked_mean(divergence, p.mask), "kd_fraction": masked_mean(kept, p.mask)}
     return LossOutput(loss, metrics)
 
 
@@ -134,6 +136,8 @@ def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = F
             raise TypeError(f"{name} must be a float tensor [..., K], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if logp.dim() == 0 or logp.shape != teacher_logp.shape:
         raise ValueError(f"logp and teacher_logp must be [..., K] of one shape, got {tuple(logp.shape)} and {tuple(teacher_logp.shape)}")
+    if logp.device != teacher_logp.device:
+        raise ValueError(f"teacher_logp must be on the device of logp {logp.device}, got {teacher_logp.device}")
     logp, teacher_logp = logp.to(computing_dtype(logp)), teacher_logp.detach().to(computing_dtype(logp))
     if renormalize:
         logp, teacher_logp = logp.log_softmax(-1), teacher_logp.log_softmax(-1)

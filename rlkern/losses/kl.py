@@ -28,6 +28,12 @@ _ALIASES = {"mse": "k2", "kl": "k1", "low_var_kl": "k3"}
 KINDS = (*ESTIMATES, *_ALIASES, *(f"{name}+" for name in (*ESTIMATES, *_ALIASES)))
 
 
+def resolve(kind: str) -> tuple[str, bool]:
+    """The estimate that a kind names, and whether its gradient is that of k2."""
+    name = kind.removesuffix("+")
+    return _ALIASES.get(name, name), kind.endswith("+")
+
+
 def check_kl(kind: str, clamp: float | None) -> None:
     """Raises TypeError or ValueError for a kind that is not in the table or a clamp below 0."""
     check_choice("KL kind", kind, KINDS)
@@ -58,11 +64,11 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
     if logp.shape != reference_logp.shape:
         raise ValueError(f"reference_logp must have the shape of logp {tuple(logp.shape)}, got {tuple(reference_logp.shape)}")
     d = logp - reference_logp.detach()
-    name = kind.removesuffix("+")
-    value = ESTIMATES[_ALIASES.get(name, name)](d)
+    name, straight_through = resolve(kind)
+    value = ESTIMATES[name](d)
     if clamp is not None:
         value = bounded(value, -clamp, clamp)
-    if kind.endswith("+"):
+    if straight_through:
         k2 = 0.5 * d.square()
         value = value.detach() + (k2 - k2.detach())
     return value

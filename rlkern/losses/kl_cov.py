@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import torch
+import torch.distributed
 from torch import Tensor
 
-from ..covariance import token_covariance
-from ..selection import fraction_count, select_top
+from ..covariance import covariance_of
+from ..selection import select_fraction
 from .clip_cov import external_mask, selection_metrics
-from .policy import LossOutput, check_choice, check_fraction, check_number, finish, masked_mean, policy_tokens, ratio_metrics, weigh
+from .policy import LossOutput, check_choice, check_fraction, check_number, policy_inputs
+from .terms import clipped_ratio, finish_terms, kl_penalty, weigh_terms
 
 PRESETS = {  # select_ratio, kl_coef, min_count
     "paper": (2e-3, 1.0, 0),
@@ -70,16 +71,16 @@ def kl_cov_loss(
     check_number("kl_coef", kl_coef, 0)
     check_number("min_count", min_count, 0)
 
-    p = policy_tokens(
+    x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
-    covariance = token_covariance(p.logp, p.advantages, p.mask, group=group)
+    covariance = covariance_of(logp, x.advantages, x.mask, group)
+    ratio = clipped_ratio(x, None, None, with_distance=True)
     if selected is not None:
-        selected = external_mask(selected, p, logp)
+        selected = external_mask(selected, x)
     else:
-        valid = p.mask & p.logp.detach().isfinite()
-        selected = select_top(covariance, valid, fraction_count(p.mask.sum(), select_ratio, min_count))
-    distance = p.log_ratio.abs()
-    values = -p.advantages * p.ratio + kl_coef * torch.where(selected, distance, 0)
-    metrics = {**selection_metrics(p, covariance, selected), "abs_log_ratio": masked_mean(distance, p.mask), **ratio_metrics(p)}
-    return finish(weigh(values, p), p, aggregation, normalizer, metrics)
+        selected = select_fraction(-covariance, ratio.free, x.mask, select_ratio, minimum=min_count)  # the largest
+    distance = kl_penalty(x, logp.detach() if old_logp is None else old_logp, selected, "abs", None)
+    terms = weigh_terms(ratio.terms + kl_coef * distance, x)
+    metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
+    return finish_terms(terms, x, ratio.count, aggregation, normalizer, metrics)

@@ -7,42 +7,37 @@ import math
 import torch
 from torch import Tensor
 
-from ..selection import fraction_count, select_bottom
-from .kl import check_kl, kl_estimate
+from ..checks import numbers
+from ..selection import select_fraction, selected_means
+from .kl import check_kl
 from .policy import (
     LossOutput,
-    PolicyTokens,
     bounded,
     check_choice,
     check_clip,
     check_fraction,
     check_number,
     check_tokens,
-    clip_fractions,
-    finish,
-    policy_tokens,
-    ratio_metrics,
-    weigh,
+    clean,
+    policy_inputs,
 )
-from .ppo import clipped_surrogate
+from .terms import clipped_ratio, finish_terms, kl_penalty, weigh_terms
 
 KL_TERMS = ("sampled", "full")
 SELECTIONS = ("negative", "all")
 
 
-def _rarest(p: PolicyTokens, among: Tensor, rho: float, min_count: int) -> Tensor:
+def _rarest(logp: Tensor, among: Tensor, rho: float, min_count: int) -> Tensor:
     """The lowest fraction rho of log-probabilities in a group of tokens, at least one; none where that makes fewer than min_count."""
-    count = fraction_count(among.sum(), rho, 1)
-    return select_bottom(p.logp, among, torch.where(count >= min_count, count, 0))
+    return select_fraction(logp, among, among, rho, minimum=1, least=min_count)
 
 
-def _full_kl(p: PolicyTokens, logp: Tensor, kept_logmass: Tensor | None, proxy_kl: Tensor | None) -> Tensor:
+def _full_kl(logp: Tensor, kept_logmass: Tensor | None, proxy_kl: Tensor | None) -> Tensor:
     """KL(proxy || policy) with its gradient, [B, T]."""
     if (kept_logmass is None) == (proxy_kl is None):
         raise ValueError("kl_term='full' needs exactly one of kept_logmass= (on-policy: KL = -log S) and proxy_kl= (from other logits), each [B, T]")
     name, given = ("kept_logmass", kept_logmass) if proxy_kl is None else ("proxy_kl", proxy_kl)
     check_tokens(name, given, logp)
-    given = torch.where(p.mask, given.to(p.logp.dtype), 0)
     return -given if proxy_kl is None else given
 
 
@@ -121,28 +116,28 @@ def lp_reg_loss(
         raise ValueError("kept_logmass and proxy_kl are for kl_term='full', got one of them with 'sampled'")
     if not sampled and rho_positive:
         raise ValueError(f"rho_positive is for kl_term='sampled', got {rho_positive} with 'full'")
-    p = policy_tokens(
+    x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
     check_tokens("proxy_logp", proxy_logp, logp)
-    proxy = torch.where(p.mask, proxy_logp.detach().to(p.logp.dtype), -math.inf)
-    x = p.logp.detach()
-    negative = p.advantages < 0
+    own, proxy = (numbers(t, x.advantages.dtype) for t in (logp, proxy_logp))
+    negative = x.mask & (x.advantages < 0)
 
     select_from = select_from or ("negative" if sampled else "all")
-    selected = _rarest(p, negative if select_from == "negative" else p.mask, rho, min_count) & negative
+    selected = _rarest(own, negative if select_from == "negative" else x.mask, rho, min_count)
+    if select_from == "all":
+        selected = selected & negative
     if sampled:
         if rho_positive:
-            selected = selected | _rarest(p, p.advantages > 0, rho_positive, min_count)
-        selected = selected & (x < proxy)
-        kl = kl_estimate(torch.where(selected, p.logp, 0), torch.where(selected, proxy, 0), kl_kind, clamp=kl_clamp)
-        policy = clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high)
-        policy = torch.where(selected, -p.advantages * p.ratio, policy)
+            selected = selected | _rarest(own, x.mask & (x.advantages > 0), rho_positive, min_count)
+        selected = selected & (own < proxy)
+        ratio = clipped_ratio(x, clip_low, clip_high, unclipped=selected)
+        policy, kl = ratio.terms, kl_penalty(x, proxy, selected, kl_kind, kl_clamp)
     else:
         selected = selected & (proxy > -math.inf)
-        kl = torch.where(selected, _full_kl(p, logp, kept_logmass, proxy_kl), 0)
-        policy = -p.advantages * bounded(p.ratio, 1 - clip_low, 1 + clip_high)
-    chosen = selected.sum()
-    metrics = {"selected_fraction": chosen / p.mask.sum().clamp(min=1), "proxy_kl": kl.detach().sum() / chosen.clamp(min=1)}  # 0 elsewhere
-    metrics.update(**clip_fractions(p.ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high), **ratio_metrics(p))
-    return finish(weigh(policy + kl_coef * kl, p), p, aggregation, normalizer, metrics)
+        ratio, p = clipped_ratio(x, clip_low, clip_high), clean(x)
+        policy = (-p.advantages * bounded(p.ratio, 1 - clip_low, 1 + clip_high)).unsqueeze(0)
+        kl = torch.where(selected, _full_kl(logp, kept_logmass, proxy_kl).to(own.dtype), 0).unsqueeze(0)
+    selected_fraction, _, proxy_kl = selected_means(kl[0].detach(), selected, x.mask)
+    metrics = {"selected_fraction": selected_fraction, "proxy_kl": proxy_kl, **ratio.metrics}
+    return finish_terms(weigh_terms(policy + kl_coef * kl, x), x, ratio.count, aggregation, normalizer, metrics)

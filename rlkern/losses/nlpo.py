@@ -13,8 +13,9 @@ from ..checks import as_bool, check_choice, check_number, check_tokens
 from ..ops import token_stats
 from ..rows import as_rows, check_logits, rows_per_chunk
 from .aggregate import aggregate
-from .policy import LossOutput, check_clip, masked_mean, policy_tokens
-from .ppo import check_dual_clip, clipped_surrogate, ppo_metrics
+from .policy import LossOutput, check_clip, masked_mean, policy_inputs, policy_tokens
+from .ppo import check_dual_clip
+from .terms import clipped_ratio, values_of
 
 
 def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_keep: int) -> Tensor:
@@ -171,13 +172,13 @@ def nlpo_loss(
     if old_logp is not None:
         inside = inside & (given.keep(old_logp) > -math.inf)
     standard = whiten(given.advantages, inside) if normalize_advantages else given.advantages
-    p = policy_tokens(logp, old_logp, standard, inside, **options)
-    values = clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip)
-    metrics = ppo_metrics(p, clip_low, clip_high, dual_clip)
+    x = policy_inputs(logp, old_logp, standard, inside, **options)
+    ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
+    values, metrics = values_of(ratio.terms, x), ratio.metrics
     metrics["outside_fraction"] = masked_mean(~inside, as_bool(mask))
     if entropy is not None:
-        check_tokens("entropy", entropy, p.logp)
-        h = torch.where(p.mask, entropy.to(p.logp.dtype), 0)
+        check_tokens("entropy", entropy, logp)
+        h = torch.where(inside, entropy.to(values.dtype), 0)
         values = values - entropy_coef * h
-        metrics["entropy"] = masked_mean(h, p.mask)
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)
+        metrics["entropy"] = masked_mean(h, inside)
+    return LossOutput(aggregate(values, inside, aggregation, normalizer), metrics)

@@ -8,9 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import as_bool, check_logp, check_number, check_tokens, computing_dtype, per_token
+from ..checks import as_bool, check_logp, check_number, check_tokens, per_token
 from ..checks import check_choice as check_choice  # for the losses
 from ..checks import check_fraction as check_fraction
+from ..ratio import SUMMARY, ratio_terms
+from ..selection import one_pass
 from .aggregate import aggregate, check_aggregation
 
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32, with room for a product
@@ -21,6 +23,17 @@ class LossOutput(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+class PolicyInputs(NamedTuple):
+    """The arguments that every policy loss takes, checked and not yet touched: anything may stand where the mask is not set."""
+
+    logp: Tensor  # [B, T] float, with its gradient
+    old_logp: Tensor | None  # [B, T] float
+    advantages: Tensor  # [B, T], in the dtype of the computation
+    mask: Tensor  # [B, T] bool
+    weights: Tensor | None  # as the advantages
+    log_ratio_clamp: float | None
 
 
 class PolicyTokens(NamedTuple):
@@ -69,7 +82,7 @@ def check_clip(clip_low: float, clip_high: float) -> None:
     check_number("clip_high", clip_high, 0)
 
 
-def policy_tokens(
+def policy_inputs(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
@@ -79,8 +92,8 @@ def policy_tokens(
     log_ratio_clamp: float | None = None,
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
-) -> PolicyTokens:
-    """Checks the arguments that every policy loss takes and makes them safe to compute with.
+) -> PolicyInputs:
+    """Checks the arguments that every policy loss takes.
 
     Args:
         logp: [B, T] float; gradients flow into it.
@@ -103,18 +116,37 @@ def policy_tokens(
         check_tokens("old_logp", old_logp, logp)
     check_tokens("mask", mask, logp, floating=False)
 
-    mask = as_bool(mask)
-    logp = torch.where(mask, logp.to(computing_dtype(logp)), 0)
-    advantages = torch.where(mask, per_token("advantages", advantages, logp), 0)
+    advantages = per_token("advantages", advantages, logp)
     if weights is not None:
-        weights = torch.where(mask, per_token("weights", weights, logp), 0)
-    old_logp = logp.detach() if old_logp is None else torch.where(mask, old_logp.detach().to(logp.dtype), 0)
+        weights = per_token("weights", weights, logp)
+    return PolicyInputs(logp, old_logp, advantages, as_bool(mask), weights, log_ratio_clamp)
+
+
+def clean(x: PolicyInputs) -> PolicyTokens:
+    """Checked inputs made safe to compute with."""
+    mask = x.mask
+    logp = torch.where(mask, x.logp.to(x.advantages.dtype), 0)
+    old_logp = logp.detach() if x.old_logp is None else torch.where(mask, x.old_logp.detach().to(logp.dtype), 0)
     log_ratio = logp - old_logp
-    if log_ratio_clamp is None:
+    if x.log_ratio_clamp is None:
         exponent = log_ratio.clamp(max=LARGEST_EXPONENT)
     else:
-        exponent = bounded(log_ratio, -log_ratio_clamp, log_ratio_clamp)
-    return PolicyTokens(logp, log_ratio, exponent.exp(), advantages, mask, weights)
+        exponent = bounded(log_ratio, -x.log_ratio_clamp, x.log_ratio_clamp)
+    weights = None if x.weights is None else torch.where(mask, x.weights, 0)
+    return PolicyTokens(logp, log_ratio, exponent.exp(), torch.where(mask, x.advantages, 0), mask, weights)
+
+
+def policy_tokens(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, **options) -> PolicyTokens:
+    """`policy_inputs`, made safe to compute with."""
+    return clean(policy_inputs(logp, old_logp, advantages, mask, **options))
+
+
+def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Tensor:
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip; written as -A times the ratio that survives.
+
+    That form needs no product with a ratio that is clipped away, so an overflowing one cannot make NaN of the gradient.
+    """
+    return -advantages * torch.where(advantages < 0, bounded(ratio, 1 - clip_low, dual_clip), bounded(ratio, high=1 + clip_high))
 
 
 # --- reductions ----------------------------------------------------------------------------------------------------------------------------
@@ -151,6 +183,9 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
+_RATIO_METRICS = ("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size")
+
+
 @torch.no_grad()
 def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
     """What a ratio tells of the step; 0, 0, 1, 1, 1 without tokens.
@@ -160,6 +195,9 @@ def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
     effective_sample_size: (sum r)^2 / (N sum r^2), a fraction of the tokens in (0, 1].
     """
     d, mask = tokens.log_ratio.detach(), tokens.mask
+    if one_pass(d):
+        summary = dict(zip(SUMMARY, ratio_terms(d, torch.zeros_like(d), tokens.advantages, mask).summary.unbind(), strict=True))
+        return {name: summary[name] for name in _RATIO_METRICS}
     count = mask.sum()
     any_token = count > 0
     counted = torch.where(mask, d, -math.inf)

@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .policy import LossOutput, bounded, check_clip, check_number, clip_fractions, finish, policy_tokens, ratio_metrics, weigh
-
-
-def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Tensor:
-    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip; written as -A times the ratio that survives.
-
-    That form needs no product with a ratio that is clipped away, so an overflowing one cannot make NaN of the gradient.
-    """
-    return -advantages * torch.where(advantages < 0, bounded(ratio, 1 - clip_low, dual_clip), bounded(ratio, high=1 + clip_high))
+from .policy import LossOutput, check_clip, check_number, policy_inputs
+from .policy import clipped_surrogate as clipped_surrogate  # for the losses
+from .terms import clipped_ratio, finish_terms, weigh_terms
 
 
 def check_dual_clip(dual_clip: float | None) -> None:
@@ -60,19 +53,12 @@ def ppo_loss(
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+        RuntimeError: where the gradient is differentiated again; `use_backend("reference")` and torch.func can.
     """
     check_clip(clip_low, clip_high)
     check_dual_clip(dual_clip)
-    p = policy_tokens(
+    x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
-    values = weigh(clipped_surrogate(p.ratio, p.advantages, clip_low, clip_high, dual_clip), p)
-    return finish(values, p, aggregation, normalizer, ppo_metrics(p, clip_low, clip_high, dual_clip))
-
-
-def ppo_metrics(p, clip_low: float, clip_high: float, dual_clip: float | None) -> dict[str, Tensor]:
-    metrics = clip_fractions(p.ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high)
-    if dual_clip is not None:
-        with torch.no_grad():
-            metrics["clip_fraction_dual"] = ((p.advantages < 0) & (p.ratio > dual_clip)).sum() / p.mask.sum().clamp(min=1)
-    return {**metrics, **ratio_metrics(p)}
+    ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
+    return finish_terms(weigh_terms(ratio.terms, x), x, ratio.count, aggregation, normalizer, ratio.metrics)
