@@ -250,6 +250,17 @@ def test_in_place_gradient_has_the_same_bits(isa, dtype):
     assert torch.equal(mine, expected) and torch.equal(whole[:, 4:], logits)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_too_large_for_the_caches_has_the_same_bits(isa, dtype):
+    vocab = 40_009  # odd: rows start anywhere between the addresses that vectors are streamed to
+    rows = 2**24 // (vocab * dtype.itemsize) + 1
+    logits = torch.randn(1, rows, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
+    options = dict(targets=torch.arange(rows).unsqueeze(-1), grads={"logp": torch.ones(rows, 1), "entropy": torch.linspace(-1, 1, rows)})
+    in_place = logits.clone()
+    run(native, in_place, out=in_place, **options)
+    assert torch.equal(run(native, logits, **options)["gradient"], in_place)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_is_rounded_to_nearest_even(isa, dtype):
     """Upstream gradients over the whole range of the dtype, subnormals included, against torch's own conversion."""
