@@ -337,7 +337,7 @@ struct Exp2<double> {
 // Over [0, 1], as exact.
 template <bool Short>
 struct Exp2FromFloor {
-  static constexpr float coefficients[] = {0.999999925065f,  0.6931530731742f,  0.2401536171586f,
+  static constexpr float coefficients[] = {0.999999925065f,  0.6931530731742f, 0.2401536171586f,
                                            0.0558263178786f, 0.0089893401678f, 0.0018775766857f};
 };
 template <>
@@ -382,7 +382,8 @@ inline Pack<float> power_of_two(const Pack<float>& t) {
   constexpr int floor = _MM_FROUND_TO_NEG_INF;
   const Pack<float> f = each<Pack<float>>([&](int i) { return bit_cast<Vec<float>>(_mm512_reduce_ps(bit_cast<__m512>(t.v[i]), floor)); });
   const Pack<float> y = polynomial<Exp2FromFloor<Short>>(f);
-  return each<Pack<float>>([&](int i) { return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(y.v[i]), bit_cast<__m512>(t.v[i]))); });
+  return each<Pack<float>>(
+      [&](int i) { return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(y.v[i]), bit_cast<__m512>(t.v[i]))); });
 }
 #endif
 

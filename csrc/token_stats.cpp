@@ -114,7 +114,9 @@ Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
     prefetch_next_tile(x + i);
     const AccPack<T> v = load(x + i), t = (v - top) * scale, e = power_of_two<sizeof(T) == 2>(t);
     const Mask<A> at_max = v == top;
-    const auto add = [&](const AccPack<T>& sum, const AccPack<T>& term) { return ExcludeMax ? select(at_max, sum, sum + term) : sum + term; };
+    const auto add = [&](const AccPack<T>& sum, const AccPack<T>& term) {
+      return ExcludeMax ? select(at_max, sum, sum + term) : sum + term;
+    };
     s0 = add(s0, e);
     if constexpr (Entropy) s1 = s1 + e * finite_exponent(t);  // t is 0 at the maximum
     if constexpr (Squares) s2 = add(s2, e * e);
