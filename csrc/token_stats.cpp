@@ -99,7 +99,7 @@ void prefetch_next_tile(const T* x) {
   for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + kTile) + byte);
 }
 
-// With t = (x - top) log2(e) / T over some logits. NaN logits are not seen by the maximum; they make s0 and s1 NaN.
+// With t = (x - top) log2(e) / T over some logits. A NaN among them, whether the maximum has seen it or not, makes s0 and s1 NaN.
 struct Sums {
   double s0 = 0, s1 = 0, s2 = 0;  // of 2^t, 2^t t, 2^2t, without the logits that equal the maximum where it is excluded
   double ties = 0;                // how many those are
