@@ -94,7 +94,7 @@ void backward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_
               uintptr_t targets, int64_t n_targets, uintptr_t mask, double temperature, uintptr_t temperatures, int64_t ignore_index,
               uintptr_t state, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t g_logsumexp, uintptr_t g_sum_sq_prob,
               uintptr_t g_kept_logmass, uintptr_t out, int64_t out_stride_outer, int64_t out_stride_inner, int64_t threads) {
-  constexpr int64_t beyond_caches = 1 << 24;  // bytes
+  constexpr int64_t beyond_caches = 1 << 25;  // bytes; little of such a gradient would still be there when somebody reads it
   const int64_t element = dtype == int(DType::float64) ? 8 : dtype == int(DType::float32) ? 4 : 2;
   const bool in_place = out == logits;
   const Backward call{rows_from(dtype, logits, stride_outer, stride_inner, rows, inner, vocab, targets, n_targets, mask, temperature,

@@ -265,7 +265,7 @@ def test_in_place_gradient_has_the_same_bits(isa, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gradient_too_large_for_the_caches_has_the_same_bits(isa, dtype):
     vocab = 40_009  # odd: rows start anywhere between the addresses that vectors are streamed to
-    rows = 2**24 // (vocab * dtype.itemsize) + 1
+    rows = 2**25 // (vocab * dtype.itemsize) + 1
     logits = torch.randn(1, rows, vocab, generator=torch.Generator().manual_seed(0)).to(dtype)
     options = dict(targets=torch.arange(rows).unsqueeze(-1), grads={"logp": torch.ones(rows, 1), "entropy": torch.linspace(-1, 1, rows)})
     in_place = logits.clone()
