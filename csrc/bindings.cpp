@@ -94,6 +94,9 @@ void backward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_
               uintptr_t targets, int64_t n_targets, uintptr_t mask, double temperature, uintptr_t temperatures, int64_t ignore_index,
               uintptr_t state, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t g_logsumexp, uintptr_t g_sum_sq_prob,
               uintptr_t g_kept_logmass, uintptr_t out, int64_t out_stride_outer, int64_t out_stride_inner, int64_t threads) {
+  constexpr int64_t beyond_caches = 1 << 25;  // bytes; little of such a gradient would still be there when somebody reads it
+  const int64_t element = dtype == int(DType::float64) ? 8 : dtype == int(DType::float32) ? 4 : 2;
+  const bool in_place = out == logits;
   const Backward call{rows_from(dtype, logits, stride_outer, stride_inner, rows, inner, vocab, targets, n_targets, mask, temperature,
                                 temperatures, ignore_index, state),
                       pointer<const void>(g_logp),
@@ -101,12 +104,10 @@ void backward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_
                       pointer<const void>(g_logsumexp),
                       pointer<const void>(g_sum_sq_prob),
                       pointer<const void>(g_kept_logmass),
-                      {pointer<void>(out), out_stride_outer, out_stride_inner}};
+                      {pointer<void>(out), out_stride_outer, out_stride_inner},
+                      !in_place && rows * vocab * element >= beyond_caches};
   const py::gil_scoped_release release;
-  if (out != logits) {
-    const int64_t element = dtype == int(DType::float64) ? 8 : dtype == int(DType::float32) ? 4 : 2;
-    advise_huge_pages(call.out, rows, inner, vocab * element, element);
-  }
+  if (!in_place) advise_huge_pages(call.out, rows, inner, vocab * element, element);
   run(active.kernels->backward, call, threads);
 }
 

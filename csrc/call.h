@@ -36,6 +36,7 @@ struct Forward : Rows {
 struct Backward : Rows {
   const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;  // Acc, each may be null
   Matrix out;                                                                     // may be the logits themselves
+  bool stream;                                                                    // past the caches; not in place
 };
 
 // The kernels compiled for one instruction set. Each call computes the rows [begin, end) on the calling thread.

@@ -8,6 +8,9 @@ extern const Kernels kernels_baseline;
 #ifdef RLKERN_X86
 extern const Kernels kernels_avx2, kernels_avx512;
 #endif
+#ifdef RLKERN_AVX512_BF16
+extern const Kernels kernels_avx512_bf16;
+#endif
 
 namespace {
 
@@ -17,14 +20,20 @@ struct Isa {
   bool (*runs)();
 };
 
-const Isa isas[] = {
 #ifdef RLKERN_X86
-    {"avx512", &kernels_avx512,
-     [] {
-       __builtin_cpu_init();
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-     }},
+bool runs_avx512() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+}
+#endif
+
+const Isa isas[] = {
+#ifdef RLKERN_AVX512_BF16
+    {"avx512_bf16", &kernels_avx512_bf16, [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+#endif
+#ifdef RLKERN_X86
+    {"avx512", &kernels_avx512, runs_avx512},
     // Every processor with AVX2 has F16C, which has no name of its own in older compilers' __builtin_cpu_supports.
     {"avx2", &kernels_avx2,
      [] {

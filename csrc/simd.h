@@ -50,6 +50,27 @@ inline V load_raw(const void* from) {
   return v;
 }
 
+// Streamed, a vector goes to memory past the caches: for what nobody reads soon, and aligned to the vector's size.
+template <bool Stream, class V>
+inline void store_raw(void* to, const V& v) {
+#if defined(__SSE2__)
+  if constexpr (Stream && sizeof v == 16) return _mm_stream_si128(static_cast<__m128i*>(to), bit_cast<__m128i>(v));
+#endif
+#if defined(__AVX2__)
+  if constexpr (Stream && sizeof v == 32) return _mm256_stream_si256(static_cast<__m256i*>(to), bit_cast<__m256i>(v));
+#endif
+#if defined(__AVX512F__)
+  if constexpr (Stream && sizeof v == 64) return _mm512_stream_si512(static_cast<__m512i*>(to), bit_cast<__m512i>(v));
+#endif
+  std::memcpy(to, &v, sizeof v);
+}
+// Streamed stores are ordered with nothing: before other threads may read them.
+inline void finish_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // --- what a logit's type means: the type it is computed in, and conversions of one vector ------------------------------------------------
 
 template <class T>
@@ -60,7 +81,10 @@ struct Native {  // float and double are stored as they are computed with
   using Acc = T;
   static T minus_infinity() { return -__builtin_inf(); }
   static Vec<T> load(const T* from) { return load_raw<Vec<T>>(from); }
-  static void store(T* to, Vec<T> v) { std::memcpy(to, &v, sizeof v); }
+  template <bool Stream>
+  static void store(T* to, Vec<T> v) {
+    store_raw<Stream>(to, v);
+  }
 };
 template <>
 struct Element<float> : Native<float> {};
@@ -81,15 +105,15 @@ struct Element<Float16> {
   static Float16 minus_infinity() { return {0xfc00}; }
 #if defined(__AVX512F__)
   static Vec<float> load(const Float16* from) { return bit_cast<Vec<float>>(_mm512_cvtph_ps(load_raw<__m256i>(from))); }
+  template <bool Stream>
   static void store(Float16* to, Vec<float> v) {
-    const __m256i h = _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    std::memcpy(to, &h, sizeof h);
+    store_raw<Stream>(to, _mm512_cvtps_ph(bit_cast<__m512>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #elif defined(__F16C__)
   static Vec<float> load(const Float16* from) { return bit_cast<Vec<float>>(_mm256_cvtph_ps(load_raw<__m128i>(from))); }
+  template <bool Stream>
   static void store(Float16* to, Vec<float> v) {
-    const __m128i h = _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    std::memcpy(to, &h, sizeof h);
+    store_raw<Stream>(to, _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
   using Halves = Vec<uint16_t, kVectorBytes / 2>;
@@ -100,6 +124,7 @@ struct Element<Float16> {
     const Words not_finite = (h & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000u : Words{};
     return bit_cast<Vec<float>>(magnitude | not_finite | (h & 0x8000) << 16);
   }
+  template <bool Stream>
   static void store(Float16* to, Vec<float> v) {
     const Words w = bit_cast<Words>(v), magnitude = w & 0x7fffffff;
     const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
@@ -108,8 +133,7 @@ struct Element<Float16> {
     const Words large = magnitude > 0x7f800000 ? Words{} + 0x7e00u : Words{} + 0x7c00u;
     Words h = magnitude < 0x38800000 ? subnormal : normal;
     h = magnitude >= 0x47800000 ? large : h;
-    const Halves halves = __builtin_convertvector(h | (w >> 16 & 0x8000), Halves);
-    std::memcpy(to, &halves, sizeof halves);
+    store_raw<Stream>(to, __builtin_convertvector(h | (w >> 16 & 0x8000), Halves));
   }
 #endif
 };
@@ -161,6 +185,10 @@ RLKERN_PACK_OPERATOR(*)
 #undef RLKERN_PACK_OPERATOR
 
 template <class T>
+inline Mask<T> operator+(const Mask<T>& a, const Mask<T>& b) {
+  return each<Mask<T>>([&](int i) { return a.v[i] + b.v[i]; });
+}
+template <class T>
 inline Mask<T> operator==(const Pack<T>& a, T b) {
   return each<Mask<T>>([&](int i) { return a.v[i] == b; });
 }
@@ -191,14 +219,26 @@ inline Pack<T> max_or_second(const Pack<T>& a, const Pack<T>& b) {
   return each<Pack<T>>([&](int i) { return max_or_second(a.v[i], b.v[i]); });
 }
 
+inline Vec<int16_t> larger(Vec<int16_t> a, Vec<int16_t> b) {
+#if defined(__AVX512BW__)
+  return bit_cast<Vec<int16_t>>(_mm512_max_epi16(bit_cast<__m512i>(a), bit_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<int16_t>>(_mm256_max_epi16(bit_cast<__m256i>(a), bit_cast<__m256i>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Vec<int16_t>>(_mm_max_epi16(bit_cast<__m128i>(a), bit_cast<__m128i>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
 template <class T>
 inline Pack<typename Element<T>::Acc> load(const T* from) {
   using P = Pack<typename Element<T>::Acc>;
   return each<P>([&](int i) { return Element<T>::load(from + i * (P::lanes / kPackVectors)); });
 }
-template <class T>
+template <bool Stream = false, class T>
 inline void store(T* to, const Pack<typename Element<T>::Acc>& p) {
-  for (int i = 0; i < kPackVectors; ++i) Element<T>::store(to + i * (p.lanes / kPackVectors), p.v[i]);
+  for (int i = 0; i < kPackVectors; ++i) Element<T>::template store<Stream>(to + i * (p.lanes / kPackVectors), p.v[i]);
 }
 
 // A 32-bit word holds two bfloat16, and each is a float but for its low bits: a shift makes one vector of the first of each pair, a mask
@@ -212,16 +252,27 @@ inline Pack<float> load(const BFloat16* from) {
   }
   return p;
 }
-// To nearest even, in the high half of each word. A NaN stays one: those that come here have payloads of a bfloat16 or of the hardware.
-inline Words round_to_bfloat16(Vec<float> v) {
-  const Words w = bit_cast<Words>(v);
-  return w + 0x7fff + ((w >> 16) & 1);
+// To nearest even. A NaN stays one: those that come here have payloads of a bfloat16 or of the hardware.
+#if defined(__AVX512BF16__)
+inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {  // its own instruction, which takes subnormal numbers for 0
+  const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
+  const auto lanes = [](int i) { return uint32_t(i) | uint32_t(i + 16) << 16; };
+  const Words pairs = {lanes(0), lanes(1), lanes(2),  lanes(3),  lanes(4),  lanes(5),  lanes(6),  lanes(7),
+                       lanes(8), lanes(9), lanes(10), lanes(11), lanes(12), lanes(13), lanes(14), lanes(15)};
+  return bit_cast<Words>(_mm512_permutexvar_epi16(bit_cast<__m512i>(pairs), halves));
 }
+#else
+inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {
+  const auto rounded = [](Vec<float> v) {  // in the high half of each word
+    const Words w = bit_cast<Words>(v);
+    return w + 0x7fff + ((w >> 16) & 1);
+  };
+  return (rounded(first) >> 16) | (rounded(second) & 0xffff0000);
+}
+#endif
+template <bool Stream = false>
 inline void store(BFloat16* to, const Pack<float>& p) {
-  for (int i = 0; i < kPackVectors; i += 2) {
-    const Words pairs = (round_to_bfloat16(p.v[i]) >> 16) | (round_to_bfloat16(p.v[i + 1]) & 0xffff0000);
-    std::memcpy(to + i * (kVectorBytes / 4), &pairs, sizeof pairs);
-  }
+  for (int i = 0; i < kPackVectors; i += 2) store_raw<Stream>(to + i * (kVectorBytes / 4), bfloat16_pairs(p.v[i], p.v[i + 1]));
 }
 
 // Lanes combined two halves at a time: a fixed order, so the same bits every time.
@@ -238,11 +289,11 @@ inline T fold(Vec<T, Bytes> v, Combine combine) {
     return fold<T, Bytes / 2>(combine(low, high), combine);
   }
 }
-template <class T>
-inline T sum_lanes(const Pack<T>& p) {
-  Vec<T> v = p.v[0];
+template <class P>
+inline auto sum_lanes(const P& p) {
+  auto v = p.v[0];
   for (int i = 1; i < kPackVectors; ++i) v += p.v[i];
-  return fold<T, kVectorBytes>(v, [](auto a, auto b) { return a + b; });
+  return fold<std::decay_t<decltype(v[0])>, kVectorBytes>(v, [](auto a, auto b) { return a + b; });
 }
 template <class T>
 inline T max_lanes(const Pack<T>& p) {
@@ -283,22 +334,57 @@ struct Exp2<double> {
                                             7.0725704128144235096e-9,
                                             4.078071929588336665e-10};
 };
-template <class T>
-constexpr T kLowestExponent = -Exp2<T>::bias;
+// Over [0, 1], as exact.
+template <bool Short>
+struct Exp2FromFloor {
+  static constexpr float coefficients[] = {0.999999925065f,  0.6931530731742f, 0.2401536171586f,
+                                           0.0558263178786f, 0.0089893401678f, 0.0018775766857f};
+};
+template <>
+struct Exp2FromFloor<false> {
+  static constexpr float coefficients[] = {1.000000001856f, 0.6931469838417f, 0.2402298362666f, 0.0554833420041f,
+                                           0.009678840975f, 0.001243968790f,  0.000217022555f};
+};
 
-// 2^t for kLowestExponent <= t <= 0, exactly 0 at the lowest; NaN for NaN.
-template <bool Short = false, class T>
-inline Pack<T> power_of_two(const Pack<T>& t) {
-  using E = Exp2<T, Short>;
-  constexpr T round = T(int64_t(3) << (E::mantissa - 1)) + E::bias;  // adding it leaves the biased exponent in the lowest bits
-  const Pack<T> rounded = t + round;
-  const Pack<T> f = t - (rounded - round);
+template <class E, class T>
+inline Pack<T> polynomial(const Pack<T>& f) {
   constexpr int degree = sizeof(E::coefficients) / sizeof(T) - 1;
   Pack<T> y = broadcast(E::coefficients[degree]);
 #pragma GCC unroll 16
   for (int i = degree - 1; i >= 0; --i) y = y * f + E::coefficients[i];
-  // A product, not an addition to the exponent's bits: a NaN survives it, and 2^lowest is 0.
-  return y * each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(rounded.v[i]) << E::mantissa); });
+  return y;
 }
+
+template <class T>
+constexpr T kLowestExponent = -Exp2<T>::bias;
+
+// t, but no less than where 2^t is as good as 0: finite, a factor for 0.
+template <class T>
+inline Pack<T> finite_exponent(const Pack<T>& t) {
+  return max_or_second(broadcast(kLowestExponent<T>), t);
+}
+
+// 2^t for t <= 0, 0 for -inf; NaN for NaN.
+template <bool Short = false, class T>
+inline Pack<T> power_of_two(const Pack<T>& exponent) {
+  using E = Exp2<T, Short>;
+  constexpr T round = T(int64_t(3) << (E::mantissa - 1)) + E::bias;  // adding it leaves the biased exponent in the lowest bits
+  const Pack<T> t = finite_exponent(exponent), rounded = t + round;
+  const Pack<T> f = t - (rounded - round);
+  // A product, not an addition to the exponent's bits: a NaN survives it, and 2^lowest is 0.
+  return polynomial<E>(f) * each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(rounded.v[i]) << E::mantissa); });
+}
+
+#if defined(__AVX512DQ__)
+// The instruction set has 2^floor(t) and t - floor(t), at -inf 0 and 0.
+template <bool Short = false>
+inline Pack<float> power_of_two(const Pack<float>& t) {
+  constexpr int floor = _MM_FROUND_TO_NEG_INF;
+  const Pack<float> f = each<Pack<float>>([&](int i) { return bit_cast<Vec<float>>(_mm512_reduce_ps(bit_cast<__m512>(t.v[i]), floor)); });
+  const Pack<float> y = polynomial<Exp2FromFloor<Short>>(f);
+  return each<Pack<float>>(
+      [&](int i) { return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(y.v[i]), bit_cast<__m512>(t.v[i]))); });
+}
+#endif
 
 }  // namespace

@@ -4,6 +4,7 @@
 // Tiles of 2048 logits stay in the first-level cache: their maximum is found first, then exp, sum and entropy terms follow in one go.
 // How a row is reduced depends on its length alone, so its result has the same bits in any batch, on any thread.
 
+#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <limits>
@@ -69,7 +70,36 @@ Acc<T> tile_max(const T* x, int64_t n) {
   return max_lanes(top);
 }
 
-// With t = (x - top) log2(e) / T over some logits. NaN logits are not seen by the maximum; they make s0 and s1 NaN.
+// The bits of 16-bit floats order as signed integers where one is not negative; else as those with the magnitude turned over.
+template <class T>
+Acc<T> tile_max_by_bits(const T* x, int64_t n) {
+  static_assert(sizeof(T) == 2 && kLanes<T> == kVectorBytes / 2, "one vector of bits is one pack");
+  const auto largest = [&](int16_t turn) {
+    Vec<int16_t> top = Vec<int16_t>{} + int16_t(INT16_MIN);
+    for (int64_t i = 0; i < n; i += kLanes<T>) top = larger(load_raw<Vec<int16_t>>(x + i) ^ turn, top);
+    return int16_t(fold<int16_t, kVectorBytes>(top, [](auto a, auto b) { return a > b ? a : b; }) ^ turn);
+  };
+  int16_t bits = largest(0);
+  if (bits < 0) bits = largest(INT16_MAX);
+  const Vec<int16_t> all = Vec<int16_t>{} + bits;
+  return load(reinterpret_cast<const T*>(&all)).v[0][0];
+}
+template <>
+float tile_max(const BFloat16* x, int64_t n) {
+  return tile_max_by_bits(x, n);
+}
+template <>
+float tile_max(const Float16* x, int64_t n) {
+  return tile_max_by_bits(x, n);
+}
+
+// The tile after the one that is being summed: with its arithmetic in the way the processor would ask for it too late.
+template <class T>
+void prefetch_next_tile(const T* x) {
+  for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + kTile) + byte);
+}
+
+// With t = (x - top) log2(e) / T over some logits. A NaN among them, whether the maximum has seen it or not, makes s0 and s1 NaN.
 struct Sums {
   double s0 = 0, s1 = 0, s2 = 0;  // of 2^t, 2^t t, 2^2t, without the logits that equal the maximum where it is excluded
   double ties = 0;                // how many those are
@@ -78,21 +108,21 @@ struct Sums {
 template <class T, bool ExcludeMax, bool Squares, bool Entropy>
 Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
   using A = Acc<T>;
-  AccPack<T> s0{}, s1{}, s2{}, ties{};
+  AccPack<T> s0{}, s1{}, s2{};
+  Mask<A> ties{};
   for (int64_t i = 0; i < n; i += kLanes<T>) {
-    const AccPack<T> v = load(x + i);
-    const AccPack<T> t = max_or_second(broadcast(kLowestExponent<A>), (v - top) * scale);
-    AccPack<T> e = power_of_two<sizeof(T) == 2>(t);
-    if constexpr (ExcludeMax) {
-      const Mask<A> at_max = v == top;
-      e = select(at_max, AccPack<T>{}, e);
-      ties = ties + select(at_max, broadcast(A(1)), AccPack<T>{});
-    }
-    s0 = s0 + e;
-    if constexpr (Entropy) s1 = s1 + e * t;
-    if constexpr (Squares) s2 = s2 + e * e;
+    prefetch_next_tile(x + i);
+    const AccPack<T> v = load(x + i), t = (v - top) * scale, e = power_of_two<sizeof(T) == 2>(t);
+    const Mask<A> at_max = v == top;
+    const auto add = [&](const AccPack<T>& sum, const AccPack<T>& term) {
+      return ExcludeMax ? select(at_max, sum, sum + term) : sum + term;
+    };
+    s0 = add(s0, e);
+    if constexpr (Entropy) s1 = s1 + e * finite_exponent(t);  // t is 0 at the maximum
+    if constexpr (Squares) s2 = add(s2, e * e);
+    if constexpr (ExcludeMax) ties = ties + at_max;
   }
-  return {sum_lanes(s0), Entropy ? sum_lanes(s1) : 0, Squares ? sum_lanes(s2) : 0, ExcludeMax ? sum_lanes(ties) : 0};
+  return {sum_lanes(s0), Entropy ? sum_lanes(s1) : 0, Squares ? sum_lanes(s2) : 0, ExcludeMax ? -double(sum_lanes(ties)) : 0};
 }
 
 // The whole row's maximum and sums. One logit equal to the maximum stays out of s0, so that sum 2^t = 1 + s0 and log1p(s0) keeps the
@@ -133,7 +163,7 @@ double kept_logmass(const T* x, int64_t vocab, Acc<T> top, Acc<T> scale, Acc<T> 
     AccPack<T> outside{}, inside{};
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const AccPack<T> shifted = load(tile + i) - top;
-      const AccPack<T> e = power_of_two<sizeof(T) == 2>(max_or_second(broadcast(kLowestExponent<A>), shifted * scale));
+      const AccPack<T> e = power_of_two<sizeof(T) == 2>(shifted * scale);
       const Mask<A> is_kept = shifted >= threshold;
       outside = outside + select(is_kept, AccPack<T>{}, e);
       inside = inside + select(is_kept, e, AccPack<T>{});
@@ -237,27 +267,35 @@ enum class Terms { constant, linear, all };
 
 template <class T, Terms Kind>
 inline AccPack<T> gradient_of(AccPack<T> x, const Coefficients<Acc<T>>& c) {
-  using A = Acc<T>;
-  const AccPack<T> shifted = x - c.top;
-  const AccPack<T> t = max_or_second(broadcast(kLowestExponent<A>), shifted * c.scale);
+  const AccPack<T> shifted = x - c.top, t = shifted * c.scale;
   const AccPack<T> e = power_of_two<sizeof(T) == 2>(t);
   if constexpr (Kind == Terms::constant) return e * c.constant;
-  AccPack<T> g = t * c.linear + c.constant;
+  AccPack<T> g = finite_exponent(t) * c.linear + c.constant;
   if constexpr (Kind == Terms::all) g = g + e * c.square + select(shifted >= c.threshold, broadcast(c.inside), AccPack<T>{});
   return e * g;
 }
 
-// `x` and `out` may be the same memory.
-template <class T, Terms Kind>
+// `x` and `out` may be the same memory, if nothing is streamed.
+template <class T, Terms Kind, bool Stream>
 void write_gradient(const T* x, T* out, int64_t vocab, const Coefficients<Acc<T>>& c) {
-  const int64_t whole = vocab / kLanes<T> * kLanes<T>, rest = vocab - whole;
-  for (int64_t i = 0; i < whole; i += kLanes<T>) store(out + i, gradient_of<T, Kind>(load(x + i), c));
-  if (rest) {
+  const auto edge = [&](int64_t start, int64_t n) {
     T padded[kLanes<T>] = {};
-    std::memcpy(padded, x + whole, rest * sizeof(T));
+    std::memcpy(padded, x + start, n * sizeof(T));
     store(padded, gradient_of<T, Kind>(load(padded), c));
-    std::memcpy(out + whole, padded, rest * sizeof(T));
+    std::memcpy(out + start, padded, n * sizeof(T));
+  };
+  int64_t i = 0;
+  if constexpr (Stream) {  // from the first aligned address on
+    i = std::min<int64_t>(vocab, -reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(T));
+    if (i > 0) edge(0, i);
   }
+  for (; i + kLanes<T> <= vocab; i += kLanes<T>) store<Stream>(out + i, gradient_of<T, Kind>(load(x + i), c));
+  if (i < vocab) edge(i, vocab - i);
+}
+
+template <class T, Terms Kind>
+void write_gradient(const Backward& call, const T* x, T* out, const Coefficients<Acc<T>>& c) {
+  return call.stream ? write_gradient<T, Kind, true>(x, out, call.vocab, c) : write_gradient<T, Kind, false>(x, out, call.vocab, c);
 }
 
 template <class A>
@@ -307,11 +345,11 @@ void backward_row(const Backward& call, int64_t row, T* out) {
   c.inside = A(weight * inside);
   c.threshold = state[kThreshold];
   if (g_s2 != 0 || g_k != 0)
-    write_gradient<T, Terms::all>(x, out, call.vocab, c);
+    write_gradient<T, Terms::all>(call, x, out, c);
   else if (g_h != 0)
-    write_gradient<T, Terms::linear>(x, out, call.vocab, c);
+    write_gradient<T, Terms::linear>(call, x, out, c);
   else
-    write_gradient<T, Terms::constant>(x, out, call.vocab, c);
+    write_gradient<T, Terms::constant>(call, x, out, c);
 
   // At a target, 1 - p is summed as -expm1(log p): no cancellation as p goes to 1.
   if (!call.g_logp || std::isnan(common)) return;
@@ -338,6 +376,7 @@ void backward_rows(const Backward& call, int64_t begin, int64_t end) {
     else
       backward_row<T>(call, row, out);
   }
+  if (call.stream) finish_stream();
 }
 
 // --- entry points --------------------------------------------------------------------------------------------------------------------
