@@ -24,6 +24,13 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} is a fraction in [0, 1], not a percentage, got {value}")
 
 
+def check_count(name: str, value: int) -> None:
+    """Raises TypeError unless value is an integer and ValueError below 0."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    check_number(name, value, 0)
+
+
 def check_choice(name: str, value: str | None, choices: Iterable[str | None]) -> None:
     """Raises ValueError for a name that is not one of `choices`."""
     if value not in choices:

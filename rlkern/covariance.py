@@ -78,8 +78,12 @@ def covariance_quantiles(covariance: Tensor, mask: Tensor, quantiles: tuple[floa
     """
     if not isinstance(covariance, Tensor) or not isinstance(mask, Tensor):
         raise TypeError(f"covariance and mask must be tensors, got {type(covariance).__name__} and {type(mask).__name__}")
+    if not covariance.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"covariance must be a float tensor and mask bool or numbers, got {covariance.dtype} and {mask.dtype}")
     if covariance.shape != mask.shape:
         raise ValueError(f"mask must have the shape of covariance {tuple(covariance.shape)}, got {tuple(mask.shape)}")
+    if covariance.device != mask.device:
+        raise ValueError(f"mask must be on the device of covariance {covariance.device}, got {mask.device}")
     if not all(0 <= q <= 1 for q in quantiles):
         raise ValueError(f"quantiles must be in [0, 1], got {quantiles}")
     mask = as_bool(mask)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import one_pass as one_pass  # for the losses
-from .checks import as_bool, check_fraction, check_number, computing_dtype
+from .checks import as_bool, check_count, check_fraction, check_number, computing_dtype
 from .rows import call
 
 __all__ = ["fraction_count", "select_bottom", "select_fraction", "select_random", "select_random_fraction", "select_top", "selected_means"]
@@ -84,7 +84,7 @@ def fraction_count(total: Tensor, fraction: float, minimum: int = 0) -> Tensor:
         TypeError, ValueError: a fraction outside [0, 1], a minimum below 0.
     """
     check_fraction("fraction", fraction)
-    check_number("minimum", minimum, 0)
+    check_count("minimum", minimum)
     return (total.to(torch.float64) * fraction).to(torch.int64).clamp(min=minimum)
 
 

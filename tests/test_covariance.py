@@ -122,6 +122,10 @@ def test_covariance_quantiles():
         rlkern.covariance_quantiles(covariance, mask, (50.0,))
     with pytest.raises(ValueError, match="mask must have the shape"):
         rlkern.covariance_quantiles(covariance, mask[:1])
+    with pytest.raises(ValueError, match="mask must be on the device of covariance cpu, got meta"):
+        rlkern.covariance_quantiles(covariance, mask.to("meta"))
+    with pytest.raises(TypeError, match="covariance must be a float tensor"):
+        rlkern.covariance_quantiles(mask, mask)
 
 
 def test_group():
@@ -389,3 +393,6 @@ def test_own_errors():
         rlkern.clip_cov_loss(*x, preset="paper", clip_low=0.2)
     with pytest.raises(ValueError, match="kl_coef"):
         rlkern.kl_cov_loss(*x, kl_coef=-1.0)
+    for loss in (rlkern.clip_cov_loss, rlkern.kl_cov_loss):
+        with pytest.raises(TypeError, match="min_count must be an integer, got inf"):
+            loss(*x, min_count=math.inf)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import as_bool
+from ..checks import as_bool, check_count
 from ..covariance import covariance_of
 from ..selection import select_random_fraction, selected_means
 from .policy import LossOutput, PolicyInputs, check_choice, check_clip, check_fraction, check_number, check_tokens, policy_inputs
@@ -109,7 +109,7 @@ def clip_cov_loss(
     check_number("cov_high", cov_high)
     if cov_low > cov_high:
         raise ValueError(f"cov_low must not be above cov_high, got {cov_low} and {cov_high}")
-    check_number("min_count", min_count, 0)
+    check_count("min_count", min_count)
 
     x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer

@@ -88,7 +88,7 @@ def sigmoid_norm(p: Pairs) -> Tensor:
 
 
 def hinge(p: Pairs) -> Tensor:
-    return torch.relu(1 - p.margin)
+    return torch.where(p.margin >= 1, 0, 1 - p.margin)  # no gradient at the kink; relu would save its result, which a caller may write into
 
 
 def ipo(p: Pairs) -> Tensor:

@@ -63,6 +63,8 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
             raise TypeError(f"{name} must be a float tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if logp.shape != reference_logp.shape:
         raise ValueError(f"reference_logp must have the shape of logp {tuple(logp.shape)}, got {tuple(reference_logp.shape)}")
+    if logp.device != reference_logp.device:
+        raise ValueError(f"reference_logp must be on the device of logp {logp.device}, got {reference_logp.device}")
     d = logp - reference_logp.detach()
     name, straight_through = resolve(kind)
     value = ESTIMATES[name](d)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import numbers
+from ..checks import check_count, numbers
 from ..selection import select_fraction, selected_means
 from .kl import check_kl
 from .policy import (
@@ -108,7 +108,7 @@ def lp_reg_loss(
     check_fraction("rho", rho)
     check_fraction("rho_positive", rho_positive)
     check_number("kl_coef", kl_coef, 0)
-    check_number("min_count", min_count, 0)
+    check_count("min_count", min_count)
     check_clip(clip_low, clip_high)
     check_kl(kl_kind, kl_clamp)
     sampled = kl_term == "sampled"

@@ -137,14 +137,16 @@ def test_clip_cov_draws_as_many_tokens_from_the_same_band():
     inputs["response_mask"] = torch.ones_like(inputs["response_mask"])
     every = run("rlkern_clip_cov", inputs, config=config())
     some = config(policy={"clip_cov_ratio": 0.02})
-    without = run("rlkern_clip_cov", inputs, config=config(policy={"clip_cov_lb": 1e8, "clip_cov_ub": 1e9}))
+    nobody = config(policy={"clip_cov_lb": 1e8, "clip_cov_ub": 1e9})
+    without, plain = run("rlkern_clip_cov", inputs, config=nobody), run("clip_cov", inputs, config=nobody)
+    torch.testing.assert_close(plain[1], without[1], rtol=1e-12, atol=1e-15)
     band = every[1] != without[1]
     assert band.sum() > 8
     seen = set()
     for _ in range(20):
         ours, theirs = run("rlkern_clip_cov", inputs, config=some), run("clip_cov", inputs, config=some)
         selected = ours[1] != without[1]
-        assert selected.sum() == (theirs[1] != without[1]).sum() == 4  # 2 % of 200
+        assert selected.sum() == (theirs[1] != plain[1]).sum() == 4  # 2 % of 200
         assert not (selected & ~band).any()
         seen.add(tuple(selected.flatten().nonzero().flatten().tolist()))
     assert len(seen) > 10
