@@ -66,6 +66,9 @@ CEILINGS = {
     },
 }
 FP32_ALLOWANCE = 1.5
+# Instructions more that Triton 3.6 and other old ones may emit: the ceilings are for those that the kernels are developed on.
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+OLD_TRITON_ALLOWANCE = {"sm_80": 0.7, "sm_90": 0.7, "sm_100": 0.7, "gfx942": 1.3}
 REGISTERS_OVER_TOKENS = 96  # a thread: five programs of four warps on a multiprocessor
 
 
@@ -112,7 +115,8 @@ def violations(rows: list[dict]) -> list[str]:
             if case["variant"] in MEMORY_BOUND and name != "B200" and device["bound"] != "memory":
                 found.append(f"bound by {device['bound']} on {name}")
     instructions = sum(row["instructions_per_logit"] for row in rows)
-    ceiling = CEILINGS[arch][case["variant"]] * (FP32_ALLOWANCE if case["dtype"] == "fp32" else 1)
+    ceiling = CEILINGS[arch][case["variant"]] + OLD_TRITON_ALLOWANCE[arch] * OLD_TRITON
+    ceiling *= FP32_ALLOWANCE if case["dtype"] == "fp32" else 1
     if instructions > ceiling:
         found.append(f"{instructions:.2f} instructions per logit, ceiling {ceiling}")
     return [f"{arch} {case['variant']} {case['dtype']} {case['layout']}: {what}" for what in found]
@@ -130,6 +134,7 @@ def by_case(rows: list[dict]) -> list[list[dict]]:
     return list(grouped.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_budgets(arch, tmp_path):
     rows, over_tokens = report_on(tmp_path, "--arch", arch, "--jobs", "1")
