@@ -20,6 +20,8 @@ TRITON := 'triton==3.9.0; platform_system == "Linux" and python_version >= "3.11
           'triton==3.8.0; platform_system == "Linux" and python_version < "3.11"'
 NATIVE_SOURCES := setup.py pyproject.toml CMakeLists.txt $(wildcard csrc/*)
 PIP := $(PY) -m pip --disable-pip-version-check -qq
+# Python compiles a module when it is first imported; all of torch and of the trainers at once takes most of a minute.
+INSTALL := $(PIP) install --no-compile
 # Without their dependencies, which want GPUs and other versions than TRL's.
 BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
                  'openrlhf; python_version >= "3.11" and python_version < "3.13"'
@@ -43,7 +45,7 @@ diffusion: $(VENV)/.built  ## BGPO on a small diffusion model: memory and reward
 	$(PY) examples/diffusion_rl.py $(ARGS)
 
 test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS="-k name" narrow it)
-	$(PY) -m pytest -q -n $(WORKERS) $(TESTS) $(ARGS)
+	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)
 
 lint: $(VENV)/.deps  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .
@@ -93,17 +95,17 @@ $(PY):
 
 $(VENV)/.deps: requirements-dev.txt constraints.txt Makefile | $(PY)
 	@echo "installing the packages of requirements-dev.txt into $(VENV) (the first time: a minute or more)"
-	$(PIP) install -r requirements-dev.txt -c constraints.txt
-	$(PIP) install --no-deps $(TRITON)
+	$(INSTALL) -r requirements-dev.txt -c constraints.txt
+	$(INSTALL) --no-deps $(TRITON)
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.deps $(NATIVE_SOURCES)
 	@echo "building the CPU kernels and installing rlkern in place"
-	$(PIP) install --no-deps --no-build-isolation -e .
+	$(INSTALL) --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.trainers: $(VENV)/.built requirements-trainers.txt
 	@echo "installing the trainers of requirements-trainers.txt into $(VENV) (the first time: a minute)"
-	$(PIP) install -r requirements-trainers.txt -c constraints.txt
-	$(PIP) install --no-deps -c constraints.txt $(BARE_TRAINERS)
+	$(INSTALL) -r requirements-trainers.txt -c constraints.txt
+	$(INSTALL) --no-deps -c constraints.txt $(BARE_TRAINERS)
 	@touch $@

@@ -1,6 +1,6 @@
 """The GPU kernels judged without a GPU: compiles every Triton kernel for each architecture and prints what the compiler made of it.
 
-    python benchmarks/report.py [--arch sm_90 ...] [--all] [--json FILE] [--waves]
+    python benchmarks/report.py [--arch sm_90 ...] [--all | --others] [--json FILE] [--waves]
 
 Exits with 2 for an unknown architecture, and where Triton or its disassemblers are missing.
 """
@@ -24,7 +24,9 @@ for folder in (Path(__file__).parent, Path(__file__).parents[1]):
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Compiles every Triton kernel without a GPU, prints what became of it and the bound it predicts.")
     parser.add_argument("--arch", nargs="+", metavar="ARCH", help="architectures to compile for (default: all that are known)")
-    parser.add_argument("--all", action="store_true", help="every variant on every type and row layout, minutes instead of seconds")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every variant on every type and row layout, minutes instead of seconds")
+    which.add_argument("--others", action="store_true", help="only those that are left out without --all")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--waves", action="store_true", help="also predict what splitting rows over several programs is worth, by the number of rows")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes (default: one per core)")
@@ -41,8 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"report: {error}", file=sys.stderr)
         return 2
     started = time.perf_counter()
-    rows = report.analyse_all(cases.all_cases() if options.all else cases.core_cases(), archs, options.jobs)
-    over_tokens = [row for arch in archs for row in tokens.analyse(arch, tuple(tokens.DTYPES) if options.all else ("fp32",))]
+    chosen = cases.all_cases() if options.all else cases.other_cases() if options.others else cases.core_cases()
+    token_types = tuple(tokens.DTYPES) if options.all else ("fp64",) if options.others else ("fp32",)
+    rows = report.analyse_all(chosen, archs, options.jobs)
+    over_tokens = [row for arch in archs for row in tokens.analyse(arch, token_types)]
     print(table.text(rows) + "\n\n" + tokens.text(over_tokens))
     if options.waves:
         print(f"\n{waves.text(rows)}\n")

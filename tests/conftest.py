@@ -1,9 +1,14 @@
-"""Where no GPU is found the Triton kernels run in Triton's interpreter, so that the whole suite runs on any machine."""
+"""Where no GPU is found the Triton kernels run in Triton's interpreter, so that the whole suite runs on any machine. Workers of pytest-xdist compute
+on one thread each: with more, threads that wait for one another keep the cores from the other workers, and small models take ten times as long."""
 
 import os
 
 import pytest
-import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported

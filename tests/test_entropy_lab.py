@@ -45,6 +45,7 @@ def test_fit(support):
     assert (constant.a, constant.b, constant.r_squared) == (0, 0.5, 0)
 
 
+@pytest.mark.slow
 def test_lab_runs(tmp_path):
     pytest.importorskip("matplotlib")
     options = ["--steps", "2", "--prompts", "4", "--minibatches", "2", "--warm-up-to", "0.001", "--digits", "1", "--out", str(tmp_path)]

@@ -66,6 +66,9 @@ CEILINGS = {
     },
 }
 FP32_ALLOWANCE = 1.5
+# Instructions more that Triton 3.6 and other old ones may emit: the ceilings are for those that the kernels are developed on.
+OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
+OLD_TRITON_ALLOWANCE = {"sm_80": 0.7, "sm_90": 0.7, "sm_100": 0.7, "gfx942": 1.3}
 REGISTERS_OVER_TOKENS = 96  # a thread: five programs of four warps on a multiprocessor
 
 
@@ -75,7 +78,8 @@ def report(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / "benchmarks" / "report.py", *args], capture_output=True, text=True, env=environment)
 
 
-def rows_of(tmp_path: Path, *args: str) -> list[dict]:
+def report_on(tmp_path: Path, *args: str) -> tuple[list[dict], list[dict]]:
+    """The report's rows: kernels over rows of logits, kernels over tokens."""
     for tool in build.NVIDIA_TOOLS:
         try:
             build.nvidia_tool(tool)
@@ -83,7 +87,8 @@ def rows_of(tmp_path: Path, *args: str) -> list[dict]:
             pytest.skip(str(error))
     run = report(*args, "--json", str(tmp_path / "report.json"))
     assert run.returncode == 0, run.stderr
-    return json.loads((tmp_path / "report.json").read_text())["rows"]
+    document = json.loads((tmp_path / "report.json").read_text())
+    return document["rows"], document["tokens"]
 
 
 def kernels_in_the_package() -> set[str]:
@@ -110,10 +115,16 @@ def violations(rows: list[dict]) -> list[str]:
             if case["variant"] in MEMORY_BOUND and name != "B200" and device["bound"] != "memory":
                 found.append(f"bound by {device['bound']} on {name}")
     instructions = sum(row["instructions_per_logit"] for row in rows)
-    ceiling = CEILINGS[arch][case["variant"]] * (FP32_ALLOWANCE if case["dtype"] == "fp32" else 1)
+    ceiling = CEILINGS[arch][case["variant"]] + OLD_TRITON_ALLOWANCE[arch] * OLD_TRITON
+    ceiling *= FP32_ALLOWANCE if case["dtype"] == "fp32" else 1
     if instructions > ceiling:
         found.append(f"{instructions:.2f} instructions per logit, ceiling {ceiling}")
     return [f"{arch} {case['variant']} {case['dtype']} {case['layout']}: {what}" for what in found]
+
+
+def over_budget(over_tokens: list[dict]) -> list[str]:
+    """The kernels over tokens that spill or take too many registers."""
+    return [row["kernel"] for row in over_tokens if row["resources"]["spilled_bytes"] or row["resources"]["registers"] > REGISTERS_OVER_TOKENS]
 
 
 def by_case(rows: list[dict]) -> list[list[dict]]:
@@ -123,12 +134,12 @@ def by_case(rows: list[dict]) -> list[list[dict]]:
     return list(grouped.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
 def test_budgets(arch, tmp_path):
-    rows = rows_of(tmp_path, "--arch", arch, "--jobs", "1")
-    over_tokens = json.loads((tmp_path / "report.json").read_text())["tokens"]
+    rows, over_tokens = report_on(tmp_path, "--arch", arch, "--jobs", "1")
     assert {row["kernel"] for row in (*rows, *over_tokens)} == kernels_in_the_package()
-    assert [row["kernel"] for row in over_tokens if row["resources"]["spilled_bytes"] or row["resources"]["registers"] > REGISTERS_OVER_TOKENS] == []
+    assert over_budget(over_tokens) == []
     assert {row["case"]["variant"] for row in rows} == {*cases.FORWARD, *cases.BACKWARD}
     for variant in ("forward", "backward logp+entropy"):
         assert {row["case"]["layout"] for row in rows if row["case"]["variant"] == variant} == set(cases.LAYOUTS)
@@ -137,9 +148,10 @@ def test_budgets(arch, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS)
-def test_budgets_of_every_variant_type_and_layout(arch, tmp_path):
-    rows = rows_of(tmp_path, "--all", "--arch", arch, "--jobs", "2")
-    assert len(by_case(rows)) == len(cases.all_cases())
+def test_budgets_of_every_other_variant_type_and_layout(arch, tmp_path):
+    rows, over_tokens = report_on(tmp_path, "--others", "--arch", arch, "--jobs", "1")
+    assert len(by_case(rows)) == len(cases.other_cases()) == len(cases.all_cases()) - len(cases.core_cases())
+    assert {row["dtype"] for row in over_tokens} == {"fp64"} and over_budget(over_tokens) == []
     assert [what for case in by_case(rows) for what in violations(case)] == []
 
 

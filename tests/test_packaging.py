@@ -36,6 +36,16 @@ def run(*command, cwd, env=(), ok=True):
     return done
 
 
+@pytest.fixture(scope="module", autouse=True)
+def sources_compiled_once(tmp_path_factory):
+    """The CPU kernels are built four times here, from the same sources: what differs is how, and what is there already."""
+    objects = tmp_path_factory.mktemp("objects")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CMAKE_CXX_COMPILER_LAUNCHER", f"{sys.executable};{ROOT / 'tests' / 'compile_once.py'};{objects}")
+        patch.setenv("PATH", sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"])  # this environment's CMake, in `python` too
+        yield
+
+
 @pytest.fixture
 def tree(tmp_path):
     """A copy of the source tree without anything built or ignored."""

@@ -136,7 +136,7 @@ def test_slices_are_not_copied(backend, device, dtype, vocab, monkeypatch):
 
 def test_gradients_through_slices(backend, device):
     for view in (lambda t: t[:, :-1], lambda t: t[1:, ::2], lambda t: t[..., 3:], lambda t: t.transpose(0, 1), lambda t: t.transpose(1, 2)):
-        leaf = draw(3, 5, 301, device=device).requires_grad_()
+        leaf = draw(3, 5, 37, device=device).requires_grad_()  # odd, and few: the transposed view has a row for each
         x = view(leaf)
         y = ids(x.shape[-1], *x.shape[:-1], device=device)
         stats = rlkern.token_stats(x, y, temperature=0.9)
@@ -383,8 +383,8 @@ def test_token_logprobs_and_entropy_from_logits(backend, device):
 
 
 def test_float64_gradcheck(backend, device):
-    x = draw(3, 12, dtype=torch.float64, device=device).requires_grad_()
-    y = ids(12, 3, 2, device=device)
+    x = draw(2, 7, dtype=torch.float64, device=device).requires_grad_()
+    y = ids(7, 2, 2, device=device)
 
     def f(x):
         s = rlkern.token_stats(x, y, temperature=0.8, min_p=0.2, with_sum_sq=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import tempfile
@@ -79,11 +80,18 @@ def build(launch: Launch, arch: str):
         return triton.compile(src, target=gpu, options=options)
 
 
-def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, listing) of a cubin."""
+def resource_usage(cubin: bytes) -> str:
+    return _asked("cuobjdump", "-res-usage", cubin)
+
+
+@functools.cache  # launches that differ in what the code does not depend on come to the same cubin
+def disassemble(cubin: bytes) -> str:
+    return _asked("nvdisasm", "-c", cubin)
+
+
+def _asked(tool: str, option: str, cubin: bytes) -> str:
+    """What the tool prints about a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(cubin)
-        commands = ([nvidia_tool("cuobjdump"), "-res-usage", path], [nvidia_tool("nvdisasm"), "-c", path])
-        usage, listing = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for command in commands)
-    return usage, listing
+        return subprocess.run([nvidia_tool(tool), option, path], capture_output=True, text=True, check=True).stdout

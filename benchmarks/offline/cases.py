@@ -70,6 +70,12 @@ def all_cases() -> list[Case]:
     return [Case(variant, dtype, layout) for variant in (*FORWARD, *BACKWARD) for dtype in DTYPES for layout in LAYOUTS]
 
 
+def other_cases() -> list[Case]:
+    """What all_cases() has beyond core_cases()."""
+    core = core_cases()
+    return [case for case in all_cases() if case not in core]
+
+
 @dataclass
 class Launch:
     """A kernel with the arguments its launcher gave it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 
-from .build import disassemble
+from .build import disassemble, resource_usage
 from .program import Instruction, Program
 
 
@@ -24,9 +24,15 @@ def read(compiled) -> tuple[Program, Resources]:
     if "amdgcn" in compiled.asm:
         program, resources = _read_gcn(compiled.asm["amdgcn"])
         return program, replace(resources, shared_bytes=compiled.metadata.shared)  # allotted at launch, so not in the assembly
-    usage, listing = disassemble(compiled.asm["cubin"])
-    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return _read_sass(listing), Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
+    return _read_sass(disassemble(compiled.asm["cubin"])), read_resources(compiled)
+
+
+def read_resources(compiled) -> Resources:
+    """What read() returns beside the program, without NVIDIA's disassembler, which takes a third of a second to start."""
+    if "amdgcn" in compiled.asm:
+        return read(compiled)[1]
+    found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resource_usage(compiled.asm["cubin"]))}
+    return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
 
 
 _SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;")

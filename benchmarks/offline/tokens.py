@@ -12,7 +12,7 @@ import torch
 
 from .build import build, target
 from .cases import Launch, _meta, _pretending, _recording
-from .machine import Resources, read
+from .machine import Resources, read_resources
 from .model import DEVICES, occupancy
 
 TOKENS = 262_144
@@ -58,7 +58,7 @@ def analyse(arch: str, dtypes=("fp32",)) -> list[Row]:
             launches.setdefault(launch.kernel.__name__, []).append(launch)
         for kernel, (first, *others) in launches.items():
             compiled = build(first, arch)
-            rows.append(Row(kernel, dtype, arch, 1 + len(others), first.grid[0], compiled.metadata.num_warps, read(compiled)[1]))
+            rows.append(Row(kernel, dtype, arch, 1 + len(others), first.grid[0], compiled.metadata.num_warps, read_resources(compiled)))
     return rows
 
 
