@@ -31,21 +31,27 @@ def _reset_peak() -> int | None:
 
 @dataclass
 class Meter:
-    """Collects what each `with meter.measured():` block cost.
+    """Collects what `with meter.measured():` blocks cost: the first one's time and memory, then in turns the time of one and the memory of the next.
 
+    In turns, because a block whose memory is measured has to start without the memory that a training step finds kept from the step before.
     Memory is the rise of the process's resident set above what it was when the block began, at its highest (Linux: VmHWM, reset before
     each block). The kernel counts pages, so it sees the temporaries of any library: PyTorch's, C++'s and Python's alike.
     """
 
     seconds: list[float] = field(default_factory=list)
     peak_bytes: list[int] = field(default_factory=list)
+    _blocks: int = 0
 
     @contextmanager
     def measured(self):
-        before = _reset_peak()
+        counts_memory = self._blocks % 2 == 0
+        before = _reset_peak() if counts_memory else None
         start = time.perf_counter()
         yield
-        self.seconds.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        if not counts_memory or self._blocks == 0:
+            self.seconds.append(seconds)
+        self._blocks += 1
         if before is not None:
             self.peak_bytes.append(max(0, _status_bytes("VmHWM") - before))
 
