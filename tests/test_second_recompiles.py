@@ -27,13 +27,13 @@ def test_coefficients_do_not_compile_again(name):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("eager")
     function = getattr(battery.rlkern.losses, name)
-    compiled = torch.compile(lambda options: function(**inputs, **case.options | options), fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(lambda options: function(**inputs, **{**case.options, **options}), fullgraph=True, dynamic=True, backend=counter)
     # The second value is where torch.compile may still learn that a float varies; after that it must know.
     for factor in (1.0, 1.01):
         compiled({key: value * factor for key, value in COEFFICIENTS[name].items()})
     frames = counter.frame_count
     for factor in (1.02, 1.05, 1.1):
         options = {key: value * factor for key, value in COEFFICIENTS[name].items()}
-        actual, expected = compiled(options), function(**inputs, **case.options | options)
+        actual, expected = compiled(options), function(**inputs, **{**case.options, **options})
         torch.testing.assert_close(battery.total(actual), battery.total(expected))
     assert counter.frame_count == frames
