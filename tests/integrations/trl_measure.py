@@ -94,7 +94,7 @@ def losses(options) -> dict[str, Meter]:
     hidden, *rest = next(args for args in seen if args[0].requires_grad)
     hidden = hidden.detach().requires_grad_()
     meters = {"stock": Meter(), "patched": Meter()}
-    for _ in range(5):
+    for _ in range(9):
         for name, function in (("stock", original), ("patched", FusedLMHead)):
             with measured(meters[name]):
                 torch.autograd.grad(function.apply(hidden, *rest)[0].sum(), (hidden, rest[0]))
