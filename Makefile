@@ -28,10 +28,10 @@ BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help setup quickstart lab diffusion test lint format bench bench-check bench-losses bench-bgpo report gpu trl-versions peers package clean
+.PHONY: help setup quickstart lab diffusion test lint format bench bench-check bench-losses bench-bgpo report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.built  ## make .venv, install everything in it, build the CPU kernels
 
@@ -74,6 +74,9 @@ report: $(VENV)/.built  ## compile every GPU kernel offline and tabulate what th
 
 gpu: $(GPU_SETUP)  ## tests and benchmarks on this machine's GPU (PYTHON=python3: with that interpreter, no .venv, no network)
 	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+
+torch-versions: $(VENV)/.built  ## the core tests with torch 2.6 to 2.14, each with a Triton of its own; downloads gigabytes (ARGS="2.6.0 2.14.1")
+	$(PY) tests/torch_versions.py $(ARGS)
 
 trl-versions: $(VENV)/.trainers  ## the TRL tests with every release of TRL that the integration knows
 	$(PY) tests/integrations/trl_versions.py $(ARGS)
