@@ -14,6 +14,7 @@ prime-rl has no releases to go by: what `patch` checks is the signatures that it
 from __future__ import annotations
 
 import inspect
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -91,7 +92,7 @@ def policy_loss(inputs: Any, *, loss: str, aggregation: str | None = None, mean_
     check_choice("aggregation", aggregation, _AGGREGATIONS)
     if mean_length is not None:
         check_number("mean_length", mean_length)
-        if not mean_length > 0 or aggregation == "token-mean":
+        if not 0 < mean_length < math.inf or aggregation == "token-mean":
             raise ValueError(f"mean_length is a number above 0 for aggregation 'seq-mean-token-mean', got {mean_length} with {aggregation!r}")
 
     def row(x: Tensor) -> Tensor:

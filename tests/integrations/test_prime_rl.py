@@ -153,6 +153,7 @@ def test_inputs_of_older_versions_have_no_weights():
             "mean_length is a number above 0 for aggregation 'seq-mean-token-mean', got 300 with 'token-mean'",
         ),
         (dict(loss="gspo", mean_length=0), ValueError, "mean_length is a number above 0"),
+        (dict(loss="gspo", mean_length=math.inf), ValueError, "mean_length is a number above 0"),
         (dict(loss="gspo", mean_length="300"), TypeError, "mean_length must be a number, got str"),
         (dict(loss="ppo", normalizer=2.0), TypeError, "normalizer"),
         (dict(), TypeError, "loss"),
