@@ -24,6 +24,14 @@ def draw_with_reference(g, batch, length):
     return inputs | {"reference_logp": g.logp(batch, length), "kl_scale": g.uniform(batch), "weights": g.uniform(batch, length)}, wrt
 
 
+def draw_with_rollout_weights(width):
+    def draw(g, batch, length):
+        inputs, wrt = draw_tokens(g, batch, length)
+        return inputs | {"rollout_is_weights": g.uniform(batch, width or length, low=0.5, high=1.5)}, wrt
+
+    return draw
+
+
 def draw_with_proxy(g, batch, length):
     inputs, wrt = draw_tokens(g, batch, length)
     proxy = inputs["logp"] + g.normal(batch, length, mean=0.3, std=0.3)
@@ -81,8 +89,10 @@ def naive_topr(logp, old_logp, advantages, mask):
     return mean(-weight * advantages * logp, mask)
 
 
-def naive_vespo(logp, old_logp, advantages, mask):
+def naive_vespo(logp, old_logp, advantages, mask, rollout_is_weights=None):
     w = torch.where(mask, logp - old_logp, 0).sum(-1, keepdim=True).exp()
+    if rollout_is_weights is not None:
+        w = w * (rollout_is_weights if rollout_is_weights.shape[1] == 1 else torch.where(mask, rollout_is_weights, 1).prod(-1, keepdim=True))
     kernel = torch.where(advantages >= 0, (3 * (1 - w)).exp() * w**2, (2 * (1 - w)).exp() * w**3)
     return mean(-kernel.detach() * advantages * logp, mask)
 
@@ -138,6 +148,8 @@ register("reinforce_loss", mask="mask", label="kimi", options={"square_coef": 0.
 register("tis_loss", mask="mask", naive=naive_tis)(draw_tokens)
 register("topr_loss", mask="mask", naive=naive_topr)(draw_tokens)
 register("vespo_loss", mask="mask", naive=naive_vespo)(draw_tokens)
+register("vespo_loss", mask="mask", label="token weights", naive=naive_vespo)(draw_with_rollout_weights(None))
+register("vespo_loss", mask="mask", label="sequence weights", naive=naive_vespo)(draw_with_rollout_weights(1))
 
 # All candidates leave, so that the draw makes no difference.
 register("clip_cov_loss", mask="mask", options={"select_ratio": 1.0, "clip_low": 0.2, "clip_high": 0.2})(draw_spread)

@@ -257,6 +257,41 @@ def test_vespo():
     agree(rlkern.vespo_loss(*x, k_positive=1.5, lambda_positive=2.5, k_negative=3.5, lambda_negative=0.5).loss, sum(tokens) / len(tokens), logp)
 
 
+def test_vespo_rollout_weights_are_part_of_the_sequences_ratio():
+    """Weights of tokens, of sequences, and the bounds: log w in [log 1e-8, 20] each, their sum with the log ratios too; `weights` stay outside."""
+    logp, old, advantages, mask = x = draw(spread=0.2)
+    tokens = 0.5 + torch.rand(logp.shape, dtype=logp.dtype)
+    tokens[0, 0], tokens[1, 0], tokens[2, 0] = 0, 1e30, math.inf
+    outside = 0.5 + torch.rand(logp.shape, dtype=logp.dtype)
+    low = math.log(1e-8)
+    for weights in (tokens, tokens[:, :1], tokens[:, 0]):
+        total = 0
+        for i, t in mask.nonzero().tolist():
+            own = [weights[i, s].item() for s in range(9) if mask[i, s]] if weights.shape == logp.shape else [weights.view(6)[i].item()]
+            logs = sum(low if w == 0 else min(max(math.log(w), low), 20.0) for w in own)
+            w = math.exp(min(max((logp[i, mask[i]] - old[i, mask[i]]).sum().item() + logs, low), 20.0))
+            k, rate = (2.0, 3.0) if advantages[i, t] >= 0 else (3.0, 2.0)
+            total = total - outside[i, t] * math.exp(rate - rate * w) * w**k * advantages[i, t].item() * logp[i, t]
+        agree(rlkern.vespo_loss(*x, rollout_is_weights=weights, weights=outside).loss, total / mask.sum(), logp)
+    single = logp.detach().float().requires_grad_()
+    huge = rlkern.vespo_loss(single, old.float(), advantages, mask, rollout_is_weights=tokens, k_positive=30.0, lambda_positive=0.0).loss
+    assert huge.isfinite() and torch.autograd.grad(huge, single)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "weights, error, message",
+    [
+        (torch.ones(3), ValueError, r"rollout_is_weights must be \[B, T\], \[B, 1\] or \[B\]"),
+        (torch.ones(2, dtype=torch.int64), TypeError, "rollout_is_weights must be a float tensor"),
+        (torch.ones(2, requires_grad=True), ValueError, "rollout_is_weights must not require grad"),
+        (2.0, TypeError, "rollout_is_weights must be a float tensor"),
+    ],
+)
+def test_vespo_rollout_weights_errors(weights, error, message):
+    with pytest.raises(error, match=message):
+        rlkern.vespo_loss(torch.zeros(2, 3), None, torch.zeros(2), torch.ones(2, 3), rollout_is_weights=weights)
+
+
 TOKEN_LOSSES = ["ppo", "grpo", "cispo", "reinforce", "tis", "topr", "vespo", "clip_cov", "kl_cov"]
 SEQUENCE_LOSSES = ["gspo", "sapo", "gmpo"]
 

@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from .. import ops
 from ..checks import check_choice, check_number
 from ..losses import ppo_loss
+from ..losses.policy import clipped_surrogate
 from .patching import Patch
 
 __all__ = ["SUPPORTED_VERSIONS", "PolicyLoss", "compute_entropy", "log_probs_from_logits", "patch"]
 
 SUPPORTED_VERSIONS = ("0.11.2",)  # releases before it have other options in PolicyLoss
+_LARGEST_LOG_RATIO = 20.0  # of "ppo", OpenRLHF's
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
@@ -54,7 +56,8 @@ class PolicyLoss(nn.Module):
         is_correction_level, is_correction_mode, is_correction_gating, is_correction_threshold: for "ppo", what the mismatch of training and rollout
             log-probabilities does to a token's or ("seq") a sequence's loss: outside of the threshold (low, high) it is dropped ("mask", the
             others are weighted by pi_train / pi_rollout) or its weight clamped ("clip"). gating: what is compared with the threshold, "ratio",
-            "binary_kl" or "tv". For "gspo", any level but "off" takes the ratio to the rollout policy.
+            "binary_kl" or "tv". For "gspo", any level but "off" takes the ratio to the rollout policy. A weight that is so large that the
+            losses of the batch would overflow is bounded to what leaves their sum finite; OpenRLHF's loss is infinite there.
 
     Raises:
         TypeError, ValueError: for options other than these.
@@ -128,6 +131,7 @@ class PolicyLoss(nn.Module):
             old_logp = self._sequence_mean(rollout_log_probs if correct else old_log_probs, mask)
         elif correct:
             weights, outside = self._correction(old_log_probs.detach(), rollout_log_probs.detach(), mask)
+            weights = torch.minimum(weights, self._largest_weights(log_probs.detach(), old_log_probs.detach(), advantages))
             is_filter_ratio = outside.float().mean() if self.is_correction_level == "seq" else _mean(outside.float(), mask)
             vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
 
@@ -140,13 +144,19 @@ class PolicyLoss(nn.Module):
             clip_low=self.clip_eps_low,
             clip_high=self.clip_eps_high,
             dual_clip=self.dual_clip,
-            log_ratio_clamp=20.0 if self.policy_loss_type == "ppo" else None,
+            log_ratio_clamp=_LARGEST_LOG_RATIO if self.policy_loss_type == "ppo" else None,
             weights=weights,
             aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
             normalizer=None if count is None else count / dp_size,
         )
         ppo_kl = _mean((old_log_probs - log_probs).detach(), mask)
         return loss, metrics["clip_fraction_low"] + metrics["clip_fraction_high"], ppo_kl, vllm_kl, is_filter_ratio
+
+    def _largest_weights(self, logp: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:
+        """[B, T]: with weights up to these, the losses of all tokens add up to at most half of the largest number."""
+        ratio = (logp - old_logp).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
+        size = clipped_surrogate(ratio, advantages, self.clip_eps_low, self.clip_eps_high, self.dual_clip).abs()
+        return torch.finfo(size.dtype).max / (2 * max(size.numel(), 1)) / size.clamp(min=1)
 
     @staticmethod
     def _sequence_mean(values: Tensor, mask: Tensor) -> Tensor:

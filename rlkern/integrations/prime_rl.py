@@ -14,6 +14,7 @@ prime-rl has no releases to go by: what `patch` checks is the signatures that it
 from __future__ import annotations
 
 import inspect
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 from .. import losses, ops
+from ..checks import check_choice, check_number
+from ..losses.aggregate import own_aggregation
 from .patching import Patch
 
 __all__ = ["LOSSES", "check_loss", "compute_entropy", "patch", "policy_loss", "selective_log_softmax", "selective_topk_log_softmax"]
@@ -38,6 +41,7 @@ _TABLE = {
 }
 LOSSES = tuple(_TABLE)
 _OVER_THE_BATCH = ("clip_cov", "kl_cov", "lp_reg")
+_AGGREGATIONS = ("token-mean", "seq-mean-token-mean")
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
@@ -56,14 +60,18 @@ def compute_entropy(shifted_logits: Tensor) -> Tensor:
     return ops.entropy_from_logits(shifted_logits)
 
 
-def policy_loss(inputs: Any, *, loss: str, **options: Any) -> losses.LossOutput:
-    """A policy loss of rlkern's as prime-rl's custom loss: one sequence at a time, summed over its tokens; prime-rl divides by the batch's tokens.
+def policy_loss(inputs: Any, *, loss: str, aggregation: str | None = None, mean_length: float | None = None, **options: Any) -> losses.LossOutput:
+    """A policy loss of rlkern's as prime-rl's custom loss: one sequence at a time; prime-rl adds them up and divides by the batch's tokens.
 
     Args:
         inputs: prime-rl's LossInputs: trainer_logprobs, inference_logprobs (the old policy), advantages, loss_mask, and, where its version has
-            them, loss_weights, which multiply the loss of each token; all [seq].
+            them, loss_weights, which multiply the loss of each token whatever the loss (the ratio is to the rollout already); all [seq].
         loss: one of `LOSSES`.
-        options: of rlkern's function, from [trainer.loss.kwargs]; not aggregation, normalizer and weights, which are given.
+        aggregation: "token-mean", the sum over the sequence's tokens, so that every token of the batch weighs alike; "seq-mean-token-mean", their
+            mean times mean_length, so that every sequence does. None takes the loss's own: "gspo", "gmpo" and "sapo" are means over sequences.
+        mean_length: for "seq-mean-token-mean", the tokens of a sequence on average, > 0. prime-rl divides by the tokens of the batch, which a loss
+            is not told: with the true number the loss is the mean over sequences, and None, 1, leaves it smaller by that factor.
+        options: of rlkern's function, from [trainer.loss.kwargs]; not normalizer and weights, which are given.
 
     Returns:
         LossOutput(loss, metrics), as prime-rl's LossOutputs: 0-d, metrics detached 0-d tensors.
@@ -79,18 +87,26 @@ def policy_loss(inputs: Any, *, loss: str, **options: Any) -> losses.LossOutput:
     if loss not in _TABLE:
         raise ValueError(f"unknown policy loss {loss!r}, expected one of {', '.join(map(repr, LOSSES))}")
 
+    function = _TABLE[loss]
+    aggregation = own_aggregation(function) if aggregation is None else aggregation
+    check_choice("aggregation", aggregation, _AGGREGATIONS)
+    if mean_length is not None:
+        check_number("mean_length", mean_length)
+        if not 0 < mean_length < math.inf or aggregation == "token-mean":
+            raise ValueError(f"mean_length is a number above 0 for aggregation 'seq-mean-token-mean', got {mean_length} with {aggregation!r}")
+
     def row(x: Tensor) -> Tensor:
         return x.unsqueeze(0)
 
     weights = getattr(inputs, "loss_weights", None)
-    return _TABLE[loss](
+    return function(
         row(inputs.trainer_logprobs),
         row(inputs.inference_logprobs),
         row(inputs.advantages),
         row(inputs.loss_mask),
         weights=None if weights is None else row(weights),
-        aggregation="token-mean",
-        normalizer=1.0,
+        aggregation=aggregation,
+        normalizer=1.0 if mean_length is None else 1 / mean_length,
         **options,
     )
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import check_choice
 from ..losses import (
     LossOutput,
     aggregate,
@@ -111,6 +112,28 @@ def _dro_loss(logp, old_logp, advantages, mask, *, beta, weights=None, aggregati
     return LossOutput(out.loss + aggregate(penalty, mask, aggregation, normalizer), out.metrics)
 
 
+def _geo_mean_loss(logp, old_logp, advantages, mask, *, weights=None, **options) -> LossOutput:
+    """`gmpo_loss`, a sequence times the geometric mean of its importance weights."""
+    if weights is not None:
+        kept = mask != 0
+        logs = torch.where(kept, (weights + 1e-10).log(), 0)
+        weights = (logs.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)).exp()
+    return gmpo_loss(logp, old_logp, advantages, mask, weights=weights, **options)
+
+
+def _vespo_loss(logp, old_logp, advantages, mask, *, weights=None, rollout_is=None, **options) -> LossOutput:
+    """`vespo_loss` with the importance weights in W. verl hands over [B, T] whether a weight is a token's or its sequence's, so it must be told."""
+    check_choice("rollout_is", rollout_is, (None, "token", "sequence"))
+    if weights is not None and rollout_is is None:
+        raise ValueError(
+            f"{PREFIX}vespo takes verl's rollout_is_weights into a sequence's ratio, and has to know whether they are of tokens or of sequences: "
+            "register(options={'vespo': {'rollout_is': ...}}) with what algorithm.rollout_correction.rollout_is says, 'token' or 'sequence'"
+        )
+    if weights is not None and rollout_is == "sequence":
+        weights = torch.where(mask != 0, weights, 0).amax(-1, keepdim=True)  # the same in all tokens, and verl's 0 outside of the mask
+    return vespo_loss(logp, old_logp, advantages, mask, rollout_is_weights=weights, **options)
+
+
 _CLIPPED = ("clip_fraction_low", "clip_fraction_high")
 _KL = {"actor/ppo_kl": ("approx_kl_k1",)}
 
@@ -128,7 +151,7 @@ _TABLE = {
     "gpg": _Loss(reinforce_loss, lambda config: {}, _KL),
     "clip_cov": _Loss(clip_cov_loss, _clip_cov, _KL | {"actor/pg_clipfrac": ("selected_fraction",)}),
     "kl_cov": _Loss(kl_cov_loss, _kl_cov, {"actor/ppo_kl": ("abs_log_ratio",)}),
-    "geo_mean": _Loss(gmpo_loss, _clip, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",), "actor/pg_clipfrac_lower": ("clip_fraction_low",)}),
+    "geo_mean": _Loss(_geo_mean_loss, _clip, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",), "actor/pg_clipfrac_lower": ("clip_fraction_low",)}),
     "dro": _Loss(_dro_loss, _dro, _KL),
     "cispo": _Loss(
         cispo_loss, lambda config: _clip(config) | {"log_ratio_clamp": 20.0}, _KL | {"actor/pg_clipfrac": _CLIPPED, "actor/pg_clipfrac_lower": ()}
@@ -136,7 +159,7 @@ _TABLE = {
     # losses that verl does not have; their own options come from register(options=...)
     "tis": _Loss(tis_loss, lambda config: {}, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",)}),
     "topr": _Loss(topr_loss, lambda config: {}, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",)}),
-    "vespo": _Loss(vespo_loss, lambda config: {}, _KL),
+    "vespo": _Loss(_vespo_loss, lambda config: {}, _KL),
 }
 LOSSES = tuple(_TABLE)
 _NEEDS_MORE = {
@@ -174,13 +197,6 @@ def _aggregation(name: str, version: str, mode: str, length: int, info: Mapping)
     return mode, normalizer, 1
 
 
-def _geometric_mean(weights: Tensor, mask: Tensor) -> Tensor:
-    """verl's importance weight of a whole sequence, [B, T] -> [B, 1]."""
-    kept = mask != 0
-    logs = torch.where(kept, (weights + 1e-10).log(), 0)
-    return (logs.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)).exp()
-
-
 def _floats(out: LossOutput, names: dict[str, tuple[str, ...]]) -> dict[str, float]:
     """verl's metrics, and rlkern's own behind actor/rlkern/: floats, as verl's losses return; read from the device all at once."""
     own = dict(zip(out.metrics, torch.stack([m.float() for m in out.metrics.values()]).tolist(), strict=True))
@@ -206,16 +222,13 @@ def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
             raise ValueError(f"{PREFIX}{name} needs verl's actor config, got {type(config).__name__}")
         info = _get(config, "global_batch_info", {})
         aggregation, normalizer, divisor = _aggregation(name, version, loss_agg_mode, log_prob.shape[-1], info)
-        weights = rollout_is_weights
-        if name == "geo_mean" and weights is not None:
-            weights = _geometric_mean(weights, response_mask)
         out = spec.function(
             log_prob,
             old_log_prob,
             advantages,
             response_mask,
             **(spec.options(config) | extra),
-            weights=weights,
+            weights=rollout_is_weights,
             aggregation=aggregation,
             normalizer=normalizer,
         )
@@ -262,7 +275,8 @@ def register(*names: str, options: Mapping[str, Mapping[str, Any]] | None = None
     Args:
         names: some of `LOSSES`; none stands for all of them.
         options: name -> keyword options of rlkern's function, which win over verl's config and are the only way to options that verl's config
-            has no place for: {"tis": {"cap": 2.0}, "clip_cov": {"keep_value": True}}.
+            has no place for: {"tis": {"cap": 2.0}, "clip_cov": {"keep_value": True}}. "vespo" also takes rollout_is, "token" or "sequence", which it
+            needs where verl corrects for the rollout.
 
     Returns:
         The names that verl now knows.
@@ -280,6 +294,8 @@ def register(*names: str, options: Mapping[str, Mapping[str, Any]] | None = None
             raise ValueError(f"{name}_loss needs {_NEEDS_MORE[name]}, which verl does not hand to a policy loss: call it from a loss of your own")
         if name not in _TABLE:
             raise ValueError(f"unknown policy loss {name!r}, expected one of {', '.join(map(repr, LOSSES))}")
+        if names and name not in names:
+            raise ValueError(f"options of {name!r} would have no effect, for only {', '.join(map(repr, names))} would be registered")
     losses = {f"{PREFIX}{name}": _policy_loss(name, options.get(name, {}), version) for name in names or LOSSES}
     for loss_fn in losses.values():
         _dry_run(loss_fn, _ANY_CONFIG)
@@ -302,13 +318,13 @@ def unregister() -> None:
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     """verl.utils.torch_functional.logprobs_from_logits: logits [..., V], labels [...] -> [...], float32 whatever the dtype of the logits.
 
-    inplace_backward: the gradient overwrites the logits, as with verl's flash-attention; something else that saved them raises in its backward.
+    inplace_backward: verl's argument, not followed: verl's engines pass True without knowing who else saved the logits. See `patch`.
     """
-    return ops.token_logprobs(logits, labels, inplace_backward=inplace_backward and logits.is_contiguous())
-
-
-def _logprobs_never_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
     return ops.token_logprobs(logits, labels)
+
+
+def _logprobs_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+    return ops.token_logprobs(logits, labels, inplace_backward=inplace_backward and logits.is_contiguous())
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
@@ -320,15 +336,17 @@ def _entropy_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
     return ops.entropy_from_logits(logits)
 
 
-def patch(*, inplace_backward: bool = True) -> Patch:
+def patch(*, inplace_backward: bool = False) -> Patch:
     """Replaces verl's logprobs_from_logits, entropy_from_logits and entropy_from_logits_with_chunking wherever verl has imported or will import them.
 
     From here on in all threads of this process, until `undo()` on the result or the end of its `with` block; patches nest. An engine that was built
     while it stood keeps the entropy function that it took then.
 
     Args:
-        inplace_backward: honour the argument of that name that verl's engines pass. False never overwrites logits: for code of yours that saved
-            them before, which raises in its backward otherwise.
+        inplace_backward: True lets the gradient overwrite the logits wherever verl's engines pass inplace_backward=True, as flash-attn does: the
+            memory of one gradient less. It is a promise of yours that nothing else has saved these logits for its backward. verl's engines keep
+            it unless they distill with use_chunked_topk beside a policy gradient, or train on the sum of squared probabilities; code of yours
+            may break it too. Who has saved them raises "modified by an inplace operation" in its backward.
 
     Raises:
         ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
@@ -337,7 +355,7 @@ def patch(*, inplace_backward: bool = True) -> Patch:
     from verl.utils import torch_functional
 
     replacements = {
-        "logprobs_from_logits": logprobs_from_logits if inplace_backward else _logprobs_never_in_place,
+        "logprobs_from_logits": _logprobs_in_place if inplace_backward else logprobs_from_logits,
         "entropy_from_logits": entropy_from_logits,
         "entropy_from_logits_with_chunking": _entropy_with_chunking,
     }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -24,6 +27,11 @@ def check_aggregation(mode: str, normalizer: float | Tensor | None = None) -> No
             raise TypeError(f"normalizer must be a number, a tensor with one element or None, got {type(normalizer).__name__}")
         if not normalizer >= 0:
             raise ValueError(f"normalizer must not be negative, got {normalizer}")
+
+
+def own_aggregation(loss: Callable) -> str | None:
+    """The mode that a loss takes unless told otherwise. One of SEQUENCE_MODES belongs to its definition; None: it has a sum of its own."""
+    return inspect.signature(loss).parameters["aggregation"].default
 
 
 def divisor(default: int | Tensor, normalizer: float | Tensor | None) -> float | Tensor:

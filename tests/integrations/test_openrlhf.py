@@ -85,6 +85,33 @@ def test_policy_loss_is_openrlhfs(theirs, kind, correction):
             assert 0 < results[1][-1] < 1
 
 
+WIDE = ({}, *(c for c in CORRECTIONS if c.get("is_correction_mode") != "clip"), dict(is_correction_level="seq"))
+
+
+@needs_openrlhf
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
+def test_weights_that_overflow_leave_the_loss_finite(theirs, dtype):
+    """Log ratios to the rollout policy that cancel in a sequence's mean, so that the gate lets them through. OpenRLHF's value where it is finite."""
+    infinite = 0
+    for size, correction, kind, dual_clip in itertools.product((60, 84, 100, 1e4), WIDE, ("ppo", "gspo"), (None, 2.0)):
+        logp = torch.tensor([[-3.0, -3.0, -2.0], [-1.0, -3.0, -0.5]], dtype=dtype)
+        old = logp + torch.tensor([[0.1, -0.2, 0.3], [0.0, 0.0, -25.0]], dtype=dtype)
+        rollout = old + torch.tensor([[-size, size, 0.0], [-size, 0.0, size]], dtype=dtype)
+        advantages, mask = torch.tensor([[1.5], [-2.0]], dtype=dtype).expand(2, 3), torch.ones(2, 3)
+        results = []
+        for loss in (theirs.loss.PolicyLoss, rlkern_openrlhf.PolicyLoss):
+            leaf = logp.clone().requires_grad_()
+            value = loss(policy_loss_type=kind, dual_clip=dual_clip, **correction)(leaf, old, advantages, mask, rollout)[0]
+            results.append((value.detach(), torch.autograd.grad(value, leaf)[0]))
+        expected, ours = results
+        assert ours[0].isfinite() and ours[1].isfinite().all(), (size, correction, kind, dual_clip)
+        if expected[0].isfinite() and expected[1].isfinite().all():
+            torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)
+        else:
+            infinite += 1
+    assert infinite > 3
+
+
 @needs_openrlhf
 def test_functions_of_logits(theirs):
     g = torch.Generator().manual_seed(0)

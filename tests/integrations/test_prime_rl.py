@@ -77,7 +77,7 @@ def naive(x, kwargs):
         dict(loss="cispo", clip_low=0.5, clip_high=0.3),
         dict(loss="reinforce"),
         dict(loss="tis", cap=1.2),
-        dict(loss="gspo", clip_low=0.05, clip_high=0.05),
+        dict(loss="gspo", clip_low=0.05, clip_high=0.05, aggregation="token-mean"),
     ),
     ids=lambda kwargs: kwargs["loss"],
 )
@@ -89,6 +89,42 @@ def test_custom_loss(kwargs, weighted):
     expected = sum((naive(x, kwargs) * (1 if x.loss_weights is None else x.loss_weights))[x.loss_mask].sum() for x in inputs) / tokens
     torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(torch.autograd.grad(ours, leaves), torch.autograd.grad(expected, leaves), rtol=1e-10, atol=1e-12)
+
+
+def sequence_losses(x, name):
+    """-A s, A g(r), the clips and tau of the papers: a value per token, of which the loss takes the mean."""
+    d, a, mask = x.trainer_logprobs - x.inference_logprobs, x.advantages, x.loss_mask
+    if name == "sapo":
+        tau = torch.where(a > 0, 1, torch.tensor(1.05, dtype=a.dtype))
+        return -a * 4 / tau * torch.sigmoid(tau * (d.exp() - 1))
+    if name == "gmpo":
+        clipped = torch.where(a > 0, d.clamp(max=0.4), d.clamp(min=-0.4))
+        return (-a * clipped[mask].mean().exp()).expand_as(d)
+    s = (d[mask].mean().detach() + x.trainer_logprobs - x.trainer_logprobs.detach()).exp()
+    return torch.maximum(-a * s, -a * s.clamp(1 - 3e-4, 1 + 4e-4))
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("name", ("gspo", "gmpo", "sapo"))
+def test_sequences_weigh_alike_in_losses_that_are_means_over_them(name, weighted):
+    """As prime-rl's own sequence ratio does: a sequence's mean, of which it divides the sum by the batch's tokens. mean_length makes a mean of it."""
+    inputs = sequences(weighted=weighted)
+    leaves = [x.trainer_logprobs for x in inputs]
+    means = [(sequence_losses(x, name) * (1 if x.loss_weights is None else x.loss_weights))[x.loss_mask].mean() for x in inputs]
+    tokens = sum(x.loss_mask.sum().item() for x in inputs)
+    for options, expected in (({}, sum(means) / tokens), ({"mean_length": tokens / 3}, sum(means) / 3)):
+        ours = train(inputs, loss=name, **options)
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-12)
+        gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (ours, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-12)
+
+
+def test_the_average_is_the_losss_own_unless_told_otherwise():
+    inputs = sequences()
+    for name in rlkern_prime.LOSSES:
+        own = {"gspo": "seq-mean-token-mean", "gmpo": "seq-mean-token-mean", "sapo": "seq-mean-token-mean"}.get(name, "token-mean")
+        other = "token-mean" if own != "token-mean" else "seq-mean-token-mean"
+        assert train(inputs, loss=name) == train(inputs, loss=name, aggregation=own) != train(inputs, loss=name, aggregation=other)
 
 
 def test_every_loss_runs():
@@ -110,7 +146,16 @@ def test_inputs_of_older_versions_have_no_weights():
         (dict(loss="pppo"), ValueError, "unknown policy loss 'pppo', expected one of 'ppo'"),
         (dict(loss="ppo", clip=0.1), TypeError, "clip"),
         (dict(loss="ppo", clip_low=2.0), ValueError, "clip_low must be in"),
-        (dict(loss="ppo", aggregation="dapo"), TypeError, "aggregation"),
+        (dict(loss="ppo", aggregation="dapo"), ValueError, "unknown aggregation 'dapo', expected one of 'token-mean', 'seq-mean-token-mean'"),
+        (
+            dict(loss="ppo", mean_length=300),
+            ValueError,
+            "mean_length is a number above 0 for aggregation 'seq-mean-token-mean', got 300 with 'token-mean'",
+        ),
+        (dict(loss="gspo", mean_length=0), ValueError, "mean_length is a number above 0"),
+        (dict(loss="gspo", mean_length=math.inf), ValueError, "mean_length is a number above 0"),
+        (dict(loss="gspo", mean_length="300"), TypeError, "mean_length must be a number, got str"),
+        (dict(loss="ppo", normalizer=2.0), TypeError, "normalizer"),
         (dict(), TypeError, "loss"),
     ),
 )

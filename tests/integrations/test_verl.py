@@ -1,8 +1,10 @@
 """rlkern in verl: the registered losses against verl's own, in value, gradient and metrics; the patched functions against float64; refusals."""
 
 import importlib.util
+import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -18,9 +20,11 @@ if importlib.util.find_spec("verl") is None:
 import verl
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
 from verl.trainer.ppo import core_algos
 from verl.utils import tensordict_utils, torch_functional
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
+from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
 
 from rlkern.integrations import verl as rlkern_verl
@@ -163,6 +167,56 @@ def test_without_tokens_the_loss_is_0(name):
         assert run(name, inputs, config=config())[0].isnan()
 
 
+# --- importance weights ------------------------------------------------------------------------------------------------------------------------
+
+
+def small_batch(seed, level):
+    """Old log-probabilities off by 0.3, weights in [0.5, 1.5] as verl has them: 0 outside of the mask, a sequence's in all its tokens."""
+    g = torch.Generator().manual_seed(seed)
+    logp = -2 * torch.rand(4, 8, generator=g, dtype=torch.float64) - 0.05
+    old = logp + 0.3 * torch.randn(4, 8, generator=g, dtype=torch.float64)
+    mask = torch.arange(8) < torch.tensor([[8], [5], [1], [7]])
+    weights = 0.5 + torch.rand(4, 8 if level == "token" else 1, generator=g, dtype=torch.float64)
+    advantages = torch.tensor([[1.3], [-0.7], [0.4], [-1.1]], dtype=torch.float64).expand(4, 8)
+    return {"old_log_prob": old, "log_prob": logp, "advantages": advantages, "response_mask": mask}, weights * mask
+
+
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_weights_are_used_as_verl_uses_them(level):
+    for seed in range(3):
+        inputs, weights = small_batch(seed, level)
+        for name in SHARED:
+            for mode in ("token-mean", "seq-mean-token-mean"):
+                assert_equal(name, inputs, config=config(), rollout_is_weights=weights, loss_agg_mode=mode)
+
+
+@pytest.mark.parametrize("level", ("token", "sequence"))
+def test_weights_of_the_losses_that_verl_lacks(level):
+    """Times the loss of each token; in vespo inside of W, where verl has to be asked what they are weights of."""
+    rlkern_verl.register("tis", "topr", "vespo", options={"vespo": {"rollout_is": level}})
+    for seed in range(3):
+        inputs, weights = small_batch(seed, level)
+        mask, a = inputs["response_mask"], inputs["advantages"]
+        logp = inputs["log_prob"].clone().requires_grad_()
+        ratio = (logp - inputs["old_log_prob"]).detach().exp()
+        product = torch.where(mask, ratio, 1).prod(-1, keepdim=True)
+        w = product * (torch.where(mask, weights, 1).prod(-1, keepdim=True) if level == "token" else weights[:, :1])
+        phi = torch.where(a >= 0, w**2 * (3 - 3 * w).exp(), w**3 * (2 - 2 * w).exp())
+        capped = ratio.clamp(max=1)
+        factors = {"tis": capped * weights, "topr": torch.where(a < 0, capped, 1) * weights, "vespo": phi}
+        for name, factor in factors.items():
+            expected = -(factor * a * logp)[mask].mean()
+            ours = run(f"rlkern_{name}", inputs, config=config(), rollout_is_weights=weights)
+            torch.testing.assert_close(ours[:2], (expected.detach(), torch.autograd.grad(expected, logp)[0]), rtol=1e-9, atol=1e-12)
+
+
+def test_vespo_asks_what_the_weights_are_of():
+    inputs, weights = small_batch(0, "token")
+    run("rlkern_vespo", inputs, config=config())
+    with pytest.raises(ValueError, match=r"of tokens or of sequences: register\(options=.*'rollout_is'.*'token' or 'sequence'"):
+        run("rlkern_vespo", inputs, config=config(), rollout_is_weights=weights)
+
+
 @pytest.mark.parametrize("name", ("clip_cov", "kl_cov", "gpg", "geo_mean", "vanilla"))
 def test_overflow_and_masked_garbage_stay_out(name):
     inputs, _ = batch()
@@ -248,6 +302,8 @@ def test_unknown_version(call, monkeypatch):
         ((), {"ppo": {}}, ValueError, "unknown policy loss 'ppo'"),
         ((), {"tis": {"capp": 1.0}}, TypeError, "capp"),
         ((), {"tis": {"cap": -1.0}}, ValueError, "cap must be in"),
+        ((), {"vespo": {"rollout_is": "seq"}}, ValueError, "unknown rollout_is 'seq', expected one of None, 'token', 'sequence'"),
+        (("tis",), {"topr": {"cap": 2.0}}, ValueError, "options of 'topr' would have no effect, for only 'tis' would be registered"),
         ((), {"clip_cov": {"aggregation": "dapo"}}, TypeError, "aggregation"),
     ),
 )
@@ -346,22 +402,56 @@ def test_masked_vocabulary():
     assert torch_functional.entropy_from_logits(logits).isnan().all()
 
 
-def test_gradient_in_place_where_verl_asks_for_it():
+def test_gradient_in_place_only_where_patch_was_told_so():
     logits, labels = logits_and_labels()
-    before = logits.clone()
+
+    def logits_after(**options):
+        leaf = logits.clone().requires_grad_()
+        with rlkern_verl.patch(**options):
+            torch_functional.logprobs_from_logits(leaf, labels, inplace_backward=True).sum().backward()
+        return leaf
+
+    assert torch.equal(logits_after().detach(), logits)
+    leaf = logits.clone().requires_grad_()
+    rlkern_verl.logprobs_from_logits(leaf, labels, inplace_backward=True).sum().backward()
+    assert torch.equal(leaf.detach(), logits)
+    overwritten = logits_after(inplace_backward=True)
+    torch.testing.assert_close(overwritten.detach(), overwritten.grad, rtol=0, atol=0)
+
+
+def engine_gradient(**flags):
+    """verl's FSDP engine on one packed batch: a policy gradient on the logits that the top-k distillation, in chunks, saves for its backward."""
+    g = torch.Generator().manual_seed(0)
+    lengths, vocabulary = (4, 3), 31
+    n = sum(lengths)
+    hidden, weight = torch.randn(1, n, 6, generator=g), torch.randn(6, vocabulary, generator=g, requires_grad=True)
+    ids = torch.randint(vocabulary, (n,), generator=g)
+    teacher = [jagged(list(x.split(lengths))) for x in torch.randn(n, vocabulary, generator=g).log_softmax(-1).topk(5)]
+    options = types.SimpleNamespace(use_chunked_topk=True, chunked_topk_chunk_size=4, log_prob_min_clamp=None)
+
+    def distill(student_logits, data):
+        return compute_forward_kl_topk(student_logits, *teacher, types.SimpleNamespace(distillation_loss=options), "thd")
+
+    data = TensorDict({"input_ids": jagged(list(ids.split(lengths)))}, batch_size=len(lengths))
+    tensordict_utils.assign_non_tensor(data, **flags)
+    engine = types.SimpleNamespace(use_ulysses_sp=False, _gather_and_unpad_packed=lambda x, pad_size: x)
+    scored = {"input_ids_rmpad_rolled": ids.roll(-1), "temperature_rmpad": torch.ones(n), "temperature_is_one": True, "pad_size": 0}
+    output = FSDPEngineWithLMHead.prepare_model_outputs(engine, types.SimpleNamespace(logits=hidden @ weight), scored, data, distill)
+    loss = sum(output[name].values().sum() for name in ("log_probs", "distillation_losses", "sum_pi_squared") if name in output)
+    return torch.autograd.grad(loss, weight)[0]
+
+
+@pytest.mark.parametrize("flags", ({}, {"distillation_use_topk": True}, {"calculate_sum_pi_squared": True}), ids=str)
+def test_verls_engine_trains_whatever_else_saved_the_logits(flags):
+    stock = engine_gradient(**flags)
     with rlkern_verl.patch():
-        leaf = logits.clone().requires_grad_()
-        torch_functional.logprobs_from_logits(leaf, labels).sum().backward()
-        torch.testing.assert_close(leaf.detach(), leaf.grad, rtol=0, atol=0)
-        twice = logits.clone().requires_grad_()
-        scaled = twice * 1.0
-        loss = scaled.square().sum() + torch_functional.logprobs_from_logits(scaled, labels).sum()
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-    with rlkern_verl.patch(inplace_backward=False):
-        leaf = logits.clone().requires_grad_()
-        torch_functional.logprobs_from_logits(leaf, labels).sum().backward()
-        assert torch.equal(leaf.detach(), before)
+        torch.testing.assert_close(engine_gradient(**flags), stock, rtol=1e-5, atol=1e-5)
+    with rlkern_verl.patch(inplace_backward=True):
+        if not flags:
+            torch.testing.assert_close(engine_gradient(), stock, rtol=1e-5, atol=1e-5)
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                engine_gradient(**flags)
 
 
 def test_compiled_entropy():
@@ -389,7 +479,7 @@ def test_patch_reaches_every_importer_and_is_undone(engine, monkeypatch):
         late = types.ModuleType("verl.imported_later")
         late.logprobs_from_logits = torch_functional.logprobs_from_logits
         monkeypatch.setitem(sys.modules, late.__name__, late)
-        with rlkern_verl.patch(inplace_backward=False):
+        with rlkern_verl.patch(inplace_backward=True):
             assert engine.logprobs_from_logits is torch_functional.logprobs_from_logits is not rlkern_verl.logprobs_from_logits
         assert engine.logprobs_from_logits is rlkern_verl.logprobs_from_logits
         raise KeyError
@@ -414,6 +504,58 @@ def test_patch_from_several_threads(engine):
     for thread in threads:
         thread.join()
     assert not errors and engine.logprobs_from_logits is torch_functional.logprobs_from_logits is original
+
+
+def plugged(monkeypatch, **variables):
+    """What the plugin gives `register` and `patch` under these variables of the environment."""
+    calls = []
+    monkeypatch.setattr(rlkern_verl, "register", lambda *names, **options: calls.append((names, options)))
+    monkeypatch.setattr(rlkern_verl, "patch", lambda **options: calls.append(options))
+    for name, value in variables.items():
+        monkeypatch.setenv(f"RLKERN_VERL_{name}", value)
+    runpy.run_module("rlkern.integrations.verl_plugin")
+    return calls
+
+
+@pytest.mark.parametrize(
+    "variables, calls",
+    (
+        ({}, [((), {"options": {}}), {"inplace_backward": False}]),
+        ({"PATCH": "1", "INPLACE_BACKWARD": "1"}, [((), {"options": {}}), {"inplace_backward": True}]),
+        ({"PATCH": "0", "INPLACE_BACKWARD": "0"}, [((), {"options": {}})]),
+        ({"LOSSES": "none"}, [{"inplace_backward": False}]),
+        (
+            {"LOSSES": "tis, vespo", "OPTIONS": json.dumps({"tis": {"cap": 2.0}, "vespo": {"rollout_is": "token"}}), "PATCH": "0"},
+            [(("tis", "vespo"), {"options": {"tis": {"cap": 2.0}, "vespo": {"rollout_is": "token"}}})],
+        ),
+    ),
+)
+def test_plugin_says_what_register_and_patch_can(monkeypatch, variables, calls):
+    assert plugged(monkeypatch, **variables) == calls
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    (
+        ({"INPLACE": "1"}, "unknown variable RLKERN_VERL_INPLACE, expected one of RLKERN_VERL_LOSSES, .*RLKERN_VERL_INPLACE_BACKWARD"),
+        ({"PATCH": "yes"}, "RLKERN_VERL_PATCH must be '0' or '1', got 'yes'"),
+        ({"INPLACE_BACKWARD": ""}, "RLKERN_VERL_INPLACE_BACKWARD must be '0' or '1', got ''"),
+        ({"PATCH": "0", "INPLACE_BACKWARD": "1"}, "INPLACE_BACKWARD=1 has no effect with RLKERN_VERL_PATCH=0"),
+        ({"OPTIONS": "{tis: 1}"}, "RLKERN_VERL_OPTIONS must be JSON, got '{tis: 1}'"),
+        ({"OPTIONS": '{"tis": 2.0}'}, "must be a JSON object of objects, as .*, got"),
+        ({"LOSSES": "none", "OPTIONS": '{"tis": {}}'}, "OPTIONS has no effect with RLKERN_VERL_LOSSES=none"),
+    ),
+)
+def test_plugin_refuses(monkeypatch, variables, message):
+    with pytest.raises(ValueError, match=message):
+        plugged(monkeypatch, **variables)
+
+
+def test_plugin_lets_register_check_names(monkeypatch):
+    monkeypatch.setenv("RLKERN_VERL_LOSSES", "clipcov")
+    with pytest.raises(ValueError, match="unknown policy loss 'clipcov'"):
+        runpy.run_module("rlkern.integrations.verl_plugin")
+    assert torch_functional.logprobs_from_logits is not rlkern_verl.logprobs_from_logits
 
 
 @pytest.mark.slow

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from trl import GRPOConfig
 from trl import GRPOTrainer as _GRPOTrainer
 
 from ... import losses
+from ...losses.aggregate import SEQUENCE_MODES, own_aggregation
+from ...losses.policy import sequence_mean
 from ...ops import token_stats
 from .versions import known_replacements
 
@@ -32,7 +35,11 @@ POLICY_LOSSES: dict[str, Callable] = {
 }
 _AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")  # of `aggregate`, under TRL's loss_type
 # Arguments that the trainer gives, and so not options
-_GIVEN = ("logp", "old_logp", "advantages", "mask", "weights", "aggregation", "normalizer", "proxy_logp", "kept_logmass", "success_rate", "correct")
+_GIVEN = (
+    *("logp", "old_logp", "advantages", "mask", "weights", "rollout_is_weights", "aggregation", "normalizer"),
+    *("proxy_logp", "kept_logmass", "success_rate", "correct"),
+)
+_NO_WEIGHTS = ("gmpo", "nft")  # TRL's own GMPO leaves its importance weights out
 _MIN_P = 0.02  # Lp-Reg's paper
 
 
@@ -41,11 +48,16 @@ class GRPOTrainer(_GRPOTrainer):
 
     Args:
         policy_loss: a name of `POLICY_LOSSES`. `args.loss_type` then says how the token losses are averaged: "grpo", "bnpo", "dr_grpo" or "dapo".
+            "gspo", "gmpo" and "sapo" are means over sequences by definition: they, and TRL's KL term with them, take "grpo" for the default "dapo".
             "lp_reg" reads whole rows of logits once more than TRL's fused head does, [batch, completion, V], to know each token's kept set; its
             proxy is the old policy's, or the current one's where TRL is on-policy. "nft" takes the rewards, in [0, 1], for the chance of being
             correct, and a group's mean for its success rate; the advantages go unused.
-        policy_loss_options: the loss's own keyword options; for "lp_reg" also min_p (0.02).
+        policy_loss_options: the loss's own keyword options; for "lp_reg" also min_p (0.02); for "gspo", "gmpo" and "sapo" also aggregation, one of
+            the four names, which wins over `args.loss_type`.
         *args, **kwargs: TRL's.
+
+    vLLM's importance weights multiply the loss of each token, as in TRL, but for "gspo" (a sequence's loss by the mean of its weights, as at TRL's
+    sequence level) and "vespo" (they go into the sequence's ratio, as in TRL's). "gmpo" and "nft" refuse them.
 
     Metrics of the loss are logged as "rlkern/<name>". Selections (clip_cov, kl_cov, lp_reg) and their statistics are taken over the micro-batch.
 
@@ -59,16 +71,19 @@ class GRPOTrainer(_GRPOTrainer):
         known_replacements()
         options = dict(policy_loss_options or {})
         self._rlkern_min_p = options.pop("min_p", _MIN_P) if policy_loss == "lp_reg" else None
+        aggregation = _own_aggregation(policy_loss, options)
         _check_loss(policy_loss, options, self._rlkern_min_p)
         config = inspect.signature(_GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
         if config is not None:
-            _check_config(policy_loss, config)
+            _check_config(policy_loss, config, aggregation)
         self._rlkern_loss, self._rlkern_options = policy_loss, options
         self._rlkern_scored: list[dict[str, Tensor]] = []
         self._rlkern_rewards: Tensor | None = None
         super().__init__(*args, **kwargs)
         if config is None:
-            _check_config(policy_loss, self.args)
+            _check_config(policy_loss, self.args, aggregation)
+        if aggregation is not None:
+            self.loss_type = aggregation  # by which TRL averages what it adds to the policy loss
         self._rlkern_check_trainer()
 
     def _rlkern_check_trainer(self) -> None:
@@ -160,6 +175,8 @@ class GRPOTrainer(_GRPOTrainer):
         stock = inputs | {"advantages": torch.zeros_like(inputs["advantages"])}
         if self.beta == 0 or not self.args.use_bias_correction_kl:
             stock.pop("old_per_token_logps", None)  # a ratio that overflows times 0 would be NaN
+        if "importance_sampling_ratio" in stock:
+            stock["importance_sampling_ratio"] = torch.ones_like(stock["importance_sampling_ratio"])  # for the same reason
         self._rlkern_scored.clear()
         loss = super()._compute_loss(model, stock)
         (scored,) = self._rlkern_scored
@@ -179,19 +196,19 @@ class GRPOTrainer(_GRPOTrainer):
             metrics[key if "/" in key else f"rlkern/{key}"].append(mean)
         if self._entropy_bonus_enabled:  # then TRL logs it
             metrics["policy_loss"][-1] += policy_mean
-        accumulates = self.args.loss_type != "dapo" and mode == "train"
+        accumulates = self.loss_type != "dapo" and mode == "train"
         return loss + (policy_loss / self.current_gradient_accumulation_steps if accumulates else policy_loss)
 
     def _rlkern_policy_loss(self, scored: dict[str, Tensor], inputs: dict[str, Any], mode: str) -> losses.LossOutput:
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        options = self._rlkern_options | {"aggregation": self.args.loss_type, "normalizer": self._rlkern_normalizer(inputs, mode)}
+        options = self._rlkern_options | {"aggregation": self.loss_type, "normalizer": self._rlkern_normalizer(inputs, mode)}
         if self._rlkern_loss == "nft":
             known = ~inputs["rlkern_correct"].isnan()
             mask = mask * known[:, None]
             arguments = [inputs[f"rlkern_{key}"].nan_to_num(0.0) for key in ("success_rate", "correct")]
         else:
             arguments = [inputs["advantages"]]
-            options["weights"] = inputs.get("importance_sampling_ratio")
+        options |= _weights(self._rlkern_loss, inputs.get("importance_sampling_ratio"), mask)
         if self._rlkern_loss == "lp_reg":
             arguments.insert(0, inputs.get("rlkern_old_proxy_logp", scored["proxy_logp"]))
             if options.get("kl_term") == "full":
@@ -199,12 +216,40 @@ class GRPOTrainer(_GRPOTrainer):
         return POLICY_LOSSES[self._rlkern_loss](scored["logp"], inputs.get("old_per_token_logps"), *arguments, mask, **options)
 
     def _rlkern_normalizer(self, inputs: dict[str, Any], mode: str) -> float | Tensor | None:
-        if self.args.loss_type == "dr_grpo":
+        if self.loss_type == "dr_grpo":
             return self.max_completion_length
-        if self.args.loss_type != "dapo":
+        if self.loss_type != "dapo":
             return None
         tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes  # of the generation batch
         return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation if mode == "train" else tokens
+
+
+def _weights(name: str, weights: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
+    """TRL's importance weights, [B, T] or one a sequence [B, 1], as the argument that makes of the loss what TRL makes of its own."""
+    if weights is None:
+        return {}
+    if name in _NO_WEIGHTS:
+        raise ValueError(_takes_no_weights(name))
+    if name == "vespo":
+        return {"rollout_is_weights": weights}
+    if name == "gspo":  # TRL's loss of a sequence is one number, whose gradient all tokens share, under whatever weights they have
+        return {"weights": sequence_mean(weights.expand_as(mask), mask != 0)}
+    return {"weights": weights}
+
+
+def _takes_no_weights(name: str) -> str:
+    why = "as TRL's own GMPO leaves them out" if name == "gmpo" else "for it has no advantages that they could correct"
+    return f"policy_loss={name!r} takes no importance weights, {why}: set vllm_importance_sampling_correction=False in GRPOConfig"
+
+
+def _own_aggregation(name: str, options: dict[str, Any]) -> str | None:
+    """How a loss that is defined over sequences is averaged, and takes it out of the options; None for the others: `loss_type` says it."""
+    if name not in POLICY_LOSSES or own_aggregation(POLICY_LOSSES[name]) not in SEQUENCE_MODES:
+        return None
+    aggregation = options.pop("aggregation", "grpo")  # as TRL does it for its sapo and experimental GMPO
+    if aggregation not in _AGGREGATIONS:
+        raise ValueError(f"unknown aggregation {aggregation!r} for policy_loss {name!r}, expected one of {', '.join(map(repr, _AGGREGATIONS))}")
+    return aggregation
 
 
 def _check_loss(name: str, options: dict[str, Any], min_p: float | None) -> None:
@@ -216,6 +261,7 @@ def _check_loss(name: str, options: dict[str, Any], min_p: float | None) -> None
     unknown = [option for option in options if option not in allowed]
     if unknown:
         allowed += ["min_p"] if name == "lp_reg" else []
+        allowed += ["aggregation"] if own_aggregation(function) in SEQUENCE_MODES else []
         raise TypeError(f"policy_loss {name!r} has no option {', '.join(map(repr, unknown))}, expected one of {', '.join(map(repr, allowed))}")
     if name == "nft" and options.get("ratio_type") == "sequence":
         raise ValueError("policy_loss 'nft' averages over tokens here, as loss_type in GRPOConfig says: ratio_type must be 'token', got 'sequence'")
@@ -229,12 +275,17 @@ def _check_loss(name: str, options: dict[str, Any], min_p: float | None) -> None
     function(x, None, *arguments, mask, **options)
 
 
-def _check_config(name: str, config) -> None:
-    """Options of GRPOConfig that act on TRL's own policy loss: whoever sets one means it."""
+def _check_config(name: str, config, aggregation: str | None) -> None:
+    """Options of GRPOConfig that act on TRL's own policy loss: whoever sets one means it. aggregation: the loss's own, if it has one."""
     if config.loss_type not in _AGGREGATIONS:
         raise ValueError(
             f"policy_loss={name!r} takes the place of a loss, and loss_type then only says how its tokens are averaged: expected one of "
             f"{', '.join(map(repr, _AGGREGATIONS))} in GRPOConfig, got {config.loss_type!r}"
+        )
+    if aggregation is not None and config.loss_type not in (GRPOConfig.loss_type, aggregation):
+        raise ValueError(
+            f"loss_type={config.loss_type!r} in GRPOConfig has no effect on policy_loss={name!r}, whose own average is {aggregation!r}: "
+            f"give policy_loss_options={{'aggregation': {config.loss_type!r}}} if you mean it"
         )
     advice = {
         "epsilon": (config.epsilon == 0.2, "give clip_low in policy_loss_options"),
@@ -247,5 +298,5 @@ def _check_config(name: str, config) -> None:
     for option, (default, what) in advice.items():
         if not default:
             raise ValueError(f"{option}={getattr(config, option)} in GRPOConfig has no effect on policy_loss={name!r}: {what}")
-    if name == "nft" and config.use_vllm and config.vllm_importance_sampling_correction:
-        raise ValueError("policy_loss='nft' takes no importance weights: set vllm_importance_sampling_correction=False in GRPOConfig")
+    if name in _NO_WEIGHTS and config.use_vllm and config.vllm_importance_sampling_correction:
+        raise ValueError(_takes_no_weights(name))
