@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_number, check_tokens
 from .aggregate import aggregate
 from .inputs import per_sequence
-from .policy import LossOutput, check_clip, clean, masked_mean, policy_inputs
+from .policy import LossOutput, check_clip, clean, excess, masked_mean, policy_inputs
 from .ppo import check_dual_clip
 from .terms import clipped_ratio, values_of
 
@@ -133,7 +133,7 @@ def epo_loss(
         center = _history(mean_entropy, p)
         below, above = kappa_low * center - h, h - kappa_high * center
         if smoothing == "hinge":
-            penalty = below.relu() + above.relu()
+            penalty = excess(below) + excess(above)
         else:
             penalty = ((below >= 0) | (above >= 0)).to(h.dtype)  # the band is open
         bonus = h - beta * alpha * penalty
