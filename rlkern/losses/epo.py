@@ -93,7 +93,7 @@ def epo_loss(
 ) -> LossOutput:
     """PPO minus coef (H - beta alpha P), with the penalty P on tokens whose entropy H leaves the band around the history's mean h:
 
-        P = relu(kappa_low h - H) + relu(H - kappa_high h)        "hinge", the paper's second version
+        P = relu(kappa_low h - H) + relu(H - kappa_high h)        "hinge", the paper's second version; no gradient at the edges of the band
         P = 1 if H is outside of the band, else 0                 "indicator", the released code: a constant, without any gradient
 
     Args:

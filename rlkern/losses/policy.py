@@ -62,14 +62,19 @@ def number(value: float, like: Tensor) -> Tensor:
     return like.new_ones(()) * value
 
 
+def clamped(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """x.clamp(low, high) without gradient; torch.compile would compile the call of clamp again for every new bound."""
+    if torch.compiler.is_compiling():
+        low, high = (None if bound is None else number(bound, x) for bound in (low, high))
+    return x.detach().clamp(low, high)
+
+
 def bounded(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     """The values of x.clamp(low, high). The gradient is 1 wherever the value is x itself, so at a bound too, and 0 beyond: as in the kernels.
 
-    clamp's own gradient at a bound has changed between versions of PyTorch, and torch.compile would compile it again for every new bound.
+    The gradient of clamp at a bound is PyTorch's choice, which has changed.
     """
-    if torch.compiler.is_compiling():
-        low, high = (None if bound is None else number(bound, x) for bound in (low, high))
-    values = x.detach().clamp(low, high)
+    values = clamped(x, low, high)
     return torch.where(values == x, x, values)
 
 
