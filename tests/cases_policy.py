@@ -110,7 +110,7 @@ def draw_on_policy(g, batch, length):
 def naive_k3_straight_through(logp, old_logp, advantages, mask, reference_logp, kl_scale, weights):
     ratio = (logp - old_logp).exp()
     policy = weights * torch.maximum(-advantages * ratio, -advantages * ratio.clamp(0.8, 1.2))
-    return mean(policy + 0.3 * kl_scale.unsqueeze(-1) * 0.5 * (logp - reference_logp) ** 2, mask)
+    return mean(policy + 0.3 * kl_scale.unsqueeze(-1) * ratio.detach() * 0.5 * (logp - reference_logp) ** 2, mask)
 
 
 def naive_keep_value(logp, old_logp, advantages, mask, selected):
@@ -136,7 +136,8 @@ register("ppo_loss", mask="mask", label="dual_clip", options={"dual_clip": 1.5, 
 register("ppo_loss", mask="mask", label="on_policy", options={"old_logp": None}, naive=naive_on_policy)(draw_on_policy)
 for kind in ("k1", "abs", "k2", "k3"):
     register("grpo_loss", mask="mask", label=kind, options={"kl_kind": kind, "kl_coef": 0.3, "kl_times_ratio": kind == "k3"})(draw_with_reference)
-register("grpo_loss", mask="mask", label="k3+", options={"kl_kind": "k3+", "kl_coef": 0.3}, naive=naive_k3_straight_through)(draw_with_reference)
+straight_through = {"kl_kind": "k3+", "kl_coef": 0.3, "kl_times_ratio": True}
+register("grpo_loss", mask="mask", label="k3+", options=straight_through, naive=naive_k3_straight_through)(draw_with_reference)
 register("grpo_loss", mask="mask")(draw_tokens)
 register("gspo_loss", mask="mask", options={"clip_low": 0.1, "clip_high": 0.1}, naive=naive_gspo)(draw_sequences)
 register("cispo_loss", mask="mask", naive=naive_cispo)(draw_tokens)

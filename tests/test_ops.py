@@ -253,12 +253,18 @@ def test_activation_checkpointing(backend, device, use_reentrant):
 
 
 def test_functorch_is_refused():
+    """Or, where PyTorch can make something of it, right."""
     torch._dynamo.reset()
     x, y = inputs(4, 33)
     with pytest.raises(RuntimeError):
         torch.func.grad(lambda x: loss(x, y))(x.detach())
-    with pytest.raises(Exception, match="rlkern|token_stats|functorch"):
-        torch.compile(torch.func.grad(lambda x: loss(x, y)), backend="eager")(x.detach())
+    want = gradient(loss, x, y)
+    try:
+        got = torch.compile(torch.func.grad(lambda x: loss(x, y)), backend="eager")(x.detach())
+    except Exception as refusal:  # up to PyTorch 2.13
+        assert any(word in str(refusal) for word in ("rlkern", "token_stats", "functorch"))
+    else:  # since then Dynamo differentiates the autograd function: never zeros
+        torch.testing.assert_close(got, want)
 
 
 def test_double_backward_is_refused(backend, device):

@@ -225,6 +225,9 @@ LOSSES = {
     "ppo": lambda x, o, a, m: rlkern.ppo_loss(x, o, a, m, dual_clip=1.5, log_ratio_clamp=0.6),
     "grpo": lambda x, o, a, m: rlkern.grpo_loss(x, o, a, m, reference_logp=o - 0.3, kl_coef=0.1, kl_kind="k3+", weights=a * a, normalizer=31.0),
     "grpo_ratio": lambda x, o, a, m: rlkern.grpo_loss(x, o, a, m, reference_logp=o, kl_coef=0.1, kl_times_ratio=True, kl_scale=a * a),
+    "grpo_constant_ratio": lambda x, o, a, m: rlkern.grpo_loss(
+        x, o, a, m, reference_logp=o - 0.3, kl_coef=0.1, kl_kind="k2", kl_times_ratio=True, kl_clamp=0.2, log_ratio_clamp=0.4
+    ),
     "sequence": lambda x, o, a, m: rlkern.grpo_loss(x, o, a, m, aggregation="seq-mean-token-mean"),
     "clip_cov": lambda x, o, a, m: rlkern.clip_cov_loss(x, o, a, m, select_ratio=1.0, cov_low=0.1, keep_value=True),
     "clip_cov_drop": lambda x, o, a, m: rlkern.clip_cov_loss(x, o, a, m, select_ratio=1.0, cov_low=0.1, preset="verl", weights=a * a),
@@ -293,7 +296,9 @@ class Count(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name, most", [("ppo", 12), ("clip_cov_drop", 26), ("kl_cov", 26), ("lp_reg", 28)])
+@pytest.mark.parametrize(
+    "name, most", [("ppo", 12), ("grpo_ratio", 30), ("grpo_constant_ratio", 26), ("clip_cov_drop", 26), ("kl_cov", 26), ("lp_reg", 28)]
+)
 def test_few_operations(name, most):
     """Each costs a launch on a GPU, and on a CPU whose caches the logits have just swept about as much as the arithmetic of all of them."""
     logp, old, advantages, mask = draw(12)

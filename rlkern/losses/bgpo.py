@@ -88,7 +88,7 @@ def surrogate(d: Tensor, advantages: Tensor, options: Options, *, bound: bool) -
         ratio = torch.where(advantages > 0, 1 + d, ratio)
         stopped = stopped & (advantages < 0)
     value = -clipped_surrogate(ratio, advantages, low, high, options.dual_clip)
-    ratio = ratio.detach().clone()  # the clip saved the other one
+    ratio = ratio.detach()
     stopped = stopped | torch.where(advantages < 0, ratio < 1 - low, (advantages > 0) & (ratio > 1 + high))
     if options.dual_clip is not None:
         stopped = stopped | ((advantages < 0) & (ratio > options.dual_clip))
@@ -158,8 +158,9 @@ def bgpo_loss(
         KL:     + c omega kl_coef f(s (ell - ref ell)),  f(x) = x ("k1"), x^2 / 2 ("k2"), exp(-x) + x - 1 ("k3")
 
     No gradient flows where a bound is exceeded. The sum over the draws is a lower bound of the (likewise clipped) exact objective, with any of the
-    KL penalties; dual_clip breaks that where A < 0. For A > 0 without clip the old policy does not enter the gradient. Draws of several samples,
-    or of several sequences, may share a call in any grouping: a draw is just a sequence here, with its own mc_weight.
+    KL penalties; dual_clip breaks that where A < 0. On-policy the expected gradient of k2 is that of KL(pi || ref), that of k3 of KL(ref || pi), and
+    that of k1 is 0, as far as an ELBO is a log-probability. For A > 0 without clip the old policy does not enter the gradient. Draws of several
+    samples, or of several sequences, may share a call in any grouping: a draw is just a sequence here, with its own mc_weight.
 
     The paper and the code that follows it do not normalise alike, so there is no default. By `preset`, each overridden by an option that is given:
 

@@ -174,7 +174,7 @@ def dpo_loss(
         "sigmoid"        -ls(u) + eps u: DPO, and conservative DPO for eps > 0, = -(1-eps) ls(u) - eps ls(-u)      arXiv 2305.18290
         "robust"         -ls(u) - eps/(1-2eps) u: rDPO, unbiased under labels flipped at rate eps                  2403.00409
         "sigmoid_norm"   -ls(beta (S_c/len_c - S_r/len_r))                                                         TRL
-        "hinge"          max(0, 1 - u)                                                                             2305.10425 (SLiC)
+        "hinge"          max(0, 1 - u), no gradient at u = 1                                                       2305.10425 (SLiC)
         "ipo"            (S_c - S_r - 1/(2 beta))^2, sums as in the paper and the original code                    2310.12036
         "ipo_norm"       (S_c/len_c - S_r/len_r - 1/(2 beta))^2, what TRL calls "ipo"                              TRL
         "exo_pair"       KL((sigmoid(u), sigmoid(-u)) || (1-eps, eps)), eps > 0                                    2402.00856

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-_LARGEST_EXPONENT = 80.0  # exp of it is finite in float32
+from .policy import LARGEST_EXPONENT, bounded, excess
+
 _SATURATED = 1e4  # sigmoid(-x) is zero here, in float64 too
 
 
@@ -43,7 +44,7 @@ def alpha_divergence(log_ratio: Tensor, alpha: float) -> Tensor:
     """ratio^(alpha - 1) / (alpha - 1). At alpha = 1 its varying part is the log ratio."""
     if abs(alpha - 1) < 1e-6:
         return log_ratio
-    return ((alpha - 1) * log_ratio).clamp(max=_LARGEST_EXPONENT).exp() / (alpha - 1)
+    return bounded((alpha - 1) * log_ratio, high=LARGEST_EXPONENT).exp() / (alpha - 1)
 
 
 def forward_kl(log_ratio: Tensor, alpha: float) -> Tensor:
@@ -88,7 +89,7 @@ def sigmoid_norm(p: Pairs) -> Tensor:
 
 
 def hinge(p: Pairs) -> Tensor:
-    return torch.where(p.margin >= 1, 0, 1 - p.margin)  # no gradient at the kink; relu would save its result, which a caller may write into
+    return excess(1 - p.margin)
 
 
 def ipo(p: Pairs) -> Tensor:
@@ -100,7 +101,7 @@ def ipo_norm(p: Pairs) -> Tensor:
 
 
 def exo_pair(p: Pairs) -> Tensor:
-    u, eps = p.margin.clamp(-_SATURATED, _SATURATED), p.label_smoothing  # the loss has finite limits, its terms have not
+    u, eps = bounded(p.margin, -_SATURATED, _SATURATED), p.label_smoothing  # the loss has finite limits, its terms have not
     return torch.sigmoid(u) * (logsigmoid(u) - math.log1p(-eps)) + torch.sigmoid(-u) * (logsigmoid(-u) - math.log(eps))
 
 
@@ -117,13 +118,18 @@ def sppo_hard(p: Pairs) -> Tensor:
     return (p.chosen_score - 0.5 / p.beta).square() + (p.rejected_score + 0.5 / p.beta).square()
 
 
+def _sorted(x: Tensor) -> Tensor:
+    """Of equal entries the first takes the gradient of the first rank: which one would else depend on the sort of the device."""
+    return x.sort(stable=True).values
+
+
 def aot(p: Pairs) -> Tensor:
-    gap = p.policy_margin.sort().values - p.reference_margin.sort().values
+    gap = _sorted(p.policy_margin) - _sorted(p.reference_margin)
     return _tilted(p.beta * gap, p.label_smoothing)
 
 
 def aot_unpaired(p: Pairs) -> Tensor:
-    gap = p.chosen.sort().values - p.rejected.sort().values
+    gap = _sorted(p.chosen) - _sorted(p.rejected)
     return _tilted(p.beta * gap, p.label_smoothing)
 
 
@@ -136,7 +142,7 @@ def apo_down(p: Pairs) -> Tensor:
 
 
 def discopop(p: Pairs) -> Tensor:
-    u = p.margin.clamp(-_SATURATED, _SATURATED)
+    u = bounded(p.margin, -_SATURATED, _SATURATED)
     gate = u / p.discopop_tau
     # exp(-u) * sigmoid(gate) as one exponential: where one factor overflows the other vanishes.
     return -logsigmoid(p.margin) * torch.sigmoid(-gate) + torch.exp(logsigmoid(gate) - u)

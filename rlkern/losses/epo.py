@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_number, check_tokens
 from .aggregate import aggregate
 from .inputs import per_sequence
-from .policy import LossOutput, check_clip, clean, masked_mean, policy_inputs
+from .policy import LossOutput, check_clip, clean, excess, masked_mean, policy_inputs
 from .ppo import check_dual_clip
 from .terms import clipped_ratio, values_of
 
@@ -93,7 +93,7 @@ def epo_loss(
 ) -> LossOutput:
     """PPO minus coef (H - beta alpha P), with the penalty P on tokens whose entropy H leaves the band around the history's mean h:
 
-        P = relu(kappa_low h - H) + relu(H - kappa_high h)        "hinge", the paper's second version
+        P = relu(kappa_low h - H) + relu(H - kappa_high h)        "hinge", the paper's second version; no gradient at the edges of the band
         P = 1 if H is outside of the band, else 0                 "indicator", the released code: a constant, without any gradient
 
     Args:
@@ -133,7 +133,7 @@ def epo_loss(
         center = _history(mean_entropy, p)
         below, above = kappa_low * center - h, h - kappa_high * center
         if smoothing == "hinge":
-            penalty = below.relu() + above.relu()
+            penalty = excess(below) + excess(above)
         else:
             penalty = ((below >= 0) | (above >= 0)).to(h.dtype)  # the band is open
         bonus = h - beta * alpha * penalty

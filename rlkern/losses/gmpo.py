@@ -42,7 +42,7 @@ def gmpo_loss(
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
     a, d = p.advantages, torch.where(p.advantages == 0, 0, p.log_ratio)
     clipped = torch.where(a < 0, bounded(d, low=-clip_low), bounded(d, high=clip_high))
-    ratio = sequence_mean(clipped, p.mask).clamp(max=LARGEST_EXPONENT).exp()
+    ratio = bounded(sequence_mean(clipped, p.mask), high=LARGEST_EXPONENT).exp()
     values = weigh((-sequence_mean(a, p.mask) * ratio).expand_as(p.logp), p)
     with torch.no_grad():
         count = p.mask.sum().clamp(min=1)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .kl import check_kl
-from .policy import LossOutput, check_clip, check_number, check_tokens, clean, per_token, policy_inputs
+from .policy import LossOutput, check_clip, check_number, check_tokens, per_token, policy_inputs
 from .ppo import check_dual_clip
-from .terms import clipped_ratio, finish_terms, kl_penalty, values_of, weigh_terms
+from .terms import clipped_ratio, finish_terms, kl_penalty, times_ratio, weigh_terms
 
 
 def grpo_loss(
@@ -43,11 +43,13 @@ def grpo_loss(
         reference_logp: [B, T] float, detached; None leaves the KL out, and then kl_coef must be 0.
         kl_coef: strength of the penalty, >= 0. With 0 the KL is only reported.
         kl_kind: "k1", "abs", "k2" ("mse"), "k3", or one with a + behind it (its value, k2's gradient): see `rlkern.losses.kl`. The gradient of k3
-            pulls along the KL of the other direction, and that of k1 is noise; k2 and all with a + have the right one.
+            pulls along the KL of the other direction, that of abs along the total variation, and that of k1 is noise; k2 and all with a + have
+            the right one. All that on samples of the policy itself.
         kl_clamp: bounds the estimate, see `kl_estimate`.
         kl_scale: [B], [B, 1] or [B, T] float, without gradient: a coefficient per sample.
-        kl_times_ratio: multiplies the estimate with exp(logp - old_logp), gradient included (arXiv 2512.02556; TRL's use_bias_correction_kl), which
-            makes k3's gradient that of KL(pi || pi_ref) on stale samples too.
+        kl_times_ratio: multiplies the estimate with exp(logp - old_logp), for samples of an older policy. With k1 and k3 gradient included
+            (arXiv 2512.02556; TRL's use_bias_correction_kl), and their expected gradient is then that of KL(pi || pi_ref); with the others as a
+            constant, and they keep theirs. The ratio is not clipped, but bounded by log_ratio_clamp; bounds and kl_clamp bias the gradient.
 
     Returns:
         LossOutput as that of `ppo_loss`; metrics also: kl (mean of the estimate, before its coefficients) if there is a reference.
@@ -73,8 +75,8 @@ def grpo_loss(
     terms, metrics = weigh_terms(ratio.terms, x), ratio.metrics
     if reference_logp is not None:
         kl = kl_penalty(x, reference_logp, x.mask, kl_kind, kl_clamp)
-        if kl_times_ratio:  # a product of two that carry gradient
-            terms, kl = values_of(terms, x).unsqueeze(0), (values_of(kl, x) * clean(x).ratio).unsqueeze(0)
+        if kl_times_ratio:
+            kl = times_ratio(kl, x, kl_kind)
         metrics["kl"] = kl[0].detach().sum() / ratio.count
         terms = terms + kl_coef * (kl if kl_scale is None else kl * kl_scale)
     return finish_terms(terms, x, ratio.count, aggregation, normalizer, metrics)

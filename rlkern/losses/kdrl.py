@@ -43,7 +43,9 @@ def kdrl_loss(
         "k1"       d                 none: noise of mean 0
         "k2"       d^2 / 2           that of KL(student || teacher), the paper's default
         "k3"       e^-d - 1 + d      that of KL(teacher || student), another divergence
-        "exact"    teacher_kl        its own: `rlkern.token_divergence(logits, teacher_logits)`, or `topk_reverse_kl`
+        "exact"    teacher_kl        its own: `rlkern.token_divergence(logits, teacher_logits)`, or `topk_reverse_kl`; on any samples
+
+    Off-policy, with old_logp of another student, the first three are biased: the ratio multiplies the reward's part alone.
 
     Args:
         logp, old_logp: [B, T]; gradients flow into logp. old_logp=None is on-policy, as the paper writes it.

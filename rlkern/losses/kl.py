@@ -1,11 +1,17 @@
 """One-sample estimates of KL(pi || pi_ref) from tokens that pi drew, as penalties that policy losses add.
 
-    kind             value, d = logp - reference_logp     gradient wrt logp     expected gradient on samples of pi
-    "k1"             d                                    1                     0: noise only
-    "abs"            |d|                                  sign(d), 0 at 0       of no divergence
-    "k2", "mse"      d^2 / 2                              d                     of KL(pi || pi_ref)
-    "k3"             exp(-d) - 1 + d                      1 - exp(-d)           of KL(pi_ref || pi), the other direction
-    "k1+" ... "k3+"  of the estimate named                d, that of k2         of KL(pi || pi_ref)
+    kind             value, d = logp - reference_logp     gradient wrt logp     expected gradient on samples of pi          times the ratio
+    "k1"             d                                    1                     0: noise only                               KL(pi || pi_ref)
+    "abs"            |d|                                  sign(d), 0 at 0       of sum |pi - pi_ref|, twice the variation   the same
+    "k2", "mse"      d^2 / 2                              d                     of KL(pi || pi_ref)                         the same
+    "k3"             exp(-d) - 1 + d                      1 - exp(-d)           of KL(pi_ref || pi), the other direction    KL(pi || pi_ref)
+    "k1+" ... "k3+"  of the estimate named                d, that of k2         of KL(pi || pi_ref)                         the same
+
+The last column but one needs samples of pi: on those of an older policy the gradient of k1, say, is that of -KL(pi_old || pi). The last
+one, `kl_times_ratio` of `grpo_loss`, holds on samples of pi_old, be it pi or not. k1 and k3 have the mean KL(pi || pi_ref), so their product
+with the ratio is differentiated as a whole. Of the others only the gradient is a divergence's, so the ratio multiplies it as a constant.
+
+A clamp of the estimate biases the gradient of all but the kinds with a +, a bound on the ratio that of all: tokens beyond lose their part.
 
 Names elsewhere: "kl" is k1, "low_var_kl" is k3. Estimates: Schulman, http://joschu.net/blog/kl-approx.html.
 """
@@ -19,7 +25,7 @@ from .policy import LARGEST_EXPONENT, bounded, check_choice, check_number
 
 
 def _k3(d: Tensor) -> Tensor:
-    x = (-d).clamp(max=LARGEST_EXPONENT)  # no value beyond, and no gradient, instead of inf - inf
+    x = bounded(-d, high=LARGEST_EXPONENT)  # no value beyond, and no gradient, instead of inf - inf
     return torch.expm1(x) - x
 
 
@@ -32,6 +38,11 @@ def resolve(kind: str) -> tuple[str, bool]:
     """The estimate that a kind names, and whether its gradient is that of k2."""
     name = kind.removesuffix("+")
     return _ALIASES.get(name, name), kind.endswith("+")
+
+
+def is_unbiased(kind: str) -> bool:
+    """Whether an estimate's mean over samples of pi is KL(pi || pi_ref), and its gradient that of its value."""
+    return resolve(kind) in (("k1", False), ("k3", False))
 
 
 def check_kl(kind: str, clamp: float | None) -> None:

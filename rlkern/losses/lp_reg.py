@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checks import check_count, numbers
 from ..selection import select_fraction, selected_means
-from .kl import check_kl
+from .kl import check_kl, resolve
 from .policy import (
     LossOutput,
     bounded,
@@ -76,7 +76,8 @@ def lp_reg_loss(
         in R       -A r + kl_coef * k3 of (logp; proxy_logp), clamped at kl_clamp; PPO's clip does not apply
         others     max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
-    k3 has the expected gradient of the full KL(q || pi); the clamp at 10 switches it off where proxy_logp - logp > 2.61, kl_clamp=None does not.
+    k3's gradient is 1 - q / pi: over all tokens that pi samples this would be in expectation that of the full KL(q || pi), and over R it is R's part
+    of it. The clamp at 10 switches it off where proxy_logp - logp > 2.61, kl_clamp=None does not.
 
     kl_term="full" is the paper's Eq. 6. R: tokens with A < 0 and proxy_logp > -inf among the lowest fraction rho of **all** tokens. Per token
 
@@ -88,7 +89,7 @@ def lp_reg_loss(
         rho: a fraction, in [0, 1]: 0.01 (14B) and 0.005 (32B) in the paper. The group yields max(1, floor(rho * its size)) tokens.
         kl_coef: beta, >= 0.
         clip_low, clip_high: the ratio's bounds; the defaults are the paper's [0, 10].
-        kl_kind, kl_clamp: for "sampled", see `kl_estimate`.
+        kl_kind, kl_clamp: for "sampled", see `kl_estimate`. Not "k1" ("kl"): its gradient is 1 for every token, which would drive those of R out.
         kept_logmass: [B, T] float, for "full" on-policy: log S of the current policy, with its gradient.
         proxy_kl: [B, T] float, for "full" with a proxy from other logits: KL(q || pi) with its gradient, as token_divergence's "forward_kl" gives
             it for logits outside q's set put to -inf.
@@ -111,6 +112,8 @@ def lp_reg_loss(
     check_count("min_count", min_count)
     check_clip(clip_low, clip_high)
     check_kl(kl_kind, kl_clamp)
+    if resolve(kl_kind) == ("k1", False):
+        raise ValueError(f"kl_kind {kl_kind!r} lowers every selected token, whatever the proxy says: expected 'k3', 'k2', 'abs' or a kind with a +")
     sampled = kl_term == "sampled"
     if sampled and (kept_logmass is not None or proxy_kl is not None):
         raise ValueError("kept_logmass and proxy_kl are for kl_term='full', got one of them with 'sampled'")

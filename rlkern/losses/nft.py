@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_choice, check_fraction, check_number
 from .aggregate import aggregate, check_aggregation
 from .inputs import per_sequence, ratio_tokens
-from .policy import LossOutput, masked_mean, ratio_metrics
+from .policy import LossOutput, bounded, masked_mean, ratio_metrics
 
 RATIO_TYPES = ("token", "sequence")
 _FIXED_NORMALIZER = 1000.0  # of the official code; the loss is a sum over tokens divided by it
@@ -89,7 +89,7 @@ def nft_loss(
     log_ratio, counted = tokens.log_ratio, tokens.mask
     if ratio_type == "sequence":
         log_ratio, counted = log_ratio.sum(-1, keepdim=True), counted.any(-1, keepdim=True)
-    log_ratio = log_ratio.clamp(max=max_log_ratio)
+    log_ratio = bounded(log_ratio, high=max_log_ratio)
     ratio = log_ratio.exp()
     prox = (1 - c * ratio) / (1 - c)
     positive = log_ratio if clamp_pos == 0 else _log_at_least(ratio, clamp_pos)

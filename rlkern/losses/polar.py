@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..checks import check_choice, check_number
-from .policy import LossOutput
+from .policy import LossOutput, bounded
 
 PENALTIES = ("none", "log_barrier", "l2")
 _BARRIER_MARGIN = 1e-3  # rewards are clamped this far inside the barrier
@@ -81,7 +81,7 @@ def bradley_terry_loss(
             if penalty == "l2":
                 term = r.square()
             else:
-                inside = r.clamp(_BARRIER_MARGIN - reward_bound, reward_bound - _BARRIER_MARGIN)
+                inside = bounded(r, _BARRIER_MARGIN - reward_bound, reward_bound - _BARRIER_MARGIN)
                 term = -(reward_bound - inside).log() - (reward_bound + inside).log()
             losses = losses + penalty_weight * term
     n = max(len(losses), 1)

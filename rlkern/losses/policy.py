@@ -54,7 +54,7 @@ class PolicyTokens(NamedTuple):
         return torch.where(self.mask, x.detach().to(self.logp.dtype), 0)
 
 
-# --- numbers that a caller may change from step to step ---------------------------------------------------------------------------------------
+# --- kinks, and numbers that a caller may change from step to step ----------------------------------------------------------------------------
 
 
 def number(value: float, like: Tensor) -> Tensor:
@@ -62,15 +62,25 @@ def number(value: float, like: Tensor) -> Tensor:
     return like.new_ones(()) * value
 
 
+def clamped(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
+    """x.clamp(low, high) without gradient; torch.compile would compile the call of clamp again for every new bound."""
+    if torch.compiler.is_compiling():
+        low, high = (None if bound is None else number(bound, x) for bound in (low, high))
+    return x.detach().clamp(low, high)
+
+
 def bounded(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    """x.clamp(low, high), which torch.compile would compile again for every new bound."""
-    if not torch.compiler.is_compiling():
-        return x.clamp(low, high)
-    for bound, beyond in ((low, torch.lt), (high, torch.gt)):
-        if bound is not None:
-            bound = number(bound, x)
-            x = torch.where(beyond(x, bound), bound, x)
-    return x
+    """The values of x.clamp(low, high). The gradient is 1 wherever the value is x itself, so at a bound too, and 0 beyond: as in the kernels.
+
+    The gradient of clamp at a bound is PyTorch's choice, which has changed.
+    """
+    values = clamped(x, low, high)
+    return torch.where(values == x, x, values)
+
+
+def excess(x: Tensor) -> Tensor:
+    """The values of x.relu(). The gradient is 0 at 0, as that of relu, which would save its result: a caller may write into that."""
+    return torch.where(x <= 0, 0, x)
 
 
 # --- checks --------------------------------------------------------------------------------------------------------------------------------
@@ -129,7 +139,7 @@ def clean(x: PolicyInputs) -> PolicyTokens:
     old_logp = logp.detach() if x.old_logp is None else torch.where(mask, x.old_logp.detach().to(logp.dtype), 0)
     log_ratio = logp - old_logp
     if x.log_ratio_clamp is None:
-        exponent = log_ratio.clamp(max=LARGEST_EXPONENT)
+        exponent = bounded(log_ratio, high=LARGEST_EXPONENT)
     else:
         exponent = bounded(log_ratio, -x.log_ratio_clamp, x.log_ratio_clamp)
     weights = None if x.weights is None else torch.where(mask, x.weights, 0)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .policy import LossOutput, PolicyTokens, bounded, check_number, finish, masked_mean, policy_tokens, ratio_metrics, score, weigh
+from .policy import LossOutput, PolicyTokens, check_number, clamped, finish, masked_mean, policy_tokens, ratio_metrics, score, weigh
 
 
 def _truncated(p: PolicyTokens, cap: float) -> Tensor:
-    return bounded(p.ratio.detach(), high=cap)
+    return clamped(p.ratio, high=cap)
 
 
 def _metrics(p: PolicyTokens, cap: float | None) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import ratio
 from ..selection import one_pass
 from .aggregate import TOKEN_MODES, aggregate, divisor
-from .kl import ESTIMATES, kl_estimate, resolve
+from .kl import ESTIMATES, is_unbiased, kl_estimate, resolve
 from .policy import LARGEST_EXPONENT, LossOutput, PolicyInputs, clean, clip_fractions, clipped_surrogate, masked_mean, ratio_metrics
 
 
@@ -87,6 +87,19 @@ def kl_penalty(x: PolicyInputs, reference_logp: Tensor, where: Tensor, kind: str
     dtype = x.advantages.dtype
     own, reference = (torch.where(where, t.to(dtype), 0) for t in (x.logp, reference_logp))
     return kl_estimate(own, reference, kind, clamp=clamp).unsqueeze(0)
+
+
+def times_ratio(kl: Tensor, x: PolicyInputs, kind: str) -> Tensor:
+    """Terms of `kl_penalty` times exp(logp - old_logp), bounded as in `clean`: as a factor that has its own gradient if the estimate is unbiased,
+    else as a constant."""
+    if kl.shape[0] == 1:
+        ratios = clean(x).ratio
+        return kl * (ratios if is_unbiased(kind) else ratios.detach())
+    ratios = clipped_ratio(x._replace(advantages=x.advantages.new_full(x.logp.shape, -1)), None, None).terms
+    if not is_unbiased(kind):
+        return kl * ratios[0]
+    (value, slope), (r, r_slope) = kl.unbind(), ratios.unbind()
+    return torch.stack([value * r, slope * r + value * r_slope])
 
 
 def weigh_terms(terms: Tensor, x: PolicyInputs) -> Tensor:
