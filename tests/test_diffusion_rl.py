@@ -237,7 +237,7 @@ def test_run_all_raises_what_a_job_raises():
     from support.processes import run_all
 
     assert run_all("division", divmod, [(7, 2), (9, 4)], 1, total=1) == {(7, 2): (3, 1), (9, 4): (2, 1)}
-    with pytest.raises(ZeroDivisionError):
+    with pytest.raises(ZeroDivisionError, match="by zero"):
         run_all("division", divmod, [(7, 2), (1, 0)], 2, total=1)
 
 

@@ -166,12 +166,12 @@ def prime_rl(monkeypatch):
 
 def test_patch(prime_rl):
     original = dict(vars(prime_rl.train))
-    with pytest.raises(KeyError), rlkern_prime.patch():
+    with pytest.raises(KeyError, match="in the block"), rlkern_prime.patch():
         assert prime_rl.train.selective_log_softmax is prime_rl.loss.selective_log_softmax is rlkern_prime.selective_log_softmax
         with rlkern_prime.patch():
             pass
         assert prime_rl.train.compute_entropy is rlkern_prime.compute_entropy
-        raise KeyError
+        raise KeyError("in the block")
     assert dict(vars(prime_rl.train)) == original
     assert prime_rl.loss.selective_log_softmax is original["selective_log_softmax"]
 
