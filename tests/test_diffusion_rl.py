@@ -127,7 +127,7 @@ def test_objectives(batch):
     from support.diffusion_objectives import elbos, gradient
 
     model, answers = batch
-    n, close = 3, {"rtol": 1e-9, "atol": 1e-10}
+    n, close = 3, {"rtol": 1e-11, "atol": 1e-12}
     torch.testing.assert_close(gradient("naive", model, answers, n, None), _oracle(model, answers, n, None, bounded=False), **close)
     for objective in ("exact", "bound"):
         torch.testing.assert_close(gradient(objective, model, answers, n, None), gradient("naive", model, answers, n, None), **close)

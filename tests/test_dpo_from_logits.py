@@ -31,8 +31,8 @@ def test_from_logits_matches_the_formula(kind):
     sums, lengths = logps.sum(-1), kept.sum(-1)
     lengths = lengths if kind == "sft" else lengths.clamp(min=1)
     expected = naive(kind, *sums.chunk(2), *ref.chunk(2), *lengths.chunk(2))
-    assert_close(out.losses, expected, rtol=1e-9, atol=1e-10)
-    assert_close(grads(out.losses, logits), grads(expected, logits), rtol=1e-8, atol=1e-10)
+    assert_close(out.losses, expected)
+    assert_close(grads(out.losses, logits), grads(expected, logits))
     assert_close(out.chosen_rewards, (BETA * (sums - ref).chunk(2)[0]).detach())
     assert_close(out.rejected_rewards, (BETA * (sums - ref).chunk(2)[1]).detach())
 
@@ -45,10 +45,10 @@ def test_from_logits_precision(dtype):
     exact = logits.detach().double().requires_grad_()
     expected = dpo_loss_from_logits(exact, labels, reference.double())
     assert out.losses.dtype == torch.float32
-    assert_close(out.losses.double(), expected.losses, rtol=1e-5, atol=1e-5)
+    assert_close(out.losses.double(), expected.losses, rtol=1e-5, atol=1e-6)
     g, e = grads(out.losses, logits)[0], grads(expected.losses, exact)[0]
     assert g.dtype == dtype
-    assert_close(g.double(), e, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-6)
+    assert_close(g.double(), e, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-7)
 
 
 def test_from_logits_with_aligned_labels_and_references_per_token():
