@@ -155,3 +155,9 @@ def test_one_liner_equals_the_two_term_forms(x, beta, eps):
     assert_close(
         dpo_loss(pc, zero, zero, zero, beta, eps, loss_type="robust").losses, expected, rtol=1e-11, atol=1e-14 / (1 - 2 * eps)
     )  # a difference
+
+
+def test_sft_of_a_single_token():
+    pc, pr, rc, rr = draw()[:4]
+    one, none = torch.tensor([1, 0]), torch.tensor([0, 0])
+    assert_close(run("sft", pc[:2], pr[:2], rc[:2], rr[:2], one, none), -pc[:2].sum().expand(2))

@@ -135,3 +135,14 @@ def test_prompt_and_padding_rows_are_not_read():
     losses = dpo_loss_from_logits(poisoned, labels, reference, loss_type="sigmoid").losses
     assert torch.equal(losses, expected)
     assert_close(grads(losses, poisoned), grads(expected, logits))
+
+
+def test_rewards_of_length_desensitised_sums():
+    logits, other, labels = draw_logits()
+    logps, kept, _ = naive_token_logps(logits, labels)
+    other_logps = naive_token_logps(other, labels)[0]
+    out = dpo_loss_from_logits(logits, labels, token_logprobs(other, next_tokens(labels)), beta=BETA, ld_alpha=0.3)
+    shared = torch.minimum(*kept.sum(-1).chunk(2)).repeat(2).unsqueeze(-1)
+    weight = torch.where(kept.cumsum(-1) <= shared, 1, torch.tensor(0.3, dtype=torch.float64)) * kept
+    expected = BETA * ((logps - other_logps) * weight).sum(-1).detach()
+    assert_close((out.chosen_rewards, out.rejected_rewards), expected.chunk(2))
