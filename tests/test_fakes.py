@@ -19,6 +19,7 @@ CALLS = {
     "linear of several": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y), (*ROWS, H), SEVERAL),
     "divergence": (lambda x, y: (rlkern.token_divergence(x, x.detach() * 2),), (*ROWS, V), TOKENS),
     "elbo": (lambda x, y: (rlkern.masked_elbo(x, y, x.detach().new_ones(ROWS), mask=y == 0),), (*ROWS, V), TOKENS),
+    "covariance": (lambda x, y: (rlkern.token_covariance(x, x.detach() + 1, y == 0),), ROWS, TOKENS),
     "z_loss": (lambda x, y: (rlkern.spherical_z_loss(x, y, reduction="none"),), (*ROWS, V), TOKENS),
 }
 
@@ -30,7 +31,8 @@ def test_fakes_look_like_results(name, dtype):
 
     def look(x, y):
         fields = [t for t in call(x, y) if t is not None]
-        grads = torch.autograd.grad([t.sum() for t in fields if t.requires_grad], x)
+        sums = [t.sum() for t in fields if t.requires_grad]
+        grads = torch.autograd.grad(sums, x) if sums else ()
         return [(tuple(t.shape), t.dtype, t.stride()) for t in (*fields, *grads)]
 
     x = torch.linspace(-1, 1, torch.Size(shape).numel()).view(shape).to(dtype).requires_grad_()
