@@ -26,7 +26,7 @@ def test_matches_the_formula(kind, f):
     losses, expected = run(kind, *inputs, f_divergence=f), naive(kind, *inputs, f=f)
     assert losses.dtype == torch.float64
     assert_close(losses, expected, rtol=1e-11, atol=1e-12)
-    assert_close(grads(losses, *inputs[:2]), grads(expected, *inputs[:2]), rtol=1e-9, atol=1e-11)
+    assert_close(grads(losses, *inputs[:2]), grads(expected, *inputs[:2]), rtol=1e-11, atol=1e-12)
 
 
 def test_rewards_are_beta_times_the_log_ratio_and_detached():
@@ -98,7 +98,7 @@ def test_robust_is_unbiased_under_flipped_labels():
     for eps in (0.05, 0.3, 0.49):
         kept = dpo_loss(pc, pr, rc, rr, BETA, eps, loss_type="robust").losses
         flipped = dpo_loss(pr, pc, rr, rc, BETA, eps, loss_type="robust").losses
-        assert_close((1 - eps) * kept + eps * flipped, plain, rtol=1e-10, atol=1e-11)
+        assert_close((1 - eps) * kept + eps * flipped, plain, rtol=1e-11, atol=1e-12)
         conservative = (1 - eps) * dpo_loss(pc, pr, rc, rr, BETA, eps).losses + eps * dpo_loss(pr, pc, rr, rc, BETA, eps).losses
         assert (conservative - plain).abs().max() > 1e-2
 
@@ -139,7 +139,7 @@ def test_pairs_stay_pairs_except_where_sorted():
 def test_alpha_divergence_reaches_its_neighbours():
     inputs = draw()
     near = dpo_loss(*inputs[:4], BETA, f_divergence="alpha_divergence", f_alpha=1 - 1e-5).losses
-    assert_close(near, dpo_loss(*inputs[:4], BETA).losses, rtol=1e-3, atol=1e-3)
+    assert_close(near, dpo_loss(*inputs[:4], BETA).losses, rtol=5e-5, atol=5e-5)  # alpha is off by 1e-5
     assert_close(dpo_loss(*inputs[:4], BETA, f_divergence="alpha_divergence", f_alpha=1.0).losses, dpo_loss(*inputs[:4], BETA).losses)
     zero = dpo_loss(*inputs[:4], BETA, f_divergence="alpha_divergence", f_alpha=0.0).losses
     assert_close(zero, dpo_loss(*inputs[:4], BETA, f_divergence="forward_kl").losses)
@@ -150,6 +150,14 @@ def test_alpha_divergence_reaches_its_neighbours():
 def test_one_liner_equals_the_two_term_forms(x, beta, eps):
     pc, zero = torch.tensor([x], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     ls, u = torch.nn.functional.logsigmoid, beta * pc
-    assert_close(dpo_loss(pc, zero, zero, zero, beta, eps).losses, -(1 - eps) * ls(u) - eps * ls(-u), rtol=1e-9, atol=1e-9)
+    assert_close(dpo_loss(pc, zero, zero, zero, beta, eps).losses, -(1 - eps) * ls(u) - eps * ls(-u), rtol=1e-11, atol=0)
     expected = (-(1 - eps) * ls(u) + eps * ls(-u)) / (1 - 2 * eps)
-    assert_close(dpo_loss(pc, zero, zero, zero, beta, eps, loss_type="robust").losses, expected, rtol=1e-9, atol=1e-9)
+    assert_close(
+        dpo_loss(pc, zero, zero, zero, beta, eps, loss_type="robust").losses, expected, rtol=1e-11, atol=1e-14 / (1 - 2 * eps)
+    )  # a difference
+
+
+def test_sft_of_a_single_token():
+    pc, pr, rc, rr = draw()[:4]
+    one, none = torch.tensor([1, 0]), torch.tensor([0, 0])
+    assert_close(run("sft", pc[:2], pr[:2], rc[:2], rr[:2], one, none), -pc[:2].sum().expand(2))

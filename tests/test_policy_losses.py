@@ -83,7 +83,9 @@ def test_ppo_metrics():
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         assert value != 0, name
-        torch.testing.assert_close(metrics[name].double(), value, rtol=1e-6, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            metrics[name].double(), value, rtol=2e-7 if "fraction" in name else 1e-11, atol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
         assert metrics[name].dim() == 0 and not metrics[name].requires_grad
 
 
@@ -436,3 +438,22 @@ def test_new_numbers_and_lengths_do_not_compile_again(name):
         torch.testing.assert_close(value_and_gradient(compiled(x, c).loss, x[0]), value_and_gradient(COMPILED[name](x, c).loss, x[0]))
         counts.append(counter.frame_count)
     assert counts[0] > 0 and len(set(counts)) == 1, f"compiled again: {counts}"
+
+
+def test_gspo_counts_the_tokens_of_clipped_sequences():
+    logp = torch.log(torch.tensor([[1.0005, 1.0005], [1.0002, 1.0002], [0.9996, 0.9996], [0.9998, 0.9998]], dtype=F64)).requires_grad_()
+    mask = torch.tensor([[True, True], [True, True], [True, False], [True, True]])
+    for sign, fractions in ((1, (0, 2 / 7)), (-1, (1 / 7, 0))):
+        out = rlkern.gspo_loss(logp, torch.zeros(4, 2, dtype=F64), torch.full((4,), sign, dtype=F64), mask)  # bounds 1 - 3e-4, 1 + 4e-4
+        assert [out.metrics[f"clip_fraction_{side}"].item() for side in ("low", "high")] == pytest.approx(fractions)
+        assert (torch.autograd.grad(out.loss, logp)[0] == 0).all(-1).tolist() == [sign > 0, False, sign < 0, False]
+
+
+def test_metrics_of_a_single_token():
+    mask = torch.zeros(2, 3, dtype=torch.bool)
+    mask[1, 2] = True
+    with rlkern.use_backend("reference"):  # the plain form
+        metrics = rlkern.ppo_loss(torch.full((2, 3), -1.0, dtype=F64), torch.full((2, 3), -1.5, dtype=F64), torch.ones(2, dtype=F64), mask).metrics
+    expected = {"approx_kl_k1": -0.5, "approx_kl_k3": math.expm1(0.5) - 0.5, "ratio_max": math.exp(0.5), "ratio_min": math.exp(0.5)}
+    expected |= {"effective_sample_size": 1, "clip_fraction_high": 1, "clip_fraction_low": 0}
+    assert {name: metrics[name].item() for name in expected} == pytest.approx(expected, rel=1e-12)

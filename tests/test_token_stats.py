@@ -49,7 +49,7 @@ def test_each_gradient_alone(backend, device, only):
 def test_gradient_rows_sum_to_zero(backend, device, dtype):
     for only in ("logp", "entropy", "sum_sq_prob", "kept_logmass"):
         _, d = run(draw(4, 501, device=device), ids(501, 4, device=device), only=[only], with_sum_sq=True, min_p=0.1)
-        assert d.double().sum(-1).abs().max() < 1e-5, only
+        assert d.double().sum(-1).abs().max() < 1e-6 * d.double().abs().sum(-1).max(), only
 
 
 def test_per_row_temperature(backend, device):
@@ -144,7 +144,7 @@ def test_gradients_through_slices(backend, device):
         double = leaf.detach().double().cpu().requires_grad_()
         logp, entropy = eager(view(double), y.cpu(), 0.9)
         (logp.sum() + 0.3 * entropy.sum()).backward()
-        torch.testing.assert_close(leaf.grad.double().cpu(), double.grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(leaf.grad.double().cpu(), double.grad, rtol=1e-5, atol=1e-6)
 
 
 def test_any_number_of_leading_dimensions(backend, device):
@@ -193,11 +193,14 @@ def test_minus_inf_logits(backend, device, where, dtype):
 def test_large_common_offset(backend, device, offset):
     x = torch.full((3, 5000), offset, device=device)
     x[:, :10] += draw(3, 10, device=device)
-    check(x, ids(5000, 3, device=device), only=["logp", "entropy"], atol=2e-3 if abs(offset) < 1e5 else 1e-5 * abs(offset))
-    stats = rlkern.token_stats(x, ids(5000, 3, device=device))
-    truth = torch.log_softmax(x.double().cpu(), -1)
-    torch.testing.assert_close(stats.logp.double().cpu(), truth.gather(-1, ids(5000, 3)[:, None]).squeeze(-1), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(stats.entropy.double().cpu(), -(truth.exp() * truth).sum(-1), rtol=1e-5, atol=1e-5)
+    y = ids(5000, 3, device=device)
+    got, d = run(x, y, only=["logp", "entropy"])
+    base = x[:, -1:].double()  # the difference is exact, a log-sum-exp around 3e38 is not, not even in float64
+    want, d_want = expected(x.double() - base, y, only=["logp", "entropy"])
+    for name in ("logp", "entropy"):
+        torch.testing.assert_close(got[name].double().cpu(), want[name], rtol=1e-5, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    torch.testing.assert_close(got["logsumexp"].double().cpu(), want["logsumexp"] + base.squeeze(-1).cpu(), rtol=1e-7, atol=1e-5)
+    torch.testing.assert_close(d.double().cpu(), d_want, rtol=1e-5, atol=1e-8)
 
 
 def test_huge_spread(backend, device):
@@ -215,10 +218,10 @@ def test_confident_tokens_keep_relative_accuracy(backend, device, gap, at):
     want = {"logp": -math.log1p(rest), "entropy": math.log1p(rest) + rest * gap / (1 + rest)}
     got, d = run(x, torch.tensor([at], device=device), only=["logp"])
     for name, value in want.items():
-        assert got[name].item() == pytest.approx(value, rel=2e-5), name
+        assert got[name].item() == pytest.approx(value, rel=1e-5, abs=0), name
     g = upstream([got["logp"]])[0].item()
-    assert d[0, at].item() == pytest.approx(g * rest / (1 + rest), rel=2e-5)
-    assert d[0, at - 1].item() == pytest.approx(-g * math.exp(-gap) / (1 + rest), rel=2e-5)
+    assert d[0, at].item() == pytest.approx(g * rest / (1 + rest), rel=1e-5, abs=0)
+    assert d[0, at - 1].item() == pytest.approx(-g * math.exp(-gap) / (1 + rest), rel=1e-5, abs=0)
 
 
 def test_confident_kept_mass(backend, device):
@@ -334,7 +337,7 @@ def test_backends_continue_each_other():
             fields = [s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass]
             with rlkern.use_backend(backward):
                 torch.autograd.backward(fields, [g.float() for g in upstream(fields)])
-            torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

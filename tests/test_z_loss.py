@@ -37,7 +37,7 @@ def test_equals_formula(options, monkeypatch):
     expected = naive(leaf, targets, **options)
     (expected_gradient,) = torch.autograd.grad((expected * weights).sum(), leaf)
     torch.testing.assert_close(per_row, expected, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-11, atol=1e-12)
     torch.testing.assert_close(spherical_z_loss(logits, targets, **options), expected.sum())
     torch.testing.assert_close(spherical_z_loss(logits, targets, reduction="mean", **options), expected.mean())
     assert torch.autograd.gradcheck(lambda x: spherical_z_loss(x, targets, **options), leaf)
@@ -77,7 +77,7 @@ def test_far_from_zero_nothing_cancels(dtype):
     naive(exact, targets).sum().backward()
     assert per_row.dtype == torch.float32 and leaf.grad.dtype == dtype
     torch.testing.assert_close(per_row.double(), naive(exact, targets).detach(), rtol=1e-6, atol=1e-7)
-    rtol = {torch.float32: 1e-4, torch.bfloat16: 2**-8, torch.float16: 2**-9}[dtype]
+    rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-9}[dtype]
     torch.testing.assert_close(leaf.grad.double(), exact.grad, rtol=rtol, atol=2e-7 if dtype == torch.float16 else 1e-9)
 
 

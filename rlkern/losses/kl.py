@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import computing_dtype
 from .policy import LARGEST_EXPONENT, bounded, check_choice, check_number
 
 
@@ -63,7 +64,7 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
             token with reference_logp - logp > 2.61. None leaves the value alone (TRL); k3's exponent stops at 80 all the same.
 
     Returns:
-        The estimates, shaped and typed like logp.
+        The estimates, shaped like logp, float32 (float64 for float64 logp).
 
     Raises:
         TypeError, ValueError: for names, numbers and shapes other than these.
@@ -76,7 +77,8 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
         raise ValueError(f"reference_logp must have the shape of logp {tuple(logp.shape)}, got {tuple(reference_logp.shape)}")
     if logp.device != reference_logp.device:
         raise ValueError(f"reference_logp must be on the device of logp {logp.device}, got {reference_logp.device}")
-    d = logp - reference_logp.detach()
+    dtype = computing_dtype(logp)  # in bfloat16 expm1(-d) + d would cancel to 0 for |d| < 0.1
+    d = logp.to(dtype) - reference_logp.detach().to(dtype)
     name, straight_through = resolve(kind)
     value = ESTIMATES[name](d)
     if clamp is not None:

@@ -191,13 +191,13 @@ def test_patch(theirs, monkeypatch):
     actor = types.ModuleType("openrlhf.models.actor")
     actor.log_probs_from_logits, actor.compute_entropy = original[:2]
     monkeypatch.setitem(sys.modules, actor.__name__, actor)
-    with pytest.raises(KeyError), rlkern_openrlhf.patch():
+    with pytest.raises(KeyError, match="in the block"), rlkern_openrlhf.patch():
         with rlkern_openrlhf.patch():
             pass
         assert actor.log_probs_from_logits is theirs.utils.log_probs_from_logits is rlkern_openrlhf.log_probs_from_logits
         assert actor.compute_entropy is rlkern_openrlhf.compute_entropy
         assert theirs.models.PolicyLoss is theirs.loss.PolicyLoss is rlkern_openrlhf.PolicyLoss
-        raise KeyError
+        raise KeyError("in the block")
     assert (theirs.utils.log_probs_from_logits, theirs.utils.compute_entropy, theirs.loss.PolicyLoss) == original
     assert (actor.log_probs_from_logits, actor.compute_entropy, theirs.models.PolicyLoss) == original
 

@@ -43,8 +43,8 @@ def test_a_context_and_a_permanent_call(module):
 
 
 def test_an_exception_restores(module):
-    with pytest.raises(KeyError), Patch([(module, "function", second)]):
-        raise KeyError
+    with pytest.raises(KeyError, match="in the block"), Patch([(module, "function", second)]):
+        raise KeyError("in the block")
     assert module.function is first
 
 

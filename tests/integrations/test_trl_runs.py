@@ -86,10 +86,10 @@ def test_a_trainer_that_exists_is_patched_and_released(tiny_model, calls):
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     before = trainer.compute_loss(model, batch).item()
     assert not calls
-    with pytest.raises(ZeroDivisionError), integration.patch():
+    with pytest.raises(ZeroDivisionError, match="in the block"), integration.patch():
         assert math.isclose(trainer.compute_loss(model, batch).item(), before, rel_tol=1e-5)
         assert calls
-        raise ZeroDivisionError
+        raise ZeroDivisionError("in the block")
     calls.clear()
     assert trainer.compute_loss(model, batch).item() == before and not calls
 
@@ -342,9 +342,9 @@ def test_an_error_in_the_model_leaves_the_dpo_trainer_as_it_was(tiny_model):
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
 
     def broken(**kwargs):
-        raise MemoryError
+        raise MemoryError("in the model")
 
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match="in the model"):
         trainer.compute_loss(broken, batch)
     assert (trainer.precompute_ref_logps, trainer.loss_types, trainer.loss_weights) == (False, ["sigmoid"], [1.0])
     evaluated = trainer.evaluate(trl_runs.pairs().select(range(4)))

@@ -474,7 +474,7 @@ def test_patch_reaches_every_importer_and_is_undone(engine, monkeypatch):
     original = {
         name: getattr(torch_functional, name) for name in ("logprobs_from_logits", "entropy_from_logits", "entropy_from_logits_with_chunking")
     }
-    with pytest.raises(KeyError), rlkern_verl.patch():
+    with pytest.raises(KeyError, match="in the block"), rlkern_verl.patch():
         assert engine.logprobs_from_logits is torch_functional.logprobs_from_logits is rlkern_verl.logprobs_from_logits
         late = types.ModuleType("verl.imported_later")
         late.logprobs_from_logits = torch_functional.logprobs_from_logits
@@ -482,7 +482,7 @@ def test_patch_reaches_every_importer_and_is_undone(engine, monkeypatch):
         with rlkern_verl.patch(inplace_backward=True):
             assert engine.logprobs_from_logits is torch_functional.logprobs_from_logits is not rlkern_verl.logprobs_from_logits
         assert engine.logprobs_from_logits is rlkern_verl.logprobs_from_logits
-        raise KeyError
+        raise KeyError("in the block")
     assert late.logprobs_from_logits is engine.logprobs_from_logits is original["logprobs_from_logits"]
     assert {name: getattr(torch_functional, name) for name in original} == original
 
