@@ -63,6 +63,8 @@ void ratio_terms(const A* logp, const A* old_logp, const A* advantages, const bo
   summary[7] = tokens ? A(std::exp(smallest)) : 1;
   summary[8] = tokens ? A(weights * weights / (total * squares)) : 1;
   summary[9] = A(distance / total);
+  summary[10] = A(tokens);
+  summary[11] = tokens ? A(shift + std::log(weights / total)) : 0;
 }
 
 template <class A>

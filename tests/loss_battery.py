@@ -21,6 +21,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rlkern
 import rlkern.losses
 
 BATCH, LENGTH = 4, 6
@@ -65,6 +66,7 @@ class Case:
     counted: Callable[[dict[str, Tensor]], Tensor] | None = None  # inputs -> bool [B, T] of the tokens that count; by default mask != 0
     zero_when_empty: bool = True
     naive: Callable[..., Tensor] | None = None  # where parts are detached on purpose: **inputs -> scalar with the right float64 autograd gradient
+    of_whole: tuple[str, ...] = ()  # metrics that do not merge because the loss selects or scales over the batch that it is given
     seed: int = 0
     function: Callable | None = None  # the loss itself, if rlkern.losses does not export it
 
@@ -348,3 +350,48 @@ def refuses_gradient(case: Case, inputs: dict[str, Tensor], name: str) -> bool:
         assert f"{name} must not require grad" in str(error), f"an error that does not name {name}: {error}"
         return True
     return False
+
+
+def metrics_of(output) -> dict[str, Tensor]:
+    return getattr(output, "metrics", {})
+
+
+def check_metrics_merge(case: Case) -> set[str]:
+    """Metrics of two unequal parts of a batch, and of a third that is empty, merge into those of the batch. Returns their names."""
+    inputs, _ = case.inputs(batch=6)
+    whole = metrics_of(case(inputs))
+    parts = [
+        metrics_of(case({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) == 6 else x for name, x in inputs.items()}))
+        for rows in (slice(0, 2), slice(2, 2), slice(2, 6))
+    ]
+    if not whole:
+        assert not any(parts)
+        return set()
+    merged = rlkern.merge_metrics(parts)
+    assert merged.keys() == whole.keys()
+    for name, value in whole.items():
+        assert value.dim() == 0 and value.dtype == torch.float64, f"{name} is {value.dtype} of shape {tuple(value.shape)}"
+        if name not in case.of_whole:
+            torch.testing.assert_close(merged[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    return set(whole)
+
+
+def check_default_dtype(case: Case) -> None:
+    """torch.set_default_dtype changes no bit of values, metrics and gradients, in one pass over the tokens or in plain PyTorch."""
+    inputs, wrt = case.inputs()
+    for backend in ("auto", "reference"):
+        for dtype in (torch.float32, torch.float64):
+            results = []
+            for default in (torch.float32, torch.bfloat16, torch.float64):
+                leaves = as_leaves(inputs, wrt, dtype)
+                torch.set_default_dtype(default)
+                try:
+                    with rlkern.use_backend(backend):
+                        outputs, grads = gradients(case, leaves, wrt)
+                finally:
+                    torch.set_default_dtype(torch.float32)
+                for t in outputs:
+                    assert not t.dtype.is_floating_point or t.dtype == dtype, f"{t.dtype} for {dtype} inputs under default dtype {default}"
+                results.append([*outputs, *grads])
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), f"other values under another default dtype: {other}"
