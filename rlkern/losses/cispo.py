@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .policy import LossOutput, bounded, check_clip, check_number, finish, fraction, policy_tokens, ratio_metrics, score, weigh

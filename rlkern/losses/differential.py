@@ -90,7 +90,8 @@ def displacement_metrics(
     """Where preference training moved probability, from sequence log-probabilities [B]: the likelihood displacement of DPO.
 
     chosen_shift, rejected_shift: mean change of log-probability; margin_shift: their difference; both_decreased: fraction of the pairs where
-    chosen and rejected both lost probability; chosen_decreased: where the chosen one did; pairs: how many. Detached 0-d tensors; 0 for an empty batch.
+    chosen and rejected both lost probability; chosen_decreased: where the chosen one did; pairs: how many.
+    Detached 0-d tensors; 0 for an empty batch.
     """
     _check_logps({
         "policy_chosen_logps": policy_chosen_logps,
