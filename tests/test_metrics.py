@@ -1,34 +1,22 @@
-"""Metrics of parts of a batch merged into those of the whole, against the formulas over all tokens in float64.
-
-As a script this file is one of two gloo processes.
-"""
+"""Metrics of parts of a batch merged into those of the whole, against the formulas over all tokens in float64."""
 
 import math
 import os
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import loss_battery as battery
+import metrics_process
 import pytest
 import torch
+from metrics_process import BATCHES, WORLD, draw, parts_of
 from test_bgpo_accumulator import Batch
 
 import rlkern
 from rlkern.metrics import RULES
 
 F64 = torch.float64
-WORLD = 2
-
-
-def draw(lengths, seed=0, spread=0.5):
-    """One sequence a length: (logp, old_logp, advantages, mask)."""
-    g = torch.Generator().manual_seed(seed)
-    shape = len(lengths), max([*lengths, 1])
-    d = spread * torch.randn(shape, generator=g, dtype=F64)
-    old = -1 - torch.rand(shape, generator=g, dtype=F64)
-    return old + d, old, torch.randn(shape, generator=g, dtype=F64), torch.arange(shape[1]) < torch.tensor(lengths, dtype=torch.int64).view(-1, 1)
 
 
 def expected(batches):
@@ -46,13 +34,6 @@ def expected(batches):
         "tokens": torch.tensor(float(len(r)), dtype=F64),
         "log_mean_ratio": r.mean().log(),
     }
-
-
-BATCHES = {0: [draw([5, 0, 3], 1), draw([0, 0], 2)], 1: [draw([1], 3, spread=2.0), draw([7, 2], 4), draw([2], 5)]}
-
-
-def parts_of(rank):
-    return [rlkern.ppo_loss(*batch).metrics for batch in BATCHES[rank]]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------------------------------
@@ -199,17 +180,6 @@ def test_errors(parts, error, message):
 # --- processes -------------------------------------------------------------------------------------------------------------------------------
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), WORLD)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
-    parts = parts_of(rank)
-    if rank == 1:
-        parts = [dict(reversed(part.items())) for part in parts]
-    torch.save(rlkern.merge_metrics(parts, group=torch.distributed.group.WORLD), folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes(tmp_path):
     """Two and three micro-batches, empty ones among them."""
@@ -217,7 +187,7 @@ def test_two_processes(tmp_path):
     processes, environment = [], os.environ | {"PYTHONPATH": str(Path(rlkern.__file__).parents[1])}  # the rlkern that is tested here
     try:
         for rank, log in enumerate(logs):
-            command = [sys.executable, __file__, str(rank), str(tmp_path)]
+            command = [sys.executable, metrics_process.__file__, str(rank), str(tmp_path)]
             processes.append(subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment))
         for process, log in zip(processes, logs, strict=True):
             assert process.wait(timeout=180) == 0, log.read_text()
@@ -226,7 +196,3 @@ def test_two_processes(tmp_path):
             process.kill()
     for rank in range(WORLD):
         torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}.pt"), expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
