@@ -12,8 +12,10 @@ actor_rollout_ref.model.external_lib=rlkern.integrations.verl_plugin brings abou
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ from ..losses import (
     topr_loss,
     vespo_loss,
 )
+from ..metrics import merge_rows
 from .patching import Patch
 
 __all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
@@ -181,12 +184,51 @@ def _geometric_mean(weights: Tensor, mask: Tensor) -> Tensor:
     return (logs.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)).exp()
 
 
-def _floats(out: LossOutput, names: dict[str, tuple[str, ...]]) -> dict[str, float]:
-    """verl's metrics, and rlkern's own behind actor/rlkern/: floats, as verl's losses return; read from the device all at once."""
-    own = dict(zip(out.metrics, torch.stack([m.float() for m in out.metrics.values()]).tolist(), strict=True))
-    return {name: float(sum(own.get(part, 0) for part in parts)) for name, parts in names.items()} | {
-        f"actor/rlkern/{name}": value for name, value in own.items()
-    }
+# verl averages what a loss returns, over micro-batches and processes, by numpy.mean and nothing else. Of objects that is their sum divided by their
+# number: here the sum collects, and the quotient is the metric of all tokens together.
+
+
+class _Metric(float):
+    """A metric of some tokens: the sum of those that `of` names, of all that `row` has under `names`."""
+
+    def __new__(cls, of: tuple[str, ...], names: tuple[str, ...], row: tuple[float, ...]) -> _Metric:
+        self = super().__new__(cls, sum(value for name, value in zip(names, row, strict=True) if name in of))
+        self.of, self.names, self.row = of, names, row
+        return self
+
+    def __getnewargs__(self):
+        return self.of, self.names, self.row
+
+    def __add__(self, other):
+        return _Sum(self, other) if isinstance(other, _Metric) else super().__add__(other)
+
+    def __truediv__(self, count):
+        return self if isinstance(count, Integral) else super().__truediv__(count)
+
+
+class _Sum:
+    """Metrics of several micro-batches or processes, under way to their mean."""
+
+    def __init__(self, *parts: _Metric):
+        self.parts = parts
+
+    def __add__(self, other):
+        return _Sum(*self.parts, *(other.parts if isinstance(other, _Sum) else [other]))
+
+    def __truediv__(self, count):
+        first = self.parts[0]
+        rows = torch.tensor([part.row for part in self.parts], dtype=torch.float64)
+        return _Metric(first.of, first.names, tuple(merge_rows(first.names, rows).tolist()))
+
+
+def _metrics(out: LossOutput, names: dict[str, tuple[str, ...]]) -> dict[str, Any]:
+    """verl's metrics, and rlkern's own behind actor/rlkern/: each an array of one `_Metric`, read from the device all at once.
+
+    An array, as numpy makes plain floats of a list of floats, and none of 0 dimensions, which numpy.mean of one would return as it is.
+    """
+    row = tuple(torch.stack([m.double() for m in out.metrics.values()]).tolist())
+    names = names | {f"actor/rlkern/{name}": (name,) for name in out.metrics}
+    return {name: np.array([_Metric(of, tuple(out.metrics), row)], dtype=object) for name, of in names.items()}
 
 
 def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
@@ -201,7 +243,7 @@ def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
         loss_agg_mode: str = "seq-mean-token-mean" if name == "gspo" else "token-mean",
         config: Mapping | None = None,
         rollout_is_weights: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, float]]:
+    ) -> tuple[Tensor, dict[str, Any]]:
         if config is None or not hasattr(config, "get"):
             raise ValueError(f"{PREFIX}{name} needs verl's actor config, got {type(config).__name__}")
         info = _get(config, "global_batch_info", {})
@@ -219,7 +261,7 @@ def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
             aggregation=aggregation,
             normalizer=normalizer,
         )
-        return out.loss / divisor, _floats(out, spec.metrics)
+        return out.loss / divisor, _metrics(out, spec.metrics)
 
     loss_fn.__name__ = loss_fn.__qualname__ = f"{PREFIX}{name}"
     return loss_fn
@@ -256,8 +298,9 @@ _ANY_CONFIG = {"clip_ratio": 0.2, "policy_loss": {"dro_beta": 1.0}}  # to try ou
 def register(*names: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[str, ...]:
     """Puts rlkern's losses into verl's registry, as "rlkern_" and verl's own name for it: rlkern_vanilla, rlkern_clip_cov, rlkern_geo_mean, ...
 
-    They read verl's config (clip_ratio*, policy_loss.*, tau_*, loss_agg_mode, global_batch_info, rollout_is_weights) and return verl's metrics as
-    floats. Registering again replaces. It adds names and changes none of verl's; `unregister` takes them away.
+    They read verl's config (clip_ratio*, policy_loss.*, tau_*, loss_agg_mode, global_batch_info, rollout_is_weights) and return verl's metrics, as
+    numbers that verl's averages over micro-batches and processes merge by their tokens. Registering again replaces. It adds names and changes none
+    of verl's; `unregister` takes them away.
 
     Args:
         names: some of `LOSSES`; none stands for all of them.
