@@ -22,7 +22,7 @@ __all__ = ["RULES", "Rule", "merge_metrics", "merge_rows"]
 
 
 class Rule(NamedTuple):
-    """merge: values [P, K] of K metrics in P parts, and for each name in `needs` that metric [P] -> [K]. All float64."""
+    """merge: values [P, K] of K metrics in P parts, and for each name in `needs` that metric [P] -> [K]."""
 
     merge: Callable[..., Tensor]
     needs: tuple[str, ...] = ()
@@ -126,7 +126,7 @@ def _rule(name: str, names: Sequence[str]) -> Rule:
 
 @torch.no_grad()
 def merge_rows(names: Sequence[str], rows: Tensor) -> Tensor:
-    """`merge_metrics` of metrics that are numbers already: rows [P, K] float64, one a part, with the K names of the columns -> [K].
+    """`merge_metrics` of metrics that are numbers already: rows [P, K] float, one a part, with the K names of the columns -> [K].
 
     Raises:
         ValueError: a name without a rule, or one whose counts are missing.
@@ -157,7 +157,7 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]], *, group: torch.distrib
             least one, with the same names everywhere.
 
     Returns:
-        name -> 0-d float64 tensor, on the device of the parts and detached. Nothing is read on the host.
+        name -> 0-d float64 tensor (float32 on Apple's GPUs), on the device of the parts and detached. Nothing is read on the host.
 
     Raises:
         TypeError: a part that is no mapping, a metric that is no tensor.
@@ -179,7 +179,8 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]], *, group: torch.distrib
     if not parts[0]:
         return {}
     names = sorted(parts[0])  # processes may have them in any order
-    merged = merge_rows(names, torch.stack([torch.stack([part[name].detach().double() for name in names]) for part in parts]))
+    widest = torch.float32 if parts[0][names[0]].device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    merged = merge_rows(names, torch.stack([torch.stack([part[name].detach().to(widest) for name in names]) for part in parts]))
     if group is not None:
         gathered = [torch.empty_like(merged) for _ in range(torch.distributed.get_world_size(group))]
         torch.distributed.all_gather(gathered, merged, group=group)
