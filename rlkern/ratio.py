@@ -20,8 +20,8 @@ from .rows import OnlyOnce, call
 SUMMARY = (
     "count",
     *("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual"),
-    *("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size", "abs_log_ratio"),
-    *("tokens", "log_mean_ratio"),
+    *("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size"),
+    *("tokens", "log_mean_ratio", "abs_log_ratio"),
 )
 
 _lib = torch.library.Library("rlkern", "FRAGMENT")
