@@ -62,7 +62,9 @@ void ratio_terms(const A* logp, const A* old_logp, const A* advantages, const bo
   summary[6] = tokens ? A(std::exp(largest)) : 1;
   summary[7] = tokens ? A(std::exp(smallest)) : 1;
   summary[8] = tokens ? A(weights * weights / (total * squares)) : 1;
-  summary[9] = A(distance / total);
+  summary[9] = A(tokens);
+  summary[10] = tokens ? A(shift + std::log(weights / total)) : 0;
+  summary[11] = A(distance / total);
 }
 
 template <class A>

@@ -66,6 +66,7 @@ from .losses import (
     vrpo_loss,
     wd1_loss,
 )
+from .metrics import merge_metrics
 from .ops import TokenStats, entropy_from_logits, token_logprobs, token_stats
 
 __all__ = [
@@ -110,6 +111,7 @@ __all__ = [
     "lp_reg_loss",
     "lse_penalty",
     "masked_elbo",
+    "merge_metrics",
     "nash_md_loss",
     "nash_mp_loss",
     "next_tokens",

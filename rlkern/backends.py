@@ -49,7 +49,7 @@ In one pass what losses otherwise say in plain PyTorch (`one_pass`), so not in `
                                 that is less than `least`; group [N] bool
     selected_means              out [3]: the selected fraction of the mask, the mean of the values over the mask, that over the selected; 0 of nothing
     ratio_terms                 see `ratio.ratio_terms`; old_logp and unclipped may be None; bounds (low, high, dual, least, most);
-                                out (terms [2, N], free [N] bool, summary [10])
+                                out (terms [2, N], free [N] bool, summary [12])
     kl_terms                    see `ratio.kl_terms`; out [2, N]
 """
 

@@ -20,7 +20,8 @@ from .rows import OnlyOnce, call
 SUMMARY = (
     "count",
     *("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual"),
-    *("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size", "abs_log_ratio"),
+    *("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size"),
+    *("tokens", "log_mean_ratio", "abs_log_ratio"),
 )
 
 _lib = torch.library.Library("rlkern", "FRAGMENT")
@@ -36,8 +37,8 @@ _lib.define(
 
 
 class RatioTerms(NamedTuple):
-    """terms: [2, B, T]. free: bool [B, T], tokens that count, with a finite logp, and that the clip lets go. summary: [10], what `SUMMARY`
-    names; the count of tokens is at least 1."""
+    """terms: [2, B, T]. free: bool [B, T], tokens that count, with a finite logp, and that the clip lets go. summary: [12], what `SUMMARY`
+    names: `count`, the divisor of the means, is `tokens` but at least 1."""
 
     terms: Tensor
     free: Tensor

@@ -170,4 +170,4 @@ def selected_means(values: Tensor, selected: Tensor, mask: Tensor) -> tuple[Tens
     if one_pass(values):
         return call(torch.ops.rlkern.selected_means.default, _selected_means, values, selected, mask).unbind()
     tokens, chosen = mask.sum().clamp(min=1), selected.sum()
-    return chosen / tokens, torch.where(mask, values, 0).sum() / tokens, torch.where(selected, values, 0).sum() / chosen.clamp(min=1)
+    return chosen.to(values.dtype) / tokens, torch.where(mask, values, 0).sum() / tokens, torch.where(selected, values, 0).sum() / chosen.clamp(min=1)

@@ -152,16 +152,22 @@ register("vespo_loss", mask="mask", naive=naive_vespo)(draw_tokens)
 register("vespo_loss", mask="mask", label="token weights", naive=naive_vespo)(draw_with_rollout_weights(None))
 register("vespo_loss", mask="mask", label="sequence weights", naive=naive_vespo)(draw_with_rollout_weights(1))
 
+# The covariances are those of the batch: its means enter into every one.
+COVARIANCES = ("covariance_mean", "covariance_selected")
+SELECTION = (*COVARIANCES, "selected_fraction")
 # All candidates leave, so that the draw makes no difference.
-register("clip_cov_loss", mask="mask", options={"select_ratio": 1.0, "clip_low": 0.2, "clip_high": 0.2})(draw_spread)
-register("clip_cov_loss", mask="mask", label="paper", options={"select_ratio": 1.0, "preset": "paper"})(draw_spread)
-register("clip_cov_loss", mask="mask", label="selected")(selected(draw_tokens))
-register("clip_cov_loss", mask="mask", label="keep_value", options={"keep_value": True, "preset": "paper"}, naive=naive_keep_value)(
-    selected(draw_tokens)
+register("clip_cov_loss", mask="mask", of_whole=SELECTION, options={"select_ratio": 1.0, "clip_low": 0.2, "clip_high": 0.2})(draw_spread)
+register("clip_cov_loss", mask="mask", label="paper", of_whole=SELECTION, options={"select_ratio": 1.0, "preset": "paper"})(draw_spread)
+register("clip_cov_loss", mask="mask", label="selected", of_whole=COVARIANCES)(selected(draw_tokens))
+register(
+    "clip_cov_loss", mask="mask", label="keep_value", of_whole=COVARIANCES, options={"keep_value": True, "preset": "paper"}, naive=naive_keep_value
+)(selected(draw_tokens))
+register("kl_cov_loss", mask="mask", of_whole=SELECTION, options={"select_ratio": 0.3})(draw_tokens)
+register("kl_cov_loss", mask="mask", label="verl", of_whole=SELECTION, options={"preset": "verl"})(draw_tokens)
+register("kl_cov_loss", mask="mask", label="selected", of_whole=COVARIANCES)(selected(draw_tokens))
+RAREST = ("selected_fraction", "proxy_kl")  # of the batch
+register("lp_reg_loss", mask="mask", of_whole=RAREST, options={"rho": 0.7})(draw_with_proxy)
+register("lp_reg_loss", mask="mask", label="positive", of_whole=RAREST, options={"rho": 0.7, "rho_positive": 0.7, "kl_clamp": None, "kl_kind": "k2"})(
+    draw_with_proxy
 )
-register("kl_cov_loss", mask="mask", options={"select_ratio": 0.3})(draw_tokens)
-register("kl_cov_loss", mask="mask", label="verl", options={"preset": "verl"})(draw_tokens)
-register("kl_cov_loss", mask="mask", label="selected")(selected(draw_tokens))
-register("lp_reg_loss", mask="mask", options={"rho": 0.7})(draw_with_proxy)
-register("lp_reg_loss", mask="mask", label="positive", options={"rho": 0.7, "rho_positive": 0.7, "kl_clamp": None, "kl_kind": "k2"})(draw_with_proxy)
-register("lp_reg_loss", mask="mask", label="full", options={"rho": 0.5, "kl_term": "full"}, naive=naive_full)(draw_with_kept_logmass)
+register("lp_reg_loss", mask="mask", label="full", of_whole=RAREST, options={"rho": 0.5, "kl_term": "full"}, naive=naive_full)(draw_with_kept_logmass)

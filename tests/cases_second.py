@@ -68,7 +68,9 @@ def draw_masked_policy(g, batch, length):
     return inputs | {"entropy": g.uniform(batch, length, high=2)}, (*wrt, "entropy")
 
 
-register("nlpo_loss", options={"entropy_coef": 0.1}, mask="mask")(draw_masked_policy)
+WHITENED = ("clip_fraction_low", "clip_fraction_high")  # of advantages that are whitened over the batch
+register("nlpo_loss", options={"entropy_coef": 0.1}, mask="mask", of_whole=WHITENED)(draw_masked_policy)
+register("nlpo_loss", label="plain", options={"entropy_coef": 0.1, "normalize_advantages": False}, mask="mask")(draw_masked_policy)
 
 
 def draw_duel(g, batch, length):

@@ -23,6 +23,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rlkern
 import rlkern.losses
 
 BATCH, LENGTH = 4, 6
@@ -67,6 +68,7 @@ class Case:
     counted: Callable[[dict[str, Tensor]], Tensor] | None = None  # inputs -> bool [B, T] of the tokens that count; by default mask != 0
     zero_when_empty: bool = True
     naive: Callable[..., Tensor] | None = None  # where parts are detached on purpose: **inputs -> scalar with the right float64 autograd gradient
+    of_whole: tuple[str, ...] = ()  # metrics that do not merge because the loss selects or scales over the batch that it is given
     seed: int = 0
     function: Callable | None = None  # the loss itself, if rlkern.losses does not export it
     adds_gradients: bool = False  # autograd adds up two gradients that are rounded already: as accurate as the largest entry, not as each
@@ -147,12 +149,14 @@ def gradients(case: Case, inputs: dict[str, Tensor], wrt: tuple[str, ...]) -> tu
     return tensors_of(output), grad(output, inputs, wrt)
 
 
-def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float, atol: float, what: str) -> None:
-    """atol is a part of the largest finite entry that is expected: gradients of a mean over 1,000 tokens are small throughout."""
+def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float, atol: float, what: str, smallest: float = 0) -> None:
+    """atol is a part of the largest finite entry that is expected: gradients of a mean over 1,000 tokens are small throughout. From the second tensor
+    on that counts as at least `smallest`: a metric like log_mean_ratio is 0 on-policy, and has the accuracy of the numbers around 1 it is made of."""
     assert len(actual) == len(expected), f"{what}: {len(actual)} tensors, expected {len(expected)}"
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         a, e = a.double(), e.double()
         scale = max([x for x in e.abs().flatten().tolist() if x < math.inf], default=0)
+        scale = max(scale, smallest) if i > 0 else scale
         torch.testing.assert_close(a, e, rtol=rtol, atol=atol * scale, msg=lambda m, i=i: f"{what}, tensor {i}: {m}")
 
 
@@ -185,7 +189,7 @@ def check_precision(case: Case, dtype: torch.dtype) -> None:
         assert not t.dtype.is_floating_point or t.dtype == torch.float32, f"outputs must be float32 for {dtype} inputs, got {t.dtype}"
     for g, name in zip(grads, wrt, strict=True):
         assert g.dtype == dtype and g.shape == low[name].shape, f"the gradient of {name} is {g.dtype} {tuple(g.shape)}"
-    assert_same(outputs, expected_outputs, 1e-5, 5e-6, f"{dtype} values")
+    assert_same(outputs, expected_outputs, 1e-5, 5e-6, f"{dtype} values", smallest=0.1)
     rtol = {torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
     assert_same(grads, expected_grads, rtol, rtol if case.adds_gradients else 5e-6, f"{dtype} gradients")
 
@@ -310,7 +314,7 @@ def check_compiles(case: Case, backend: str = "aot_eager") -> None:
         outputs, grads = gradients(case, as_leaves(inputs, wrt, torch.float32), wrt)
         leaves = as_leaves(inputs, wrt, torch.float32)
         output = compiled(leaves)
-        assert_same(tensors_of(output), outputs, 1e-5, 1e-6, "compiled values")
+        assert_same(tensors_of(output), outputs, 1e-5, 1e-6, "compiled values", smallest=0.1)
         assert_same(grad(output, leaves, wrt), grads, 1e-5, 1e-6, "compiled gradients")
         counts.append(counter.frame_count)
     assert counts[0] > 0 and counts[0] == counts[1], "compiled again for another shape"
@@ -357,3 +361,48 @@ def refuses_gradient(case: Case, inputs: dict[str, Tensor], name: str) -> bool:
         assert f"{name} must not require grad" in str(error), f"an error that does not name {name}: {error}"
         return True
     return False
+
+
+def metrics_of(output) -> dict[str, Tensor]:
+    return getattr(output, "metrics", {})
+
+
+def check_metrics_merge(case: Case) -> set[str]:
+    """Metrics of two unequal parts of a batch, and of a third that is empty, merge into those of the batch. Returns their names."""
+    inputs, _ = case.inputs(batch=6)
+    whole = metrics_of(case(inputs))
+    parts = [
+        metrics_of(case({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) == 6 else x for name, x in inputs.items()}))
+        for rows in (slice(0, 2), slice(2, 2), slice(2, 6))
+    ]
+    if not whole:
+        assert not any(parts)
+        return set()
+    merged = rlkern.merge_metrics(parts)
+    assert merged.keys() == whole.keys()
+    for name, value in whole.items():
+        assert value.dim() == 0 and value.dtype == torch.float64, f"{name} is {value.dtype} of shape {tuple(value.shape)}"
+        if name not in case.of_whole:
+            torch.testing.assert_close(merged[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+    return set(whole)
+
+
+def check_default_dtype(case: Case) -> None:
+    """torch.set_default_dtype changes no bit of values, metrics and gradients, in one pass over the tokens or in plain PyTorch."""
+    inputs, wrt = case.inputs()
+    for backend in ("auto", "reference"):
+        for dtype in (torch.float32, torch.float64):
+            results = []
+            for default in (torch.float32, torch.bfloat16, torch.float64):
+                leaves = as_leaves(inputs, wrt, dtype)
+                torch.set_default_dtype(default)
+                try:
+                    with rlkern.use_backend(backend):
+                        outputs, grads = gradients(case, leaves, wrt)
+                finally:
+                    torch.set_default_dtype(torch.float32)
+                for t in outputs:
+                    assert not t.dtype.is_floating_point or t.dtype == dtype, f"{t.dtype} for {dtype} inputs under default dtype {default}"
+                results.append([*outputs, *grads])
+            for other in results[1:]:
+                assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), f"other values under another default dtype: {other}"

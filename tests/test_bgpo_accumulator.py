@@ -91,6 +91,8 @@ def test_accumulator_of_the_bound():
         "d_max": d.max(),
         "clip_fraction": outside.double().mean(),
         "ess": (w.sum(-1) ** 2 / (w**2).sum(-1)).mean(),
+        "sequences": torch.tensor(float(len(d)), dtype=F64),
+        "draws": torch.tensor(float(d.numel()), dtype=F64),
     }
     metrics = acc.metrics()
     assert metrics.keys() == want.keys()

@@ -83,7 +83,7 @@ def test_rewards_and_displacement():
     ref_chosen, ref_rejected = torch.tensor([-11.0, -19.0, -5.0, -7.0]), torch.tensor([-10.0, -25.0, -6.0, -8.5])
     torch.testing.assert_close(log_ratio_rewards(chosen, ref_chosen, beta=0.5), torch.tensor([0.5, -0.5, 0.0, -0.5]))
     metrics = displacement_metrics(chosen, rejected, ref_chosen, ref_rejected)
-    expected = {"chosen_shift": -0.25, "rejected_shift": -1.625, "margin_shift": 1.375, "both_decreased": 0.5, "chosen_decreased": 0.5}
+    expected = {"chosen_shift": -0.25, "rejected_shift": -1.625, "margin_shift": 1.375, "both_decreased": 0.5, "chosen_decreased": 0.5, "pairs": 4}
     assert {k: v.item() for k, v in metrics.items()} == expected
     assert all(v == 0 for v in displacement_metrics(*(torch.zeros(0),) * 4).values())
 

@@ -8,6 +8,7 @@ import loss_battery as battery
 import pytest
 import torch
 
+import rlkern
 import rlkern.losses
 
 for path in sorted(pathlib.Path(__file__).parent.glob("cases_*.py")):
@@ -83,6 +84,17 @@ def test_results_are_writable(case):
 @every_case
 def test_only_wrt_has_gradient(case):
     battery.check_only_wrt_has_gradient(case)
+
+
+@pytest.mark.parametrize("case", [c for c in battery.CASES if battery.metrics_of(c(c.inputs()[0]))], ids=str)
+def test_metrics_merge(case):
+    names = battery.check_metrics_merge(case)
+    assert set(case.of_whole) <= names
+
+
+@every_case
+def test_default_dtype(case):
+    battery.check_default_dtype(case)
 
 
 # --- every check fails on a loss that breaks its promise ---------------------------------------------------------------------------------------
@@ -190,6 +202,29 @@ def check_against_naive(case):
     battery.check_gradient(dataclasses.replace(case, naive=lambda values, mask, weights: masked_mean(values.square(), mask)))
 
 
+def mean_of_sequences(values, mask, weights):
+    """Called what it is not: a mean over tokens."""
+    tokens = mask.sum().to(values.dtype)
+    means = torch.where(mask, values, 0).sum(-1) / mask.sum(-1).clamp(min=1)
+    return rlkern.LossOutput(masked_mean(values, mask), {"entropy": means.detach().sum() / max(len(means), 1), "tokens": tokens})
+
+
+def metric_without_rule(values, mask, weights):
+    return rlkern.LossOutput(masked_mean(values, mask), {"surprise": values.detach().sum()})
+
+
+def metric_without_count(values, mask, weights):
+    return rlkern.LossOutput(masked_mean(values, mask), {"entropy": masked_mean(values, mask).detach()})
+
+
+def divides_integers(values, mask, weights):
+    return rlkern.LossOutput(masked_mean(values, mask), {"clip_fraction_low": mask.sum() / mask.numel()})
+
+
+def rounds_weights(values, mask, weights):
+    return masked_mean(values * (mask.sum(-1, keepdim=True) / 7).to(values.dtype), mask)
+
+
 @pytest.mark.parametrize(
     ("check", "broken", "error", "message"),
     [
@@ -217,6 +252,11 @@ def check_against_naive(case):
         (battery.check_results_are_writable, writes_into_input, AssertionError, "weights was changed"),
         (battery.check_only_wrt_has_gradient, forgets_detach, AssertionError, "weights must be detached"),
         (battery.check_only_wrt_has_gradient, keeps_the_graph_of_a_metric, AssertionError, "result 1 must be detached"),
+        (battery.check_metrics_merge, mean_of_sequences, AssertionError, "entropy: "),
+        (battery.check_metrics_merge, metric_without_rule, ValueError, "unknown metric 'surprise'"),
+        (battery.check_metrics_merge, metric_without_count, ValueError, "metric 'entropy' is merged by 'tokens'"),
+        (battery.check_default_dtype, divides_integers, AssertionError, "torch.bfloat16 for torch.float32 inputs"),
+        (battery.check_default_dtype, rounds_weights, AssertionError, "other values under another default dtype"),
     ],
 )
 def test_check_catches(check, broken, error, message):
@@ -254,6 +294,8 @@ def test_checks_pass_a_sound_loss():
     battery.check_gradient(case)
     battery.check_precision(case, torch.float32)
     for check in (battery.check_strides, battery.check_empty_mask, battery.check_empty_batch, battery.check_masked_garbage):
+        check(case)
+    for check in (battery.check_metrics_merge, battery.check_default_dtype):
         check(case)
     for check in (battery.check_no_host_sync, battery.check_compiles, battery.check_results_are_writable, battery.check_only_wrt_has_gradient):
         check(case)

@@ -79,6 +79,8 @@ def test_ppo_metrics():
         "ratio_max": r.max(),
         "ratio_min": r.min(),
         "effective_sample_size": r.sum() ** 2 / (len(r) * (r**2).sum()),
+        "tokens": mask.sum().double(),
+        "log_mean_ratio": r.mean().log(),
     }
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
@@ -373,7 +375,7 @@ def test_weights_leave_the_kl_alone():
 def test_metrics_of_nothing():
     x = draw()
     p = policy_tokens(*x[:3], torch.zeros_like(x[3]))
-    assert [v.item() for v in ratio_metrics(p).values()] == [0, 0, 1, 1, 1]
+    assert [v.item() for v in ratio_metrics(p).values()] == [0, 0, 1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(

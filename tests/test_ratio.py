@@ -55,6 +55,7 @@ def expected_metrics(logp, old, advantages, mask, low, high, dual, clamp):
     metrics = {
         "approx_kl_k1": -d.mean(), "approx_kl_k3": (torch.expm1(d) - d).mean(), "ratio_max": full.max(), "ratio_min": full.min(),
         "effective_sample_size": full.sum() ** 2 / (len(d) * (full**2).sum()), "abs_log_ratio": d.abs().mean(),
+        "tokens": torch.tensor(float(len(d)), dtype=F64), "log_mean_ratio": full.mean().log(),
     }  # fmt: skip
     if low is not None:
         metrics["clip_fraction_low"] = ((a < 0) & (r < 1 - low)).double().mean()
@@ -99,8 +100,8 @@ def test_ratio_terms(backend, device, monkeypatch, name, dtype):
         metrics = expected_metrics(*wide, mask.cpu(), low, high, dual, clamp)
         assert out.metrics.keys() == metrics.keys()
         for key, value in metrics.items():
-            tolerance = TOLERANCE[torch.float32 if "fraction" in key else dtype]  # in plain PyTorch the quotient of two integers is float32
-            torch.testing.assert_close(out.metrics[key].double().cpu(), value, **tolerance, msg=lambda m, key=key: f"{key}: {m}")
+            assert out.metrics[key].dtype == dtype
+            torch.testing.assert_close(out.metrics[key].double().cpu(), value, **TOLERANCE[dtype], msg=lambda m, key=key: f"{key}: {m}")
     clipped = expected_terms(*wide, mask.cpu(), spared & False, low, high, dual, clamp)
     assert name in ("free", "clamp") or not torch.equal(values, clipped[0])  # `unclipped` matters
 
@@ -125,6 +126,7 @@ def test_far_ratios(backend, device):
         assert center < 0 or (values[0, 1] == math.exp(80) and slopes[0, 1] == 0)  # the exponent stops there
         w = (d - center).exp()
         torch.testing.assert_close(out.metrics["effective_sample_size"], w.sum() ** 2 / (3 * (w**2).sum()), rtol=1e-11, atol=0)
+        torch.testing.assert_close(out.metrics["log_mean_ratio"], center + w.mean().log(), rtol=1e-12, atol=0)
 
 
 def test_small_ratios_keep_their_kl(backend, device):
@@ -148,7 +150,7 @@ def test_forbidden_masked_and_no_tokens(backend, device):
     torch.testing.assert_close(slopes.cpu(), torch.tensor([[0.0, 0, 0, 1]]))
     for nothing in (policy_inputs(logp, old, advantages, mask * 0), policy_inputs(logp[:0], old[:0], advantages[:0], mask[:0])):
         out = clipped_ratio(nothing, 0.2, 0.2, 3.0, with_distance=True)
-        assert [v.item() for v in out.metrics.values()] == [0, 0, 0, 0, 0, 1, 1, 1, 0]
+        assert [v.item() for v in out.metrics.values()] == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
         loss = finish_terms(out.terms, nothing, out.count, "token-mean", None, {}).loss
         assert loss == 0 and (torch.autograd.grad(loss, nothing.logp)[0] == 0).all()
 
@@ -250,7 +252,7 @@ def test_the_same_loss_on_every_backend(backend, device, name):
             results.append([output.loss.detach(), torch.autograd.grad(output.loss, leaf)[0], output.metrics])
     (*ours, metrics), (*plain, plain_metrics) = results
     torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(metrics, plain_metrics, rtol=1e-6, atol=1e-9, check_dtype=False)  # fractions: integers' quotients are float32
+    torch.testing.assert_close(metrics, plain_metrics, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "kl_cov", "lp_reg"])

@@ -130,7 +130,7 @@ def _column(sums_ptr, part, parts, column, other):
 @triton.jit
 def _ratio_summary_kernel(
     sums_ptr,  # [parts, COLUMNS]
-    summary_ptr,  # [10]
+    summary_ptr,  # [12]
     parts,
     PARTS: tl.constexpr,
 ):
@@ -152,7 +152,10 @@ def _ratio_summary_kernel(
     weights = tl.sum(_column(sums_ptr, part, parts, 9, 0.0) * scale, axis=0)
     squares = tl.sum(_column(sums_ptr, part, parts, 10, 0.0) * scale * scale, axis=0)
     tl.store(summary_ptr + 8, tl.where(tokens > 0, weights * weights / (count * squares), 1.0).to(dtype))
-    tl.store(summary_ptr + 9, (tl.sum(_column(sums_ptr, part, parts, 5, 0.0), axis=0) / count).to(dtype))
+    tl.store(summary_ptr + 9, tokens.to(dtype))
+    log_mean = tl.where(top == float("inf"), top, top + tl.log(weights / count))
+    tl.store(summary_ptr + 10, tl.where(tokens > 0, log_mean, 0.0).to(dtype))
+    tl.store(summary_ptr + 11, (tl.sum(_column(sums_ptr, part, parts, 5, 0.0), axis=0) / count).to(dtype))
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..checks import check_choice, check_number
-from ..losses import ppo_loss
+from ..losses import aggregate, ppo_loss
 from ..losses.policy import clipped_surrogate
 from .patching import Patch
 
@@ -40,9 +40,9 @@ def compute_entropy(logits: Tensor) -> Tensor:
     return ops.entropy_from_logits(logits)
 
 
-def _mean(values: Tensor, mask: Tensor, dim: int | None = None) -> Tensor:
-    """Over the mask; NaN where it is empty, as in OpenRLHF, which makes an empty sequence one outside of the gate."""
-    return torch.where(mask, values, 0).sum(dim) / mask.sum(dim)
+def _sequence_means(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] -> [B, 1]: over the mask; NaN where it is empty, as in OpenRLHF, which makes an empty sequence one outside of the gate."""
+    return torch.where(mask, values, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
 
 
 class PolicyLoss(nn.Module):
@@ -115,6 +115,9 @@ class PolicyLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """All [B, T] -> (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio); the last two are None without a correction.
 
+        The four are means over the tokens, 0 without any, which OpenRLHF weighs by the tokens of the micro-batch; is_filter_ratio of level "seq" is
+        one over sequences, and OpenRLHF weighs it by tokens all the same.
+
         batch_num_tokens, global_batch_size: counts of the whole batch, and dp_size the processes that gradients are averaged over; None takes
         this batch's.
         """
@@ -132,8 +135,8 @@ class PolicyLoss(nn.Module):
         elif correct:
             weights, outside = self._correction(old_log_probs.detach(), rollout_log_probs.detach(), mask)
             weights = torch.minimum(weights, self._largest_weights(log_probs.detach(), old_log_probs.detach(), advantages))
-            is_filter_ratio = outside.float().mean() if self.is_correction_level == "seq" else _mean(outside.float(), mask)
-            vllm_kl = _mean(rollout_log_probs - old_log_probs, mask)
+            is_filter_ratio = outside.float().mean() if self.is_correction_level == "seq" else aggregate(outside.float(), mask)
+            vllm_kl = aggregate((rollout_log_probs - old_log_probs).detach(), mask)
 
         count = batch_num_tokens if self.token_level_loss else global_batch_size
         loss, metrics = ppo_loss(
@@ -149,7 +152,7 @@ class PolicyLoss(nn.Module):
             aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
             normalizer=None if count is None else count / dp_size,
         )
-        ppo_kl = _mean((old_log_probs - log_probs).detach(), mask)
+        ppo_kl = aggregate((old_log_probs - log_probs).detach(), mask)
         return loss, metrics["clip_fraction_low"] + metrics["clip_fraction_high"], ppo_kl, vllm_kl, is_filter_ratio
 
     def _largest_weights(self, logp: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:
@@ -173,7 +176,7 @@ class PolicyLoss(nn.Module):
             p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
             statistic = (p - q).abs() if self.is_correction_gating == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         if sequences:
-            statistic = _mean(statistic, mask, -1).unsqueeze(-1)
+            statistic = _sequence_means(statistic, mask)
         if self.is_correction_gating == "ratio":
             statistic = statistic.exp()
         inside = (statistic >= low) & (statistic <= high)  # False for the NaN of an empty sequence

@@ -34,6 +34,7 @@ from ..losses import (
     topr_loss,
     vespo_loss,
 )
+from ..metrics import merge_rows
 from .patching import Patch
 
 __all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
@@ -197,12 +198,44 @@ def _aggregation(name: str, version: str, mode: str, length: int, info: Mapping)
     return mode, normalizer, 1
 
 
-def _floats(out: LossOutput, names: dict[str, tuple[str, ...]]) -> dict[str, float]:
+class _Metric(float):
+    """A metric of some tokens: the sum of those that `of` names, of all that `row` has under `names`."""
+
+    def __new__(cls, of: tuple[str, ...], names: tuple[str, ...], row: tuple[float, ...]) -> _Metric:
+        self = super().__new__(cls, sum(value for name, value in zip(names, row, strict=True) if name in of))
+        self.of, self.names, self.row = of, names, row
+        return self
+
+    def __getnewargs__(self):
+        return self.of, self.names, self.row
+
+
+def _metrics(out: LossOutput, names: dict[str, tuple[str, ...]]) -> dict[str, float]:
     """verl's metrics, and rlkern's own behind actor/rlkern/: floats, as verl's losses return; read from the device all at once."""
-    own = dict(zip(out.metrics, torch.stack([m.float() for m in out.metrics.values()]).tolist(), strict=True))
-    return {name: float(sum(own.get(part, 0) for part in parts)) for name, parts in names.items()} | {
-        f"actor/rlkern/{name}": value for name, value in own.items()
-    }
+    row = tuple(torch.stack([m.double() for m in out.metrics.values()]).tolist())
+    names = names | {f"actor/rlkern/{name}": (name,) for name in out.metrics}
+    return {name: _Metric(of, tuple(out.metrics), row) for name, of in names.items()}
+
+
+def _merging(metric_class: type) -> Patch:
+    """Lets verl's Metric merge ours by their tokens, over micro-batches and processes, where it takes the mean of all others."""
+    aggregate_own, aggregate_dp = metric_class.aggregate, metric_class.aggregate_dp
+
+    def merged(values: list) -> _Metric | None:
+        if not values or not all(isinstance(value, _Metric) for value in values):
+            return None
+        first, rows = values[0], torch.tensor([value.row for value in values], dtype=torch.float64)
+        return _Metric(first.of, first.names, tuple(merge_rows(first.names, rows).tolist()))
+
+    def aggregate(self):
+        result = merged(self.values)
+        return aggregate_own(self) if result is None else result
+
+    def aggregate_processes(metric_lists):
+        result = merged([value for metric in metric_lists for value in metric.values])
+        return aggregate_dp(metric_lists) if result is None else result
+
+    return Patch([(metric_class, "aggregate", aggregate), (metric_class, "aggregate_dp", staticmethod(aggregate_processes))])
 
 
 def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
@@ -232,7 +265,7 @@ def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
             aggregation=aggregation,
             normalizer=normalizer,
         )
-        return out.loss / divisor, _floats(out, spec.metrics)
+        return out.loss / divisor, _metrics(out, spec.metrics)
 
     loss_fn.__name__ = loss_fn.__qualname__ = f"{PREFIX}{name}"
     return loss_fn
@@ -263,6 +296,7 @@ def _dry_run(loss_fn: Callable, config: Mapping, mode: str = "token-mean") -> No
     loss_fn(tokens, tokens, tokens, tokens == 0, loss_agg_mode=mode, config=config, rollout_is_weights=None)
 
 
+_merge: list[Patch] = []  # what stands of `_merging`: at most one
 _ANY_CONFIG = {"clip_ratio": 0.2, "policy_loss": {"dro_beta": 1.0}}  # to try out the options of `register`
 
 
@@ -270,7 +304,8 @@ def register(*names: str, options: Mapping[str, Mapping[str, Any]] | None = None
     """Puts rlkern's losses into verl's registry, as "rlkern_" and verl's own name for it: rlkern_vanilla, rlkern_clip_cov, rlkern_geo_mean, ...
 
     They read verl's config (clip_ratio*, policy_loss.*, tau_*, loss_agg_mode, global_batch_info, rollout_is_weights) and return verl's metrics as
-    floats. Registering again replaces. It adds names and changes none of verl's; `unregister` takes them away.
+    floats, which verl's `Metric` then merges by their tokens over micro-batches and processes. Registering again replaces. It adds names and changes
+    none of verl's; `unregister` takes everything back.
 
     Args:
         names: some of `LOSSES`; none stands for all of them.
@@ -287,6 +322,7 @@ def register(*names: str, options: Mapping[str, Mapping[str, Any]] | None = None
     """
     version = _check_version()
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
+    from verl.utils.metric import Metric
 
     options = dict(options or {})
     for name in (*names, *options):
@@ -300,16 +336,20 @@ def register(*names: str, options: Mapping[str, Mapping[str, Any]] | None = None
     for loss_fn in losses.values():
         _dry_run(loss_fn, _ANY_CONFIG)
     POLICY_LOSS_REGISTRY.update(losses)
+    if not _merge:
+        _merge.append(_merging(Metric))
     return tuple(losses)
 
 
 def unregister() -> None:
-    """Takes all of rlkern's losses out of verl's registry."""
+    """Takes all of rlkern's losses out of verl's registry, and verl's Metric is its own again."""
     _check_version()
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     for name in LOSSES:
         POLICY_LOSS_REGISTRY.pop(f"{PREFIX}{name}", None)
+    while _merge:
+        _merge.pop().undo()
 
 
 # --- log-probabilities and entropy -------------------------------------------------------------------------------------------------------------

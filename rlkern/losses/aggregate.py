@@ -88,6 +88,8 @@ def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer
     kept = mask if mask.dtype == torch.bool else mask != 0
     accumulate = torch.float64 if values.dtype == torch.float64 else torch.float32
     values = torch.where(kept, values.to(accumulate), 0)  # selects: a product would let masked NaN through
+    if isinstance(normalizer, Tensor):
+        normalizer = normalizer.to(accumulate)  # a float64 one would make the loss float64
     if mode in TOKEN_MODES:
         return values.sum() / divisor(kept.sum(), normalizer)
     lengths = kept.sum(-1)

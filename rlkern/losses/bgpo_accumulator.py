@@ -11,7 +11,7 @@ from torch import Tensor
 from ..elbo import elbo_rows, values_at_hand
 from .bgpo import Exact, bgpo_loss, check_elbo, check_old, exact_objective, log_ratio
 from .bgpo_options import advantage_vector, bgpo_options, factor, other_elbo, scale_factor
-from .policy import check_choice
+from .policy import check_choice, number
 
 _MC_SAMPLES = 16  # the paper's n_t
 
@@ -264,7 +264,8 @@ class BGPOAccumulator:
 
         loss: their sum; elbo: mean over the sequences of sum_j omega_j ell_j, with the weights of the missing draws given to those there;
         d_mean, d_max: of the log ratios d_j; clip_fraction: of (sequence, draw) without gradient because of a bound; ess: the effective number of
-        draws, mean over the sequences of (sum_j omega_j exp(d_j))^2 / sum_j (omega_j exp(d_j))^2, n on-policy with equal weights.
+        draws, mean over the sequences of (sum_j omega_j exp(d_j))^2 / sum_j (omega_j exp(d_j))^2, n on-policy with equal weights; sequences, draws:
+        how many sequences and how many (sequence, draw), by which `rlkern.merge_metrics` weighs these.
         """
         if not self._seen:
             raise RuntimeError("metrics needs at least one loss first")
@@ -273,13 +274,16 @@ class BGPOAccumulator:
         like = draws[0].ell
         omega = torch.stack([factor("mc_weights", self._mc_weights[j], like, 1) * torch.ones_like(like) for j in sorted(self._seen)], -1)
         ratio = omega * (d - d.amax(-1, keepdim=True)).exp()
+        sequences, pairs = d.shape[0], d.numel()
         return {
             "loss": loss.sum(),
-            "elbo": ((omega * ell).sum(-1) / omega.sum(-1)).mean(),
-            "d_mean": d.mean(),
-            "d_max": d.amax(),
-            "clip_fraction": clipped.mean(),
-            "ess": (ratio.sum(-1).square() / ratio.square().sum(-1)).mean(),
+            "elbo": ((omega * ell).sum(-1) / omega.sum(-1)).sum() / max(sequences, 1),
+            "d_mean": d.sum() / max(pairs, 1),
+            "d_max": d.amax() if pairs else d.sum(),
+            "clip_fraction": clipped.sum() / max(pairs, 1),
+            "ess": (ratio.sum(-1).square() / ratio.square().sum(-1)).sum() / max(sequences, 1),
+            "sequences": number(sequences, like),
+            "draws": number(pairs, like),
         }
 
     def _require(self, done: dict, what: str) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .policy import LossOutput, check_clip, check_number, clamped, finish, policy_tokens, ratio_metrics, score, weigh
+from .policy import LossOutput, check_clip, check_number, clamped, finish, fraction, policy_tokens, ratio_metrics, score, weigh
 
 
 def cispo_loss(
@@ -47,7 +46,5 @@ def cispo_loss(
     low, high = (0.0, cap) if cap is not None else (1 - clip_low, 1 + clip_high)
     ratio = p.ratio.detach()
     values = weigh(-clamped(ratio, low, high) * p.advantages * score(p), p)
-    with torch.no_grad():
-        count = p.mask.sum().clamp(min=1)
-        metrics = {"clip_fraction_low": (p.mask & (ratio < low)).sum() / count, "clip_fraction_high": (p.mask & (ratio > high)).sum() / count}
-    return finish(values, p, aggregation, normalizer, {**metrics, **ratio_metrics(p)})
+    cut = {"clip_fraction_low": fraction(ratio < low, p.mask, ratio.dtype), "clip_fraction_high": fraction(ratio > high, p.mask, ratio.dtype)}
+    return finish(values, p, aggregation, normalizer, {**cut, **ratio_metrics(p)})

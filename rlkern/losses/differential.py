@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import check_number
 from ..ops import entropy_from_logits
 from ..rows import check_device, check_logits
+from .policy import number
 
 
 class DIDEntropy(NamedTuple):
@@ -89,7 +90,8 @@ def displacement_metrics(
     """Where preference training moved probability, from sequence log-probabilities [B]: the likelihood displacement of DPO.
 
     chosen_shift, rejected_shift: mean change of log-probability; margin_shift: their difference; both_decreased: fraction of the pairs where
-    chosen and rejected both lost probability; chosen_decreased: where the chosen one did. Detached 0-d tensors; 0 for an empty batch.
+    chosen and rejected both lost probability; chosen_decreased: where the chosen one did; pairs: how many.
+    Detached 0-d tensors; 0 for an empty batch.
     """
     _check_logps({
         "policy_chosen_logps": policy_chosen_logps,
@@ -99,13 +101,14 @@ def displacement_metrics(
     })  # fmt: skip
     chosen = policy_chosen_logps.double() - reference_chosen_logps.double()
     rejected = policy_rejected_logps.double() - reference_rejected_logps.double()
-    n = max(chosen.numel(), 1)
     dtype = torch.float64 if policy_chosen_logps.dtype == torch.float64 else torch.float32
-    metrics = {
-        "chosen_shift": chosen.sum() / n,
-        "rejected_shift": rejected.sum() / n,
-        "margin_shift": (chosen - rejected).sum() / n,
-        "both_decreased": ((chosen < 0) & (rejected < 0)).sum() / n,
-        "chosen_decreased": (chosen < 0).sum() / n,
+    values = {
+        "chosen_shift": chosen,
+        "rejected_shift": rejected,
+        "margin_shift": chosen - rejected,
+        "both_decreased": (chosen < 0) & (rejected < 0),
+        "chosen_decreased": chosen < 0,
     }
-    return {name: value.to(dtype) for name, value in metrics.items()}
+    metrics = {name: (value.sum().double() / max(chosen.numel(), 1)).to(dtype) for name, value in values.items()}
+    metrics["pairs"] = number(chosen.numel(), chosen).to(dtype)
+    return metrics

@@ -18,7 +18,7 @@ from ..checks import as_bool, check_fraction, check_logp, check_number, check_to
 from .aggregate import aggregate
 from .dpo import dpo_loss
 from .grpo import grpo_loss
-from .policy import LossOutput, masked_mean, policy_tokens
+from .policy import LossOutput, masked_mean, number, policy_tokens, total
 
 # --- checks and averages ---------------------------------------------------------------------------------------------------------------------
 
@@ -75,7 +75,7 @@ def vrpo_loss(
         mc_weight: [n] or [B, n] float, weights of the draws with sum 1; None takes their mean.
 
     Returns:
-        LossOutput(loss, metrics): chosen_reward, rejected_reward (means of beta (B - B_ref)), accuracy.
+        LossOutput(loss, metrics): chosen_reward, rejected_reward (means of beta (B - B_ref)), accuracy, pairs.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and numbers other than the above.
@@ -88,7 +88,8 @@ def vrpo_loss(
     metrics = {
         "chosen_reward": chosen_rewards.sum() / pairs,
         "rejected_reward": rejected_rewards.sum() / pairs,
-        "accuracy": (chosen_rewards > rejected_rewards).sum() / pairs,
+        "accuracy": total(chosen_rewards > rejected_rewards, losses.dtype) / pairs,
+        "pairs": number(len(losses), losses.detach()),
     }
     return LossOutput(losses.sum() / pairs, metrics)
 
@@ -233,7 +234,7 @@ def wd1_loss(
         normalizer: the number of groups to divide by; None takes that of this call.
 
     Returns:
-        LossOutput(loss, metrics): effective_sample_size, of softmax(psi A), as a fraction of the group.
+        LossOutput(loss, metrics): effective_sample_size, of softmax(psi A), as a fraction of the group, mean over groups.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and numbers other than the above.
@@ -252,7 +253,8 @@ def wd1_loss(
     values = -weight * torch.where(weight == 0, 0, p.logp)  # 0 even at logp = -inf
     groups = max(len(scores), 1)
     ess = (1 / (size * attract.square().sum(-1))).sum() / groups
-    return LossOutput(aggregate(values, p.mask, "token-mean", groups if normalizer is None else normalizer), {"effective_sample_size": ess})
+    metrics = {"effective_sample_size": ess, "groups": number(len(scores), scores)}
+    return LossOutput(aggregate(values, p.mask, "token-mean", groups if normalizer is None else normalizer), metrics)
 
 
 def spg_loss(
@@ -288,7 +290,7 @@ def spg_loss(
         aggregation, normalizer: as in `aggregate`.
 
     Returns:
-        LossOutput(loss, metrics): elbo, eubo, means over the tokens.
+        LossOutput(loss, metrics): elbo, eubo, means over the tokens; tokens.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices, names and numbers other than the above.
@@ -311,12 +313,12 @@ def spg_loss(
     elbo = (weight * logp).sum(1) / n
     ever = (weight > 0).any(1)
     # A token that no draw masks gets finite numbers here: an all -inf log-sum-exp has no gradient.
-    exponents = torch.where(weight > 0, weight.log() + beta * logp, torch.where(ever.unsqueeze(1), -math.inf, 0.0))
+    exponents = torch.where(weight > 0, weight.log() + beta * logp, torch.zeros_like(logp).masked_fill(ever.unsqueeze(1), -math.inf))
     eubo = torch.where(ever, (exponents.logsumexp(1) - math.log(n)) / beta, 0)
-    eubo = eubo * (mask.sum(-1, keepdim=True) / ever.sum(-1, keepdim=True).clamp(min=1))
+    eubo = eubo * (mask.sum(-1, keepdim=True).to(eubo.dtype) / ever.sum(-1, keepdim=True).clamp(min=1))
     estimate = torch.where(advantages < 0, upper_weight * eubo + (1 - upper_weight) * elbo, elbo)
     values = -advantages * estimate
-    metrics = {"elbo": masked_mean(elbo, mask), "eubo": masked_mean(eubo, mask)}
+    metrics = {"elbo": masked_mean(elbo, mask), "eubo": masked_mean(eubo, mask), "tokens": total(mask, eubo.dtype)}
     return LossOutput(aggregate(values, mask, aggregation, normalizer), metrics)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_number, check_tokens
 from .aggregate import aggregate
 from .inputs import per_sequence
-from .policy import LossOutput, check_clip, clean, excess, masked_mean, policy_inputs
+from .policy import LossOutput, check_clip, clean, excess, fraction, masked_mean, policy_inputs
 from .ppo import check_dual_clip
 from .terms import clipped_ratio, values_of
 
@@ -128,7 +128,7 @@ def epo_loss(
     metrics = {**ratio.metrics, "entropy": masked_mean(h, p.mask)}
     bonus = h
     if mean_entropy is None:
-        metrics.update(dict.fromkeys(("entropy_low_fraction", "entropy_high_fraction"), torch.zeros_like(metrics["entropy"])))
+        metrics.update({name: torch.zeros_like(metrics["entropy"]) for name in ("entropy_low_fraction", "entropy_high_fraction")})
     else:
         center = _history(mean_entropy, p)
         below, above = kappa_low * center - h, h - kappa_high * center
@@ -137,7 +137,7 @@ def epo_loss(
         else:
             penalty = ((below >= 0) | (above >= 0)).to(h.dtype)  # the band is open
         bonus = h - beta * alpha * penalty
-        with torch.no_grad():
-            metrics.update(entropy_low_fraction=masked_mean(below > 0, p.mask), entropy_high_fraction=masked_mean(above > 0, p.mask))
+        metrics["entropy_low_fraction"] = fraction(below > 0, p.mask, h.dtype)
+        metrics["entropy_high_fraction"] = fraction(above > 0, p.mask, h.dtype)
     values = values_of(ratio.terms, x) - coef * bonus
     return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)

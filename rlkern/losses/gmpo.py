@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .policy import LARGEST_EXPONENT, LossOutput, bounded, check_number, finish, policy_tokens, ratio_metrics, sequence_mean, weigh
+from .policy import LARGEST_EXPONENT, LossOutput, bounded, check_number, clip_fractions, finish, policy_tokens, ratio_metrics, sequence_mean, weigh
 
 
 def gmpo_loss(
@@ -44,7 +44,5 @@ def gmpo_loss(
     clipped = torch.where(a < 0, bounded(d, low=-clip_low), bounded(d, high=clip_high))
     ratio = bounded(sequence_mean(clipped, p.mask), high=LARGEST_EXPONENT).exp()
     values = weigh((-sequence_mean(a, p.mask) * ratio).expand_as(p.logp), p)
-    with torch.no_grad():
-        count = p.mask.sum().clamp(min=1)
-        metrics = {"clip_fraction_low": ((a < 0) & (d < -clip_low)).sum() / count, "clip_fraction_high": ((a > 0) & (d > clip_high)).sum() / count}
+    metrics = clip_fractions(d, a, p.mask, -clip_low, clip_high)
     return finish(values, p, aggregation, normalizer, {**metrics, **ratio_metrics(p)})

@@ -11,7 +11,7 @@ from ..advantages import _Groups
 from ..checks import check_choice, check_number, check_tokens, computing_dtype, per_token
 from .aggregate import aggregate
 from .kl import kl_estimate
-from .policy import LossOutput, check_clip, clean, masked_mean, policy_inputs
+from .policy import LossOutput, check_clip, clean, fraction, masked_mean, policy_inputs
 from .ppo import check_dual_clip
 from .terms import clipped_ratio, values_of
 
@@ -93,7 +93,7 @@ def kdrl_loss(
         loss = aggregate(values + kd_coef * torch.where(kept, divergence, 0), p.mask, aggregation, normalizer)
     else:
         loss = aggregate(values, p.mask, aggregation, normalizer) + kd_coef * aggregate(divergence, kept, aggregation)
-    metrics = {**ratio.metrics, "kd": masked_mean(divergence, p.mask), "kd_fraction": masked_mean(kept, p.mask)}
+    metrics = {**ratio.metrics, "kd": masked_mean(divergence, p.mask), "kd_fraction": fraction(kept, p.mask, p.logp.dtype)}
     return LossOutput(loss, metrics)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import check_number
 from .aggregate import aggregate, check_aggregation
 from .inputs import log_ratio_to, per_sequence, ratio_tokens
-from .policy import LossOutput, masked_mean
+from .policy import LossOutput, masked_mean, total
 
 
 def _preference_loss(tokens, win_prob, anchors: dict[str, tuple[float, Tensor]], aggregation, normalizer) -> LossOutput:
@@ -22,7 +22,8 @@ def _preference_loss(tokens, win_prob, anchors: dict[str, tuple[float, Tensor]],
     centred = torch.where(tokens.mask, win_prob - 0.5, 0)
     values = (pull - centred) * tokens.logp
     with torch.no_grad():
-        metrics = {"win_prob": masked_mean(win_prob, tokens.mask.any(-1, keepdim=True))}
+        responses, dtype = tokens.mask.any(-1, keepdim=True), tokens.logp.dtype
+        metrics = {"win_prob": masked_mean(win_prob, responses), "sequences": total(responses, dtype), "tokens": total(tokens.mask, dtype)}
         metrics.update({f"kl_{name}": masked_mean(log_ratio, tokens.mask) for name, (_, log_ratio) in anchors.items()})
     return LossOutput(aggregate(values, tokens.mask, aggregation, normalizer), metrics)
 
@@ -50,7 +51,7 @@ def nash_md_loss(
         aggregation, normalizer: as in `aggregate`; the default is the mean over responses that have tokens.
 
     Returns:
-        LossOutput(loss, metrics): win_prob, kl_reference (per token).
+        LossOutput(loss, metrics): win_prob, kl_reference (per token), sequences (with tokens), tokens.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
@@ -84,7 +85,7 @@ def nash_mp_loss(
         The rest: as in `nash_md_loss`. With target = reference it is `nash_md_loss` at beta (1 + 1 / eta).
 
     Returns:
-        LossOutput(loss, metrics): win_prob, kl_reference, kl_target (per token).
+        LossOutput(loss, metrics): as for `nash_md_loss`, and kl_target (per token).
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_choice, check_fraction, check_number
 from .aggregate import aggregate, check_aggregation
 from .inputs import per_sequence, ratio_tokens
-from .policy import LossOutput, bounded, masked_mean, ratio_metrics
+from .policy import LossOutput, bounded, fraction, masked_mean, ratio_metrics, total
 
 RATIO_TYPES = ("token", "sequence")
 _FIXED_NORMALIZER = 1000.0  # of the official code; the loss is a sum over tokens divided by it
@@ -61,7 +61,7 @@ def nft_loss(
 
     Returns:
         LossOutput(loss, metrics): the ratio metrics, positive_fraction of the tokens, clamped_fraction (wrong tokens with prox < clamp_neg),
-        success_rate after clipping.
+        success_rate after clipping; these three are over `answers`: the tokens, or with ratio_type "sequence" the responses.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
@@ -104,7 +104,8 @@ def nft_loss(
         metrics = {
             **ratio_metrics(tokens),
             "positive_fraction": masked_mean(k.expand_as(losses), counted),
-            "clamped_fraction": masked_mean((prox < clamp_neg) & (k < 1), counted),
+            "clamped_fraction": fraction((prox < clamp_neg) & (k < 1), counted, losses.dtype),
             "success_rate": masked_mean(c.expand_as(losses), counted),
+            "answers": total(counted, losses.dtype),
         }
     return LossOutput(loss, metrics)

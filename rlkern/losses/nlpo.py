@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..advantages import whiten
-from ..checks import as_bool, check_choice, check_number, check_tokens
+from ..checks import check_choice, check_number, check_tokens
 from ..ops import token_stats
 from ..rows import as_rows, check_logits, rows_per_chunk
 from .aggregate import aggregate
-from .policy import LossOutput, check_clip, masked_mean, policy_inputs, policy_tokens
+from .policy import LossOutput, check_clip, fraction, masked_mean, policy_inputs, policy_tokens, total
 from .ppo import check_dual_clip
 from .terms import clipped_ratio, values_of
 
@@ -155,7 +155,8 @@ def nlpo_loss(
         clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
 
     Returns:
-        LossOutput(loss, metrics): those of `ppo_loss`, outside_fraction (tokens left out for being outside of the set), entropy if given.
+        LossOutput(loss, metrics): those of `ppo_loss`, outside_fraction (tokens left out for being outside of the set) and
+        mask_tokens (those and the others), entropy if given.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
@@ -175,7 +176,8 @@ def nlpo_loss(
     x = policy_inputs(logp, old_logp, standard, inside, **options)
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
     values, metrics = values_of(ratio.terms, x), ratio.metrics
-    metrics["outside_fraction"] = masked_mean(~inside, as_bool(mask))
+    metrics["outside_fraction"] = fraction(~inside, given.mask, given.logp.dtype)
+    metrics["mask_tokens"] = total(given.mask, given.logp.dtype)
     if entropy is not None:
         check_tokens("entropy", entropy, logp)
         h = torch.where(inside, entropy.to(values.dtype), 0)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..checks import check_choice, check_number
-from .policy import LossOutput, bounded
+from .policy import LossOutput, bounded, number, total
 
 PENALTIES = ("none", "log_barrier", "l2")
 _BARRIER_MARGIN = 1e-3  # rewards are clamped this far inside the barrier
@@ -52,7 +52,7 @@ def bradley_terry_loss(
         normalizer: what the sum over pairs is divided by; default B. XTuner averages 1 / B over the ranks.
 
     Returns:
-        LossOutput(loss, metrics): accuracy, reward_margin, chosen_reward, rejected_reward (means). float32 (float64 for float64 rewards).
+        LossOutput(loss, metrics): accuracy, reward_margin, chosen_reward, rejected_reward (means), pairs. float32 (float64 for float64 rewards).
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
@@ -87,10 +87,11 @@ def bradley_terry_loss(
     n = max(len(losses), 1)
     with torch.no_grad():
         metrics = {
-            "accuracy": (chosen > rejected).sum() / n,
+            "accuracy": total(chosen > rejected, accumulate) / n,
             "reward_margin": (chosen - rejected).sum() / n,
             "chosen_reward": chosen.sum() / n,
             "rejected_reward": rejected.sum() / n,
+            "pairs": number(len(chosen), chosen),
         }
     return LossOutput(losses.sum() / (normalizer or n), metrics)
 

@@ -19,7 +19,10 @@ LARGEST_EXPONENT = 80.0  # exp of it is finite in float32, with room for a produ
 
 
 class LossOutput(NamedTuple):
-    """loss: 0-d, carries the gradient. metrics: name -> detached 0-d tensor on the loss's device; nothing was read on the host."""
+    """loss: 0-d, carries the gradient. metrics: name -> detached 0-d tensor on the loss's device and in its dtype; nothing was read on the host.
+
+    Metrics come with the counts that they are merged by: see `rlkern.merge_metrics`.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -186,23 +189,34 @@ def finish(values: Tensor, tokens: PolicyTokens, aggregation: str, normalizer: f
 
 
 @torch.no_grad()
+def total(where: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many are set, in the dtype of the computation: the quotient of two integers would follow torch.set_default_dtype."""
+    return where.sum().to(dtype)
+
+
+@torch.no_grad()
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """The mean over the mask, float; for a bool tensor the fraction of the tokens. 0 if nothing counts."""
-    if values.dtype == torch.bool:
-        return (values & mask).sum() / mask.sum().clamp(min=1)
+    """The mean of float values over the mask. 0 if nothing counts."""
     return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
 
 
-_RATIO_METRICS = ("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size")
+@torch.no_grad()
+def fraction(where: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fraction of the mask that is in `where`, both bool. 0 if nothing counts."""
+    return total(where & mask, dtype) / mask.sum().clamp(min=1)
+
+
+_RATIO_METRICS = ("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size", "tokens", "log_mean_ratio")
 
 
 @torch.no_grad()
 def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
-    """What a ratio tells of the step; 0, 0, 1, 1, 1 without tokens.
+    """What a ratio tells of the step; 0, 0, 1, 1, 1, 0, 0 without tokens.
 
     approx_kl_k1, approx_kl_k3: estimates of KL(pi_old || pi) from its own samples, means of -d and of exp(d) - 1 - d, d the log ratio;
     ratio_max, ratio_min: over the tokens, infinite if it overflows;
-    effective_sample_size: (sum r)^2 / (N sum r^2), a fraction of the tokens in (0, 1].
+    effective_sample_size: (sum r)^2 / (N sum r^2), a fraction of the tokens in (0, 1];
+    tokens, log_mean_ratio: N and log(sum r / N), by which these are merged.
     """
     d, mask = tokens.log_ratio.detach(), tokens.mask
     if one_pass(d):
@@ -213,23 +227,26 @@ def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
     counted = torch.where(mask, d, -math.inf)
     ends = (counted.amax(), torch.where(mask, d, math.inf).amin()) if d.numel() > 0 else (d.sum(), d.sum())  # a batch of size 0 has none
     largest, smallest = (torch.where(any_token, end, 0) for end in ends)
-    scaled = (counted - largest).exp()  # the largest is 1: no overflow
-    ess = scaled.sum().square() / (count * scaled.square().sum())
-    count = count.clamp(min=1)
+    shift = torch.where(largest.isinf(), 0, largest)
+    scaled = (counted - shift).exp()  # the largest is 1: no overflow
+    weights = scaled.sum()
+    ess = weights.square() / (count * scaled.square().sum())
+    tokens, count = count.to(d.dtype), count.clamp(min=1)
     return {
         "approx_kl_k1": -d.sum() / count,
         "approx_kl_k3": (torch.expm1(d) - d).sum() / count,
         "ratio_max": largest.exp(),
         "ratio_min": smallest.exp(),
         "effective_sample_size": torch.where(any_token, ess, 1),
+        "tokens": tokens,
+        "log_mean_ratio": torch.where(any_token, shift + (weights / count).log(), 0),
     }
 
 
 @torch.no_grad()
 def clip_fractions(ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> dict[str, Tensor]:
     """clip_fraction_low, clip_fraction_high: of all tokens, those without gradient because A < 0 and ratio < low, or A > 0 and ratio > high."""
-    count = mask.sum().clamp(min=1)
     return {
-        "clip_fraction_low": ((advantages < 0) & (ratio < low) & mask).sum() / count,
-        "clip_fraction_high": ((advantages > 0) & (ratio > high) & mask).sum() / count,
+        "clip_fraction_low": fraction((advantages < 0) & (ratio < low), mask, advantages.dtype),
+        "clip_fraction_high": fraction((advantages > 0) & (ratio > high), mask, advantages.dtype),
     }

@@ -49,7 +49,7 @@ def ppo_loss(
 
     Returns:
         LossOutput(loss, metrics): 0-d, float32 (float64 for float64 logp). Metrics: clip_fraction_low, clip_fraction_high, clip_fraction_dual,
-        approx_kl_k1, approx_kl_k3, ratio_max, ratio_min, effective_sample_size. Without any token 0, with zero gradient.
+        approx_kl_k1, approx_kl_k3, ratio_max, ratio_min, effective_sample_size, tokens, log_mean_ratio. Without any token 0, with zero gradient.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.

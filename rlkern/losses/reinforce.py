@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .policy import LossOutput, PolicyTokens, check_number, clamped, finish, masked_mean, policy_tokens, ratio_metrics, score, weigh
+from .policy import LossOutput, PolicyTokens, check_number, clamped, finish, fraction, policy_tokens, ratio_metrics, score, weigh
 
 
 def _truncated(p: PolicyTokens, cap: float) -> Tensor:
@@ -13,7 +13,7 @@ def _truncated(p: PolicyTokens, cap: float) -> Tensor:
 
 
 def _metrics(p: PolicyTokens, cap: float | None) -> dict[str, Tensor]:
-    truncated = {} if cap is None else {"clip_fraction_high": masked_mean(p.ratio > cap, p.mask)}
+    truncated = {} if cap is None else {"clip_fraction_high": fraction(p.ratio > cap, p.mask, p.logp.dtype)}
     return {**truncated, **ratio_metrics(p)}
 
 

@@ -16,7 +16,7 @@ from .. import ratio
 from ..selection import one_pass
 from .aggregate import TOKEN_MODES, aggregate, divisor
 from .kl import ESTIMATES, is_unbiased, kl_estimate, resolve
-from .policy import LARGEST_EXPONENT, LossOutput, PolicyInputs, clean, clip_fractions, clipped_surrogate, masked_mean, ratio_metrics
+from .policy import LARGEST_EXPONENT, LossOutput, PolicyInputs, clean, clip_fractions, clipped_surrogate, fraction, masked_mean, ratio_metrics
 
 
 class ClippedRatio(NamedTuple):
@@ -72,7 +72,7 @@ def _plain_clipped_ratio(x, clip_low, clip_high, dual_clip, unclipped, with_dist
         free = free & ~torch.where(p.advantages < 0, ratios < 1 - clip_low, (p.advantages > 0) & (ratios > 1 + clip_high))
         metrics = clip_fractions(p.ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high)
     if dual_clip is not None:
-        metrics["clip_fraction_dual"] = ((p.advantages < 0) & (ratios > dual_clip)).sum() / count
+        metrics["clip_fraction_dual"] = fraction((p.advantages < 0) & (ratios > dual_clip), p.mask, ratios.dtype)
     metrics.update(ratio_metrics(p))
     if with_distance:
         metrics["abs_log_ratio"] = masked_mean(p.log_ratio.abs(), p.mask)

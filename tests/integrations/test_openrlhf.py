@@ -131,6 +131,20 @@ def test_functions_of_logits(theirs):
         torch.testing.assert_close(theirs.utils.compute_entropy(exact), rlkern_openrlhf.compute_entropy(exact), rtol=1e-5, atol=1e-5)
 
 
+def test_results_merge_as_openrlhf_weighs_them():
+    """Its trainer weighs what is 0-d by the tokens of each micro-batch: 6 of 16 clipped, and nothing of one without tokens."""
+    sums, total = torch.zeros(4), 0
+    for count, tokens in ((3, 12), (3, 4), (2, 0)):
+        d = torch.zeros(1, 12)
+        d[:, :count] = 0.5
+        mask = torch.arange(12).unsqueeze(0) < tokens
+        loss = rlkern_openrlhf.PolicyLoss(is_correction_level="token", is_correction_threshold=(0.5, 1.2))
+        _, *results = loss(d - 2, torch.full_like(d, -2.0), torch.ones_like(d), action_mask=mask, rollout_log_probs=-2 - d)
+        assert all(x.dim() == 0 and not x.requires_grad for x in results)
+        sums, total = sums + tokens * torch.stack(results), total + tokens
+    torch.testing.assert_close(sums / total, torch.tensor([0.375, -0.1875, -0.1875, 0.375]))
+
+
 def test_logits_are_not_scaled_in_place():
     logits = torch.randn(3, 17)
     before = logits.clone()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rlkern
 from rlkern.integrations import prime_rl as rlkern_prime
 
 
@@ -67,6 +68,20 @@ def naive(x, kwargs):
         s = (mean.detach() + x.trainer_logprobs - x.trainer_logprobs.detach()).exp()
         return torch.maximum(-a * s, -a * s.clamp(low, high))
     raise AssertionError(kwargs)
+
+
+def test_what_prime_rl_makes_of_metrics():
+    """Its statistics over the sequences of all micro-batches and processes: the extremes are those of all tokens, a mean counts sequences alike."""
+    outputs = []
+    for tokens, largest in ((12, 0.5), (4, 1.0)):
+        d = torch.zeros(tokens)
+        d[:3] = largest
+        inputs = LossInputs(d - 2, torch.full_like(d, -2.0), None, torch.ones_like(d), torch.ones_like(d, dtype=torch.bool))
+        outputs.append(rlkern_prime.policy_loss(inputs, loss="ppo").metrics)
+    stacked = {name: torch.stack([metrics[name] for metrics in outputs]) for name in outputs[0]}
+    assert stacked["ratio_max"].max().item() == pytest.approx(math.e, rel=1e-6) and stacked["ratio_min"].min() == 1
+    assert stacked["clip_fraction_high"].mean() == 0.5 and stacked["tokens"].tolist() == [12, 4]
+    assert rlkern.merge_metrics(outputs)["clip_fraction_high"] == 0.375
 
 
 @pytest.mark.parametrize("weighted", (False, True))

@@ -126,6 +126,30 @@ def test_grpo_loss_equals_trls_own(tiny_model, loss_type):
             assert math.isclose(a.metrics[key], b.metrics[key], rel_tol=1e-4, abs_tol=1e-5), key
 
 
+def test_metrics_are_those_of_all_micro_batches(tiny_model, monkeypatch):
+    """3 of 12 tokens clipped in one micro-batch and 3 of 4 in the other: 6 of 16, and the largest ratio of both; the next step starts anew."""
+    loss = rlkern.ppo_loss
+
+    def clipped(count, tokens, largest):
+        d = torch.zeros(1, tokens)
+        d[:, :count] = largest
+        return loss(d - 2, torch.full_like(d, -2.0), torch.ones(1), torch.ones_like(d)).metrics
+
+    parts = iter([clipped(3, 12, 0.5), clipped(3, 4, 1.0), clipped(0, 10, 0.0), clipped(1, 2, 0.3)])
+
+    @functools.wraps(loss)
+    def ppo(logp, *args, **options):
+        output = loss(logp, *args, **options)
+        return output._replace(metrics=next(parts)) if logp.requires_grad else output
+
+    monkeypatch.setitem(integration.POLICY_LOSSES, "ppo", ppo)
+    run = trl_runs.grpo(tiny_model, integration.GRPOTrainer, extra={"policy_loss": "ppo"}, max_steps=2, gradient_accumulation_steps=2)
+    for step, clip, largest, tokens in zip(run.steps, (6 / 16, 1 / 12), (math.e, math.exp(0.3)), (16, 12), strict=True):
+        for name in ("clip_ratio/high_mean", "clip_ratio/region_mean", "rlkern/clip_fraction_high"):
+            assert math.isclose(step.metrics[name], clip, rel_tol=1e-6), name
+        assert math.isclose(step.metrics["rlkern/ratio_max"], largest, rel_tol=1e-6) and step.metrics["rlkern/tokens"] == tokens
+
+
 def test_sapo_loss_equals_trls_own(tiny_model):
     """Under TRL's default loss_type, which a loss that is defined over sequences does not follow."""
     options = {"max_steps": 4, "num_iterations": 2, "gradient_accumulation_steps": 2, "beta": 0.05, "lora": True}

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import runpy
 import subprocess
 import sys
@@ -23,6 +24,8 @@ from tensordict import TensorDict
 from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
 from verl.trainer.ppo import core_algos
 from verl.utils import tensordict_utils, torch_functional
+from verl.utils.metric import AggregationType, Metric, reduce_metrics
+from verl.utils.py_functional import append_to_dict
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
@@ -87,7 +90,7 @@ def test_loss_is_verls_own(name, mode):
             for rollout_is_weights in (None, weights):
                 call = dict(loss_agg_mode=mode, config=config(info), rollout_is_weights=rollout_is_weights)
                 theirs, ours = assert_equal(name, inputs, **call)
-                assert all(type(value) is float for value in ours.values())
+                assert all(isinstance(value, float) for value in ours.values())
                 if name == "geo_mean":  # verl counts tokens as clipped whose gradient is not: A > 0 below the low bound, A < 0 above the high one
                     assert theirs.pop("actor/pg_clipfrac") > ours["actor/pg_clipfrac"] > 0
                     assert theirs.pop("actor/pg_clipfrac_lower") > ours["actor/pg_clipfrac_lower"] > 0
@@ -279,6 +282,41 @@ def test_inside_verls_ppo_loss(name):
     assert kl[1] == pytest.approx(kl[0], rel=1e-5)
     torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-7)
     assert metrics["actor/rlkern/ratio_max"].aggregate() > 0
+
+
+def clipped(count, tokens, largest):
+    """verl's arguments of a micro-batch with `count` of its tokens clipped and the largest log ratio `largest`."""
+    d = torch.zeros(1, tokens)
+    d[:, :count] = largest
+    return {"old_log_prob": torch.full_like(d, -2.0), "log_prob": d - 2, "advantages": torch.ones_like(d), "response_mask": torch.ones_like(d)}
+
+
+def as_verl_merges(ranks):
+    """What verl's engine makes of the metrics of micro-batches on each rank, and its trainer of what the workers send it."""
+    gathered = []
+    for micro_batches in ranks:
+        metrics = {}
+        for inputs in micro_batches:
+            append_to_dict(metrics, Metric.from_dict(run("rlkern_vanilla", inputs, config=config())[2], aggregation=AggregationType.MEAN))
+        gathered.append(pickle.loads(pickle.dumps(metrics)))
+    if len(ranks) > 1:
+        gathered = [{name: Metric.aggregate_dp([metrics[name] for metrics in gathered]) for name in gathered[0]}]
+    sent = {}
+    append_to_dict(sent, gathered[0])
+    return reduce_metrics(tensordict_utils.get(tensordict_utils.get_tensordict({}, {"metrics": sent}).cpu(), "metrics"))
+
+
+def test_verls_averages_merge():
+    """Over micro-batches, over ranks, over both: 6 of 16 tokens clipped, and 6 of 30 with two micro-batches more."""
+    a, b, c, nothing = clipped(3, 12, 0.5), clipped(3, 4, 1.0), clipped(0, 14, 0.0), clipped(1, 1, 5.0) | {"response_mask": torch.zeros(1, 1)}
+    for ranks, tokens in (([[a]], 12), ([[a, b]], 16), ([[a], [b]], 16), ([[a, nothing], [c, b]], 30)):
+        metrics = as_verl_merges(ranks)
+        assert all(isinstance(value, float) for value in metrics.values())
+        assert metrics["actor/pg_clipfrac"] == pytest.approx((3 if ranks == [[a]] else 6) / tokens, rel=1e-6)
+        assert metrics["actor/rlkern/ratio_max"] == pytest.approx(math.exp(0.5 if ranks == [[a]] else 1.0), rel=1e-6)
+        assert metrics["actor/rlkern/ratio_min"] == (1 if tokens > 4 else math.e) and metrics["actor/pg_clipfrac_lower"] == 0
+        assert metrics["actor/ppo_kl"] == pytest.approx(-(1.5 if ranks == [[a]] else 4.5) / tokens, rel=1e-6)
+        assert metrics["actor/rlkern/tokens"] == tokens
 
 
 # --- refusals ----------------------------------------------------------------------------------------------------------------------------------

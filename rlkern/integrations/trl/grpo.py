@@ -14,6 +14,7 @@ from trl import GRPOTrainer as _GRPOTrainer
 from ... import losses
 from ...losses.aggregate import SEQUENCE_MODES, own_aggregation
 from ...losses.policy import sequence_mean
+from ...metrics import merge_metrics
 from ...ops import token_stats
 from .versions import known_replacements
 
@@ -59,7 +60,8 @@ class GRPOTrainer(_GRPOTrainer):
     vLLM's importance weights multiply the loss of each token, as in TRL, but for "gspo" (a sequence's loss by the mean of its weights, as at TRL's
     sequence level) and "vespo" (they go into the sequence's ratio, as in TRL's). "gmpo" and "nft" refuse them.
 
-    Metrics of the loss are logged as "rlkern/<name>". Selections (clip_cov, kl_cov, lp_reg) and their statistics are taken over the micro-batch.
+    Metrics of the loss are logged as "rlkern/<name>", those of all tokens of all micro-batches and processes since the last log (`merge_metrics`).
+    Selections (clip_cov, kl_cov, lp_reg) and their statistics are taken over the micro-batch.
 
     Raises:
         UnknownTRLError: for a release of TRL that has not been tested.
@@ -79,6 +81,7 @@ class GRPOTrainer(_GRPOTrainer):
         self._rlkern_loss, self._rlkern_options = policy_loss, options
         self._rlkern_scored: list[dict[str, Tensor]] = []
         self._rlkern_rewards: Tensor | None = None
+        self._rlkern_metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}  # since the last log, merged already
         super().__init__(*args, **kwargs)
         if config is None:
             _check_config(policy_loss, self.args, aggregation)
@@ -187,17 +190,26 @@ class GRPOTrainer(_GRPOTrainer):
             del metrics[key][before.get(key, 0) :]  # those of the loss that was not used
             if not metrics[key]:
                 del metrics[key]
-        if "clip_fraction_low" in extra:
-            low, high = extra["clip_fraction_low"], extra["clip_fraction_high"]
-            extra |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
-        gathered = self.accelerator.gather(torch.stack([policy_loss.detach(), *(x.float() for x in extra.values())]))
-        policy_mean, *means = gathered.view(self.accelerator.num_processes, -1).nanmean(0).tolist()
-        for key, mean in zip(extra, means, strict=True):
-            metrics[key if "/" in key else f"rlkern/{key}"].append(mean)
+        self._rlkern_metrics[mode] = [merge_metrics([*self._rlkern_metrics[mode], extra])]
         if self._entropy_bonus_enabled:  # then TRL logs it
-            metrics["policy_loss"][-1] += policy_mean
+            metrics["policy_loss"][-1] += self.accelerator.gather(policy_loss.detach()).nanmean().item()
         accumulates = self.loss_type != "dapo" and mode == "train"
         return loss + (policy_loss / self.current_gradient_accumulation_steps if accumulates else policy_loss)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """TRL's, which averages what was appended to its metrics: this appends one number each, of all micro-batches and processes."""
+        mode = "train" if self.model.training else "eval"
+        parts, self._rlkern_metrics[mode] = self._rlkern_metrics[mode], []
+        if parts:
+            merged = merge_metrics(parts, group=torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None)
+            values = dict(zip(merged, torch.stack(list(merged.values())).tolist(), strict=True))
+            for name, value in values.items():
+                self._metrics[mode][f"rlkern/{name}"].append(value)
+            if "clip_fraction_low" in values:
+                low, high = values["clip_fraction_low"], values["clip_fraction_high"]
+                for name, value in (("low", low), ("high", high), ("region", low + high)):
+                    self._metrics[mode][f"clip_ratio/{name}_mean"].append(value)
+        super().log(logs, *args, **kwargs)
 
     def _rlkern_policy_loss(self, scored: dict[str, Tensor], inputs: dict[str, Any], mode: str) -> losses.LossOutput:
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
@@ -220,7 +232,7 @@ class GRPOTrainer(_GRPOTrainer):
             return self.max_completion_length
         if self.loss_type != "dapo":
             return None
-        tokens = inputs["num_items_in_batch"] / self.accelerator.num_processes  # of the generation batch
+        tokens = inputs["num_items_in_batch"].float() / self.accelerator.num_processes  # of the generation batch
         return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation if mode == "train" else tokens
 
 

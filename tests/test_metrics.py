@@ -1,0 +1,198 @@
+"""Metrics of parts of a batch merged into those of the whole, against the formulas over all tokens in float64."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import loss_battery as battery
+import metrics_process
+import pytest
+import torch
+from metrics_process import BATCHES, WORLD, draw, parts_of
+from test_bgpo_accumulator import Batch
+
+import rlkern
+from rlkern.metrics import RULES
+
+F64 = torch.float64
+
+
+def expected(batches):
+    """ppo_loss's metrics over the tokens of all batches together."""
+    d, a = (torch.cat(parts) for parts in zip(*(((x - old)[mask], a[mask]) for x, old, a, mask in batches), strict=True))
+    r = d.exp()
+    return {
+        "clip_fraction_low": ((a < 0) & (r < 0.8)).double().mean(),
+        "clip_fraction_high": ((a > 0) & (r > 1.2)).double().mean(),
+        "approx_kl_k1": -d.mean(),
+        "approx_kl_k3": (torch.expm1(d) - d).mean(),
+        "ratio_max": r.max(),
+        "ratio_min": r.min(),
+        "effective_sample_size": r.sum() ** 2 / (len(r) * (r**2).sum()),
+        "tokens": torch.tensor(float(len(r)), dtype=F64),
+        "log_mean_ratio": r.mean().log(),
+    }
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------------------------------
+
+
+def clipped(count, tokens, largest):
+    """A micro-batch with `count` of its tokens clipped and the largest log ratio `largest`."""
+    d = torch.zeros(1, tokens)
+    d[:, :count] = largest
+    return rlkern.ppo_loss(d - 2, torch.full_like(d, -2.0), torch.ones(1), torch.ones_like(d)).metrics
+
+
+def test_two_ranks_of_different_length():
+    """3 of 12 tokens clipped and 3 of 4: 6 of 16, where the mean of the means is 1/2."""
+    merged = rlkern.merge_metrics([clipped(3, 12, 0.5), clipped(3, 4, 1.0)])
+    assert merged["clip_fraction_high"].item() == pytest.approx(0.375, rel=1e-7)
+    assert merged["ratio_max"].item() == pytest.approx(math.e, rel=1e-7) and merged["ratio_min"] == 1 and merged["tokens"] == 16
+
+
+@pytest.mark.parametrize("form", ["auto", "reference"])
+def test_against_the_formulas(form):
+    with rlkern.use_backend(form):
+        parts = parts_of(0) + parts_of(1)
+    merged = rlkern.merge_metrics(parts)
+    torch.testing.assert_close(merged, expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
+    assert list(merged) == list(parts[0]) and all(value.dtype == F64 and value.dim() == 0 for value in merged.values())
+    in_steps = rlkern.merge_metrics([rlkern.merge_metrics(parts[:2]), rlkern.merge_metrics([rlkern.merge_metrics(parts[2:4]), parts[4]])])
+    torch.testing.assert_close(in_steps, merged, rtol=1e-12, atol=1e-14)
+
+
+def test_float32_metrics_keep_their_accuracy():
+    batches = [tuple(t.float() if t.is_floating_point() else t for t in batch) for batch in BATCHES[0] + BATCHES[1]]
+    merged = rlkern.merge_metrics([rlkern.ppo_loss(*batch).metrics for batch in batches])
+    torch.testing.assert_close(
+        merged, expected([tuple(t.double() if t.is_floating_point() else t for t in b) for b in batches]), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_empty_parts_do_not_count():
+    """Their ratio_max and ratio_min of 1 would be the largest and smallest of these."""
+    nothing = rlkern.ppo_loss(*draw([0, 0])).metrics
+    for shift in (-3.0, 3.0):
+        logp, old, a, mask = draw([4])
+        batch = logp + shift, old, a, mask
+        merged = rlkern.merge_metrics([nothing, rlkern.ppo_loss(*batch).metrics, nothing])
+        torch.testing.assert_close(merged, expected([batch]), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(rlkern.merge_metrics([nothing, nothing]), nothing)
+
+
+def test_ratios_that_overflow():
+    """exp(800) is no number in float64: infinite where it is reported, and no obstacle to the effective sample size."""
+    d = torch.tensor([[800.0, 799.0], [797.0, 800.5], [-0.5, 0.3]], dtype=F64)
+    parts = [rlkern.ppo_loss(x, torch.zeros_like(x), torch.ones(1), torch.ones_like(x)).metrics for x in d.split(1)]
+    merged = rlkern.merge_metrics([*parts, rlkern.ppo_loss(*draw([0])).metrics])
+    assert merged["ratio_max"] == math.inf and merged["approx_kl_k3"] == math.inf and merged["clip_fraction_high"].item() == pytest.approx(5 / 6)
+    w = (d - 800).exp()
+    torch.testing.assert_close(merged["effective_sample_size"], w.sum() ** 2 / (6 * (w**2).sum()), rtol=1e-12, atol=0)
+    torch.testing.assert_close(merged["log_mean_ratio"], 800 + w.mean().log(), rtol=1e-14, atol=0)
+    assert merged["ratio_min"].item() == pytest.approx(math.exp(-0.5))
+
+
+def test_tokens_that_the_policy_forbids(backend, device):
+    """Ratios of 0: a part of nothing else has no effective sample size, and takes no part in that of the whole."""
+    forbidden, old = torch.full((1, 3), -math.inf, device=device), torch.full((1, 3), -1.0, device=device)
+    parts = [rlkern.ppo_loss(x, old, torch.ones(1, device=device), torch.ones_like(x)).metrics for x in (forbidden, old - 0.5)]
+    assert parts[0]["log_mean_ratio"] == -math.inf
+    merged = rlkern.merge_metrics(parts)
+    assert merged["effective_sample_size"].item() == pytest.approx(0.5, rel=1e-6) and merged["ratio_min"] == 0 and merged["approx_kl_k1"] == math.inf
+    assert merged["log_mean_ratio"].item() == pytest.approx(math.log(math.exp(-0.5) / 2), rel=1e-6)
+    above = rlkern.ppo_loss(old, forbidden, torch.ones(1, device=device), torch.ones_like(old)).metrics
+    assert above["log_mean_ratio"] == math.inf
+
+
+def test_what_a_selection_reports():
+    """Means over the selected tokens weigh by these."""
+    parts = [
+        {"tokens": 8.0, "selected_fraction": 0.25, "covariance_selected": 3.0, "covariance_mean": 1.0},
+        {"tokens": 2.0, "selected_fraction": 0.5, "covariance_selected": -6.0, "covariance_mean": 2.0},
+        {"tokens": 5.0, "selected_fraction": 0.0, "covariance_selected": 0.0, "covariance_mean": 0.0},
+    ]
+    merged = rlkern.merge_metrics([{name: torch.tensor(value) for name, value in part.items()} for part in parts])
+    assert {name: value.item() for name, value in merged.items()} == pytest.approx(
+        {"tokens": 15, "selected_fraction": 3 / 15, "covariance_selected": 0.0, "covariance_mean": 12 / 15}
+    )
+
+
+def test_pairs():
+    g = torch.Generator().manual_seed(0)
+    logps = torch.randn(4, 7, generator=g, dtype=F64)
+    merged = rlkern.merge_metrics([rlkern.displacement_metrics(*logps[:, rows]) for rows in (slice(0, 2), slice(2, 2), slice(2, 7))])
+    chosen, rejected = logps[0] - logps[2], logps[1] - logps[3]
+    want = (chosen.mean(), rejected.mean(), (chosen - rejected).mean(), ((chosen < 0) & (rejected < 0)).double().mean(), (chosen < 0).double().mean())
+    torch.testing.assert_close(list(merged.values()), [*want, torch.tensor(7.0, dtype=F64)])
+
+
+def bgpo_metrics(rows, batch):
+    acc = rlkern.BGPOAccumulator(batch.advantages[rows], batch.old[rows], batch.seq_weight[rows], ratio_scale=batch.scale[rows], clip=(0.2, 0.2))
+    for j in range(acc.num_mc):
+        acc.loss(j, batch.logits[j][rows], batch.targets[rows], weight=batch.weight[j][rows], mask=batch.mask[j][rows])
+    return acc.metrics()
+
+
+def test_bgpo_accumulators():
+    batch = Batch(spread=0.8)
+    merged = rlkern.merge_metrics([bgpo_metrics(rows, batch) for rows in (slice(0, 1), slice(1, 1), slice(1, None))])
+    whole = bgpo_metrics(slice(None), batch)
+    torch.testing.assert_close({k: v for k, v in merged.items()}, whole, rtol=1e-10, atol=1e-12)
+    assert whole["clip_fraction"] > 0 and set(whole) <= set(RULES)
+
+
+def test_every_rule_is_a_metric_of_some_loss():
+    import test_loss_battery  # noqa: F401, which registers the cases
+
+    batch = Batch()
+    names = set().union(*(battery.metrics_of(case(case.inputs()[0])) for case in battery.CASES))
+    names |= set(bgpo_metrics(slice(None), batch)) | set(rlkern.displacement_metrics(*torch.zeros(4, 1)))
+    assert names == set(RULES)
+
+
+def test_nothing_waits_for_the_device():
+    parts = parts_of(1)
+    with battery.NoSyncingOperators(), battery.NoSyncingMethods():
+        rlkern.merge_metrics(parts)
+
+
+@pytest.mark.parametrize(
+    ("parts", "error", "message"),
+    [
+        ([], ValueError, "at least one"),
+        ([torch.zeros(())], TypeError, "dicts of metrics, got Tensor"),
+        ([{"tokens": 1.0}], TypeError, "'tokens' must be a 0-d tensor, got float"),
+        ([{"tokens": torch.ones(2)}], ValueError, r"'tokens' must be one real number, .* of shape \(2,\)"),
+        ([{"surprise": torch.ones(())}], ValueError, "unknown metric 'surprise'"),
+        ([{"kl": torch.ones(())}], ValueError, "'kl' is merged by 'tokens', .* got 'kl'"),
+        ([{"effective_sample_size": torch.ones(())}], ValueError, "by 'tokens' and 'log_mean_ratio' or 'groups'"),
+        ([{"tokens": torch.ones(())}, {"pairs": torch.ones(())}], ValueError, "the same metrics, got pairs, tokens in some"),
+    ],
+)
+def test_errors(parts, error, message):
+    with pytest.raises(error, match=message):
+        rlkern.merge_metrics(parts)
+
+
+# --- processes -------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_two_processes(tmp_path):
+    """Two and three micro-batches, empty ones among them."""
+    logs = [tmp_path / f"rank{rank}.txt" for rank in range(WORLD)]
+    processes, environment = [], os.environ | {"PYTHONPATH": str(Path(rlkern.__file__).parents[1])}  # the rlkern that is tested here
+    try:
+        for rank, log in enumerate(logs):
+            command = [sys.executable, metrics_process.__file__, str(rank), str(tmp_path)]
+            processes.append(subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment))
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=180) == 0, log.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+    for rank in range(WORLD):
+        torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}.pt"), expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
