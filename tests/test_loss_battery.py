@@ -131,10 +131,6 @@ def reads_flat_storage(values, mask, weights):
     return masked_mean(values.as_strided(values.shape, (values.shape[1], 1)), mask)
 
 
-def takes_bare_mean(values, mask, weights):
-    return values.mean()
-
-
 def asks_host(values, mask, weights):
     return masked_mean(values, mask) if mask.any() else values.sum() * 0
 
