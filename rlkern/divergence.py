@@ -149,7 +149,7 @@ def token_divergence(
         logits: [..., V] of the policy or student, float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.
         other: [..., V] of the teacher or reference, any of these dtypes; used detached.
         kind, beta: see above; 0 < beta < 1 and for "jsd" alone (the two KL divergences are its limits, rescaled).
-        temperature: a positive float, or a tensor [...] with one entry a row; it divides both.
+        temperature: a positive float, or a tensor [...] with one entry a row, anything where mask is 0; it divides both.
         mask: [...] bool or number; where it is 0 the result is 0 and no gradient flows, whatever the rows hold.
 
     Returns:
@@ -172,5 +172,5 @@ def token_divergence(
     if not 0 < beta < 1:
         raise ValueError(f"beta is the weight of `other` in the mixture, 0 < beta < 1, got {beta}")
     mask = check_mask(mask, logits)
-    row_temperature, temperature = check_temperature(temperature, logits)
+    row_temperature, temperature = check_temperature(temperature, logits, mask=mask)
     return _TokenDivergence.apply(logits, other.detach(), mask, row_temperature, temperature, kind, float(beta))

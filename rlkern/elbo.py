@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from .ops import token_logprobs
-from .rows import DEBUG, accumulation_dtype, check_device, check_ignore_index, check_logits, check_mask, check_targets, watched
+from .rows import accumulation_dtype, check_device, check_ignore_index, check_logits, check_mask, check_targets, values_at_hand
 
-__all__ = ["ELBORows", "elbo_rows", "masked_elbo", "values_at_hand"]
+__all__ = ["ELBORows", "elbo_rows", "masked_elbo"]
 
 
 class ELBORows(NamedTuple):
@@ -43,11 +43,6 @@ class ELBORows(NamedTuple):
             raise ValueError(f"old_token_logp must have the shape of targets {tuple(self.targets.shape)}, got {tuple(old_token_logp.shape)}")
         check_device("old_token_logp", old_token_logp, self.weight)
         return torch.where(self.counted, old_token_logp.detach().to(self.weight.dtype), 0)
-
-
-def values_at_hand(x: Tensor) -> bool:
-    """Whether a check may read numbers of x on the host: they are there (or RLKERN_DEBUG=1 asks to wait for them) and nothing is being traced."""
-    return not watched(x) and (DEBUG or x.device.type == "cpu")
 
 
 def _check_packing(seq_idx: Tensor | None, num_seqs: int | None, logits: Tensor) -> None:

@@ -18,7 +18,19 @@ from .ops import (
     _token_stats,
     _write_gradient,
 )
-from .rows import OnlyOnce, accumulation_dtype, check_device, check_ignore_index, check_logits, check_mask, check_targets, check_temperature
+from .rows import (
+    DEBUG,
+    OnlyOnce,
+    accumulation_dtype,
+    check_device,
+    check_ignore_index,
+    check_logits,
+    check_mask,
+    check_target_range,
+    check_targets,
+    check_temperature,
+    counted_rows,
+)
 
 __all__ = ["linear_token_stats"]
 
@@ -65,15 +77,6 @@ class _Chunks:
             yield rows, logits, *(None if x is None else x[rows] for x in self.by_row)
 
 
-def _counted(targets, mask, ignore_index) -> Tensor | None:
-    """Whether each row counts, None for all."""
-    if targets is None:
-        return mask
-    valid = targets != ignore_index
-    valid = valid.any(-1) if valid.dim() > 1 else valid
-    return valid if mask is None else valid & mask
-
-
 def _indices(counted: Tensor | None) -> Tensor | None:
     """The rows that count, to leave the others out of the products; None for all, as on a GPU, which the host would have to wait for."""
     if counted is None or counted.device.type != "cpu" or counted.all():
@@ -97,7 +100,9 @@ def _linear_token_stats(hidden, weight, bias, targets, mask, row_temperature, ch
         return stats
     out = _flat(lead, *stats)  # views: they are contiguous
     hidden, targets, mask, row_temperature = _flat(lead, hidden, targets, mask, row_temperature)
-    counted = _indices(_counted(targets, mask, ignore_index))
+    if targets is not None and (DEBUG or hidden.device.type == "cpu"):  # here, where rows have their own numbers
+        check_target_range(targets.view(len(hidden), -1), mask, ignore_index, weight.shape[0])
+    counted = _indices(counted_rows(targets, mask, ignore_index, 1))
     picked = _pick(counted, hidden, targets, mask, row_temperature)
     results = out if counted is None else _new_stats(picked[0], picked[1], options[0], *options[2:])
     for rows, logits, *of_rows in _Chunks(picked[0], weight, bias, chunk_rows, *picked[1:]):
@@ -121,7 +126,7 @@ def _linear_token_stats_backward(
     (d_hidden,) = _flat(lead, d_hidden)
     weight_sum = None if d_weight is None else torch.zeros_like(weight, dtype=acc)
     bias_sum = None if d_bias is None else torch.zeros_like(bias, dtype=acc)
-    counts = _counted(*by_row[:2], ignore_index)
+    counts = counted_rows(*by_row[:2], ignore_index, 1)
     counted = _indices(counts)
     if counted is None and counts is not None:
         hidden = hidden.masked_fill(~counts.unsqueeze(-1), 0)  # what a row that does not count holds, NaN even, meets a gradient of 0
@@ -263,7 +268,8 @@ def linear_token_stats(
     _check_matrix(hidden, weight, bias)
     targets = check_targets(targets, hidden)
     mask = check_mask(mask, hidden)
-    row_temperature, temperature = check_temperature(temperature, hidden)
+    ignore_index = check_ignore_index(ignore_index)
+    row_temperature, temperature = check_temperature(temperature, hidden, targets, mask, ignore_index)
     kept_kind, log_kept = _check_kept(min_p, min_prob)
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(hidden, weight.shape[0])
@@ -272,5 +278,5 @@ def linear_token_stats(
     elif chunk_rows < 1:
         raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
 
-    options = (temperature, check_ignore_index(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
+    options = (temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return _as_stats(_LinearTokenStats.apply(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, options), targets, options)

@@ -254,11 +254,12 @@ def _stats(logits, targets, mask, temperature, ignore_index, min_p, min_prob, wi
     check_logits(logits)
     targets = None if targets is None else check_targets(targets, logits)
     mask = check_mask(mask, logits)
-    row_temperature, temperature = check_temperature(temperature, logits)
+    ignore_index = check_ignore_index(ignore_index)
+    row_temperature, temperature = check_temperature(temperature, logits, targets, mask, ignore_index)
     kept_kind, log_kept = _check_kept(min_p, min_prob)
     if inplace_backward:
         _check_inplace(logits)
-    options = (temperature, check_ignore_index(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
+    options = (temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return _as_stats(_TokenStats.apply(logits, targets, mask, row_temperature, options, bool(inplace_backward)), targets, options)
 
 
@@ -297,7 +298,7 @@ def token_stats(
             (probability 0, gradient 0).
         targets: [...] integer token ids, or [..., K] for K log-probabilities a row.
         mask: [...] bool or number; rows where it is 0 are not read: zeros out, zero gradient.
-        temperature: a positive float, or a tensor [...] with one entry a row. It carries no gradient.
+        temperature: a positive float, or a tensor [...] with one entry a row, anything where the row is not read. It carries no gradient.
         ignore_index: a target that marks its row as masked (with [..., K]: its entry; the row only when all K are ignored).
         min_p: keep the tokens with p >= min_p * max p, inclusive (Lp-Reg, arXiv 2510.03222, eq. 5). The set is detached.
         min_prob: keep the tokens with p >= min_prob, inclusive. An empty set has kept_logmass -inf and no gradient.

@@ -105,7 +105,24 @@ def check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-def check_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
+def counted_rows(targets: Tensor | None, mask: Tensor | None, ignore_index: int, dims: int) -> Tensor | None:
+    """Which rows are read, bool with `dims` dimensions; None for all. Targets may have one more."""
+    if targets is None:
+        return mask
+    counted = targets != ignore_index
+    counted = counted.any(-1) if counted.dim() > dims else counted
+    return counted if mask is None else counted & mask
+
+
+def values_at_hand(x: Tensor) -> bool:
+    """Whether a check may read numbers of x on the host: they are there (or RLKERN_DEBUG=1 asks to wait for them) and nothing is being traced."""
+    return not watched(x) and (DEBUG or x.device.type == "cpu")
+
+
+def check_temperature(
+    temperature: float | Tensor, logits: Tensor, targets: Tensor | None = None, mask: Tensor | None = None, ignore_index: int = -100
+) -> tuple[Tensor | None, float]:
+    """(a checked temperature [...] for rows, or None; one number, 1 beside a tensor). Rows that are not read may have any temperature."""
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
             raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {type(temperature).__name__}")
@@ -126,10 +143,15 @@ def check_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tens
         check_device("temperature", temperature, logits)
     elif temperature.device != logits.device:
         temperature = temperature.to(logits.device, non_blocking=True)
-    on_cpu = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and not ((temperature > 0) & (temperature < math.inf)).all():
-        raise ValueError(f"temperature must be positive and finite in every row, got a minimum of {temperature.min().item()}")
-    return temperature.expand(rows), 1.0
+    temperature = temperature.expand(rows)
+    if values_at_hand(temperature):
+        bad = ~((temperature > 0) & (temperature < math.inf))
+        if bad.any():
+            counted = counted_rows(targets, mask, ignore_index, len(rows))
+            bad = bad if counted is None else bad & counted
+            if bad.any():
+                raise ValueError(f"temperature must be positive and finite in every row that is read, got {temperature[bad][0].item()}")
+    return temperature, 1.0
 
 
 def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> None:

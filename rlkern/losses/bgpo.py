@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..checks import computing_dtype
-from ..elbo import ELBORows, elbo_rows, values_at_hand
+from ..elbo import ELBORows, elbo_rows
+from ..rows import values_at_hand
 from .bgpo_options import CONVEX_KL, Options, advantage_vector, bgpo_options, factor, other_elbo, scale_factor
 from .kl import ESTIMATES
 from .policy import LARGEST_EXPONENT, bounded

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..elbo import elbo_rows, values_at_hand
+from ..elbo import elbo_rows
+from ..rows import values_at_hand
 from .bgpo import Exact, bgpo_loss, check_elbo, check_old, exact_objective, log_ratio
 from .bgpo_options import advantage_vector, bgpo_options, factor, other_elbo, scale_factor
 from .policy import check_choice

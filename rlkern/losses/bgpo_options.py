@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..elbo import values_at_hand
+from ..rows import values_at_hand
 from .policy import LARGEST_EXPONENT, check_choice, check_clip, check_number
 from .ppo import check_dual_clip
 
