@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_number
 from .rows import OnlyOnce, accumulation_dtype, as_rows, check_device, check_logits, check_mask, check_temperature, rows_per_chunk
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -125,7 +126,7 @@ class _TokenDivergence(torch.autograd.Function):
             return (backward(*ctx.saved_tensors, *ctx.constants, gradient), *(None,) * 6)
         with torch.no_grad():  # create_graph=True
             d_logits = backward(*ctx.saved_tensors, *ctx.constants, gradient)
-        return (OnlyOnce.apply(d_logits, ctx.saved_tensors[0]), *(None,) * 6)
+        return (OnlyOnce.apply(d_logits, ctx.saved_tensors[0], "use rlkern.reference.token_divergence"), *(None,) * 6)
 
 
 def token_divergence(
@@ -165,10 +166,8 @@ def token_divergence(
     if other.shape != logits.shape:
         raise ValueError(f"other must have the shape of logits {tuple(logits.shape)}, got {tuple(other.shape)}")
     check_device("other", other, logits)
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(map(repr, KINDS))}")
-    if not isinstance(beta, (int, float)) or isinstance(beta, bool):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    check_choice("kind", kind, KINDS)
+    check_number("beta", beta)
     if not 0 < beta < 1:
         raise ValueError(f"beta is the weight of `other` in the mixture, 0 < beta < 1, got {beta}")
     mask = check_mask(mask, logits)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_flag
 from .ops import (
     TokenStats,
     _as_op,
@@ -33,6 +34,8 @@ from .rows import (
 )
 
 __all__ = ["linear_token_stats"]
+
+_SECOND = "use rlkern.reference.token_stats of torch.nn.functional.linear(hidden, weight, bias), with targets [..., K]"
 
 _lib = torch.library.Library("rlkern", "FRAGMENT")
 _ARGS = (
@@ -201,7 +204,7 @@ class _LinearTokenStats(torch.autograd.Function):
             out = torch.ops.rlkern.linear_token_stats_backward.default(*tensors, *ctx.constants, state, *grads, wanted)
         out = [g if want else None for g, want in zip(out, wanted, strict=True)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            out = [None if g is None else OnlyOnce.apply(g, x) for g, x in zip(out, tensors[:3], strict=True)]
+            out = [None if g is None else OnlyOnce.apply(g, x, _SECOND) for g, x in zip(out, tensors[:3], strict=True)]
         return (*out, None, None, None, None, None)
 
 
@@ -212,7 +215,7 @@ def _check_matrix(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden {hidden.dtype} (or run under torch.autocast), got {x.dtype}")
-        check_device(name, x, hidden)
+        check_device(name, x, hidden, "hidden")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"weight must be [V, {hidden.shape[-1]}] with V >= 1 for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -266,17 +269,17 @@ def linear_token_stats(
     if isinstance(hidden, Tensor) and not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight, bias = (_autocast(x, hidden.device.type) for x in (hidden, weight, bias))
     _check_matrix(hidden, weight, bias)
-    targets = check_targets(targets, hidden)
-    mask = check_mask(mask, hidden)
+    targets = check_targets(targets, hidden, "hidden")
+    mask = check_mask(mask, hidden, "hidden")
     ignore_index = check_ignore_index(ignore_index)
     row_temperature, temperature = check_temperature(temperature, hidden, targets, mask, ignore_index)
     kept_kind, log_kept = _check_kept(min_p, min_prob)
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(hidden, weight.shape[0])
-    elif not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool):
-        raise TypeError(f"chunk_rows must be an int, got {type(chunk_rows).__name__}")
-    elif chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    else:
+        check_count("chunk_rows", chunk_rows, 1)
+    check_flag("with_sum_sq", with_sum_sq)
+    check_flag("with_entropy", with_entropy)
 
     options = (temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return _as_stats(_LinearTokenStats.apply(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, options), targets, options)

@@ -23,6 +23,8 @@ SUMMARY = (
     *("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size", "abs_log_ratio"),
 )
 
+_SECOND = 'compute the loss under rlkern.use_backend("reference"), or differentiate it with torch.func'
+
 _lib = torch.library.Library("rlkern", "FRAGMENT")
 _lib.define(
     "ratio_terms(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor mask, Tensor? unclipped, "
@@ -126,7 +128,7 @@ class _Attached(torch.autograd.Function):
         (slopes,) = ctx.saved_tensors
         with torch.no_grad():
             gradient = g * slopes  # autograd gives it the dtype of logp
-        return (OnlyOnce.apply(gradient, ctx.logp) if torch.is_grad_enabled() else gradient), None, None
+        return (OnlyOnce.apply(gradient, ctx.logp, _SECOND) if torch.is_grad_enabled() else gradient), None, None
 
 
 def attach(logp: Tensor, terms: Tensor, *, total: bool = False) -> Tensor:

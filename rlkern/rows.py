@@ -8,6 +8,8 @@ import os
 import torch
 from torch import Tensor
 
+from .checks import FINITE, shown
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEBUG = os.environ.get("RLKERN_DEBUG", "0") == "1"  # also check targets on a GPU, at the price of a sync
 
@@ -50,15 +52,16 @@ def call(op, function, *args):
 
 
 class OnlyOnce(torch.autograd.Function):
-    """Identity on a gradient that must not be differentiated again."""
+    """Identity on a gradient that must not be differentiated again; `remedy` says what has second derivatives."""
 
     @staticmethod
-    def forward(ctx, gradient, logits):
+    def forward(ctx, gradient, logits, remedy):
+        ctx.remedy = remedy
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError("rlkern's gradients cannot be differentiated a second time; use rlkern.reference.token_stats where you need that")
+        raise RuntimeError(f"rlkern's gradients cannot be differentiated a second time; where you need that, {ctx.remedy}")
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
@@ -70,7 +73,7 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
         raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
 
 
-def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
+def check_targets(targets: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be an integer tensor, got {type(targets).__name__}")
     if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
@@ -78,30 +81,34 @@ def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
     rows = logits.shape[:-1]
     single, several = targets.shape == rows, targets.dim() == logits.dim() and targets.shape[:-1] == rows and targets.shape[-1] > 0
     if not (single or several):
-        raise ValueError(f"targets must be {tuple(rows)} or {(*rows, 'K')} with K >= 1 for logits {tuple(logits.shape)}, got {tuple(targets.shape)}")
-    check_device("targets", targets, logits)
+        raise ValueError(f"targets must be {tuple(rows)} or {(*rows, 'K')} with K >= 1 for {of} {tuple(logits.shape)}, got {tuple(targets.shape)}")
+    check_device("targets", targets, logits, of)
     return targets.long()
 
 
 def check_ignore_index(ignore_index: int) -> int:
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        raise TypeError(f"ignore_index must be an int, got {shown(ignore_index)}")
+    if not torch.compiler.is_compiling() and not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index must be an int64, got {ignore_index}")
     return ignore_index
 
 
-def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, logits: Tensor, of: str = "logits") -> None:
     if tensor.device != logits.device:
-        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on the device of {of} {logits.device}, got {tensor.device}")
 
 
-def check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
+def check_mask(mask: Tensor | None, logits: Tensor, of: str = "logits") -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask must be a bool or number tensor, got {mask.dtype}")
     if mask.shape != logits.shape[:-1]:
-        raise ValueError(f"mask must be {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(mask.shape)}")
-    check_device("mask", mask, logits)
+        raise ValueError(f"mask must be {tuple(logits.shape[:-1])} for {of} {tuple(logits.shape)}, got {tuple(mask.shape)}")
+    check_device("mask", mask, logits, of)
     return mask if mask.dtype == torch.bool else mask != 0
 
 
@@ -126,7 +133,7 @@ def check_temperature(
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
             raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {type(temperature).__name__}")
-        if not 0 < temperature < math.inf:
+        if not 0 < temperature <= FINITE:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if torch.compiler.is_compiling() and temperature != 1:
             # As a number, and in new_full, it would be part of the graph: compiled anew for every value.

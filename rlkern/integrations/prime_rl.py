@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import losses, ops
+from ..checks import check_choice
 from .patching import Patch
 
 __all__ = ["LOSSES", "check_loss", "compute_entropy", "patch", "policy_loss", "selective_log_softmax", "selective_topk_log_softmax"]
@@ -71,13 +72,12 @@ def policy_loss(inputs: Any, *, loss: str, **options: Any) -> losses.LossOutput:
     Raises:
         TypeError, ValueError: names and options that do not exist or do not fit. `check_loss` tells before training starts.
     """
-    if loss in _OVER_THE_BATCH:
+    if isinstance(loss, str) and loss in _OVER_THE_BATCH:
         raise ValueError(
             f"policy loss {loss!r} compares tokens of many sequences, and prime-rl calls a custom loss with one sequence at a time; expected one of "
             f"{', '.join(map(repr, LOSSES))}"
         )
-    if loss not in _TABLE:
-        raise ValueError(f"unknown policy loss {loss!r}, expected one of {', '.join(map(repr, LOSSES))}")
+    check_choice("policy loss", loss, LOSSES)
 
     def row(x: Tensor) -> Tensor:
         return x.unsqueeze(0)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..checks import check_flag
 from ..losses import (
     LossOutput,
     aggregate,
@@ -33,6 +34,7 @@ from ..losses import (
     topr_loss,
     vespo_loss,
 )
+from ..rows import check_logits
 from .patching import Patch
 
 __all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
@@ -304,6 +306,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     inplace_backward: the gradient overwrites the logits, as with verl's flash-attention; something else that saved them raises in its backward.
     """
+    check_logits(logits)
+    check_flag("inplace_backward", inplace_backward)
     return ops.token_logprobs(logits, labels, inplace_backward=inplace_backward and logits.is_contiguous())
 
 

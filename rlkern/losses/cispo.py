@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .policy import LossOutput, bounded, check_clip, check_number, finish, policy_tokens, ratio_metrics, score, weigh
+from ..checks import check_positive
+from .policy import LossOutput, bounded, check_clip, finish, policy_tokens, ratio_metrics, score, weigh
 
 
 def cispo_loss(
@@ -40,7 +41,7 @@ def cispo_loss(
     """
     check_clip(clip_low, clip_high)
     if cap is not None:
-        check_number("cap", cap, 0)
+        check_positive("cap", cap)
     p = policy_tokens(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import computing_dtype
 from .policy import LARGEST_EXPONENT, bounded, check_choice, check_number
 
 
@@ -34,11 +35,11 @@ def resolve(kind: str) -> tuple[str, bool]:
     return _ALIASES.get(name, name), kind.endswith("+")
 
 
-def check_kl(kind: str, clamp: float | None) -> None:
-    """Raises TypeError or ValueError for a kind that is not in the table or a clamp below 0."""
-    check_choice("KL kind", kind, KINDS)
+def check_kl(kind: str, clamp: float | None, names: tuple[str, str] = ("kl_kind", "kl_clamp")) -> None:
+    """Raises TypeError or ValueError for a kind that is not in the table or a clamp below 0; `names` are the caller's for the two."""
+    check_choice(names[0], kind, KINDS)
     if clamp is not None:
-        check_number("the clamp of the KL", clamp, 0)
+        check_number(names[1], clamp, 0)
 
 
 def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp: float | None = None) -> Tensor:
@@ -57,7 +58,7 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
     Raises:
         TypeError, ValueError: for names, numbers and shapes other than these.
     """
-    check_kl(kind, clamp)
+    check_kl(kind, clamp, ("kind", "clamp"))
     for name, x in (("logp", logp), ("reference_logp", reference_logp)):
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be a float tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
@@ -65,7 +66,8 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
         raise ValueError(f"reference_logp must have the shape of logp {tuple(logp.shape)}, got {tuple(reference_logp.shape)}")
     if logp.device != reference_logp.device:
         raise ValueError(f"reference_logp must be on the device of logp {logp.device}, got {reference_logp.device}")
-    d = logp - reference_logp.detach()
+    dtype = computing_dtype(logp)  # a square of float16 would overflow
+    d = logp.to(dtype) - reference_logp.detach().to(dtype)
     name, straight_through = resolve(kind)
     value = ESTIMATES[name](d)
     if clamp is not None:
@@ -73,4 +75,4 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
     if straight_through:
         k2 = 0.5 * d.square()
         value = value.detach() + (k2 - k2.detach())
-    return value
+    return value.to(logp.dtype)
