@@ -28,7 +28,7 @@ BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help setup quickstart lab diffusion test lint format bench bench-check bench-losses bench-bgpo report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab diffusion test fuzz lint format bench bench-check bench-losses bench-bgpo report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ diffusion: $(VENV)/.built  ## BGPO on a small diffusion model: memory and reward
 
 test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)
+
+fuzz: $(VENV)/.built  ## random calls of the public functions, to find bare errors, crashes and NaN (ARGS="--calls 20000 --seed 1")
+	$(PY) tests/fuzz.py $(ARGS)
 
 lint: $(VENV)/.deps  ## ruff and clang-format, changing nothing
 	$(BIN)/ruff check .

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import FINITE, check_choice, check_flag, check_number, check_positive
+
 __all__ = [
     "TokenAdvantages",
     "combine_rewards",
@@ -44,33 +46,24 @@ class TokenAdvantages(NamedTuple):
 # --- input -----------------------------------------------------------------------------------------------------------------------------------
 
 
-def _real(name: str, x: Tensor, shape: tuple | None, layout: str) -> Tensor:
-    """float64 and detached."""
+def _real(name: str, x: Tensor, layout: str, *, of: tuple[str, Tensor] | None = None, dims: slice = slice(None)) -> Tensor:
+    """float64 and detached. `of` is the name and tensor whose dimensions `dims` are the shape that is asked for, and whose device."""
     if not isinstance(x, Tensor) or x.dtype.is_complex:
         raise TypeError(f"{name} must be a real tensor {layout}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if shape is None and x.dim() != layout.count(",") + 1:
-        raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
-    if shape is not None and x.shape != shape:
-        raise ValueError(f"{name} must be {layout} with shape {tuple(shape)}, got {tuple(x.shape)}")
+    if of is None:
+        if x.dim() != layout.count(",") + 1:
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
+        return x.detach().double()
+    other, like = of
+    if x.shape != like.shape[dims]:
+        raise ValueError(f"{name} must be {layout} with shape {tuple(like.shape[dims])} as {other} has it, got {tuple(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device of {other} {like.device}, got {x.device}")
     return x.detach().double()
 
 
-def _kept(mask: Tensor, shape: tuple | None) -> Tensor:
-    return _real("mask", mask, shape, "[B, T]") != 0
-
-
-def _fraction(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value <= 1:
-        raise ValueError(f"{name} must be in [0, 1], got {value}")
-
-
-def _not_negative(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}")
+def _kept(mask: Tensor, of: tuple[str, Tensor] | None = None) -> Tensor:
+    return _real("mask", mask, "[B, T]", of=of) != 0
 
 
 def _like(result: Tensor, rewards: Tensor) -> Tensor:
@@ -80,38 +73,46 @@ def _like(result: Tensor, rewards: Tensor) -> Tensor:
 class _Groups:
     """Statistics over the members of a group, handed back to each member: [B, ...] -> [B, ...]."""
 
-    def __init__(self, groups: int | Tensor, like: Tensor, scored: Tensor | None = None):
+    def __init__(self, groups: int | Tensor, like: Tensor, scored: Tensor | None = None, name: str = "rewards"):
         n = like.shape[0]
         if isinstance(groups, bool) or not isinstance(groups, (int, Tensor)):
             raise TypeError(f"groups must be the size of a group or an integer tensor of ids [B], got {type(groups).__name__}")
         if isinstance(groups, int):
             if groups < 1 or n % groups:
-                raise ValueError(f"groups is the size of every group: {n} responses cannot be divided into groups of {groups}")
-            self.index = torch.arange(n, device=like.device) // groups
+                raise ValueError(f"groups is the size of every group of {name}: {n} responses cannot be divided into groups of {groups}")
+            self.order = None  # of a group they stand together already
+            rank = self.index = torch.arange(n, device=like.device) // groups
         else:
             if groups.dtype.is_floating_point or groups.dtype.is_complex:
                 raise TypeError(f"groups must hold integer ids, got {groups.dtype}")
-            if groups.shape != (n,) or groups.device != like.device:
-                raise ValueError(
-                    f"groups must be [B] with shape {(n,)} on {like.device}, one id a response, got {tuple(groups.shape)} on {groups.device}"
-                )
+            if groups.shape != (n,):
+                raise ValueError(f"groups must be [B] with shape {(n,)}, one id for each of the {name}, got {tuple(groups.shape)}")
+            if groups.device != like.device:
+                raise ValueError(f"groups must be on the device of the {name} {like.device}, got {groups.device}")
             # Ids become 0, 1, ... in sorted order; torch.unique would wait for the device.
-            ids, order = groups.long().sort(dim=0, stable=True)
+            ids, self.order = groups.long().sort(dim=0, stable=True)
             rank = (torch.cat([ids[:1], ids]).diff() != 0).long().cumsum(0)
-            self.index = torch.empty_like(order).scatter_(0, order, rank)
+            self.index = torch.empty_like(rank).scatter_(0, self.order, rank)
+        # There are no more groups than members; those that there are not are empty.
+        self.offsets = torch.searchsorted(rank, torch.arange(n + 1, device=like.device))
         self.scored = torch.ones(n, dtype=torch.bool, device=like.device) if scored is None else scored
         self.size = self.total(torch.ones(n, dtype=torch.float64, device=like.device))
 
+    def _reduce(self, x: Tensor, how: str, neutral: float) -> Tensor:
+        """Always in the same order: index_add_ adds in any order on a GPU."""
+        x = torch.where(self.scored.view(-1, *(1,) * (x.dim() - 1)), x, neutral)
+        x = x if self.order is None else x[self.order]
+        # `unsafe` leaves out checks that wait for the device.
+        return torch.segment_reduce(x, how, offsets=self.offsets, unsafe=True, initial=neutral)[self.index]
+
     def total(self, x: Tensor) -> Tensor:
-        scored = self.scored.view(-1, *(1,) * (x.dim() - 1))
-        return torch.zeros_like(x).index_add_(0, self.index, torch.where(scored, x, 0))[self.index]
+        return self._reduce(x, "sum", 0.0)
 
     def mean(self, x: Tensor) -> Tensor:
         return self.total(x) / self.size.clamp(min=1)
 
     def largest(self, x: Tensor) -> Tensor:
-        lowest = torch.full_like(x, -math.inf)
-        return lowest.scatter_reduce(0, self.index, torch.where(self.scored, x, -math.inf), "amax")[self.index]
+        return self._reduce(x, "max", -math.inf)
 
     def centred(self, x: Tensor) -> Tensor:
         """x minus its mean, exactly 0 where all members are equal."""
@@ -130,7 +131,7 @@ class _Groups:
 
 
 def _outcome(rewards: Tensor, groups: int | Tensor) -> tuple[Tensor, _Groups]:
-    r = _real("rewards", rewards, None, "[B]")
+    r = _real("rewards", rewards, "[B]")
     return r, _Groups(groups, r, ~r.isnan())
 
 
@@ -151,11 +152,9 @@ def grpo(rewards: Tensor, groups: int | Tensor, *, scale: str = "group", eps: fl
         eps: 1e-6 in verl, 1e-4 in TRL.
         singletons: a group with one scored response: "reward" leaves mean 0 and group std 1 (verl), "zero" makes the advantage 0 (TRL).
     """
-    if scale not in ("group", "batch", "none"):
-        raise ValueError(f"unknown scale {scale!r}, expected 'group', 'batch' or 'none'")
-    if singletons not in ("reward", "zero"):
-        raise ValueError(f"unknown singletons {singletons!r}, expected 'reward' or 'zero'")
-    _not_negative("eps", eps)
+    check_choice("scale", scale, ("group", "batch", "none"))
+    check_choice("singletons", singletons, ("reward", "zero"))
+    check_number("eps", eps, 0, FINITE)
     r, g = _outcome(rewards, groups)
     keeps_reward = (g.size == 1) & (singletons == "reward")
     a = torch.where(keeps_reward, r, g.centred(r))
@@ -190,7 +189,7 @@ def rloo(rewards: Tensor, groups: int | Tensor) -> Tensor:
 def opo(rewards: Tensor, lengths: Tensor, groups: int | Tensor) -> Tensor:
     """r - sum(length r) / sum(length) over its group (OPO, arXiv 2505.23585). `lengths` [B]. A group of one keeps its reward."""
     r, g = _outcome(rewards, groups)
-    lengths = _real("lengths", lengths, r.shape, "[B]")
+    lengths = _real("lengths", lengths, "[B]", of=("rewards", r))
     best = g.largest(r)
     total = g.total(lengths)
     shifted = r - best
@@ -200,8 +199,7 @@ def opo(rewards: Tensor, lengths: Tensor, groups: int | Tensor) -> Tensor:
 
 def gpg(rewards: Tensor, groups: int | Tensor, *, f_norm: float = 1.0) -> Tensor:
     """B / #{r != 0} (r - mean of its group) / f_norm (GPG, arXiv 2504.02546, as verl has it). A group of one keeps its reward."""
-    if not f_norm > 0:
-        raise ValueError(f"f_norm must be positive, got {f_norm}")
+    check_positive("f_norm", f_norm, FINITE)
     r, g = _outcome(rewards, groups)
     alpha = len(r) / (g.scored & (r != 0)).sum().clamp(min=1).double()
     a = alpha * torch.where(g.size == 1, r, g.centred(r)) / f_norm
@@ -213,7 +211,8 @@ def pass_at_k(rewards: Tensor, groups: int | Tensor, *, scale_by_std: bool = Tru
 
     All zero where the best is not alone, and for a group of one (verl refuses these).
     """
-    _not_negative("eps", eps)
+    check_flag("scale_by_std", scale_by_std)
+    check_number("eps", eps, 0, FINITE)
     r, g = _outcome(rewards, groups)
     alone, second = g.unique_best(r)
     a = torch.where(alone & (g.size > 1), r - second, 0)
@@ -222,8 +221,8 @@ def pass_at_k(rewards: Tensor, groups: int | Tensor, *, scale_by_std: bool = Tru
 
 def combine_rewards(rewards: Tensor, weights: Tensor | None = None) -> Tensor:
     """Weighted sum of several rewards, [B, K] and [K] (default: ones) -> [B]. NaN entries are left out; NaN where all are (TRL)."""
-    r = _real("rewards", rewards, None, "[B, K]")
-    w = torch.ones_like(r[:1]).squeeze(0) if weights is None else _real("weights", weights, r.shape[1:], "[K]")
+    r = _real("rewards", rewards, "[B, K]")
+    w = torch.ones_like(r[:1]).squeeze(0) if weights is None else _real("weights", weights, "[K]", of=("rewards", r), dims=slice(1, None))
     return _like(torch.where(r.isnan().all(-1), math.nan, (r * w).nansum(-1)), rewards)
 
 
@@ -232,7 +231,7 @@ def gdpo(rewards: Tensor, groups: int | Tensor, weights: Tensor | None = None, *
 
     rewards [B, K], weights [K] -> [B]. TRL's "sum_then_normalize" is `grpo(combine_rewards(rewards, weights), groups, eps=1e-4)`.
     """
-    r = _real("rewards", rewards, None, "[B, K]")
+    r = _real("rewards", rewards, "[B, K]")
     each = [grpo(column, groups, eps=eps, singletons="zero").where(~column.isnan(), math.nan) for column in r.unbind(-1)]
     total = combine_rewards(torch.stack(each, -1) if each else r, weights)
     return _like(grpo(total, max(len(total), 1), eps=eps, singletons="zero"), rewards)
@@ -243,10 +242,12 @@ def overlong_penalty(lengths: Tensor, max_length: int, buffer: int, *, factor: f
 
     lengths [B] -> [B] float32, in [-factor, 0].
     """
+    check_number("max_length", max_length, 0, FINITE)
+    check_number("buffer", buffer)
     if not 0 < buffer <= max_length:
         raise ValueError(f"buffer must be in (0, max_length = {max_length}], got {buffer}")
-    _not_negative("factor", factor)
-    excess = _real("lengths", lengths, None, "[B]") - (max_length - buffer)
+    check_number("factor", factor, 0, FINITE)
+    excess = _real("lengths", lengths, "[B]") - (max_length - buffer)
     return (-factor * (excess / buffer).clamp(0, 1)).float()
 
 
@@ -258,8 +259,10 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float 
 
     shift_mean=False adds the mean back. [B, T] -> [B, T].
     """
-    x = _real("values", values, None, "[B, T]")
-    kept = _kept(mask, x.shape)
+    check_flag("shift_mean", shift_mean)
+    check_number("eps", eps, 0, FINITE)
+    x = _real("values", values, "[B, T]")
+    kept = _kept(mask, ("values", x))
     count = kept.sum()
     mean = torch.where(kept, x, 0).sum() / count.clamp(min=1)
     centred = torch.where(kept, x - mean, 0)
@@ -267,20 +270,29 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float 
     return _like(scaled if shift_mean else torch.where(kept, scaled + mean, 0), values)
 
 
+def _running_sum(x: Tensor) -> Tensor:
+    """cumsum(-1) of [B, T], always in the same order, which that of a GPU is not."""
+    step = 1
+    while step < x.shape[-1]:
+        x = torch.cat([x[:, :step], x[:, step:] + x[:, :-step]], -1)
+        step *= 2
+    return x
+
+
 def _reward_to_go(rewards: Tensor) -> Tensor:
-    return rewards.flip(-1).cumsum(-1).flip(-1)
+    return _running_sum(rewards.flip(-1)).flip(-1)
 
 
 def _tokens(token_rewards: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    r = _real("token_rewards", token_rewards, None, "[B, T]")
-    kept = _kept(mask, r.shape)
+    r = _real("token_rewards", token_rewards, "[B, T]")
+    kept = _kept(mask, ("token_rewards", r))
     return torch.where(kept, r, 0), kept
 
 
 def reinforce_plus_plus(token_rewards: Tensor, mask: Tensor, *, gamma: float = 1.0) -> TokenAdvantages:
     """Discounted returns, whitened over the batch (REINFORCE++, arXiv 2501.03262). Masked tokens, such as a tool's output, are stepped over:
     what comes behind them counts for what stands before them (as in verl 0.9.1; its 0.8 began anew there)."""
-    _fraction("gamma", gamma)
+    check_number("gamma", gamma, 0, 1)
     r, kept = _tokens(token_rewards, mask)
     running, columns = torch.zeros_like(r[:, 0]) if r.shape[1] else None, []
     for reward, keep in zip(reversed(r.unbind(1)), reversed(kept.unbind(1)), strict=True):
@@ -296,9 +308,9 @@ def reinforce_plus_plus_baseline(rewards: Tensor, groups: int | Tensor, mask: Te
     rewards [B] -> [B, T]. A group of one keeps its reward. Tokens of unscored responses are 0 and do not enter the whitening.
     """
     r, g = _outcome(rewards, groups)
-    kept = _kept(mask, None)
-    if kept.shape[0] != len(r):
-        raise ValueError(f"mask must be [B, T] with B = {len(r)}, got {tuple(kept.shape)}")
+    kept = _kept(mask)
+    if kept.shape[0] != len(r) or kept.device != r.device:
+        raise ValueError(f"mask must be [B, T] with B = {len(r)} as rewards have it, on {r.device}, got {tuple(kept.shape)} on {kept.device}")
     a = torch.where(g.size == 1, r, g.centred(r)).unsqueeze(-1).expand(kept.shape)
     return _like(whiten(a, kept & g.scored.unsqueeze(-1)), rewards)
 
@@ -306,7 +318,7 @@ def reinforce_plus_plus_baseline(rewards: Tensor, groups: int | Tensor, mask: Te
 def remax(token_rewards: Tensor, greedy_rewards: Tensor, mask: Tensor) -> TokenAdvantages:
     """Reward to go minus the reward of the greedy response to the same prompt, greedy_rewards [B] (ReMax, arXiv 2310.10505)."""
     r, kept = _tokens(token_rewards, mask)
-    baseline = _real("greedy_rewards", greedy_rewards, r.shape[:1], "[B]")
+    baseline = _real("greedy_rewards", greedy_rewards, "[B]", of=("token_rewards", r), dims=slice(1))
     returns = _reward_to_go(r)
     advantages = torch.where(kept, returns - baseline.unsqueeze(-1), 0)
     return TokenAdvantages(_like(advantages, token_rewards), _like(torch.where(kept, returns, 0), token_rewards))
@@ -318,10 +330,12 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1
     delta_t = r_t + gamma V_next - V_t, A_t = delta_t + gamma lam A_next, where "next" is the next masked-in token.
     values [B, T] of the critic; normalize whitens the advantages over the batch, the returns A + V are taken before.
     """
-    _fraction("gamma", gamma)
-    _fraction("lam", lam)
+    check_number("gamma", gamma, 0, 1)
+    check_number("lam", lam, 0, 1)
+    check_flag("normalize", normalize)
     r, kept = _tokens(token_rewards, mask)
-    v = torch.where(kept, _real("values", values, r.shape, "[B, T]"), 0)
+    like = ("token_rewards", r)
+    v = torch.where(kept, _real("values", values, "[B, T]", of=like), 0)
     next_value = advantage = torch.zeros_like(r[:, 0]) if r.shape[1] else None
     columns = []
     for reward, value, keep in zip(*(reversed(x.unbind(1)) for x in (r, v, kept)), strict=True):
@@ -356,15 +370,17 @@ def otb(
         importance_weights: [B, T]; their squares multiply the terms of W.
         zero_tail: no baseline for the longest response of a group where it stands alone, behind the length of the second longest.
     """
-    _not_negative("eps", eps)
+    check_number("eps", eps, 0, FINITE)
+    check_flag("zero_tail", zero_tail)
     r, kept = _tokens(token_rewards, mask)
-    g = _Groups(groups, r)
-    pi, s2 = _real("logp", logp, r.shape, "[B, T]").exp(), _real("sum_sq_prob", sum_sq_prob, r.shape, "[B, T]")
+    like = ("token_rewards", r)
+    g = _Groups(groups, r, name="token_rewards")
+    pi, s2 = _real("logp", logp, "[B, T]", of=like).exp(), _real("sum_sq_prob", sum_sq_prob, "[B, T]", of=like)
     w = 1 - 2 * pi + s2
     if importance_weights is not None:
-        w = w * _real("importance_weights", importance_weights, r.shape, "[B, T]").square()
+        w = w * _real("importance_weights", importance_weights, "[B, T]", of=like).square()
     returns = torch.where(kept, _reward_to_go(r), 0)
-    weight = torch.where(kept, torch.where(kept, w, 0).cumsum(-1), 0)
+    weight = torch.where(kept, _running_sum(torch.where(kept, w, 0)), 0)
     baseline = g.total(returns * weight) / (g.total(weight) + eps)
     none = (g.size == 1).unsqueeze(-1)
     if zero_tail:

@@ -92,8 +92,8 @@ def _load(name: str) -> ModuleType | Exception:
 
 
 def _check_name(name: str, origin: str) -> str:
-    if name not in NAMES:
-        raise ValueError(f"{origin}: unknown backend {name!r}, expected one of {', '.join(map(repr, NAMES))}")
+    if not isinstance(name, str) or name not in NAMES:
+        raise ValueError(f"{origin}: unknown backend, name must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
     return name
 
 

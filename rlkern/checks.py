@@ -8,13 +8,30 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+FINITE = torch.finfo(torch.float32).max  # as an upper bound: anything but infinity
+
 
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raises TypeError unless value is a number and ValueError unless low <= value <= high."""
+    """Raises TypeError unless value is a number and ValueError unless low <= value <= high; NaN, and what float32 cannot hold, never is."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not low <= value <= high:
-        raise ValueError(f"{name} must be in [{low}, {high}], got {value}")
+        raise ValueError(f"{name} must be {interval(low, high)}, got {value}")
+    # Not for a compiler, to whom each comparison is one more reason to compile again.
+    if not torch.compiler.is_compiling() and value not in (-math.inf, math.inf) and not -FINITE <= value <= FINITE:
+        raise ValueError(f"{name} must be a number that float32 can hold, up to {FINITE:.4g}, got {value}")
+
+
+def interval(low: float, high: float) -> str:
+    """For an error: "in [0, inf)" where high is FINITE."""
+    return f"in [{low}, inf)" if high == FINITE else f"in [{low}, {high}]"
+
+
+def check_positive(name: str, value: float, high: float = math.inf) -> None:
+    """As `check_number`, for (0, high]."""
+    check_number(name, value, high=high)
+    if value <= 0:
+        raise ValueError(f"{name} must be positive, got {value}")
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -24,36 +41,66 @@ def check_fraction(name: str, value: float) -> None:
         raise ValueError(f"{name} is a fraction in [0, 1], not a percentage, got {value}")
 
 
-def check_count(name: str, value: int) -> None:
-    """Raises TypeError unless value is an integer and ValueError below 0."""
-    if not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    check_number(name, value, 0)
+def check_count(name: str, value: int, low: int = 0) -> None:
+    """Raises TypeError unless value is an integer and ValueError below low, or where int32 cannot hold it."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if value < low:
+        raise ValueError(f"{name} must be at least {low}, got {value}")
+    if not torch.compiler.is_compiling() and value >= 1 << 31:
+        raise ValueError(f"{name} must be below 2^31, got {value}")
 
 
-def check_choice(name: str, value: str | None, choices: Iterable[str | None]) -> None:
+def check_flag(name: str, value: bool) -> None:
+    """Raises TypeError for what is neither True nor False nor an integer."""
+    if not isinstance(value, (bool, int)):
+        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+
+
+def check_choice(name: str, value: str | int | None, choices: Iterable[str | int | None]) -> None:
     """Raises ValueError for a name that is not one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"unknown {name} {value!r}, expected one of {', '.join(map(repr, choices))}")
+    if not isinstance(value, (str, int, float, type(None))) or value not in tuple(choices):
+        raise ValueError(f"unknown {name} {shown(value)}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_logp(logp: Tensor) -> None:
+def check_group(group: torch.distributed.ProcessGroup | None) -> None:
+    """Raises TypeError for what is neither a process group nor the backend of one."""
+    if group is not None and not hasattr(group, "allreduce"):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {shown(group)}")
+
+
+def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
+    """Raises TypeError or ValueError for what cannot draw numbers on a device."""
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
+    if generator.device.type != device.type:
+        raise ValueError(f"generator must be on the device {device}, got one on {generator.device}")
+
+
+def shown(value: object) -> str:
+    """What an error says was given: a name or a number as it is, of anything else its type."""
+    return repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
+
+
+def check_logp(logp: Tensor, name: str = "logp") -> None:
     """Raises TypeError or ValueError unless logp is a float tensor [B, T]."""
     if not isinstance(logp, Tensor) or not logp.dtype.is_floating_point:
-        raise TypeError(f"logp must be a float tensor [B, T], got {logp.dtype if isinstance(logp, Tensor) else type(logp).__name__}")
+        raise TypeError(f"{name} must be a float tensor [B, T], got {logp.dtype if isinstance(logp, Tensor) else type(logp).__name__}")
     if logp.dim() != 2:
-        raise ValueError(f"logp must be [B, T], one log-probability a token, got shape {tuple(logp.shape)}")
+        raise ValueError(f"{name} must be [B, T], one log-probability a token, got shape {tuple(logp.shape)}")
 
 
-def check_tokens(name: str, x: Tensor, logp: Tensor, *, floating: bool = True) -> None:
+def check_tokens(name: str, x: Tensor, logp: Tensor, *, floating: bool = True, of: str = "logp") -> None:
     """x must be a tensor with the shape and on the device of logp [B, T]; float unless floating is False (a mask: bool or any real number)."""
     kind = "float tensor" if floating else "bool or number tensor"
     if not isinstance(x, Tensor) or x.dtype.is_complex or (floating and not x.dtype.is_floating_point):
         raise TypeError(f"{name} must be a {kind} [B, T], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if x.shape != logp.shape:
-        raise ValueError(f"{name} must have the shape of logp {tuple(logp.shape)}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have the shape of {of} {tuple(logp.shape)}, got {tuple(x.shape)}")
     if x.device != logp.device:
-        raise ValueError(f"{name} must be on the device of logp {logp.device}, got {x.device}")
+        raise ValueError(f"{name} must be on the device of {of} {logp.device}, got {x.device}")
 
 
 def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .checks import as_bool, check_logp, check_tokens, numbers, per_token
+from .checks import as_bool, check_group, check_logp, check_number, check_tokens, numbers, per_token, shown
 from .rows import call
 
 __all__ = ["covariance_quantiles", "token_covariance"]
@@ -56,6 +56,7 @@ def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: t
     """
     check_logp(logp)
     check_tokens("mask", mask, logp, floating=False)
+    check_group(group)
     return covariance_of(logp, per_token("advantages", advantages, logp), as_bool(mask), group)
 
 
@@ -84,11 +85,15 @@ def covariance_quantiles(covariance: Tensor, mask: Tensor, quantiles: tuple[floa
         raise ValueError(f"mask must have the shape of covariance {tuple(covariance.shape)}, got {tuple(mask.shape)}")
     if covariance.device != mask.device:
         raise ValueError(f"mask must be on the device of covariance {covariance.device}, got {mask.device}")
-    if not all(0 <= q <= 1 for q in quantiles):
-        raise ValueError(f"quantiles must be in [0, 1], got {quantiles}")
+    if not isinstance(quantiles, (tuple, list)):
+        raise TypeError(f"quantiles must be a tuple of numbers in [0, 1], got {shown(quantiles)}")
+    for q in quantiles:
+        check_number("quantiles", q, 0, 1)
     mask = as_bool(mask)
     ordered = torch.where(mask, covariance, math.nan).flatten().sort().values
     ordered = torch.nn.functional.pad(ordered, (0, 1))  # something to read in an empty batch
     last = (mask.sum() - 1).clamp(min=0).to(torch.float64)
+    if not quantiles:
+        return covariance.new_empty(0)
     ranks = torch.stack([(last * q).floor().to(torch.int64) for q in quantiles])
     return torch.where(mask.any(), ordered.gather(0, ranks), 0)

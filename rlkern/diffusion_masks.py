@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import as_bool, check_number
+from .checks import as_bool, check_count, check_flag, check_number
 
 __all__ = ["MaskDraws", "bernoulli_masks", "count_masks", "quadrature_levels"]
 
@@ -81,7 +81,9 @@ def _spread(stream: _Stream, draws: Tensor, num_draws: int, stratified: bool) ->
     """float64 [B, n], each uniform in [0, 1). Stratified: one number for all draws, moved on by 1/num_draws a draw."""
     if not stratified:
         return _uniform(stream.own)
-    return (_uniform(stream.shared) + draws / num_draws) % 1.0
+    # Divided by a tensor: CUDA multiplies by the reciprocal of a Python number, and a last bit decides about masks.
+    draws = draws.to(torch.float64)
+    return (_uniform(stream.shared) + draws / draws.new_full((), num_draws)) % 1.0
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------------------------------
@@ -95,16 +97,17 @@ class _Request(NamedTuple):
     stream: _Stream
 
 
-def _request(response_mask, num_mc, seed, draw, rollouts, complementary) -> _Request:
+def _request(response_mask, num_mc, seed, draw, rollouts, stratified, complementary) -> _Request:
+    check_flag("stratified", stratified)
+    check_flag("complementary", complementary)
     if not isinstance(response_mask, Tensor) or response_mask.dtype.is_complex:
         got = response_mask.dtype if isinstance(response_mask, Tensor) else type(response_mask).__name__
         raise TypeError(f"response_mask must be a bool or number tensor [B, S], got {got}")
     if response_mask.dim() != 2:
         raise ValueError(f"response_mask must be [B, S], got shape {tuple(response_mask.shape)}")
-    if not isinstance(num_mc, int) or isinstance(num_mc, bool):
-        raise TypeError(f"num_mc must be an int, got {type(num_mc).__name__}")
-    if num_mc < 1 or (complementary and num_mc % 2):
-        raise ValueError(f"num_mc must be {'an even number, two draws a pair' if complementary else 'at least 1'}, got {num_mc}")
+    check_count("num_mc", num_mc, 1)
+    if complementary and num_mc % 2:
+        raise ValueError(f"num_mc must be an even number with complementary=True, two draws a pair, got {num_mc}")
     if draw is not None:
         if not isinstance(draw, int) or isinstance(draw, bool):
             raise TypeError(f"draw must be an int or None, got {type(draw).__name__}")
@@ -113,11 +116,14 @@ def _request(response_mask, num_mc, seed, draw, rollouts, complementary) -> _Req
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
             raise TypeError(f"seed must be an int or one int64, got {seed.dtype} {tuple(seed.shape)}")
+        if seed.device != response_mask.device and seed.device.type != "cpu":
+            raise ValueError(f"seed must be on the device of response_mask {response_mask.device} or on the CPU, got {seed.device}")
         seed = seed.reshape(())
     else:
         if not isinstance(seed, int) or isinstance(seed, bool):
             raise TypeError(f"seed must be an int or a tensor of one int64, got {type(seed).__name__}")
-        check_number("seed", seed, -(2**63), 2**63 - 1)
+        if not -(1 << 63) <= seed < 1 << 63:
+            raise ValueError(f"seed must be an int64, got {seed}")
     batch, device = response_mask.shape[0], response_mask.device
     if rollouts is None:
         rollouts = torch.arange(batch, device=device)
@@ -177,7 +183,7 @@ def count_masks(
     Raises:
         TypeError, ValueError, IndexError: for dtypes, shapes, devices and numbers other than the above.
     """
-    r = _request(response_mask, num_mc, seed, draw, rollouts, complementary)
+    r = _request(response_mask, num_mc, seed, draw, rollouts, stratified, complementary)
     lengths = r.response.sum(-1, keepdim=True)
     u = _spread(r.stream, r.slots, r.num_slots, stratified)
     choices = lengths + 1 if complementary else lengths
@@ -193,7 +199,7 @@ def count_masks(
         odd = r.draws % 2 == 1
         mask = (mask ^ odd.unsqueeze(-1)) & r.response.unsqueeze(1)
         count = torch.where(odd, lengths - count, count)
-    return _result(mask, torch.where(count > 0, choices / count.clamp(min=1), 0), draw)
+    return _result(mask, torch.where(count > 0, choices.to(torch.float64) / count.clamp(min=1), 0), draw)
 
 
 @torch.no_grad()
@@ -231,13 +237,14 @@ def bernoulli_masks(
     Raises:
         TypeError, ValueError, IndexError: for dtypes, shapes, devices and numbers other than the above.
     """
+    check_flag("complementary", complementary)
     check_number("low", low, 0, 1)
     check_number("high", high, 0, 1)
     if low >= high:
         raise ValueError(f"low must be below high, got {low} and {high}")
     if complementary and p is None and high == 1:
         raise ValueError("complementary masks weigh 1 / (1 - p): give high below 1, got 1")
-    r = _request(response_mask, num_mc, seed, draw, rollouts, complementary)
+    r = _request(response_mask, num_mc, seed, draw, rollouts, stratified, complementary)
     if p is None:
         p = low + (high - low) * _spread(r.stream, r.slots, r.num_slots, stratified)
     else:
@@ -276,9 +283,12 @@ def quadrature_levels(n: int, *, device: torch.device | str | None = None) -> tu
     polynomial of degree L - 1 in p, and smooth.
 
     Raises:
-        ValueError: for n below 1.
+        TypeError, ValueError: for n that is no integer or below 1, and for what is no device.
     """
-    if n < 1:
-        raise ValueError(f"a quadrature rule has at least 1 level, got {n}")
+    check_count("n", n, 1)
+    try:
+        device = torch.empty(0, device=device).device
+    except Exception as error:  # whatever this PyTorch has against it
+        raise ValueError(f"device must be one that this PyTorch has, got {device!r}: {error}") from None
     nodes, weights = np.polynomial.legendre.leggauss(n)
     return torch.from_numpy((nodes + 1) / 2).to(device), torch.from_numpy(weights / 2).to(device)

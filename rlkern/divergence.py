@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from .checks import check_choice, check_number
 from .rows import OnlyOnce, accumulation_dtype, as_rows, check_device, check_logits, check_mask, check_temperature, rows_per_chunk
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
@@ -125,7 +126,7 @@ class _TokenDivergence(torch.autograd.Function):
             return (backward(*ctx.saved_tensors, *ctx.constants, gradient), *(None,) * 6)
         with torch.no_grad():  # create_graph=True
             d_logits = backward(*ctx.saved_tensors, *ctx.constants, gradient)
-        return (OnlyOnce.apply(d_logits, ctx.saved_tensors[0]), *(None,) * 6)
+        return (OnlyOnce.apply(d_logits, ctx.saved_tensors[0], "use rlkern.reference.token_divergence"), *(None,) * 6)
 
 
 def token_divergence(
@@ -149,7 +150,7 @@ def token_divergence(
         logits: [..., V] of the policy or student, float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.
         other: [..., V] of the teacher or reference, any of these dtypes; used detached.
         kind, beta: see above; 0 < beta < 1 and for "jsd" alone (the two KL divergences are its limits, rescaled).
-        temperature: a positive float, or a tensor [...] with one entry a row; it divides both.
+        temperature: a positive float, or a tensor [...] with one entry a row, anything where mask is 0; it divides both.
         mask: [...] bool or number; where it is 0 the result is 0 and no gradient flows, whatever the rows hold.
 
     Returns:
@@ -165,12 +166,10 @@ def token_divergence(
     if other.shape != logits.shape:
         raise ValueError(f"other must have the shape of logits {tuple(logits.shape)}, got {tuple(other.shape)}")
     check_device("other", other, logits)
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}, expected one of {', '.join(map(repr, KINDS))}")
-    if not isinstance(beta, (int, float)) or isinstance(beta, bool):
-        raise TypeError(f"beta must be a number, got {type(beta).__name__}")
+    check_choice("kind", kind, KINDS)
+    check_number("beta", beta)
     if not 0 < beta < 1:
         raise ValueError(f"beta is the weight of `other` in the mixture, 0 < beta < 1, got {beta}")
     mask = check_mask(mask, logits)
-    row_temperature, temperature = check_temperature(temperature, logits)
+    row_temperature, temperature = check_temperature(temperature, logits, mask=mask)
     return _TokenDivergence.apply(logits, other.detach(), mask, row_temperature, temperature, kind, float(beta))

@@ -7,10 +7,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_flag
 from .ops import token_logprobs
-from .rows import DEBUG, accumulation_dtype, check_device, check_ignore_index, check_logits, check_mask, check_targets, watched
+from .rows import accumulation_dtype, check_device, check_ignore_index, check_logits, check_mask, check_targets, values_at_hand
 
-__all__ = ["ELBORows", "elbo_rows", "masked_elbo", "values_at_hand"]
+__all__ = ["ELBORows", "elbo_rows", "masked_elbo"]
+
+
+class _SequenceSums(torch.autograd.Function):
+    """[N] -> [num_seqs]: segment_reduce, whose own backward runs one thread a sequence on a GPU, with an indexed one. seq_idx says num_seqs in a row
+    that belongs to no sequence."""
+
+    @staticmethod
+    def forward(ctx, values, seq_idx, offsets):
+        ctx.save_for_backward(seq_idx)
+        return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)  # `unsafe` leaves out checks that wait for the device
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (seq_idx,) = ctx.saved_tensors
+        return torch.cat([gradient, gradient.new_zeros(1)])[seq_idx], None, None
 
 
 class ELBORows(NamedTuple):
@@ -20,7 +36,8 @@ class ELBORows(NamedTuple):
     counted: Tensor  # bool
     weight: Tensor  # accumulation dtype, 0 where not counted
     num_seqs: int
-    offsets: Tensor | None  # packed: sequence i is [offsets[i], offsets[i + 1]); None: the last dimension is one sequence
+    offsets: Tensor | None = None  # packed: sequence i is [offsets[i], offsets[i + 1]); None: the last dimension is one sequence
+    seq_idx: Tensor | None = None  # packed: the sequence of each row, num_seqs for a row of none
 
     def token_logp(self, logits: Tensor, **options) -> Tensor:
         """`token_logprobs` of the counted rows, 0 elsewhere."""
@@ -31,8 +48,7 @@ class ELBORows(NamedTuple):
         values = self.weight * values
         if self.offsets is None:
             return values.sum(-1)
-        # `unsafe` leaves out checks that wait for the device. The clone: segment_reduce saves its result, and callers may write into ours.
-        return torch.segment_reduce(values, "sum", offsets=self.offsets, unsafe=True).clone()
+        return _SequenceSums.apply(values, self.seq_idx, self.offsets)
 
     def old(self, old_token_logp: Tensor) -> Tensor:
         """Stored log-probabilities detached, 0 where not counted. Raises TypeError, ValueError."""
@@ -43,11 +59,6 @@ class ELBORows(NamedTuple):
             raise ValueError(f"old_token_logp must have the shape of targets {tuple(self.targets.shape)}, got {tuple(old_token_logp.shape)}")
         check_device("old_token_logp", old_token_logp, self.weight)
         return torch.where(self.counted, old_token_logp.detach().to(self.weight.dtype), 0)
-
-
-def values_at_hand(x: Tensor) -> bool:
-    """Whether a check may read numbers of x on the host: they are there (or RLKERN_DEBUG=1 asks to wait for them) and nothing is being traced."""
-    return not watched(x) and (DEBUG or x.device.type == "cpu")
 
 
 def _check_packing(seq_idx: Tensor | None, num_seqs: int | None, logits: Tensor) -> None:
@@ -66,13 +77,15 @@ def _check_packing(seq_idx: Tensor | None, num_seqs: int | None, logits: Tensor)
         raise TypeError("packed rows need num_seqs=, the number of sequences: the largest index cannot be read without waiting for the device")
     if not isinstance(num_seqs, (int, torch.SymInt)) or isinstance(num_seqs, bool):
         raise TypeError(f"num_seqs must be an int, got {type(num_seqs).__name__}")
+    if not torch.compiler.is_compiling() and num_seqs >= 1 << 31:
+        raise ValueError(f"num_seqs must be below 2^31, got {num_seqs}")
     if num_seqs < 0 or (num_seqs == 0 and seq_idx.shape[0] > 0):
         raise ValueError(f"num_seqs must count the sequences of {seq_idx.shape[0]} packed rows, got {num_seqs}")
     if values_at_hand(seq_idx) and seq_idx.numel():
         if (seq_idx[1:] < seq_idx[:-1]).any():
             raise ValueError("seq_idx must be sorted: the rows of a sequence stand together, sequences in order")
         if seq_idx[0] < 0 or seq_idx[-1] >= num_seqs:
-            raise ValueError(f"seq_idx must be in [0, {num_seqs}), got {seq_idx[0].item()} to {seq_idx[-1].item()}")
+            raise ValueError(f"seq_idx must be in [0, {num_seqs}), got {seq_idx[0].item()} to {seq_idx[-1].item()} with num_seqs={num_seqs}")
 
 
 def _row_weights(weight: Tensor, logits: Tensor, packed: bool) -> Tensor:
@@ -119,9 +132,12 @@ def elbo_rows(
             got = weight[bad][0].item()
             raise ValueError(f"weight must be finite and not negative wherever mask counts, got {got} (1/t needs t > 0: draw t from (0, 1])")
     if seq_idx is None:
-        return ELBORows(targets, counted, weight, logits.shape[0], None)
-    firsts = torch.arange(num_seqs + 1, device=seq_idx.device, dtype=seq_idx.dtype)
-    return ELBORows(targets, counted, weight, num_seqs, torch.searchsorted(seq_idx.contiguous(), firsts))
+        return ELBORows(targets, counted, weight, logits.shape[0])
+    seq_idx = seq_idx.long()
+    firsts = torch.arange(num_seqs + 1, device=seq_idx.device)
+    offsets = torch.searchsorted(seq_idx.contiguous(), firsts)
+    # On a GPU nobody has looked: an index out of range must not be read by.
+    return ELBORows(targets, counted, weight, num_seqs, offsets, torch.where((seq_idx >= 0) & (seq_idx < num_seqs), seq_idx, num_seqs))
 
 
 def masked_elbo(
@@ -173,6 +189,7 @@ def masked_elbo(
         weights that are negative or not finite where counted, and for seq_idx that is unsorted or out of range.
         IndexError: as `rlkern.token_stats`.
     """
+    check_flag("return_token_logp", return_token_logp)
     rows = elbo_rows(logits, targets, weight, mask=mask, seq_idx=seq_idx, num_seqs=num_seqs, ignore_index=ignore_index)
     old = None if old_token_logp is None else rows.old(old_token_logp)
     token_logp = rows.token_logp(logits, temperature=temperature, inplace_backward=inplace_backward)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_count, check_flag
 from .ops import (
     TokenStats,
     _as_op,
@@ -18,9 +19,23 @@ from .ops import (
     _token_stats,
     _write_gradient,
 )
-from .rows import OnlyOnce, accumulation_dtype, check_device, check_ignore_index, check_logits, check_mask, check_targets, check_temperature
+from .rows import (
+    DEBUG,
+    OnlyOnce,
+    accumulation_dtype,
+    check_device,
+    check_ignore_index,
+    check_logits,
+    check_mask,
+    check_target_range,
+    check_targets,
+    check_temperature,
+    counted_rows,
+)
 
 __all__ = ["linear_token_stats"]
+
+_SECOND = "use rlkern.reference.token_stats of torch.nn.functional.linear(hidden, weight, bias), with targets [..., K]"
 
 _lib = torch.library.Library("rlkern", "FRAGMENT")
 _ARGS = (
@@ -65,15 +80,6 @@ class _Chunks:
             yield rows, logits, *(None if x is None else x[rows] for x in self.by_row)
 
 
-def _counted(targets, mask, ignore_index) -> Tensor | None:
-    """Whether each row counts, None for all."""
-    if targets is None:
-        return mask
-    valid = targets != ignore_index
-    valid = valid.any(-1) if valid.dim() > 1 else valid
-    return valid if mask is None else valid & mask
-
-
 def _indices(counted: Tensor | None) -> Tensor | None:
     """The rows that count, to leave the others out of the products; None for all, as on a GPU, which the host would have to wait for."""
     if counted is None or counted.device.type != "cpu" or counted.all():
@@ -97,7 +103,9 @@ def _linear_token_stats(hidden, weight, bias, targets, mask, row_temperature, ch
         return stats
     out = _flat(lead, *stats)  # views: they are contiguous
     hidden, targets, mask, row_temperature = _flat(lead, hidden, targets, mask, row_temperature)
-    counted = _indices(_counted(targets, mask, ignore_index))
+    if targets is not None and (DEBUG or hidden.device.type == "cpu"):  # here, where rows have their own numbers
+        check_target_range(targets.view(len(hidden), -1), mask, ignore_index, weight.shape[0])
+    counted = _indices(counted_rows(targets, mask, ignore_index, 1))
     picked = _pick(counted, hidden, targets, mask, row_temperature)
     results = out if counted is None else _new_stats(picked[0], picked[1], options[0], *options[2:])
     for rows, logits, *of_rows in _Chunks(picked[0], weight, bias, chunk_rows, *picked[1:]):
@@ -121,7 +129,7 @@ def _linear_token_stats_backward(
     (d_hidden,) = _flat(lead, d_hidden)
     weight_sum = None if d_weight is None else torch.zeros_like(weight, dtype=acc)
     bias_sum = None if d_bias is None else torch.zeros_like(bias, dtype=acc)
-    counts = _counted(*by_row[:2], ignore_index)
+    counts = counted_rows(*by_row[:2], ignore_index, 1)
     counted = _indices(counts)
     if counted is None and counts is not None:
         hidden = hidden.masked_fill(~counts.unsqueeze(-1), 0)  # what a row that does not count holds, NaN even, meets a gradient of 0
@@ -196,7 +204,7 @@ class _LinearTokenStats(torch.autograd.Function):
             out = torch.ops.rlkern.linear_token_stats_backward.default(*tensors, *ctx.constants, state, *grads, wanted)
         out = [g if want else None for g, want in zip(out, wanted, strict=True)]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            out = [None if g is None else OnlyOnce.apply(g, x) for g, x in zip(out, tensors[:3], strict=True)]
+            out = [None if g is None else OnlyOnce.apply(g, x, _SECOND) for g, x in zip(out, tensors[:3], strict=True)]
         return (*out, None, None, None, None, None)
 
 
@@ -207,7 +215,7 @@ def _check_matrix(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden {hidden.dtype} (or run under torch.autocast), got {x.dtype}")
-        check_device(name, x, hidden)
+        check_device(name, x, hidden, "hidden")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"weight must be [V, {hidden.shape[-1]}] with V >= 1 for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -261,16 +269,17 @@ def linear_token_stats(
     if isinstance(hidden, Tensor) and not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight, bias = (_autocast(x, hidden.device.type) for x in (hidden, weight, bias))
     _check_matrix(hidden, weight, bias)
-    targets = check_targets(targets, hidden)
-    mask = check_mask(mask, hidden)
-    row_temperature, temperature = check_temperature(temperature, hidden)
+    targets = check_targets(targets, hidden, "hidden")
+    mask = check_mask(mask, hidden, "hidden")
+    ignore_index = check_ignore_index(ignore_index)
+    row_temperature, temperature = check_temperature(temperature, hidden, targets, mask, ignore_index)
     kept_kind, log_kept = _check_kept(min_p, min_prob)
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(hidden, weight.shape[0])
-    elif not isinstance(chunk_rows, int) or isinstance(chunk_rows, bool):
-        raise TypeError(f"chunk_rows must be an int, got {type(chunk_rows).__name__}")
-    elif chunk_rows < 1:
-        raise ValueError(f"chunk_rows must be at least 1, got {chunk_rows}")
+    else:
+        check_count("chunk_rows", chunk_rows, 1)
+    check_flag("with_sum_sq", with_sum_sq)
+    check_flag("with_entropy", with_entropy)
 
-    options = (temperature, check_ignore_index(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
+    options = (temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return _as_stats(_LinearTokenStats.apply(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, options), targets, options)

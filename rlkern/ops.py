@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, spare
+from .checks import check_flag, check_number
 from .rows import (
     DEBUG,
     OnlyOnce,
@@ -29,6 +30,8 @@ from .rows import (
 
 STATE_SIZE = 6  # columns of the backward's row state before the targets' own, see backends.py
 _KEPT_NONE, _KEPT_MIN_P, _KEPT_MIN_PROB = 0, 1, 2
+
+_SECOND = "use rlkern.reference.token_stats, with targets [..., K], and the loss on what it returns"
 
 _lib = torch.library.Library("rlkern", "DEF")
 _ROW_ARGS = "Tensor? targets, Tensor? mask, Tensor? row_temperature, float temperature, int ignore_index"
@@ -203,7 +206,7 @@ class _TokenStats(torch.autograd.Function):
             return (_gradient(ctx, grads[:-1]), None, None, None, None, None)
         with torch.no_grad():  # create_graph=True
             d_logits = _gradient(ctx, grads[:-1])
-        return (OnlyOnce.apply(d_logits, ctx.saved_tensors[0]), None, None, None, None, None)
+        return (OnlyOnce.apply(d_logits, ctx.saved_tensors[0], _SECOND), None, None, None, None, None)
 
 
 def _gradient(ctx, grads) -> Tensor:
@@ -232,6 +235,7 @@ def _check_kept(min_p: float | None, min_prob: float | None) -> tuple[int, float
         raise ValueError(f"give min_p (relative to the largest probability) or min_prob (absolute), not both: got {min_p} and {min_prob}")
     for name, value, kind in (("min_p", min_p, _KEPT_MIN_P), ("min_prob", min_prob, _KEPT_MIN_PROB)):
         if value is not None:
+            check_number(name, value)
             if not 0 < value <= 1:
                 raise ValueError(f"{name} is a fraction in (0, 1], got {value}")
             return kind, math.log(value)
@@ -254,11 +258,14 @@ def _stats(logits, targets, mask, temperature, ignore_index, min_p, min_prob, wi
     check_logits(logits)
     targets = None if targets is None else check_targets(targets, logits)
     mask = check_mask(mask, logits)
-    row_temperature, temperature = check_temperature(temperature, logits)
+    ignore_index = check_ignore_index(ignore_index)
+    row_temperature, temperature = check_temperature(temperature, logits, targets, mask, ignore_index)
     kept_kind, log_kept = _check_kept(min_p, min_prob)
+    for name, flag in (("with_sum_sq", with_sum_sq), ("with_entropy", with_entropy), ("inplace_backward", inplace_backward)):
+        check_flag(name, flag)
     if inplace_backward:
         _check_inplace(logits)
-    options = (temperature, check_ignore_index(ignore_index), kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
+    options = (temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return _as_stats(_TokenStats.apply(logits, targets, mask, row_temperature, options, bool(inplace_backward)), targets, options)
 
 
@@ -297,7 +304,7 @@ def token_stats(
             (probability 0, gradient 0).
         targets: [...] integer token ids, or [..., K] for K log-probabilities a row.
         mask: [...] bool or number; rows where it is 0 are not read: zeros out, zero gradient.
-        temperature: a positive float, or a tensor [...] with one entry a row. It carries no gradient.
+        temperature: a positive float, or a tensor [...] with one entry a row, anything where the row is not read. It carries no gradient.
         ignore_index: a target that marks its row as masked (with [..., K]: its entry; the row only when all K are ignored).
         min_p: keep the tokens with p >= min_p * max p, inclusive (Lp-Reg, arXiv 2510.03222, eq. 5). The set is detached.
         min_prob: keep the tokens with p >= min_prob, inclusive. An empty set has kept_logmass -inf and no gradient.

@@ -24,6 +24,8 @@ SUMMARY = (
     *("tokens", "log_mean_ratio", "abs_log_ratio"),
 )
 
+_SECOND = 'compute the loss under rlkern.use_backend("reference"), or differentiate it with torch.func'
+
 _lib = torch.library.Library("rlkern", "FRAGMENT")
 _lib.define(
     "ratio_terms(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor mask, Tensor? unclipped, "
@@ -127,7 +129,7 @@ class _Attached(torch.autograd.Function):
         (slopes,) = ctx.saved_tensors
         with torch.no_grad():
             gradient = g * slopes  # autograd gives it the dtype of logp
-        return (OnlyOnce.apply(gradient, ctx.logp) if torch.is_grad_enabled() else gradient), None, None
+        return (OnlyOnce.apply(gradient, ctx.logp, _SECOND) if torch.is_grad_enabled() else gradient), None, None
 
 
 def attach(logp: Tensor, terms: Tensor, *, total: bool = False) -> Tensor:

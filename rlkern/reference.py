@@ -1,6 +1,7 @@
 """The mathematics in plain PyTorch: the oracle of the tests, and the fallback that runs on any device.
 
-`token_stats` is written as the formulas are printed and differentiates through autograd, in any dtype.
+`token_stats`, `token_divergence` and `row_moments` are written as the formulas are printed and differentiate through autograd, in any dtype, any
+number of times.
 `token_stats_forward` / `token_stats_backward` are the closed forms behind the operators, and what follows them is statistics over all tokens; see
 `backends.py` for the calling convention.
 """
@@ -46,6 +47,28 @@ def token_stats(
         kept = u >= lse.unsqueeze(-1) + math.log(min_prob)
     kept_logmass = None if kept is None else log_p.masked_fill(~kept.detach(), -math.inf).logsumexp(-1)
     return Reference(logp, entropy, lse, (p * p).sum(-1), kept_logmass)
+
+
+def token_divergence(logits: Tensor, other: Tensor, kind: str = "reverse_kl", beta: float = 0.5, temperature: float | Tensor = 1.0) -> Tensor:
+    """The divergences of `rlkern.token_divergence` between rows of finite logits [..., V], differentiable by autograd any number of times."""
+    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    log_p, log_q = (logits / scale).log_softmax(-1), (other / scale).log_softmax(-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if kind == "reverse_kl":
+        return kl(log_p, log_q)
+    if kind == "forward_kl":
+        return kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def row_moments(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(logit of the target minus the mean, variance) of rows [..., V] with targets [...], differentiable by autograd any number of times."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    return centred.gather(-1, targets.unsqueeze(-1)).squeeze(-1), centred.square().mean(-1)
 
 
 def _row_chunks(logits: Tensor):

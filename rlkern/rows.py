@@ -8,6 +8,8 @@ import os
 import torch
 from torch import Tensor
 
+from .checks import FINITE, shown
+
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 DEBUG = os.environ.get("RLKERN_DEBUG", "0") == "1"  # also check targets on a GPU, at the price of a sync
 
@@ -50,15 +52,16 @@ def call(op, function, *args):
 
 
 class OnlyOnce(torch.autograd.Function):
-    """Identity on a gradient that must not be differentiated again."""
+    """Identity on a gradient that must not be differentiated again; `remedy` says what has second derivatives."""
 
     @staticmethod
-    def forward(ctx, gradient, logits):
+    def forward(ctx, gradient, logits, remedy):
+        ctx.remedy = remedy
         return gradient.view_as(gradient)
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError("rlkern's gradients cannot be differentiated a second time; use rlkern.reference.token_stats where you need that")
+        raise RuntimeError(f"rlkern's gradients cannot be differentiated a second time; where you need that, {ctx.remedy}")
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
@@ -70,7 +73,7 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
         raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
 
 
-def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
+def check_targets(targets: Tensor, logits: Tensor, of: str = "logits") -> Tensor:
     if not isinstance(targets, Tensor):
         raise TypeError(f"targets must be an integer tensor, got {type(targets).__name__}")
     if targets.dtype.is_floating_point or targets.dtype.is_complex or targets.dtype == torch.bool:
@@ -78,38 +81,59 @@ def check_targets(targets: Tensor, logits: Tensor) -> Tensor:
     rows = logits.shape[:-1]
     single, several = targets.shape == rows, targets.dim() == logits.dim() and targets.shape[:-1] == rows and targets.shape[-1] > 0
     if not (single or several):
-        raise ValueError(f"targets must be {tuple(rows)} or {(*rows, 'K')} with K >= 1 for logits {tuple(logits.shape)}, got {tuple(targets.shape)}")
-    check_device("targets", targets, logits)
+        raise ValueError(f"targets must be {tuple(rows)} or {(*rows, 'K')} with K >= 1 for {of} {tuple(logits.shape)}, got {tuple(targets.shape)}")
+    check_device("targets", targets, logits, of)
     return targets.long()
 
 
 def check_ignore_index(ignore_index: int) -> int:
     if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"ignore_index must be an int, got {ignore_index!r}")
+        raise TypeError(f"ignore_index must be an int, got {shown(ignore_index)}")
+    if not torch.compiler.is_compiling() and not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index must be an int64, got {ignore_index}")
     return ignore_index
 
 
-def check_device(name: str, tensor: Tensor, logits: Tensor) -> None:
+def check_device(name: str, tensor: Tensor, logits: Tensor, of: str = "logits") -> None:
     if tensor.device != logits.device:
-        raise ValueError(f"{name} must be on the logits' device {logits.device}, got {tensor.device}")
+        raise ValueError(f"{name} must be on the device of {of} {logits.device}, got {tensor.device}")
 
 
-def check_mask(mask: Tensor | None, logits: Tensor) -> Tensor | None:
+def check_mask(mask: Tensor | None, logits: Tensor, of: str = "logits") -> Tensor | None:
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.dtype.is_complex:
+        raise TypeError(f"mask must be a bool or number tensor, got {mask.dtype}")
     if mask.shape != logits.shape[:-1]:
-        raise ValueError(f"mask must be {tuple(logits.shape[:-1])} for logits {tuple(logits.shape)}, got {tuple(mask.shape)}")
-    check_device("mask", mask, logits)
+        raise ValueError(f"mask must be {tuple(logits.shape[:-1])} for {of} {tuple(logits.shape)}, got {tuple(mask.shape)}")
+    check_device("mask", mask, logits, of)
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-def check_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tensor | None, float]:
+def counted_rows(targets: Tensor | None, mask: Tensor | None, ignore_index: int, dims: int) -> Tensor | None:
+    """Which rows are read, bool with `dims` dimensions; None for all. Targets may have one more."""
+    if targets is None:
+        return mask
+    counted = targets != ignore_index
+    counted = counted.any(-1) if counted.dim() > dims else counted
+    return counted if mask is None else counted & mask
+
+
+def values_at_hand(x: Tensor) -> bool:
+    """Whether a check may read numbers of x on the host: they are there (or RLKERN_DEBUG=1 asks to wait for them) and nothing is being traced."""
+    return not watched(x) and (DEBUG or x.device.type == "cpu")
+
+
+def check_temperature(
+    temperature: float | Tensor, logits: Tensor, targets: Tensor | None = None, mask: Tensor | None = None, ignore_index: int = -100
+) -> tuple[Tensor | None, float]:
+    """(a checked temperature [...] for rows, or None; one number, 1 beside a tensor). Rows that are not read may have any temperature."""
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
             raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {type(temperature).__name__}")
-        if not 0 < temperature < math.inf:
+        if not 0 < temperature <= FINITE:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if torch.compiler.is_compiling() and temperature != 1:
             # As a number, and in new_full, it would be part of the graph: compiled anew for every value.
@@ -126,10 +150,15 @@ def check_temperature(temperature: float | Tensor, logits: Tensor) -> tuple[Tens
         check_device("temperature", temperature, logits)
     elif temperature.device != logits.device:
         temperature = temperature.to(logits.device, non_blocking=True)
-    on_cpu = temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-    if on_cpu and not ((temperature > 0) & (temperature < math.inf)).all():
-        raise ValueError(f"temperature must be positive and finite in every row, got a minimum of {temperature.min().item()}")
-    return temperature.expand(rows), 1.0
+    temperature = temperature.expand(rows)
+    if values_at_hand(temperature):
+        bad = ~((temperature > 0) & (temperature < math.inf))
+        if bad.any():
+            counted = counted_rows(targets, mask, ignore_index, len(rows))
+            bad = bad if counted is None else bad & counted
+            if bad.any():
+                raise ValueError(f"temperature must be positive and finite in every row that is read, got {temperature[bad][0].item()}")
+    return temperature, 1.0
 
 
 def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import backends
 from .backends import one_pass as one_pass  # for the losses
-from .checks import as_bool, check_count, check_fraction, check_number, computing_dtype
+from .checks import as_bool, check_count, check_fraction, check_generator, check_number, computing_dtype, shown
 from .rows import call
 
 __all__ = ["fraction_count", "select_bottom", "select_fraction", "select_random", "select_random_fraction", "select_top", "selected_means"]
@@ -64,9 +64,9 @@ def _check_valid(valid: Tensor) -> None:
 def _as_count(count: Tensor | int, values: Tensor) -> Tensor:
     """0-d int64 on the device of values."""
     if not isinstance(count, Tensor):
-        check_number("count", count)
-        if isinstance(count, float):
-            raise TypeError(f"count must be an integer, got {count}")
+        if not isinstance(count, int):
+            raise TypeError(f"count must be an integer, got {shown(count)}")
+        check_number("count", count, -(1 << 63), (1 << 63) - 1)
         return torch.zeros((), dtype=torch.int64, device=values.device) + count
     if count.numel() != 1:
         raise ValueError(f"count must be one number, got shape {tuple(count.shape)}")
@@ -136,6 +136,7 @@ def select_random(valid: Tensor, count: Tensor | int, generator: torch.Generator
         TypeError, ValueError: for dtypes, shapes and devices other than these.
     """
     _check_valid(valid)
+    check_generator(generator, valid.device)
     return select_bottom(_random_keys(valid, generator), valid, count)
 
 

@@ -343,13 +343,13 @@ BNT = torch.zeros(2, 4, 3)
         (ValueError, "beta", lambda: vrpo_loss(B2, B2, B2, B2, beta=0)),
         (ValueError, "reference_logp", lambda: diffu_grpo_loss(BT, BT, B2, BT, kl_coef=0.1)),
         (ValueError, "clip_low", lambda: unigrpo_loss(BT, BT, B2, BT, clip_low=2)),
-        (TypeError, "logp of the draws", lambda: coupled_logp(BT, [1], BT, B2)),
+        (TypeError, "pair_logp must be a float tensor", lambda: coupled_logp(BT, [1], BT, B2)),
         (ValueError, r"\[B, 2, T\]", lambda: coupled_logp(BT, BNT, BNT, torch.zeros(2, 4))),
         (ValueError, "pair_logp", lambda: coupled_logp(BT, torch.zeros(2, 2, 5), torch.zeros(2, 2, 5), torch.zeros(2, 2))),
         (ValueError, "psi", lambda: wd1_loss(BT, B2, BT, psi=-1)),
         (ValueError, "advantages", lambda: wd1_loss(BT, BT, BT)),
         (ValueError, "divides the 2", lambda: wd1_loss(BT, B2, BT, group_size=3)),
-        (ValueError, "mask of the draws", lambda: spg_loss(BNT, B2, BT, torch.zeros(2, 4), BT)),
+        (ValueError, "draw_mask must have the shape of logp", lambda: spg_loss(BNT, B2, BT, torch.zeros(2, 4), BT)),
         (ValueError, "weight", lambda: spg_loss(BNT, B2, BNT, B2, BT)),
         (ValueError, "mask must have", lambda: spg_loss(BNT, B2, BNT, torch.zeros(2, 4), torch.zeros(2, 4))),
         (ValueError, "beta", lambda: spg_loss(BNT, B2, BNT, torch.zeros(2, 4), BT, beta=0)),
@@ -368,3 +368,14 @@ def test_errors(error, match, call):
 def test_exports():
     names = ("coupled_logp", "diffu_grpo_loss", "espo_loss", "next_tokens", "spg_loss", "unigrpo_loss", "vrpo_loss", "wd1_loss")
     assert set(names) <= set(rlkern.__all__)
+
+
+def test_no_draws():
+    """A mean over no draws would be NaN."""
+    none = torch.zeros(2, 0)
+    with pytest.raises(ValueError, match=r"elbo must be \[B\] or \[B, n\], .* got shape \(2, 0\)"):
+        espo_loss(none, None, torch.ones(2), torch.ones(2))
+    with pytest.raises(ValueError, match=r"chosen_elbo must be \[B\] or \[B, n\]"):
+        vrpo_loss(none, none, none, none)
+    with pytest.raises(ValueError, match=r"logp must be \[B, n, T\] with at least one draw, got shape \(2, 0, 3\)"):
+        spg_loss(torch.zeros(2, 0, 3), torch.ones(2), torch.ones(2, 0, 3), none, torch.ones(2, 3))

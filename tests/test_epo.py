@@ -124,7 +124,7 @@ def test_schedules():
     assert epo_beta(49, 100, schedule="released") == pytest.approx(1 - 0.2 * (1 - math.exp(-2 * 0.98)))
     assert epo_beta(50, 100, schedule="released") == pytest.approx(0.8)
     assert epo_beta(100, 100, schedule="released") == pytest.approx(0.8 * math.exp(-3))
-    for arguments, message in (((0, 1), "total_steps must be in"), ((101, 100), "step must be in")):
+    for arguments, message in (((0, 1), "total_steps must be at least 2"), ((101, 100), "step must be in")):
         with pytest.raises(ValueError, match=message):
             epo_beta(*arguments)
 
@@ -137,7 +137,7 @@ def test_schedules():
         ({"mean_entropy": "1"}, TypeError, "mean_entropy must be a number"),
         ({"smoothing": "l2"}, ValueError, "unknown smoothing 'l2'"),
         ({"alpha": -0.1}, ValueError, "alpha must be in"),
-        ({"kappa_low": 1.3}, ValueError, "kappa_high must be in"),
+        ({"kappa_low": 1.3}, ValueError, "kappa_high must not be below kappa_low, got .* and 1.3"),
     ],
 )
 def test_refuses(change, error, message):

@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PRIMITIVES = {"ops", "linear", "divergence", "moments", "covariance", "ratio", "selection", "advantages", "elbo", "diffusion_masks"}
 MAY_IMPORT = {  # module of rlkern: modules of rlkern; whatever is not listed here is a primitive
     "reference": set(),
-    "rows": set(),
+    "rows": {"checks"},
     "checks": set(),
     "spare": set(),
     "metrics": set(),

@@ -211,8 +211,8 @@ def test_full_selects_among_all_tokens():
 @pytest.mark.parametrize(
     "options, words",
     [({"rho": 1.5}, "rho is a fraction"), ({"rho_positive": 2}, "rho_positive is a fraction"), ({"kl_term": "exact"}, "unknown kl_term 'exact'"),
-     ({"select_from": "positive"}, "unknown select_from"), ({"kl_kind": "k5"}, "unknown KL kind"), ({"kl_kind": "kl"}, "lowers every selected token"),
-     ({"kl_clamp": -1}, "clamp of the KL"),
+     ({"select_from": "positive"}, "unknown select_from"), ({"kl_kind": "k5"}, "unknown kl_kind"), ({"kl_clamp": -1}, "kl_clamp must be in"),
+     ({"kl_kind": "kl"}, "lowers every selected token"),
      ({"kl_term": "full"}, "exactly one of kept_logmass"), ({"kept_logmass": torch.zeros(8, 16)}, "for kl_term='full'"),
      ({"kl_term": "full", "kept_logmass": torch.zeros(2, 2)}, "kept_logmass must have the shape"),
      ({"kl_term": "full", "rho_positive": 0.1}, "rho_positive is for kl_term='sampled'"), ({"kl_coef": -1}, "kl_coef")],

@@ -401,7 +401,7 @@ def test_metrics_of_nothing():
         ({"log_ratio_clamp": 1000.0}, ValueError, "log_ratio_clamp"),
         ({"weights": torch.ones(5)}, ValueError, "weights must be"),
         ({"kl_coef": 0.1}, ValueError, "needs reference_logp"),
-        ({"kl_kind": "k4"}, ValueError, "unknown KL kind 'k4'"),
+        ({"kl_kind": "k4"}, ValueError, "unknown kl_kind 'k4'"),
         ({"reference_logp": torch.zeros(3, 2)}, ValueError, "reference_logp must have the shape"),
     ],
 )

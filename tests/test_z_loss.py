@@ -140,7 +140,7 @@ def test_penalty_equals_formula():
         (lambda x, y: lse_penalty(x[..., 0], y.to("meta")), ValueError, "meta"),
         (lambda x, y: lse_penalty(x[..., 0], y, coef=-1), ValueError, "coef must be in"),
         (lambda x, y: lse_penalty(y, y), TypeError, "logsumexp must be a float tensor"),
-        (lambda x, y: lse_penalty(x[..., 0], y[:1]), ValueError, "mask must have the shape of values"),
+        (lambda x, y: lse_penalty(x[..., 0], y[:1]), ValueError, "mask must have the shape of logsumexp"),
     ],
 )
 def test_refuses(call, error, message):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..checks import check_choice, check_number
+from ..checks import check_choice, check_flag, check_number, shown
 from ..losses import aggregate, ppo_loss
 from ..losses.policy import clipped_surrogate
 from .patching import Patch
@@ -78,12 +78,19 @@ class PolicyLoss(nn.Module):
         super().__init__()
         check_number("clip_eps_low", clip_eps_low, 0, 1)
         check_number("clip_eps_high", clip_eps_high, 0)
-        if dual_clip is not None and not dual_clip > 1:
-            raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+        if dual_clip is not None:
+            check_number("dual_clip", dual_clip)
+            if not dual_clip > 1:
+                raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
+        check_flag("token_level_loss", token_level_loss)
         check_choice("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
         check_choice("is_correction_level", is_correction_level, ("off", "token", "seq"))
         check_choice("is_correction_mode", is_correction_mode, ("mask", "clip"))
         check_choice("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv"))
+        if not isinstance(is_correction_threshold, Sequence) or len(is_correction_threshold) != 2 or isinstance(is_correction_threshold, str):
+            raise TypeError(f"is_correction_threshold must be a pair (low, high), got {shown(is_correction_threshold)}")
+        for bound in is_correction_threshold:
+            check_number("is_correction_threshold", bound, 0)
         if is_correction_mode == "clip" and (is_correction_level, is_correction_gating) not in (("token", "ratio"), ("off", "ratio")):
             raise ValueError(
                 "is_correction_mode 'clip' bounds the ratio of a token: it needs is_correction_level 'token' and is_correction_gating 'ratio', "

@@ -79,13 +79,12 @@ def policy_loss(inputs: Any, *, loss: str, aggregation: str | None = None, mean_
     Raises:
         TypeError, ValueError: names and options that do not exist or do not fit. `check_loss` tells before training starts.
     """
-    if loss in _OVER_THE_BATCH:
+    if isinstance(loss, str) and loss in _OVER_THE_BATCH:
         raise ValueError(
             f"policy loss {loss!r} compares tokens of many sequences, and prime-rl calls a custom loss with one sequence at a time; expected one of "
             f"{', '.join(map(repr, LOSSES))}"
         )
-    if loss not in _TABLE:
-        raise ValueError(f"unknown policy loss {loss!r}, expected one of {', '.join(map(repr, LOSSES))}")
+    check_choice("policy loss", loss, LOSSES)
 
     function = _TABLE[loss]
     aggregation = own_aggregation(function) if aggregation is None else aggregation

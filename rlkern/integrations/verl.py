@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..checks import check_choice
+from ..checks import check_choice, check_flag
 from ..losses import (
     LossOutput,
     aggregate,
@@ -35,6 +35,7 @@ from ..losses import (
     vespo_loss,
 )
 from ..metrics import merge_rows
+from ..rows import check_logits
 from .patching import Patch
 
 __all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
@@ -360,6 +361,8 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
 
     inplace_backward: verl's argument, not followed: verl's engines pass True without knowing who else saved the logits. See `patch`.
     """
+    check_logits(logits)
+    check_flag("inplace_backward", inplace_backward)
     return ops.token_logprobs(logits, labels)
 
 

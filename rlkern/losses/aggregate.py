@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..checks import check_choice, check_number
+
 TOKEN_MODES = ("token-mean", "bnpo", "dapo")
 SEQUENCE_MODES = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "grpo", "dr_grpo")
 MODES = TOKEN_MODES + SEQUENCE_MODES
@@ -15,9 +17,10 @@ MODES = TOKEN_MODES + SEQUENCE_MODES
 
 def check_aggregation(mode: str, normalizer: float | Tensor | None = None) -> None:
     """Raises ValueError or TypeError for a mode that is not in `MODES` or a normalizer that is not a number. For losses, before they start."""
-    if mode not in MODES:
-        raise ValueError(f"unknown aggregation mode {mode!r}, expected one of {', '.join(map(repr, MODES))}")
+    check_choice("aggregation mode", mode, MODES)
     if isinstance(normalizer, Tensor):
+        if normalizer.dtype.is_complex:
+            raise TypeError(f"normalizer must be a real number, got {normalizer.dtype}")
         if normalizer.numel() != 1 or normalizer.requires_grad:
             raise ValueError(
                 f"normalizer must be one number without gradient, got shape {tuple(normalizer.shape)}, requires_grad={normalizer.requires_grad}"
@@ -27,6 +30,7 @@ def check_aggregation(mode: str, normalizer: float | Tensor | None = None) -> No
             raise TypeError(f"normalizer must be a number, a tensor with one element or None, got {type(normalizer).__name__}")
         if not normalizer >= 0:
             raise ValueError(f"normalizer must not be negative, got {normalizer}")
+        check_number("normalizer", normalizer)
 
 
 def own_aggregation(loss: Callable) -> str | None:

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from ..checks import computing_dtype
-from ..elbo import ELBORows, elbo_rows, values_at_hand
+from ..elbo import ELBORows, elbo_rows
+from ..rows import values_at_hand
 from .bgpo_options import CONVEX_KL, Options, advantage_vector, bgpo_options, factor, other_elbo, scale_factor
 from .kl import ESTIMATES
 from .policy import LARGEST_EXPONENT, bounded
@@ -270,6 +271,11 @@ def elbo_coeff(
         raise TypeError(f"elbo must be a float tensor [B], got {elbo.dtype if isinstance(elbo, Tensor) else type(elbo).__name__}")
     if elbo.dim() != 1:
         raise ValueError(f"elbo must be [B], one number a sequence, got shape {tuple(elbo.shape)}")
+    for name, x in (("advantages", advantages), ("old_elbo", old_elbo), ("ref_elbo", ref_elbo), ("ratio_scale", ratio_scale)):
+        if isinstance(x, Tensor) and x.dim() and x.shape[0] != elbo.shape[0]:
+            raise ValueError(f"{name} must be [B] with B = {elbo.shape[0]}, one number for each sequence of elbo, got {tuple(x.shape)}")
+        if isinstance(x, Tensor) and x.device != elbo.device:
+            raise ValueError(f"{name} must be on the device of elbo {elbo.device}, got {x.device}")
     elbo = elbo.to(computing_dtype(elbo))
     options = bgpo_options(
         elbo.shape[0],

@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..elbo import elbo_rows, values_at_hand
+from ..checks import check_count, check_number, shown
+from ..elbo import elbo_rows
+from ..rows import values_at_hand
 from .bgpo import Exact, bgpo_loss, check_elbo, check_old, exact_objective, log_ratio
 from .bgpo_options import advantage_vector, bgpo_options, factor, other_elbo, scale_factor
 from .policy import check_choice, number
@@ -24,19 +26,24 @@ def _draws(old_elbo: Tensor | None, ref_elbo: Tensor | None, num_mc: int | None,
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be a float tensor [B, n], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
         if x.dim() != 2 or x.shape[0] != n_sequences:
-            raise ValueError(f"{name} must be [B, n] with B = {n_sequences}, one column a draw, got {tuple(x.shape)}")
+            raise ValueError(f"{name} must be [B, n] with B = {n_sequences} as advantages, one column a draw, got {tuple(x.shape)}")
+    if num_mc is not None:
+        check_count("num_mc", num_mc, 1)
+    if mc_weights is not None and not (isinstance(mc_weights, Tensor) and mc_weights.dtype.is_floating_point and mc_weights.dim() > 0):
+        if not isinstance(mc_weights, Sequence) or isinstance(mc_weights, str):
+            raise TypeError(f"mc_weights must be a float tensor [n] or [B, n], or a sequence of numbers, got {shown(mc_weights)}")
+        for weight in mc_weights:
+            check_number("mc_weights", weight)
     columns = {"num_mc": num_mc}
     columns |= {name: x.shape[1] for name, x in (("old_elbo", old_elbo), ("ref_elbo", ref_elbo)) if x is not None}
     if mc_weights is not None:
-        columns["mc_weights"] = mc_weights.shape[-1] if isinstance(mc_weights, Tensor) and mc_weights.dim() else len(mc_weights)
+        columns["mc_weights"] = mc_weights.shape[-1] if isinstance(mc_weights, Tensor) else len(mc_weights)
     counts = {name: count for name, count in columns.items() if count is not None}
     if len(set(counts.values())) > 1:
         raise ValueError(f"the number of draws must be one, got {', '.join(f'{count} from {name}' for name, count in counts.items())}")
     count = next(iter(counts.values()), _MC_SAMPLES)
-    if not isinstance(count, int) or isinstance(count, bool):
-        raise TypeError(f"num_mc must be an int, got {type(count).__name__}")
     if count < 1:
-        raise ValueError(f"num_mc must be at least 1, got {count}")
+        raise ValueError(f"the number of draws must be at least 1, got {count} from {next(iter(counts))}")
     return count
 
 
@@ -273,6 +280,8 @@ class BGPOAccumulator:
         loss, ell, d, clipped = (torch.stack(x, -1) for x in zip(*draws, strict=True))
         like = draws[0].ell
         omega = torch.stack([factor("mc_weights", self._mc_weights[j], like, 1) * torch.ones_like(like) for j in sorted(self._seen)], -1)
+        if like.numel() == 0:  # a process without sequences
+            return {name: like.new_zeros(()) for name in ("loss", "elbo", "d_mean", "d_max", "clip_fraction", "ess")}
         ratio = omega * (d - d.amax(-1, keepdim=True)).exp()
         sequences, pairs = d.shape[0], d.numel()
         return {

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..elbo import values_at_hand
+from ..checks import FINITE, interval
+from ..rows import values_at_hand
 from .policy import LARGEST_EXPONENT, check_choice, check_clip, check_number
 from .ppo import check_dual_clip
 
@@ -51,6 +51,8 @@ def _lengths(lengths: Tensor | None, n: int, device: torch.device, preset: str) 
         raise ValueError(f"lengths must be [B] with B = {n}, got {tuple(lengths.shape)}")
     if lengths.device != device:
         raise ValueError(f"lengths must be on the logits' device {device}, got {lengths.device}")
+    if values_at_hand(lengths) and (lengths < 0).any():
+        raise ValueError(f"lengths must not be negative, got {lengths.min().item()}")
     return lengths.detach().double()  # rounded to the dtype of the computation later, once
 
 
@@ -136,7 +138,7 @@ def advantage_vector(advantages: Tensor, like: Tensor) -> Tensor:
     return advantages
 
 
-def factor(name: str, value: float | Tensor, like: Tensor, high: float = sys.float_info.max) -> float | Tensor:
+def factor(name: str, value: float | Tensor, like: Tensor, high: float = FINITE) -> float | Tensor:
     """A number, or what `vector` takes, in [0, high]. Raises TypeError, ValueError."""
     if not isinstance(value, Tensor):
         check_number(name, value, 0, high)
@@ -145,7 +147,7 @@ def factor(name: str, value: float | Tensor, like: Tensor, high: float = sys.flo
     if values_at_hand(value):
         bad = ~((value >= 0) & (value <= high))
         if bad.any():
-            raise ValueError(f"{name} must be in [0, {high}], got {value[bad][0].item()}")
+            raise ValueError(f"{name} must be {interval(0, high)}, got {value[bad][0].item()}")
     return value
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .policy import LossOutput, check_clip, check_number, clamped, finish, fraction, policy_tokens, ratio_metrics, score, weigh
+from ..checks import check_positive
+from .policy import LossOutput, check_clip, clamped, finish, fraction, policy_tokens, ratio_metrics, score, weigh
 
 
 def cispo_loss(
@@ -39,7 +40,7 @@ def cispo_loss(
     """
     check_clip(clip_low, clip_high)
     if cap is not None:
-        check_number("cap", cap, 0)
+        check_positive("cap", cap)
     p = policy_tokens(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import as_bool, check_count
+from ..checks import as_bool, check_count, check_flag, check_generator, check_group
 from ..covariance import covariance_of
 from ..selection import select_random_fraction, selected_means
 from .policy import LossOutput, PolicyInputs, check_choice, check_clip, check_fraction, check_number, check_tokens, policy_inputs
@@ -110,10 +110,14 @@ def clip_cov_loss(
     if cov_low > cov_high:
         raise ValueError(f"cov_low must not be above cov_high, got {cov_low} and {cov_high}")
     check_count("min_count", min_count)
+    check_flag("closed_band", closed_band)
+    check_flag("keep_value", keep_value)
+    check_group(group)
 
     x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
+    check_generator(generator, logp.device)
     covariance = covariance_of(logp, x.advantages, x.mask, group)
     ratio = clipped_ratio(x, clip_low, clip_high)
     if selected is not None:

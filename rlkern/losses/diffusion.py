@@ -23,23 +23,27 @@ from .policy import LossOutput, masked_mean, number, policy_tokens, total
 # --- checks and averages ---------------------------------------------------------------------------------------------------------------------
 
 
-def _check_float(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], expected: str, like: Tensor) -> None:
+def _check_float(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], expected: str, of: tuple[str, Tensor]) -> None:
+    """x must be a float tensor of one of these shapes, which another one, its name and itself, asks for."""
+    other, like = of
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float tensor {expected}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if tuple(x.shape) not in shapes:
-        raise ValueError(f"{name} must be {expected}, one of {shapes}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be {expected}, {' or '.join(map(str, shapes))} for {other} {tuple(like.shape)}, got {tuple(x.shape)}")
     if x.device != like.device:
-        raise ValueError(f"{name} must be on the device {like.device}, got {x.device}")
+        raise ValueError(f"{name} must be on the device of {other} {like.device}, got {x.device}")
 
 
-def _over_draws(name: str, elbo: Tensor, mc_weight: Tensor | None, like: Tensor | None = None) -> Tensor:
-    """An ELBO [B], or the mean of its draws [B, n], in the dtype of the computation."""
+def _over_draws(name: str, elbo: Tensor, mc_weight: Tensor | None, like: Tensor | None = None, first: str = "elbo") -> Tensor:
+    """An ELBO [B], or the mean of its draws [B, n], in the dtype of the computation. `like` [B] is what came of the one called `first`."""
     if not isinstance(elbo, Tensor) or not elbo.dtype.is_floating_point:
         raise TypeError(f"{name} must be a float tensor [B] or [B, n], got {elbo.dtype if isinstance(elbo, Tensor) else type(elbo).__name__}")
-    if elbo.dim() not in (1, 2):
+    if elbo.dim() not in (1, 2) or elbo.shape[1:] == (0,):
         raise ValueError(f"{name} must be [B] or [B, n], one ELBO a response or one a draw, got shape {tuple(elbo.shape)}")
     if like is not None and (elbo.shape[0] != like.shape[0] or elbo.device != like.device):
-        raise ValueError(f"{name} must have B = {like.shape[0]} responses on {like.device}, got {tuple(elbo.shape)} on {elbo.device}")
+        raise ValueError(
+            f"{name} must have B = {like.shape[0]} responses, as {first} has, on {like.device}, got {tuple(elbo.shape)} on {elbo.device}"
+        )
     elbo = elbo.to(computing_dtype(elbo))
     if elbo.dim() == 1:
         if mc_weight is not None:
@@ -47,7 +51,7 @@ def _over_draws(name: str, elbo: Tensor, mc_weight: Tensor | None, like: Tensor 
         return elbo
     if mc_weight is None:
         return elbo.mean(-1)
-    _check_float("mc_weight", mc_weight, (tuple(elbo.shape[1:]), tuple(elbo.shape)), "[n] or [B, n]", elbo)
+    _check_float("mc_weight", mc_weight, (tuple(elbo.shape[1:]), tuple(elbo.shape)), "[n] or [B, n]", (name, elbo))
     return (elbo * mc_weight.detach().to(elbo.dtype)).sum(-1)
 
 
@@ -82,7 +86,7 @@ def vrpo_loss(
     """
     chosen = _over_draws("chosen_elbo", chosen_elbo, mc_weight)
     others = (("rejected_elbo", rejected_elbo), ("ref_chosen_elbo", ref_chosen_elbo), ("ref_rejected_elbo", ref_rejected_elbo))
-    rejected, ref_chosen, ref_rejected = (_over_draws(name, x, mc_weight, chosen) for name, x in others)
+    rejected, ref_chosen, ref_rejected = (_over_draws(name, x, mc_weight, chosen, "chosen_elbo") for name, x in others)
     losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
     pairs = max(len(losses), 1)
     metrics = {
@@ -168,15 +172,15 @@ def unigrpo_loss(
     )
 
 
-def _check_draws(logp: Tensor, mask: Tensor, weight: Tensor, n: str) -> None:
-    """logp and mask [B, n, T], weight [B, n]."""
+def _check_draws(names: tuple[str, str], logp: Tensor, mask: Tensor, weight: Tensor, n: str) -> None:
+    """logp and mask [B, n, T], under the caller's names, and weight [B, n]."""
     if not isinstance(logp, Tensor) or not logp.dtype.is_floating_point:
         got = logp.dtype if isinstance(logp, Tensor) else type(logp).__name__
-        raise TypeError(f"logp of the draws must be a float tensor [B, {n}, T], got {got}")
-    if logp.dim() != 3 or (n.isdecimal() and logp.shape[1] != int(n)):
-        raise ValueError(f"logp of the draws must be [B, {n}, T], got shape {tuple(logp.shape)}")
-    check_tokens("mask of the draws", mask, logp, floating=False)
-    _check_float("weight", weight, (tuple(logp.shape[:2]),), f"[B, {n}]", logp)
+        raise TypeError(f"{names[0]} must be a float tensor [B, {n}, T], got {got}")
+    if logp.dim() != 3 or logp.shape[1] == 0 or (n.isdecimal() and logp.shape[1] != int(n)):
+        raise ValueError(f"{names[0]} must be [B, {n}, T] with at least one draw, got shape {tuple(logp.shape)}")
+    check_tokens(names[1], mask, logp, floating=False, of=names[0])
+    _check_float("weight", weight, (tuple(logp.shape[:2]),), f"[B, {n}]", (names[0], logp))
 
 
 def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight: Tensor) -> Tensor:
@@ -199,9 +203,9 @@ def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight
     Raises:
         TypeError, ValueError: for dtypes, shapes and devices other than the above.
     """
-    check_logp(full_logp)
-    _check_draws(pair_logp, pair_mask, weight, "2")
-    _check_float("pair_logp", pair_logp, ((full_logp.shape[0], 2, full_logp.shape[1]),), "[B, 2, T]", full_logp)
+    check_logp(full_logp, "full_logp")
+    _check_draws(("pair_logp", "pair_mask"), pair_logp, pair_mask, weight, "2")
+    _check_float("pair_logp", pair_logp, ((full_logp.shape[0], 2, full_logp.shape[1]),), "[B, 2, T]", ("full_logp", full_logp))
     dtype = computing_dtype(full_logp)
     guessed = torch.where(as_bool(pair_mask), pair_logp.to(dtype) * weight.detach().to(dtype).unsqueeze(-1), 0)
     return 0.5 * (full_logp.to(dtype) + guessed.sum(1))
@@ -242,7 +246,7 @@ def wd1_loss(
     check_number("psi", psi, 0)
     check_logp(logp)
     batch = logp.shape[0]
-    _check_float("advantages", advantages, ((batch,), (batch, 1)), "[B] or [B, 1]", logp)
+    _check_float("advantages", advantages, ((batch,), (batch, 1)), "[B] or [B, 1]", ("logp", logp))
     size = max(batch, 1) if group_size is None else group_size
     if not isinstance(size, int) or isinstance(size, bool) or size < 1 or batch % size:
         raise ValueError(f"group_size must be a number of responses that divides the {batch} of the batch, got {group_size}")
@@ -299,7 +303,7 @@ def spg_loss(
     if beta == 0:
         raise ValueError("beta must be positive, got 0")
     check_fraction("upper_weight", upper_weight)
-    _check_draws(logp, draw_mask, weight, "n")
+    _check_draws(("logp", "draw_mask"), logp, draw_mask, weight, "n")
     n = logp.shape[1]
     check_tokens("mask", mask, logp[:, 0], floating=False)
     mask = as_bool(mask)
@@ -365,7 +369,12 @@ def espo_loss(
     if not isinstance(lengths, Tensor) or lengths.dtype.is_complex:
         raise TypeError(f"lengths must be a tensor [B] of numbers, got {lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__}")
     if lengths.shape != elbo.shape or lengths.device != elbo.device:
-        raise ValueError(f"lengths must be {tuple(elbo.shape)} on {elbo.device}, got {tuple(lengths.shape)} on {lengths.device}")
+        raise ValueError(
+            f"lengths must be {tuple(elbo.shape)} on {elbo.device}, one for each response of elbo, got {tuple(lengths.shape)} on {lengths.device}"
+        )
+    check_number("kl_coef", kl_coef, 0)
+    if ref_elbo is None and kl_coef != 0:
+        raise ValueError(f"kl_coef={kl_coef} needs ref_elbo=, the same as elbo of the reference")
     lengths = lengths.detach().to(elbo.dtype).unsqueeze(-1)
 
     def a_token(name: str, x: Tensor | None) -> Tensor | None:

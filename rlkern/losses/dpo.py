@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..checks import FINITE, check_choice, check_flag
 from ..ops import token_stats
 from .dpo_types import F_DIVERGENCES, PAIR_LOSSES, Pairs
 from .sequence import check_labels, next_tokens
@@ -45,19 +45,27 @@ def _number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
 
 
-def _check_options(beta, label_smoothing, loss_type, loss_weights, f_divergence, f_alpha, discopop_tau, ipo) -> _Options:
+def _sequence(name: str, value: Sequence) -> tuple:
+    if not isinstance(value, Sequence):
+        raise TypeError(f"{name} must be a sequence, got {type(value).__name__}")
+    return tuple(value)
+
+
+def _check_options(beta, label_smoothing, loss_type, loss_weights, f_divergence, f_alpha, discopop_tau, ipo, reference_free) -> _Options:
     numbers = (("beta", beta), ("label_smoothing", label_smoothing), ("f_alpha", f_alpha), ("discopop_tau", discopop_tau))
     for name, value in numbers:
         _number(name, value)
     for name, value in (("beta", beta), ("discopop_tau", discopop_tau)):
-        if not 0 < value < math.inf:
+        if not 0 < value <= FINITE:
             raise ValueError(f"{name} must be positive and finite, got {value}")
-    if not -math.inf < f_alpha < math.inf:
+    if not -FINITE <= f_alpha <= FINITE:
         raise ValueError(f"f_alpha must be finite, got {f_alpha}")
     if not 0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing is the rate of flipped labels, 0 <= label_smoothing < 0.5, got {label_smoothing}")
 
-    loss_types = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    check_flag("ipo", ipo)
+    check_flag("reference_free", reference_free)
+    loss_types = (loss_type,) if isinstance(loss_type, str) else _sequence("loss_type", loss_type)
     if ipo:
         if loss_types not in (("sigmoid",), ("ipo",)):
             raise ValueError(f"ipo=True stands for loss_type='ipo', got loss_type={loss_type!r} as well")
@@ -65,24 +73,23 @@ def _check_options(beta, label_smoothing, loss_type, loss_weights, f_divergence,
     if not loss_types:
         raise ValueError("loss_type is an empty sequence, expected at least one name")
     for name in loss_types:
-        if name not in PAIR_LOSSES:
-            raise ValueError(f"unknown loss_type {name!r}, expected one of {', '.join(map(repr, PAIR_LOSSES))}")
-    weights = (1.0,) * len(loss_types) if loss_weights is None else tuple(loss_weights)
+        check_choice("loss_type", name, PAIR_LOSSES)
+    weights = (1.0,) * len(loss_types) if loss_weights is None else _sequence("loss_weights", loss_weights)
     if len(weights) != len(loss_types):
         raise ValueError(f"loss_weights must have one entry for each of the {len(loss_types)} loss types, got {len(weights)}")
     for weight in weights:
         _number("loss_weights", weight)
-        if not -math.inf < weight < math.inf:
+        if not -FINITE <= weight <= FINITE:
             raise ValueError(f"loss_weights must be finite, got {weights}")
 
-    if f_divergence not in F_DIVERGENCES:
-        raise ValueError(f"unknown f_divergence {f_divergence!r}, expected one of {', '.join(map(repr, F_DIVERGENCES))}")
+    check_choice("f_divergence", f_divergence, F_DIVERGENCES)
     options = _Options(beta, label_smoothing, loss_types, weights, f_divergence, f_alpha, discopop_tau)
     # An option that nothing listens to is a mistake that would otherwise stay unseen.
+    what = "ipo=True" if ipo else f"loss_type {loss_type!r}"
     if label_smoothing > 0 and not options.uses("label_smoothing"):
-        raise ValueError(f"loss_type {loss_type!r} takes no label_smoothing, got {label_smoothing}")
+        raise ValueError(f"{what} takes no label_smoothing, got {label_smoothing}")
     if f_divergence != "reverse_kl" and not options.uses("f_divergence"):
-        raise ValueError(f"loss_type {loss_type!r} takes no f_divergence, got {f_divergence!r}")
+        raise ValueError(f"{what} takes no f_divergence, got {f_divergence!r}")
     if "exo_pair" in loss_types and label_smoothing == 0:
         raise ValueError("loss_type 'exo_pair' needs label_smoothing > 0 (its paper: 1e-3), got 0")
     return options
@@ -143,7 +150,7 @@ def _pair_losses(policy, reference, sft_logps, lengths, weights, options: _Optio
         loss = loss if weight == 1 else weight * loss
         losses = loss if losses is None else losses + loss
     if weights is not None:
-        losses = losses * weights
+        losses = torch.where(weights == 0, 0, losses * weights)  # an impossible response of weight 0: an infinite loss that does not count
     return DPOOutput(losses, *rewards)
 
 
@@ -213,7 +220,7 @@ def dpo_loss(
         TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above, for missing lengths, and for
         label_smoothing or f_divergence where no loss type in use listens to it.
     """
-    options = _check_options(beta, label_smoothing, loss_type, loss_weights, f_divergence, f_alpha, discopop_tau, ipo)
+    options = _check_options(beta, label_smoothing, loss_type, loss_weights, f_divergence, f_alpha, discopop_tau, ipo, reference_free)
     logps = {
         "policy_chosen_logps": policy_chosen_logps,
         "policy_rejected_logps": policy_rejected_logps,
@@ -301,14 +308,16 @@ def dpo_loss_from_logits(
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above; IndexError as `rlkern.token_stats`.
     """
-    options = _check_options(beta, label_smoothing, loss_type, loss_weights, f_divergence, f_alpha, discopop_tau, ipo)
+    options = _check_options(beta, label_smoothing, loss_type, loss_weights, f_divergence, f_alpha, discopop_tau, ipo, reference_free)
+    check_flag("use_weighting", use_weighting)
+    check_flag("shift", shift)
     check_labels(labels, logits)
     if logits.dim() != 3 or logits.shape[0] % 2:
         raise ValueError(f"logits must be [2B, T, V], the chosen rows and then as many rejected ones, got shape {tuple(logits.shape)}")
     _check_ld_alpha(ld_alpha)
     if max_weight is not None:
         _number("max_weight", max_weight)
-        if not use_weighting or not max_weight > 0:
+        if not use_weighting or not 0 < max_weight <= FINITE:
             raise ValueError(f"max_weight is a positive bound on the weights of use_weighting=True, got {max_weight} with {use_weighting=}")
     if use_weighting:
         options.refuse_sorted("use_weighting")

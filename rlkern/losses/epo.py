@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, check_tokens
+from ..checks import FINITE, check_choice, check_count, check_number, check_tokens
 from .aggregate import aggregate
 from .inputs import per_sequence
 from .policy import LossOutput, check_clip, clean, excess, fraction, masked_mean, policy_inputs
@@ -50,8 +50,11 @@ def epo_beta(step: int, total_steps: int, *, gamma: float = 1.0, schedule: str =
     (a jump from 0.827 to 0.8, then down to 0.04).
     """
     check_choice("schedule", schedule, ("paper", "released"))
-    check_number("total_steps", total_steps, 2)
-    check_number("step", step, 0, total_steps)
+    check_count("total_steps", total_steps, 2)
+    check_number("step", step, 0)
+    if step > total_steps:
+        raise ValueError(f"step must be in [0, total_steps = {total_steps}], got {step}")
+    check_number("gamma", gamma, 0, FINITE)
     half = total_steps // 2
     if schedule == "paper":
         return 1 + math.exp(-gamma * step / half)
@@ -119,7 +122,9 @@ def epo_loss(
     check_choice("smoothing", smoothing, ("hinge", "indicator"))
     for name, value in (("coef", coef), ("alpha", alpha), ("beta", beta), ("kappa_low", kappa_low)):
         check_number(name, value, 0)
-    check_number("kappa_high", kappa_high, kappa_low)
+    check_number("kappa_high", kappa_high)
+    if kappa_high < kappa_low:
+        raise ValueError(f"kappa_high must not be below kappa_low, got {kappa_high} and {kappa_low}")
     x = policy_inputs(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
     p = clean(x)
     check_tokens("entropy", entropy, p.logp)

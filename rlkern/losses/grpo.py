@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..checks import check_flag
 from .kl import check_kl
 from .policy import LossOutput, check_clip, check_number, check_tokens, per_token, policy_inputs
 from .ppo import check_dual_clip
@@ -61,6 +62,7 @@ def grpo_loss(
     check_dual_clip(dual_clip)
     check_number("kl_coef", kl_coef, 0)
     check_kl(kl_kind, kl_clamp)
+    check_flag("kl_times_ratio", kl_times_ratio)
     x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
@@ -78,5 +80,7 @@ def grpo_loss(
         if kl_times_ratio:
             kl = times_ratio(kl, x, kl_kind)
         metrics["kl"] = kl[0].detach().sum() / ratio.count
-        terms = terms + kl_coef * (kl if kl_scale is None else kl * kl_scale)
+        if kl_scale is not None:
+            kl = torch.where(kl_scale == 0, 0, kl * kl_scale)  # selected: a ratio times an estimate may overflow
+        terms = terms + kl_coef * kl
     return finish_terms(terms, x, ratio.count, aggregation, normalizer, metrics)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..advantages import _Groups
-from ..checks import check_choice, check_number, check_tokens, computing_dtype, per_token
+from ..checks import FINITE, check_choice, check_flag, check_number, check_tokens, computing_dtype, per_token
 from .aggregate import aggregate
 from .kl import kl_estimate
 from .policy import LossOutput, check_clip, clean, fraction, masked_mean, policy_inputs
@@ -100,6 +100,8 @@ def kdrl_loss(
 def kd_coefficient(step: int, *, start: float = 5e-3, decrement: float = 5e-5, floor: float = 1e-3) -> float:
     """The paper's annealed coefficient, max(start - decrement * step, floor)."""
     check_number("step", step, 0)
+    for name, value in (("start", start), ("decrement", decrement), ("floor", floor)):
+        check_number(name, value, 0, FINITE)
     return max(start - decrement * step, floor)
 
 
@@ -122,7 +124,7 @@ def reward_guided_mask(correct: Tensor, groups: int | Tensor | None = None, *, l
     if groups is None:
         raise ValueError("level 'group' needs groups= (the size of a group or ids [B])")
     right = (correct != 0).double()
-    return _Groups(groups, right).total(right) == 0
+    return _Groups(groups, right, name="correct").total(right) == 0
 
 
 def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = False) -> Tensor:
@@ -136,6 +138,7 @@ def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = F
     for name, x in (("logp", logp), ("teacher_logp", teacher_logp)):
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be a float tensor [..., K], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    check_flag("renormalize", renormalize)
     if logp.dim() == 0 or logp.shape != teacher_logp.shape:
         raise ValueError(f"logp and teacher_logp must be [..., K] of one shape, got {tuple(logp.shape)} and {tuple(teacher_logp.shape)}")
     if logp.device != teacher_logp.device:

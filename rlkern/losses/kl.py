@@ -46,11 +46,11 @@ def is_unbiased(kind: str) -> bool:
     return resolve(kind) in (("k1", False), ("k3", False))
 
 
-def check_kl(kind: str, clamp: float | None) -> None:
-    """Raises TypeError or ValueError for a kind that is not in the table or a clamp below 0."""
-    check_choice("KL kind", kind, KINDS)
+def check_kl(kind: str, clamp: float | None, names: tuple[str, str] = ("kl_kind", "kl_clamp")) -> None:
+    """Raises TypeError or ValueError for a kind that is not in the table or a clamp below 0; `names` are the caller's for the two."""
+    check_choice(names[0], kind, KINDS)
     if clamp is not None:
-        check_number("the clamp of the KL", clamp, 0)
+        check_number(names[1], clamp, 0)
 
 
 def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp: float | None = None) -> Tensor:
@@ -69,7 +69,7 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
     Raises:
         TypeError, ValueError: for names, numbers and shapes other than these.
     """
-    check_kl(kind, clamp)
+    check_kl(kind, clamp, ("kind", "clamp"))
     for name, x in (("logp", logp), ("reference_logp", reference_logp)):
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be a float tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
@@ -86,4 +86,4 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
     if straight_through:
         k2 = 0.5 * d.square()
         value = value.detach() + (k2 - k2.detach())
-    return value
+    return value.to(logp.dtype)

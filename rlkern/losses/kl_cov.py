@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.distributed
 from torch import Tensor
 
-from ..checks import check_count
+from ..checks import check_count, check_group
 from ..covariance import covariance_of
 from ..selection import select_fraction
 from .clip_cov import external_mask, selection_metrics
@@ -71,6 +71,7 @@ def kl_cov_loss(
     check_fraction("select_ratio", select_ratio)
     check_number("kl_coef", kl_coef, 0)
     check_count("min_count", min_count)
+    check_group(group)
 
     x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer

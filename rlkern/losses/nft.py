@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_fraction, check_number
+from ..checks import check_choice, check_fraction, check_number, shown
 from .aggregate import aggregate, check_aggregation
 from .inputs import per_sequence, ratio_tokens
 from .policy import LossOutput, bounded, fraction, masked_mean, ratio_metrics, total
@@ -74,6 +74,8 @@ def nft_loss(
     check_number("max_log_ratio", max_log_ratio, 0, 80)
     if clamp_neg == 0:
         raise ValueError("clamp_neg must be positive: prox may be 0 or less, and its logarithm is taken")
+    if not isinstance(rate_bounds, (tuple, list)) or len(rate_bounds) != 2:
+        raise TypeError(f"rate_bounds must be a pair (low, high), got {shown(rate_bounds)}")
     for rate in rate_bounds:
         check_fraction("rate_bounds", rate)
     low, high = rate_bounds
@@ -81,7 +83,7 @@ def nft_loss(
         raise ValueError(f"rate_bounds must satisfy 0 < low <= high < 1, got {rate_bounds}")
     if aggregation is not None and ratio_type == "sequence":
         raise ValueError(f"ratio_type 'sequence' has one loss a response: aggregation must be None, got {aggregation!r}")
-    check_aggregation(aggregation or "token-mean", normalizer)
+    check_aggregation("token-mean" if aggregation is None else aggregation, normalizer)
 
     tokens = ratio_tokens(logp, old_logp, mask)
     c = per_sequence("success_rate", success_rate, tokens).clamp(low, high)
@@ -93,7 +95,7 @@ def nft_loss(
     ratio = log_ratio.exp()
     prox = (1 - c * ratio) / (1 - c)
     positive = log_ratio if clamp_pos == 0 else _log_at_least(ratio, clamp_pos)
-    weight = (1.0, 1 - c, ((1 - c) / c).sqrt())[normalize]
+    weight = (1.0, 1 - c, ((1 - c) / c).sqrt())[int(normalize)]
     losses = -weight * (k * positive + (1 - k) * neg_weight * _log_at_least(prox, clamp_neg))
     if aggregation is None:
         constant = _FIXED_NORMALIZER if ratio_type == "token" else 1.0

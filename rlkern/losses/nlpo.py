@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ..advantages import whiten
-from ..checks import check_choice, check_number, check_tokens
+from ..checks import FINITE, check_count, check_flag, check_number, check_positive, check_tokens
 from ..ops import token_stats
-from ..rows import as_rows, check_logits, rows_per_chunk
+from ..rows import as_rows, check_logits, rows_per_chunk, values_at_hand
 from .aggregate import aggregate
 from .policy import LossOutput, check_clip, fraction, masked_mean, policy_inputs, policy_tokens, total
 from .ppo import check_dual_clip
@@ -24,11 +24,25 @@ def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_
         threshold = x.topk(min(max(top_k, min_tokens_to_keep), x.shape[-1]), -1).values[:, -1:]
         return (x >= threshold) & (x > -math.inf)
     ordered, order = x.sort(dim=-1, descending=True, stable=True)
-    p = ordered.softmax(-1)
+    p = (ordered.softmax(-1) * 2.0**52).long()  # sums of integers have no order: on a GPU those of floats may change from run to run
     before = p.cumsum(-1) - p
-    kept = before <= top_p
+    kept = before <= int(top_p * 2**52)
     kept[:, :min_tokens_to_keep] = True
     return torch.empty_like(kept).scatter_(-1, order, kept) & (x > -math.inf)
+
+
+def _ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
+    """int64 [n] on the device of rows [..., V]. Raises TypeError, ValueError; IndexError for an id outside [0, V) where that can be seen."""
+    if not isinstance(ids, Tensor) or ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise TypeError(f"{name} must be an integer tensor [n] of ids, got {got}")
+    if ids.device != rows.device and ids.device.type != "cpu":
+        raise ValueError(f"{name} must be on the device of the logits {rows.device} or on the CPU, got {ids.device}")
+    if values_at_hand(ids):
+        bad = (ids < 0) | (ids >= rows.shape[-1])
+        if bad.any():
+            raise IndexError(f"{name} holds the id {ids[bad][0].item()}, out of range for the {rows.shape[-1]} logits of a row of mask_logits")
+    return ids.to(rows.device).long()
 
 
 @torch.no_grad()
@@ -48,22 +62,21 @@ def nlpo_keep_set(
         top_p: keep the smallest set of likeliest tokens whose mass exceeds top_p (the one that crosses it included); RL4LMs: 0.9.
         top_k: keep the k likeliest, and those tied with the last of them. Give one of the two.
         min_tokens_to_keep: at least so many (RL4LMs keeps one more than asked for in its encoder-decoder path).
-        always_keep: [n] integer ids, such as end of sequence.
+        always_keep: [n] integer ids in [0, V), such as end of sequence; on the logits' device or on a CPU.
         temperature: divides the logits first.
 
-    Tokens at -inf are never kept. Raises TypeError, ValueError for dtypes, shapes and options other than these.
+    Tokens at -inf are never kept. Raises TypeError, ValueError for dtypes, shapes and options other than these; IndexError for an id outside of
+    [0, V) in always_keep. On a GPU such an id is without effect, and an error with RLKERN_DEBUG=1 only: to look would wait for the device.
     """
     check_logits(mask_logits, "mask_logits")
     if (top_p is None) == (top_k is None):
         raise ValueError(f"give one of top_p and top_k, got top_p={top_p}, top_k={top_k}")
     if top_p is not None:
         check_number("top_p", top_p, 0, 1)
-    for name, value in (("top_k", top_k), ("min_tokens_to_keep", min_tokens_to_keep)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
-    check_number("temperature", temperature)
-    if not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    if top_k is not None:
+        check_count("top_k", top_k, 1)
+    check_count("min_tokens_to_keep", min_tokens_to_keep, 1)
+    check_positive("temperature", temperature, FINITE)
     rows = as_rows(mask_logits)
     outer, inner, vocab = rows.shape
     out = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
@@ -74,10 +87,11 @@ def nlpo_keep_set(
             x = rows[a, start : start + step].to(accumulate) / temperature
             out[a, start : start + step] = _keep_rows(x, top_p, top_k, min_tokens_to_keep)
     if always_keep is not None:
-        if not isinstance(always_keep, Tensor) or always_keep.dim() != 1 or always_keep.dtype.is_floating_point:
-            got = f"{always_keep.dtype} {tuple(always_keep.shape)}" if isinstance(always_keep, Tensor) else type(always_keep).__name__
-            raise TypeError(f"always_keep must be an integer tensor [n] of ids, got {got}")
-        out.index_fill_(-1, always_keep.to(rows.device).long(), True)
+        ids = _ids("always_keep", always_keep, rows)
+        # One place more, for ids that there are not: neither a write out of bounds nor an assertion on the device.
+        kept = torch.zeros(vocab + 1, dtype=torch.bool, device=rows.device)
+        kept.index_fill_(0, torch.where((ids >= 0) & (ids < vocab), ids, vocab), True)
+        out |= kept[:vocab]
         out &= rows > -math.inf
     return out.view(mask_logits.shape)
 
@@ -113,6 +127,7 @@ def nlpo_stats(
     Raises:
         TypeError, ValueError, IndexError: as `rlkern.token_stats`, and for a keep of another dtype or shape.
     """
+    check_flag("renorm", renorm)
     check_logits(logits)
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
         raise TypeError(f"keep must be a bool tensor [..., V], got {keep.dtype if isinstance(keep, Tensor) else type(keep).__name__}")
@@ -164,7 +179,7 @@ def nlpo_loss(
     check_clip(clip_low, clip_high)
     check_dual_clip(dual_clip)
     check_number("entropy_coef", entropy_coef, 0)
-    check_choice("normalize_advantages", normalize_advantages, (True, False))
+    check_flag("normalize_advantages", normalize_advantages)
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy= [B, T]")
     options = {"log_ratio_clamp": log_ratio_clamp, "aggregation": aggregation, "normalizer": normalizer}

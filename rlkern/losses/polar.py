@@ -20,7 +20,9 @@ def _check_rewards(tensors: dict[str, Tensor | None]) -> None:
             continue
         if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
             raise TypeError(f"{name} must be a float tensor [B], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-        if x.dim() != 1 or x.shape != first.shape:
+        if x.dim() != 1:
+            raise ValueError(f"{name} must be [B], one reward a response, got shape {tuple(x.shape)}")
+        if x.shape != first.shape:
             raise ValueError(f"{name} must be [B], one reward a response, shaped like {first_name} {tuple(first.shape)}, got {tuple(x.shape)}")
         if x.device != first.device:
             raise ValueError(f"{name} must be on the device of {first_name} {first.device}, got {x.device}")
@@ -101,6 +103,7 @@ def polar_pretrain_loss(same_policy_rewards: Tensor, other_policy_rewards: Tenso
 
     `bradley_terry_loss` under the paper's names, with its options.
     """
+    _check_rewards({"same_policy_rewards": same_policy_rewards, "other_policy_rewards": other_policy_rewards})
     return bradley_terry_loss(same_policy_rewards, other_policy_rewards, **options)
 
 
@@ -109,4 +112,5 @@ def polar_finetune_loss(middle_rewards: Tensor, worst_rewards: Tensor, **options
 
     Both [B]. `bradley_terry_loss` under the paper's names, with its options.
     """
+    _check_rewards({"middle_rewards": middle_rewards, "worst_rewards": worst_rewards})
     return bradley_terry_loss(middle_rewards, worst_rewards, **options)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checks import check_flag, shown
 from ..ops import token_logprobs
 
 
@@ -13,8 +15,10 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     for name, value in (("logits", logits), ("labels", labels)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
-    if labels.dtype.is_floating_point or labels.dtype.is_complex:
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integer token ids, got {labels.dtype}")
+    if labels.device != logits.device:
+        raise ValueError(f"labels must be on the logits' device {logits.device}, got {labels.device}")
     if logits.dim() < 2 or labels.shape != logits.shape[:-1]:
         raise ValueError(f"labels must be logits' shape without the vocabulary, {tuple(logits.shape[:-1])}, got {tuple(labels.shape)}")
 
@@ -28,6 +32,12 @@ def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
         raise TypeError(f"labels must be a tensor [..., T], got {type(labels).__name__}")
     if labels.dim() == 0:
         raise ValueError(f"labels must be [..., T], got shape {tuple(labels.shape)}")
+    if not isinstance(ignore_index, (int, float)):
+        raise TypeError(f"ignore_index must be a number, got {shown(ignore_index)}")
+    if not (labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool):
+        least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max
+        if not isinstance(ignore_index, int) or not least <= ignore_index <= most:
+            raise ValueError(f"ignore_index must be an integer that labels of {labels.dtype} can hold, got {ignore_index}")
     return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
@@ -56,6 +66,8 @@ def sequence_logps(
     Raises:
         TypeError, ValueError: for dtypes, shapes or options other than the above; IndexError as `rlkern.token_stats`.
     """
+    check_flag("average", average)
+    check_flag("shift", shift)
     check_labels(labels, logits)
     targets = next_tokens(labels, ignore_index) if shift else labels
     logps = token_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index, inplace_backward=inplace_backward).sum(-1)

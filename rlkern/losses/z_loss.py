@@ -87,7 +87,11 @@ def lse_penalty(
     check_number("coef", coef, 0)
     if not isinstance(logsumexp, Tensor) or not logsumexp.dtype.is_floating_point:
         raise TypeError(f"logsumexp must be a float tensor, got {logsumexp.dtype if isinstance(logsumexp, Tensor) else type(logsumexp).__name__}")
-    if isinstance(mask, Tensor) and mask.shape == logsumexp.shape and mask.device == logsumexp.device:  # else aggregate says what is wrong
+    if isinstance(mask, Tensor) and mask.shape != logsumexp.shape:
+        raise ValueError(f"mask must have the shape of logsumexp {tuple(logsumexp.shape)}, got {tuple(mask.shape)}")
+    if isinstance(mask, Tensor) and mask.device != logsumexp.device:
+        raise ValueError(f"mask must be on the device of logsumexp {logsumexp.device}, got {mask.device}")
+    if isinstance(mask, Tensor):  # else aggregate says what is wrong
         logsumexp = torch.where(mask != 0, logsumexp, 0)
     accumulate = torch.float64 if logsumexp.dtype == torch.float64 else torch.float32
     return coef * aggregate(logsumexp.to(accumulate).square(), mask, aggregation, normalizer)

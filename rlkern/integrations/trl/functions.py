@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ... import ops
 
+_IGNORED = -100
+
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
     """log softmax(logits / temperature) at the indices: logits [..., V], index [...] or [..., K] -> float32, shaped like index.
@@ -17,7 +19,8 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
     row_mask: shaped like index; entries where it is 0 are 0.
     """
     if row_mask is not None and index.dim() == logits.dim():
-        return ops.token_logprobs(logits, index, temperature=temperature).masked_fill(row_mask == 0, 0)
+        index = index.masked_fill(row_mask == 0, _IGNORED)
+        return ops.token_logprobs(logits, index, temperature=temperature, ignore_index=_IGNORED)
     return ops.token_logprobs(logits, index, temperature=temperature, mask=row_mask)
 
 

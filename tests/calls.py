@@ -1,0 +1,199 @@
+"""One valid call of every public function, and more for those with several ways to be called: what test_errors_everywhere.py makes wrong one
+argument at a time, and what fuzz.py varies. The losses' are the cases of the battery."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import loss_battery as battery
+import torch
+
+import rlkern
+from rlkern import advantages
+from rlkern.integrations import openrlhf, prime_rl, verl
+
+for path in sorted(pathlib.Path(__file__).parent.glob("cases_*.py")):
+    importlib.import_module(path.stem)
+
+
+@dataclass(frozen=True)
+class Call:
+    name: str
+    function: Callable
+    arguments: dict[str, Any]
+    wrt: tuple[str, ...] = ()  # gradients flow into these
+    parameters: tuple[str, ...] = field(default=())
+
+    def __call__(self, **changes):
+        return self.function(**{**self.arguments, **changes})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def signature(function: Callable) -> dict[str, inspect.Parameter]:
+    """Its parameters; for **options those of the function that takes them."""
+    taken = {rlkern.token_logprobs: rlkern.token_stats}
+    taken |= {accumulator: rlkern.BGPOAccumulator} | dict.fromkeys(
+        (rlkern.polar_pretrain_loss, rlkern.polar_finetune_loss), rlkern.bradley_terry_loss
+    )
+    parameters = dict(inspect.signature(function).parameters)
+    if parameters.pop("options", None) is not None and function in taken:
+        keywords = inspect.signature(taken[function]).parameters
+        parameters |= {name: p for name, p in keywords.items() if function is accumulator or p.kind is p.KEYWORD_ONLY}
+    return parameters
+
+
+def accumulator(logits, targets, mask, weight, old_token_logp=None, temperature=1.0, ignore_index=-100, inplace_backward=False, **options):
+    """A BGPOAccumulator with one draw."""
+    acc = rlkern.BGPOAccumulator(**options)
+    rows = {"weight": weight, "mask": mask, "old_token_logp": old_token_logp, "temperature": temperature, "ignore_index": ignore_index}
+    if acc.two_pass or (acc.mode == "exact" and old_token_logp is not None):
+        for j in range(acc.num_mc):
+            acc.observe(j, logits, targets, **rows)
+    losses = [acc.loss(j, logits, targets, **rows, inplace_backward=inplace_backward) for j in range(acc.num_mc)]
+    return sum(losses), acc.metrics(), acc.elbo
+
+
+def history(entropy):
+    past = rlkern.EntropyHistory()
+    past.update(entropy)
+    return past.mean
+
+
+def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
+    g = torch.Generator().manual_seed(seed)
+    B, T, V, K = batch, length, vocab, 3
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g)
+
+    def ids(*shape, n=V):
+        return torch.randint(0, n, shape, generator=g)
+
+    logits, targets, mask = normal(B, T, V), ids(B, T), torch.rand(B, T, generator=g) < 0.7
+    keep = (logits > -1) | (torch.arange(V) == 0)
+    per_row = 0.5 + torch.rand(B, T, generator=g)
+    logp, entropies = -per_row, normal(B, T).abs()
+    everything = {"mask": mask, "temperature": per_row, "ignore_index": -100, "with_sum_sq": True, "with_entropy": True, "inplace_backward": False}
+    groups, rewards = ids(B, n=3), ids(B, n=5) / 4
+    packed = {"logits": normal(B * T, V), "targets": ids(B * T), "weight": per_row.flatten(), "mask": mask.flatten()}
+    packed |= {"seq_idx": ids(B * T, n=4).sort().values, "num_seqs": 5}
+    draw = {"logits": logits, "targets": targets, "mask": mask, "weight": per_row}
+    sequence = {"advantages": normal(B), "seq_weight": 0.25, "num_mc": 1, "ratio_scale": torch.full((B,), 0.2), "clip": (0.2, 0.2), "dual_clip": 3.0}
+    table = [
+        (rlkern.token_stats, {"logits": logits, "targets": targets, "min_p": 0.1, **everything}, ("logits",)),
+        (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "min_prob": 0.1, "mask": mask, "temperature": 0.7}, ("logits",)),
+        (rlkern.token_logprobs, {"logits": logits, "targets": targets, "mask": mask}, ("logits",)),
+        (rlkern.entropy_from_logits, {"logits": logits, "temperature": 0.7, "mask": mask}, ("logits",)),
+        (
+            rlkern.linear_token_stats,
+            {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V), "chunk_rows": 5, "mask": mask},
+            ("hidden", "weight", "bias"),
+        ),
+        *(
+            (rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
+            for kind in ("reverse_kl", "forward_kl", "jsd")
+        ),
+        (rlkern.masked_elbo, packed, ("logits",)),
+        (rlkern.masked_elbo, draw | {"weight": per_row[:, 0], "old_token_logp": logp}, ("logits",)),
+        (rlkern.bgpo_loss, packed | {"advantages": normal(5), "mc_weight": 0.5, "preset": "paper"}, ("logits",)),
+        (
+            rlkern.bgpo_loss,
+            draw | {"advantages": normal(B), "mc_weight": 0.5, "preset": "reference", "lengths": torch.full((B,), T), "response_width": T},
+            ("logits",),
+        ),
+        (
+            rlkern.elbo_coeff,
+            {"elbo": normal(B), "old_elbo": normal(B), "advantages": normal(B), "ratio_scale": 0.2, "ref_elbo": normal(B), "kl_coef": 0.1},
+            (),
+        ),
+        (accumulator, draw | sequence | {"old_elbo": -8 + normal(B, 1), "ref_elbo": -8 + normal(B, 1), "kl_coef": 0.1}, ("logits",)),
+        (accumulator, draw | sequence | {"mode": "exact", "old_elbo": -8 + normal(B, 1), "mc_weights": torch.ones(1)}, ("logits",)),
+        (accumulator, draw | sequence | {"mode": "exact", "old_token_logp": logp}, ("logits",)),
+        (rlkern.token_covariance, {"logp": logp, "advantages": normal(B), "mask": mask}, ()),
+        (rlkern.covariance_quantiles, {"covariance": normal(B, T), "mask": mask, "quantiles": (0.5, 1.0)}, ()),
+        (rlkern.count_masks, {"response_mask": mask, "num_mc": 4, "seed": 3, "complementary": True}, ()),
+        (rlkern.count_masks, {"response_mask": mask, "num_mc": 3, "seed": torch.tensor([3]), "draw": 1, "rollouts": torch.arange(B)}, ()),
+        (rlkern.bernoulli_masks, {"response_mask": mask, "num_mc": 4, "seed": 3, "low": 0.2, "high": 0.8, "complementary": True}, ()),
+        (rlkern.bernoulli_masks, {"response_mask": mask, "num_mc": 3, "seed": 3, "p": torch.tensor([0.2, 0.5, 1.0]), "draw": 2}, ()),
+        (rlkern.quadrature_levels, {"n": 3}, ()),
+        (rlkern.use_backend, {"name": "auto"}, ()),
+        (rlkern.did_entropy, {name: normal(B, K) for name in ("logps", "reference_logps", "proposal_logps")}, ()),
+        (rlkern.log_ratio_rewards, {"logps": normal(B), "reference_logps": normal(B), "beta": 0.1}, ()),
+        (rlkern.displacement_metrics, {name: normal(B) for name in inspect.signature(rlkern.displacement_metrics).parameters}, ()),
+        (history, {"entropy": torch.tensor(1.0)}, ()),
+        (rlkern.epo_beta, {"step": 3, "total_steps": 10, "gamma": 1.0, "schedule": "paper"}, ()),
+        (rlkern.epo_beta, {"step": 7, "total_steps": 10, "schedule": "released"}, ()),
+        (rlkern.kd_coefficient, {"step": 3}, ()),
+        (rlkern.reward_guided_mask, {"correct": rewards > 0.4}, ()),
+        (rlkern.reward_guided_mask, {"correct": rewards, "groups": groups, "level": "group"}, ()),
+        (rlkern.kl_estimate, {"logp": logp, "reference_logp": logp + 0.1 * normal(B, T), "kind": "k3", "clamp": 10.0}, ("logp",)),
+        (rlkern.kl_estimate, {"logp": logp, "reference_logp": logp + 0.1 * normal(B, T), "kind": "k2+"}, ("logp",)),
+        (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_p": 0.9, "always_keep": ids(2)}, ()),
+        (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_k": 2, "min_tokens_to_keep": 2, "temperature": 0.7}, ()),
+        *(
+            (rlkern.nlpo_stats, {"logits": logits, "targets": targets, "keep": keep, "renorm": renorm, "mask": mask}, ("logits",))
+            for renorm in (True, False)
+        ),
+        (rlkern.next_tokens, {"labels": targets, "ignore_index": -100}, ()),
+        (rlkern.sequence_logps, {"logits": logits, "labels": targets, "average": True, "temperature": per_row}, ("logits",)),
+        *(
+            (getattr(advantages, name), {"rewards": rewards, "groups": groups}, ())
+            for name in ("grpo", "dr_grpo", "lite_ppo", "rloo", "gpg", "pass_at_k")
+        ),
+        (advantages.grpo, {"rewards": rewards, "groups": 2, "scale": "batch", "singletons": "zero"}, ()),
+        (advantages.opo, {"rewards": rewards, "lengths": ids(B), "groups": groups}, ()),
+        (advantages.combine_rewards, {"rewards": normal(B, K), "weights": normal(K)}, ()),
+        (advantages.gdpo, {"rewards": normal(B, K), "groups": groups, "weights": normal(K)}, ()),
+        (advantages.overlong_penalty, {"lengths": ids(B), "max_length": 10, "buffer": 4, "factor": 1.0}, ()),
+        (advantages.whiten, {"values": normal(B, T), "mask": mask}, ()),
+        (advantages.reinforce_plus_plus, {"token_rewards": normal(B, T), "mask": mask, "gamma": 0.9}, ()),
+        (advantages.reinforce_plus_plus_baseline, {"rewards": rewards, "groups": groups, "mask": mask}, ()),
+        (advantages.remax, {"token_rewards": normal(B, T), "greedy_rewards": rewards, "mask": mask}, ()),
+        (advantages.gae, {"token_rewards": normal(B, T), "values": normal(B, T), "mask": mask, "gamma": 0.9, "lam": 0.8}, ()),
+        (
+            advantages.otb,
+            {"token_rewards": normal(B, T), "logp": logp, "sum_sq_prob": torch.rand(B, T, generator=g), "groups": groups, "mask": mask}
+            | {"importance_weights": entropies},
+            (),
+        ),
+        (openrlhf.log_probs_from_logits, {"logits": logits, "labels": targets, "temperature": 0.7}, ("logits",)),
+        (openrlhf.compute_entropy, {"logits": logits}, ("logits",)),
+        (openrlhf.PolicyLoss, {"dual_clip": 3.0, "is_correction_level": "seq", "is_correction_threshold": (0.5, 2.0)}, ()),
+        (prime_rl.selective_log_softmax, {"logits": logits, "index": targets}, ("logits",)),
+        (prime_rl.compute_entropy, {"shifted_logits": logits}, ()),
+        (prime_rl.check_loss, {"loss": "ppo"}, ()),
+        (verl.logprobs_from_logits, {"logits": logits, "labels": targets}, ("logits",)),
+        (verl.entropy_from_logits, {"logits": logits}, ("logits",)),
+    ]  # fmt: skip
+    names = {accumulator: "BGPOAccumulator", history: "EntropyHistory.update"}
+    names |= {getattr(advantages, name): f"advantages.{name}" for name in advantages.__all__}
+    calls = []
+    for function, arguments, wrt in table:
+        calls.append(Call(names.get(function, function.__name__), function, arguments, wrt, tuple(signature(function))))
+    return calls
+
+
+def _losses(batch: int, length: int, seed: int) -> list[Call]:
+    calls = []
+    for case in battery.CASES:
+        if case.function is not None:
+            continue
+        inputs, wrt = case.draw(battery.Draw(seed), batch, length)
+        function = getattr(rlkern.losses, case.name)
+        inputs = {name: x.float() if x.dtype == torch.float64 else x for name, x in inputs.items()}
+        calls.append(Call(str(case), function, {**inputs, **case.options}, wrt, tuple(signature(function))))
+    return calls
+
+
+def valid_calls(batch: int = 4, length: int = 6, vocab: int = 7, seed: int = 0) -> list[Call]:
+    return _losses(batch, length, seed) + _others(batch, length, vocab, seed)
+
+
+CALLS: list[Call] = valid_calls()

@@ -1,0 +1,124 @@
+"""The same bits every time and on every device, as far as that shows without a GPU: no operator adds floats in an order that a GPU chooses, masks
+come of arithmetic that no device does otherwise, and what nobody checks there does no harm there."""
+
+import ast
+import math
+import pathlib
+from fractions import Fraction
+
+import loss_battery as battery
+import pytest
+import torch
+from calls import CALLS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import rlkern
+from rlkern import elbo
+from rlkern.losses import nlpo
+
+PACKAGE = pathlib.Path(rlkern.__file__).parent
+UNORDERED = {"index_add", "scatter_add", "scatter_reduce", "index_reduce", "index_put", "put", "bincount", "histc", "_segment_reduce_backward"}
+
+
+def test_no_source_adds_in_any_order():
+    """The insides of operators too, which a dispatch mode does not see."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute):
+                assert node.attr.rstrip("_") not in UNORDERED, f"{path}:{node.lineno}: {node.attr}"
+
+
+class Ordered(TorchDispatchMode):
+    """Raises for operators that add floats in any order on a GPU. Indices alone make no order: integers may be added as they come."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::").rstrip("_")
+        if name in UNORDERED or name in ("cumsum", "logcumsumexp", "cumprod"):
+            reduces = str((kwargs or {}).get("reduce", args[4] if len(args) > 4 else "sum"))
+            adds = not name.startswith("index_put") or (len(args) > 3 and args[3])
+            if args[0].dtype.is_floating_point and adds and not (name == "scatter_reduce" and reduces in ("amax", "amin")):
+                raise AssertionError(f"{func} of {args[0].dtype}")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["auto", "reference"])
+def test_no_operator_adds_in_any_order(name):
+    with rlkern.use_backend(name):
+        for call in CALLS:
+            leaves = {key: call.arguments[key].clone().requires_grad_() for key in call.wrt}
+            with Ordered():
+                output = call(**leaves)
+                if leaves:
+                    torch.autograd.grad(battery.total(output), list(leaves.values()), allow_unused=True)
+
+
+def test_the_mode_sees_one():
+    with Ordered(), pytest.raises(AssertionError, match="index_add"):
+        torch.zeros(3).index_add_(0, torch.zeros(2, dtype=torch.long), torch.ones(2))
+    x = torch.ones(3, requires_grad=True)
+    with Ordered(), pytest.raises(AssertionError, match="index_add"):
+        x.index_select(0, torch.zeros(2, dtype=torch.long)).sum().backward()
+
+
+class Divisions(TorchDispatchMode):
+    """Keeps the results of divisions; raises for one of a tensor by a Python number, which CUDA does by its reciprocal."""
+
+    def __init__(self):
+        super().__init__()
+        self.results = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._schema.name.startswith(("aten::div", "aten::true_divide")) and "rounding_mode" not in str(func):
+            assert isinstance(args[1], torch.Tensor), f"{func} by the number {args[1]}"
+            self.results.append(out)
+        return out
+
+
+def test_masks_divide_by_tensors_in_float64():
+    response = torch.ones(2, 3, dtype=torch.bool)
+    for n in range(2, 257):
+        with Divisions() as divisions:
+            rlkern.count_masks(response, n, seed=n)
+        shares, weights = divisions.results
+        assert shares.dtype == weights.dtype == torch.float64
+        assert shares.tolist() == [float(Fraction(j, n)) for j in range(n)]
+    with Divisions():
+        rlkern.count_masks(response, 4, seed=0, complementary=True, draw=1)
+        rlkern.bernoulli_masks(response, 4, seed=0, low=0.1, high=0.9, complementary=True)
+        rlkern.bernoulli_masks(response, 4, seed=0, p=0.3)
+
+
+def test_weights_of_masks_are_rounded_once():
+    """L / m of all lengths up to 256, with all m."""
+    for length in (1, 2, 3, 7, 100, 255, 256):
+        mask, weight = rlkern.count_masks(torch.ones(1, length), 2 * length, seed=1)
+        exact = torch.tensor([float(Fraction(length, int(m))) for m in mask.sum(-1).flatten()], dtype=torch.float64)
+        assert torch.equal(weight.flatten(), exact.float())
+
+
+def test_sequences_of_packed_rows_without_a_check(monkeypatch):
+    """On a GPU nobody looks at seq_idx: a row of no sequence is left out, with gradient 0, and is not read by its index."""
+    monkeypatch.setattr(elbo, "values_at_hand", lambda x: False)
+    g = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(6, 7, generator=g, dtype=torch.float64), torch.randint(0, 7, (6,), generator=g)
+    seq_idx = torch.tensor([-3, 0, 0, 2, 3, 10**6])
+    leaf, upstream = logits.clone().requires_grad_(), torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    ell = rlkern.masked_elbo(leaf, targets, torch.ones(6), seq_idx=seq_idx, num_seqs=3)
+    (ell * upstream).sum().backward()
+    exact = logits.clone().requires_grad_()
+    logp = exact.log_softmax(-1)[torch.arange(6), targets]
+    expected = torch.stack([logp[1] + logp[2], 0 * logp[0], logp[3]])
+    (expected * upstream).sum().backward()
+    torch.testing.assert_close(ell, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(leaf.grad, exact.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_ids_to_keep(monkeypatch):
+    logits = torch.tensor([[0.0, 1.0, 2.0, -math.inf], [3.0, 1.0, 2.0, 0.0]])
+    for bad in (-1, 4, 10**6):
+        with pytest.raises(IndexError, match=f"always_keep holds the id {bad}, out of range for the 4 logits of a row of mask_logits"):
+            rlkern.nlpo_keep_set(logits, top_k=1, always_keep=torch.tensor([0, bad]))
+    monkeypatch.setattr(nlpo, "values_at_hand", lambda x: False)
+    kept = rlkern.nlpo_keep_set(logits, top_k=1, always_keep=torch.tensor([1, -1, 4, 10**6, 3]))
+    assert kept.tolist() == [[False, True, True, False], [True, True, False, True]]

@@ -1,0 +1,144 @@
+"""Rows that are documented as not read may hold anything, their temperature and their targets included: no check reads them, and nothing of them
+reaches a value or a gradient."""
+
+import math
+
+import pytest
+import torch
+
+import rlkern
+
+READ = torch.tensor([[True, False, True, False, False], [True, True, False, False, True]])
+GARBAGE = (0.0, -1.0, math.nan, math.inf)
+
+
+def draw(garbage):
+    """Logits, targets, mask and temperature [2, 5]; of the rows that are not read one is masked, the others have an ignored target."""
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 5, 7, generator=g).masked_fill(~READ.unsqueeze(-1), math.nan)
+    targets = torch.randint(0, 7, (2, 5), generator=g).masked_fill(~READ, -100)
+    targets[0, 1] = 10**6
+    mask = READ | (targets == -100)
+    temperature = (0.5 + torch.rand(2, 5, generator=g)).masked_fill(~READ, garbage)
+    return logits, targets, mask, temperature
+
+
+def log_probs(logits, temperature):
+    return (logits.double() / temperature.double().unsqueeze(-1)).log_softmax(-1)
+
+
+def at(log_p, targets):
+    return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+
+
+def entropy(log_p):
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def reverse_kl(log_p, log_q):
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+# name -> (the function of (logits, targets, mask, temperature), the same in float64 of the rows that are read); one number a row
+ROWS = {
+    "token_stats": (
+        lambda x, y, m, t: (lambda s: s.logp + s.entropy)(rlkern.token_stats(x, y, mask=m, temperature=t, with_sum_sq=True, min_p=0.1)),
+        lambda x, y, t: at(log_probs(x, t), y) + entropy(log_probs(x, t)),
+    ),
+    "token_logprobs": (
+        lambda x, y, m, t: rlkern.token_logprobs(x, y, mask=m, temperature=t),
+        lambda x, y, t: at(log_probs(x, t), y),
+    ),
+    "several targets": (
+        lambda x, y, m, t: rlkern.token_logprobs(x, torch.stack([y, y], -1), mask=m, temperature=t).sum(-1),
+        lambda x, y, t: 2 * at(log_probs(x, t), y),
+    ),
+    "entropy_from_logits": (
+        lambda x, y, m, t: rlkern.entropy_from_logits(x, mask=READ, temperature=t),
+        lambda x, y, t: entropy(log_probs(x, t)),
+    ),
+    "token_divergence": (
+        lambda x, y, m, t: rlkern.token_divergence(x, x.detach().flip(-1), mask=READ, temperature=t),
+        lambda x, y, t: reverse_kl(log_probs(x, t), log_probs(x.detach().flip(-1), t)),
+    ),
+    "token_did_entropy": (
+        lambda x, y, m, t: rlkern.token_did_entropy(x, x.detach().flip(-1), mask=READ, temperature=t),
+        lambda x, y, t: entropy(log_probs(x.double() - x.detach().double().flip(-1), t)),
+    ),
+    "linear_token_stats": (
+        lambda x, y, m, t: rlkern.linear_token_stats(x, torch.eye(7), y, mask=m, temperature=t, chunk_rows=2).logp,
+        lambda x, y, t: at(log_probs(x, t), y),
+    ),
+    "nlpo_stats": (
+        lambda x, y, m, t: rlkern.nlpo_stats(x, y, READ.unsqueeze(-1).expand(2, 5, 7), mask=m, temperature=t).logp,
+        lambda x, y, t: at(log_probs(x, t), y),
+    ),
+    "masked_elbo": (
+        lambda x, y, m, t: rlkern.masked_elbo(x, y, torch.where(READ, 2.0, math.nan).masked_fill(y == -100, -1), mask=m, temperature=t) / 2,
+        lambda x, y, t: at(log_probs(x, t), y),
+    ),
+    "sequence_logps": (
+        lambda x, y, m, t: rlkern.sequence_logps(x, y.masked_fill(~m, -100), shift=False, temperature=t),
+        lambda x, y, t: at(log_probs(x, t), y),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_that_is_not_read_may_have_any_temperature(name, backend):
+    function, naive = ROWS[name]
+    for garbage in GARBAGE:
+        logits, targets, mask, temperature = draw(garbage)
+        leaf, exact = logits.clone().requires_grad_(), logits[READ].double().requires_grad_()
+        values, expected = function(leaf, targets, mask, temperature), naive(exact, targets[READ], temperature[READ])
+        if values.shape == READ.shape:
+            assert (values[~READ] == 0).all()
+            torch.testing.assert_close(values[READ].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values.double().sum(), expected.sum(), rtol=1e-5, atol=1e-5)
+        values.sum().backward()
+        expected.sum().backward()
+        assert (leaf.grad[~READ] == 0).all()
+        torch.testing.assert_close(leaf.grad[READ].double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_row_that_is_read_may_not(name):
+    function, _ = ROWS[name]
+    logits, targets, mask, temperature = draw(1.0)
+    temperature[1, 4] = 0
+    with pytest.raises(ValueError, match="temperature must be positive and finite in every row that is read, got 0.0"):
+        function(logits, targets, mask, temperature)
+
+
+@pytest.mark.parametrize("name", ["token_stats", "token_divergence", "linear_token_stats"])
+def test_compiled(name):
+    function, naive = ROWS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for garbage in (0.0, math.nan):
+        logits, targets, mask, temperature = draw(garbage)
+        leaf, exact = logits.clone().requires_grad_(), logits[READ].double().requires_grad_()
+        values, expected = compiled(leaf, targets, mask, temperature), naive(exact, targets[READ], temperature[READ])
+        values.sum().backward()
+        expected.sum().backward()
+        assert (values[~READ] == 0).all() and (leaf.grad[~READ] == 0).all()
+        torch.testing.assert_close(values[READ].double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(leaf.grad[READ].double(), exact.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_fake_tensors():
+    """Checks of numbers wait for real ones."""
+    with torch._subclasses.FakeTensorMode():
+        stats = rlkern.token_stats(torch.ones(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64), temperature=torch.ones(2, 3))
+    assert stats.logp.shape == (2, 3)
+
+
+def test_an_error_names_the_row_of_the_caller():
+    targets = torch.tensor([-100, 99, 1, 2, 3, 7, 0])
+    mask = torch.tensor([1, 0, 1, 1, 1, 1, 1])
+    for function in (
+        lambda x: rlkern.token_stats(x, targets, mask=mask),
+        lambda x: rlkern.linear_token_stats(x, torch.eye(7), targets, mask=mask, chunk_rows=2),
+    ):
+        with pytest.raises(IndexError, match="target 7 of row 5 is out of range for 7 logits"):
+            function(torch.zeros(7, 7))
