@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FINITE, check_choice, check_flag, check_number, check_positive
+from .checks import FINITE, check_choice, check_count, check_flag, check_number, check_positive
 
 __all__ = [
     "TokenAdvantages",
@@ -78,7 +78,8 @@ class _Groups:
         if isinstance(groups, bool) or not isinstance(groups, (int, Tensor)):
             raise TypeError(f"groups must be the size of a group or an integer tensor of ids [B], got {type(groups).__name__}")
         if isinstance(groups, int):
-            if groups < 1 or n % groups:
+            check_count("groups", groups, 1)
+            if n % groups:
                 raise ValueError(f"groups is the size of every group of {name}: {n} responses cannot be divided into groups of {groups}")
             self.order = None  # of a group they stand together already
             rank = self.index = torch.arange(n, device=like.device) // groups

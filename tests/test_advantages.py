@@ -316,7 +316,7 @@ def test_integer_and_bool_rewards():
         (lambda: adv.grpo([1.0], 1), TypeError, "rewards must be a real tensor"),
         (lambda: adv.grpo(torch.ones(2, 2), 1), ValueError, r"rewards must be \[B\], got shape \(2, 2\)"),
         (lambda: adv.grpo(torch.ones(4), 3), ValueError, "4 responses cannot be divided into groups of 3"),
-        (lambda: adv.grpo(torch.ones(4), 0), ValueError, "groups of 0"),
+        (lambda: adv.grpo(torch.ones(4), 0), ValueError, "groups must be at least 1, got 0"),
         (lambda: adv.grpo(torch.ones(4), 2.0), TypeError, "groups must be the size of a group or an integer tensor"),
         (lambda: adv.grpo(torch.ones(4), torch.ones(4)), TypeError, "integer ids, got torch.float32"),
         (lambda: adv.grpo(torch.ones(4), torch.ones(3).long()), ValueError, r"\(4,\)"),
