@@ -18,6 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_group
+
 __all__ = ["RULES", "Rule", "merge_metrics", "merge_rows"]
 
 
@@ -163,7 +165,9 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]], *, group: torch.distrib
         TypeError: a part that is no mapping, a metric that is no tensor.
         ValueError: no parts, names that differ between parts or have no rule, counts that are missing, tensors of more than one number.
     """
-    parts = list(parts)
+    check_group(group)
+    if not isinstance(parts, Sequence) or isinstance(parts, str):
+        raise TypeError(f"parts must be a list of dicts of metrics, got {type(parts).__name__}")
     if not parts:
         raise ValueError("parts must hold the metrics of at least one micro-batch, got none")
     for part in parts:

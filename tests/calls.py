@@ -108,11 +108,6 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
             draw | {"advantages": normal(B), "mc_weight": 0.5, "preset": "reference", "lengths": torch.full((B,), T), "response_width": T},
             ("logits",),
         ),
-        (
-            rlkern.elbo_coeff,
-            {"elbo": normal(B), "old_elbo": normal(B), "advantages": normal(B), "ratio_scale": 0.2, "ref_elbo": normal(B), "kl_coef": 0.1},
-            (),
-        ),
         (accumulator, draw | sequence | {"old_elbo": -8 + normal(B, 1), "ref_elbo": -8 + normal(B, 1), "kl_coef": 0.1}, ("logits",)),
         (accumulator, draw | sequence | {"mode": "exact", "old_elbo": -8 + normal(B, 1), "mc_weights": torch.ones(1)}, ("logits",)),
         (accumulator, draw | sequence | {"mode": "exact", "old_token_logp": logp}, ("logits",)),
@@ -124,24 +119,19 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.bernoulli_masks, {"response_mask": mask, "num_mc": 3, "seed": 3, "p": torch.tensor([0.2, 0.5, 1.0]), "draw": 2}, ()),
         (rlkern.quadrature_levels, {"n": 3}, ()),
         (rlkern.use_backend, {"name": "auto"}, ()),
-        (rlkern.did_entropy, {name: normal(B, K) for name in ("logps", "reference_logps", "proposal_logps")}, ()),
-        (rlkern.log_ratio_rewards, {"logps": normal(B), "reference_logps": normal(B), "beta": 0.1}, ()),
-        (rlkern.displacement_metrics, {name: normal(B) for name in inspect.signature(rlkern.displacement_metrics).parameters}, ()),
+        (rlkern.merge_metrics, {"parts": [{"tokens": torch.tensor(3.0), "entropy": torch.tensor(1.0)}] * 2}, ()),
         (history, {"entropy": torch.tensor(1.0)}, ()),
         (rlkern.epo_beta, {"step": 3, "total_steps": 10, "gamma": 1.0, "schedule": "paper"}, ()),
         (rlkern.epo_beta, {"step": 7, "total_steps": 10, "schedule": "released"}, ()),
         (rlkern.kd_coefficient, {"step": 3}, ()),
-        (rlkern.reward_guided_mask, {"correct": rewards > 0.4}, ()),
         (rlkern.reward_guided_mask, {"correct": rewards, "groups": groups, "level": "group"}, ()),
         (rlkern.kl_estimate, {"logp": logp, "reference_logp": logp + 0.1 * normal(B, T), "kind": "k3", "clamp": 10.0}, ("logp",)),
-        (rlkern.kl_estimate, {"logp": logp, "reference_logp": logp + 0.1 * normal(B, T), "kind": "k2+"}, ("logp",)),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_p": 0.9, "always_keep": ids(2)}, ()),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_k": 2, "min_tokens_to_keep": 2, "temperature": 0.7}, ()),
         *(
             (rlkern.nlpo_stats, {"logits": logits, "targets": targets, "keep": keep, "renorm": renorm, "mask": mask}, ("logits",))
             for renorm in (True, False)
         ),
-        (rlkern.next_tokens, {"labels": targets, "ignore_index": -100}, ()),
         (rlkern.sequence_logps, {"logits": logits, "labels": targets, "average": True, "temperature": per_row}, ("logits",)),
         *(
             (getattr(advantages, name), {"rewards": rewards, "groups": groups}, ())

@@ -7,7 +7,7 @@ from calls import CALLS
 
 import rlkern
 
-OTHERS = [call for call in CALLS if not call.function.__module__.startswith("rlkern.losses")]
+OTHERS = [call for call in CALLS if not call.function.__module__.startswith("rlkern.losses")]  # the battery has the losses
 INTERPRETED = ("entropy_from_logits", "token_covariance")  # the interpreter is slow
 
 

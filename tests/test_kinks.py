@@ -149,7 +149,7 @@ CASES = {
     "sapo, exponent": (of_token("sapo_loss", d=0.0, log_ratio_clamp=0.0), -1),
     "kl_cov, exponent": (of_token("kl_cov_loss", d=0.5, select_ratio=0.0, min_count=0, log_ratio_clamp=0.5), -E),
     "gspo, exponent": (of_token("gspo_loss", d=0.5, clip_high=9.0, log_ratio_clamp=0.5), -E),
-    "ppo, 80": (of_token("ppo_loss", d=80.0, clip_high=1e40, log_ratio_clamp=None), -math.exp(80)),
+    "ppo, 80": (of_token("ppo_loss", d=80.0, clip_high=math.inf, log_ratio_clamp=None), -math.exp(80)),
     # KL estimates
     "abs at 0": (kl(0.0, "abs"), 0),
     "kl_cov, distance 0": (of_token("kl_cov_loss", select_ratio=1.0, kl_coef=7.0), -1),

@@ -12,7 +12,7 @@ MAY_IMPORT = {  # module of rlkern: modules of rlkern; whatever is not listed he
     "rows": {"checks"},
     "checks": set(),
     "spare": set(),
-    "metrics": set(),
+    "metrics": {"checks"},
     "native": {"_cpu"},
     "backends": {"reference", "native", "triton_kernels", "__init__"},
     "__main__": {"__init__"},

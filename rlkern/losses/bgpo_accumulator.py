@@ -280,8 +280,6 @@ class BGPOAccumulator:
         loss, ell, d, clipped = (torch.stack(x, -1) for x in zip(*draws, strict=True))
         like = draws[0].ell
         omega = torch.stack([factor("mc_weights", self._mc_weights[j], like, 1) * torch.ones_like(like) for j in sorted(self._seen)], -1)
-        if like.numel() == 0:  # a process without sequences
-            return {name: like.new_zeros(()) for name in ("loss", "elbo", "d_mean", "d_max", "clip_fraction", "ess")}
         ratio = omega * (d - d.amax(-1, keepdim=True)).exp()
         sequences, pairs = d.shape[0], d.numel()
         return {

@@ -86,4 +86,4 @@ def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp
     if straight_through:
         k2 = 0.5 * d.square()
         value = value.detach() + (k2 - k2.detach())
-    return value.to(logp.dtype)
+    return value
