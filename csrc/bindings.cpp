@@ -28,12 +28,13 @@ T* pointer(uintptr_t address) {
 // Before any row is computed: a wrong target must not leave half of the outputs written.
 void check_targets(const Rows& call) {
   if (!call.targets) return;
-  for (int64_t i = 0; i < call.rows * call.n_targets; ++i) {
-    const int64_t y = call.targets[i], row = i / call.n_targets;
-    if ((y >= 0 && y < call.vocab) || y == call.ignore_index || is_skipped(call, row)) continue;
-    throw py::index_error("target " + std::to_string(y) + " of row " + std::to_string(row) + " is out of range for " +
-                          std::to_string(call.vocab) + " logits (and is not ignore_index=" + std::to_string(call.ignore_index) + ")");
-  }
+  for (int64_t row = 0; row < call.rows; ++row)
+    for (int64_t k = 0; k < call.n_targets; ++k) {
+      const int64_t y = call.targets[row * call.n_targets + k];
+      if ((y >= 0 && y < call.vocab) || y == call.ignore_index || is_skipped(call, row)) continue;
+      throw py::index_error("target " + std::to_string(y) + " of row " + std::to_string(row) + " is out of range for " +
+                            std::to_string(call.vocab) + " logits (and is not ignore_index=" + std::to_string(call.ignore_index) + ")");
+    }
 }
 
 // Hands ranges of rows to the threads as they become free: masked rows cost next to nothing and come in runs. Neither the ranges nor the
@@ -94,7 +95,8 @@ void backward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_
               uintptr_t targets, int64_t n_targets, uintptr_t mask, double temperature, uintptr_t temperatures, int64_t ignore_index,
               uintptr_t state, uintptr_t g_logp, uintptr_t g_entropy, uintptr_t g_logsumexp, uintptr_t g_sum_sq_prob,
               uintptr_t g_kept_logmass, uintptr_t out, int64_t out_stride_outer, int64_t out_stride_inner, int64_t threads) {
-  constexpr int64_t beyond_caches = 1 << 25;  // bytes; little of such a gradient would still be there when somebody reads it
+  constexpr int64_t beyond_caches = 1 << 25;   // bytes; little of such a gradient would still be there when somebody reads it
+  constexpr int64_t worth_a_target = 1 << 12;  // bytes of a row; each target is written once more, and waits for what went past the caches
   const int64_t element = dtype == int(DType::float64) ? 8 : dtype == int(DType::float32) ? 4 : 2;
   const bool in_place = out == logits;
   const Backward call{rows_from(dtype, logits, stride_outer, stride_inner, rows, inner, vocab, targets, n_targets, mask, temperature,
@@ -105,7 +107,7 @@ void backward(int dtype, uintptr_t logits, int64_t stride_outer, int64_t stride_
                       pointer<const void>(g_sum_sq_prob),
                       pointer<const void>(g_kept_logmass),
                       {pointer<void>(out), out_stride_outer, out_stride_inner},
-                      !in_place && rows * vocab * element >= beyond_caches};
+                      !in_place && rows * vocab * element >= beyond_caches && vocab * element > n_targets * worth_a_target};
   const py::gil_scoped_release release;
   if (!in_place) advise_huge_pages(call.out, rows, inner, vocab * element, element);
   run(active.kernels->backward, call, threads);

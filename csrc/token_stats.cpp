@@ -8,6 +8,7 @@
 #include <cmath>
 #include <initializer_list>
 #include <limits>
+#include <vector>
 
 #include "call.h"
 #include "simd.h"
@@ -48,9 +49,12 @@ inline void for_each_tile(const T* x, int64_t vocab, F f) {
 
 template <class T>
 Acc<T> load_one(const T* x) {
-  T padded[kLanes<T>] = {};
-  std::memcpy(padded, x, sizeof(T));
-  return load(padded).v[0][0];
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    return *x;
+  } else {
+    const Vec<uint16_t> first{x->bits};  // not by way of memory, where the load would wait for the narrower store
+    return load(reinterpret_cast<const T*>(&first)).v[0][0];
+  }
 }
 
 template <class T>
@@ -313,8 +317,89 @@ bool is_idle(const Backward& call, int64_t row) {
   return true;
 }
 
+// One of a row's targets, with what the upstream gradients of its entries come to.
+struct Target {
+  int64_t id;
+  double upstream, shifted;
+};
+
+constexpr int64_t kFewTargets = 16;  // so many are compared with one another as fast as they are hashed
+
+// The targets of a row, each once, in the order in which they first appear.
+class Targets {
+ public:
+  explicit Targets(int64_t most) {
+    if (most == 0) return;
+    list_.reserve(most);
+    while (int64_t(1) << bits_ < 4 * most) ++bits_;
+    slots_.resize(size_t(1) << bits_);
+  }
+  void clear() {
+    list_.clear();
+    std::memset(slots_.data(), 0, slots_.size() * sizeof(Slot));
+  }
+  void add(const Target& target) {
+    size_t i = uint64_t(target.id) * 0x9e3779b97f4a7c15 >> (64 - bits_);  // the golden ratio spreads neighbours and multiples alike
+    while (slots_[i].place && list_[slots_[i].place - 1].id != target.id) i = (i + 1) & (slots_.size() - 1);
+    if (slots_[i].place) {
+      list_[slots_[i].place - 1].upstream += target.upstream;
+    } else {
+      list_.push_back(target);
+      slots_[i].place = uint32_t(list_.size());
+    }
+  }
+  const Target* begin() const { return list_.data(); }
+  const Target* end() const { return begin() + list_.size(); }
+
+ private:
+  struct Slot {
+    uint32_t place;  // in the list, from 1 on; 0: free
+  };
+  // Vectors of this file's own types: what they instantiate stays in it, as all code for one instruction set must.
+  std::vector<Target> list_;
+  std::vector<Slot> slots_;
+  int bits_ = 1;
+};
+
+// The gradient at a target, where p - 1 is given beside p: no cancellation as p goes to 1.
+struct AtTarget {
+  double inv_t, log_s0, common, g_h, g_s2, g_k, inside, threshold;
+
+  double logp(double shifted) const { return shifted * inv_t - log_s0; }
+  double gradient(double shifted, double upstream, double p, double p_minus_1) const {
+    const double u = shifted * inv_t;
+    double here = common;
+    if (g_h != 0) here -= g_h * (u < -1e4 ? -1e4 : u);
+    if (g_s2 != 0) here += 2 * g_s2 * p;
+    if (g_k != 0 && shifted >= threshold) here += inside;
+    return inv_t * (p * (here + upstream) - upstream * p_minus_1);
+  }
+};
+
+// Many targets: each once, and their probabilities side by side.
 template <class T>
-void backward_row(const Backward& call, int64_t row, T* out) {
+[[gnu::noinline]] void write_targets(const Backward& call, int64_t row, T* out, Targets& targets, AtTarget at_target) {
+  using A = Acc<T>;
+  const int64_t first = row * call.n_targets, *y = call.targets + first;
+  const A* shifted = static_cast<const A*>(call.state) + row * (kTargets + call.n_targets) + kTargets;
+  targets.clear();
+  for (int64_t k = 0; k < call.n_targets; ++k)
+    if (y[k] != call.ignore_index) targets.add({y[k], get<A>(call.g_logp, first + k), shifted[k]});
+  constexpr int64_t lanes = Pack<double>::lanes;
+  for (const Target* t = targets.begin(); t < targets.end(); t += lanes) {
+    const int64_t n = std::min<int64_t>(lanes, targets.end() - t);
+    double logp[lanes] = {}, p[lanes];
+    for (int64_t j = 0; j < n; ++j) logp[j] = at_target.logp(t[j].shifted);
+    store(p, power_of_two(load(logp) * kLog2E));
+    for (int64_t j = 0; j < n; ++j) {
+      const double p_minus_1 = p[j] > 0.5 ? std::expm1(logp[j]) : p[j] - 1;
+      store_one(out + t[j].id, at_target.gradient(t[j].shifted, t[j].upstream, p[j], p_minus_1));
+    }
+  }
+}
+
+template <class T>
+void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
   using A = Acc<T>;
   const T* x = row_of<T>(call, call.logits, row);
   const A* state = static_cast<const A*>(call.state) + row * (kTargets + call.n_targets);
@@ -351,30 +436,28 @@ void backward_row(const Backward& call, int64_t row, T* out) {
   else
     write_gradient<T, Terms::constant>(call, x, out, c);
 
-  // At a target, 1 - p is summed as -expm1(log p): no cancellation as p goes to 1.
   if (!call.g_logp || std::isnan(common)) return;
+  const AtTarget at_target{inv_t, log_s0, common, g_h, g_s2, g_k, inside, state[kThreshold]};
+  if (call.n_targets > kFewTargets) return write_targets<T>(call, row, out, targets, at_target);
   for (int64_t k = 0; k < call.n_targets; ++k) {
     if (y[k] == call.ignore_index) continue;
     double at_y = 0;  // a repeated target collects the gradients of all its entries
     for (int64_t j = 0; j < call.n_targets; ++j)
       if (y[j] == y[k]) at_y += get<A>(call.g_logp, first + j);
-    const double shifted = state[kTargets + k], u = shifted * inv_t, logp = u - log_s0, p = std::exp(logp);
-    double here = common;
-    if (g_h != 0) here -= g_h * (u < -1e4 ? -1e4 : u);
-    if (g_s2 != 0) here += 2 * g_s2 * p;
-    if (g_k != 0 && shifted >= state[kThreshold]) here += inside;
-    store_one(out + y[k], inv_t * (p * (here + at_y) - at_y * std::expm1(logp)));
+    const double shifted = state[kTargets + k], logp = at_target.logp(shifted);
+    store_one(out + y[k], at_target.gradient(shifted, at_y, std::exp(logp), std::expm1(logp)));
   }
 }
 
 template <class T>
 void backward_rows(const Backward& call, int64_t begin, int64_t end) {
+  Targets targets(call.g_logp && call.n_targets > kFewTargets ? call.n_targets : 0);
   for (int64_t row = begin; row < end; ++row) {
     T* out = const_cast<T*>(row_of<T>(call, call.out, row));
     if (is_skipped(call, row) || is_idle<Acc<T>>(call, row))
       std::memset(out, 0, call.vocab * sizeof(T));
     else
-      backward_row<T>(call, row, out);
+      backward_row<T>(call, row, out, targets);
   }
   if (call.stream) finish_stream();
 }

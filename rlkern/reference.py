@@ -142,6 +142,22 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         state_out[flat] = state.masked_fill(skipped[flat].unsqueeze(-1), 0)
 
 
+def _sum_of_equals(columns: Tensor, values: Tensor, spare: int) -> tuple[Tensor, Tensor]:
+    """(columns, sums) [R, K]: every column once, with the sum of its values; where it stood again, the column `spare` with some part of a sum.
+
+    Sorted, equals are neighbours, and each step of the loop doubles how far back a sum reaches. Not scatter_add: its order is not fixed on a GPU.
+    """
+    columns, order = columns.sort(dim=-1, stable=True)
+    sums, n = values.gather(-1, order), columns.shape[-1]
+    reach = 1
+    while reach < n:
+        same = columns[:, reach:] == columns[:, :-reach]
+        sums = torch.cat([sums[:, :reach], sums[:, reach:] + torch.where(same, sums[:, :-reach], 0)], -1)
+        reach *= 2
+    again = torch.cat([columns[:, 1:] == columns[:, :-1], torch.zeros_like(columns[:, :1], dtype=torch.bool)], -1)
+    return columns.masked_fill(again, spare), sums
+
+
 def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
     state = state.view(-1, state.shape[-1])
     acc, n, vocab = state.dtype, state.shape[0], logits.shape[-1]
@@ -186,14 +202,13 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
         dz = p * c
         if gl is not None:
             # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
-            y = targets[flat].clamp(0, vocab - 1)
-            same = (targets[flat].unsqueeze(-1) == targets[flat].unsqueeze(-2)).to(acc)
-            at_y = (same * gl.unsqueeze(-2)).sum(-1)
+            nowhere = dropped[flat] | ~valid
+            columns, at_y = _sum_of_equals(targets[flat].masked_fill(nowhere, vocab), gl, vocab)
+            y = columns.clamp_max(vocab - 1)
             c_y, p_y = c.expand_as(p).gather(-1, y), p.gather(-1, y)
             fixed = torch.where(shifted.gather(-1, y) == 0, p_y * (c_y + at_y) + at_y * rest / (1 + rest), p_y * c_y + at_y)
-            # Ignored entries all fall on column 0 after the clamp: route them to a spare column.
             spare = torch.cat([dz, torch.zeros_like(m)], -1)
-            dz = spare.scatter(-1, torch.where(dropped[flat] | ~valid, vocab, y), fixed)[:, :vocab]
+            dz = spare.scatter(-1, columns, fixed)[:, :vocab]
         dz = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0)
         out[a, rows] = dz.to(out.dtype)
 

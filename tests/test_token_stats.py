@@ -6,10 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import FIELDS, check, eager, expected, run, upstream
+from oracle import FIELDS, TOLERANCE, check, eager, expected, run, upstream
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rlkern
-from rlkern import backends
+from rlkern import backends, reference
 
 INF = math.inf
 TILED = 9001  # more than two tiles of every backend, odd
@@ -69,6 +71,78 @@ def test_several_targets_a_row(backend, device, n_targets):
     y[0, 1, -1] = -100  # one entry ignored
     y[1, 2] = -100  # a whole row ignored
     check(x, y, temperature=0.7, with_sum_sq=True, min_p=0.2)
+
+
+MANY = (1, 2, 8, 9, 16, 17, 33, 300)  # across the numbers from which backends go about it in other ways
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_many_targets_a_row(backend, device, dtype):
+    """Repeated targets add up, ignored entries add nothing, in rows that start anywhere, in place where K is even."""
+    for k in MANY:
+        logits, y = draw(2, 3, 402, dtype=dtype, device=device)[:, 1:, :-1], ids(401, 2, 2, k, device=device, seed=k)
+        y[..., 3::3] = y[..., :1]
+        y[0, 1, 1::2] = -100
+        y[1, 0] = -100
+        g, g_entropy = (t.to(device) for t in upstream([torch.empty(2, 2, k), torch.empty(2, 2)], seed=k))
+        leaf = logits.double().requires_grad_()
+        log_p = leaf.log_softmax(-1)
+        logp = log_p.gather(-1, y.clamp(min=0)) * (y >= 0)
+        counted = (y >= 0).any(-1)
+        (want,) = torch.autograd.grad([(logp * g).sum() - ((log_p.exp() * log_p).sum(-1) * counted * g_entropy).sum()], leaf)
+        x = logits.detach().requires_grad_()
+        stats = rlkern.token_stats(x, y, inplace_backward=k % 2 == 0)
+        (got,) = torch.autograd.grad([(stats.logp * g).sum() + (stats.entropy * g_entropy).sum()], x)
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(got.double(), want, rtol=tolerance, atol=min(tolerance, 1e-5), msg=lambda m, k=k: f"K = {k}: {m}")
+
+
+def test_many_targets_of_a_confident_row_keep_relative_accuracy(backend, device):
+    """1 - p at the maximum is 9e-7; it multiplies what all entries of this target come to."""
+    gap, vocab = 20.0, 430
+    x = torch.full((1, vocab), -gap, device=device)
+    x[0, 77] = 0.0
+    rest = (vocab - 1) * math.exp(-gap)
+    for k in (8, 20, 300):
+        y = torch.full((1, k), 77, device=device)
+        y[0, 1::4] = 3
+        leaf = x.clone().requires_grad_()
+        rlkern.token_stats(leaf, y).logp.sum().backward()
+        elsewhere = (y == 3).sum().item()
+        assert leaf.grad[0, 77].item() == pytest.approx((k - elsewhere) * rest / (1 + rest) - elsewhere / (1 + rest), rel=1e-5)
+        alone = x.clone().requires_grad_()
+        stats = rlkern.token_stats(alone, torch.full((1, k), 77, device=device))
+        stats.logp.sum().backward()
+        assert alone.grad[0, 77].item() == pytest.approx(k * rest / (1 + rest), rel=2e-5)
+
+
+def test_the_reference_holds_nothing_larger_than_the_row():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))])
+            return out
+
+    x, y, state = draw(1, 3, 1000), ids(1000, 3, 600), torch.zeros(3, 606)
+    with Largest() as largest:
+        reference.token_stats_backward(x, y, None, 1.0, -100, state, (torch.ones(3, 600), None, None, None, None), torch.empty_like(x))
+    assert 3 * 1000 <= largest.numel <= 3 * (1000 + 1)
+
+
+def test_one_of_many_targets_out_of_range_makes_its_row_nan(backend, device):
+    """Below the operators, which raise on a CPU."""
+    module = backends.select(torch.device(device))
+    for k in (8, 20):
+        x, y = draw(1, 3, 50, device=device), ids(50, 3, k, device=device)
+        logp, entropy, lse, state = (torch.empty(shape, device=device) for shape in ((3, k), 3, 3, (3, 6 + k)))
+        module.token_stats_forward(x, y, None, 1.0, -100, 0, 0.0, (logp, entropy, lse, None, None, state))
+        for wrong in (50, -1, 2**40):
+            bad, out = y.clone(), torch.full_like(x, INF)
+            bad[1, 5] = wrong
+            module.token_stats_backward(x, bad, None, 1.0, -100, state, (torch.ones_like(logp), None, None, None, None), out)
+            assert out.isnan().all(-1).tolist() == [[False, True, False]] and out[:, ::2].isfinite().all(), (k, wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

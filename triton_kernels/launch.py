@@ -33,6 +33,14 @@ def backward_shape(vocab: int, element_size: int) -> tuple[int, int, int, int]:
     return *_fit(vocab, 8192 // element_size, 4), 1 if torch.version.hip else 3, 4
 
 
+FEW_TARGETS = 8  # a row: so many are worth a look from every tile, and more a second launch
+
+
+def target_warps(block: int) -> int:
+    """Warps of a program that holds `block` targets of a row at once."""
+    return min(16, max(1, block // 256))
+
+
 def warp_size() -> int:
     """Threads that run in lockstep: 32, on AMD's data-centre cards 64."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size if torch.version.hip else 32

@@ -2,15 +2,15 @@
 
 token_stats_forward.py     one program a row
 token_stats_split.py       several programs a row, for long rows
-token_stats_backward.py    several programs a row
+token_stats_backward.py    several programs a row, and one more for many targets
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import backward_shape, capability, device_of, forward_shape, warp_size
-from .token_stats_backward import token_stats_backward_kernel
+from .launch import FEW_TARGETS, backward_shape, capability, device_of, forward_shape, target_warps, warp_size
+from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
 from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
 from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
 
@@ -65,7 +65,17 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         if kept_kind:
             token_stats_kept_part_kernel[(rows * splits,)](*pointers, parts, *row_args, log_kept, **options, KEPT=kept_kind, SPLITS=splits, **tile)
         token_stats_merge_kernel[(rows,)](
-            *pointers, parts, *outputs, state, *row_args, log_kept, **options, SUM_SQ=with_sum_sq, KEPT=kept_kind, SPLITS=splits, num_warps=1
+            *pointers,
+            parts,
+            *outputs,
+            state,
+            *row_args,
+            log_kept,
+            **options,
+            SUM_SQ=with_sum_sq,
+            KEPT=kept_kind,
+            SPLITS=splits,
+            num_warps=target_warps(options["K_BLOCK"]),
         )
 
 
@@ -76,13 +86,13 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
     aligned = all(s % align == 0 for s in _strides(logits) + _strides(out))
     block, warps, stages, tiles = backward_shape(vocab, logits.element_size())
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), tiles * block)
+    upstream = (state, *(logits if g is None else g for g in grads), out, inner)
+    options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}
+    at_targets = options["HAS_LOGP"] and options["K"] <= FEW_TARGETS
     with device_of(logits):
         token_stats_backward_kernel[(outer * inner * groups,)](
             *pointers,
-            state,
-            *(logits if g is None else g for g in grads),
-            out,
-            inner,
+            *upstream,
             *_strides(logits),
             *_strides(out),
             vocab,
@@ -90,7 +100,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             temperature,
             ignore_index,
             **options,
-            **{f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)},
+            AT_TARGETS=at_targets,
             ALIGN=align,
             ALIGNED=aligned,
             EDGES=not aligned or vocab % align != 0,
@@ -100,3 +110,17 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             STAGES=stages,
             num_warps=warps,
         )
+        if options["HAS_LOGP"] and not at_targets:
+            in_order, order = targets.sort(dim=-1, stable=True)
+            token_stats_backward_targets_kernel[(outer * inner,)](
+                in_order,
+                order,
+                *pointers[1:],
+                *upstream,
+                *_strides(out),
+                vocab,
+                temperature,
+                ignore_index,
+                **options,
+                num_warps=target_warps(options["K_BLOCK"]),
+            )

@@ -1,6 +1,9 @@
 """Gradient of the row statistics: a program reads and writes TILES tiles of one row, after fetching the row's scalars once.
 
 It sums nothing, so 16 bytes move at once from any address, and how a row is cut into tiles leaves its bits alone.
+
+A few targets are set in the tile that holds them. Each tile looks at each of them; where there are many (FEW_TARGETS, launch.py) the tiles leave
+them out, and a second kernel writes them when the first is done, one program a row.
 """
 
 import triton
@@ -37,10 +40,24 @@ def _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY: tl.const
 
 
 @triton.jit
+def _at_target(
+    shifted_y, at_y, rest, scale, inv_t, weight, c0, c1, c2, inside, delta,
+    HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
+):  # fmt: skip
+    """The gradient at a target whose entries have upstream gradients of at_y together."""
+    # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
+    t_y = tl.maximum(shifted_y * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    e_y = tl.exp2(t_y)
+    c_y = _coefficient(t_y, e_y, shifted_y, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    at_max = c_y + weight * at_y + weight * rest * at_y
+    return tl.where(shifted_y == 0, at_max, e_y * c_y + inv_t * at_y)
+
+
+@triton.jit
 def _gradient_tile(
     x_ptr, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
     targets_ptr, state_row, ignore_index,
-    K: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, AT_TARGETS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Reads and writes the columns `cols` that are `valid`, all in [low, high); what the others hold is never stored."""
     x = tl.load(x_ptr + cols, mask=valid).to(ACC)
@@ -50,20 +67,67 @@ def _gradient_tile(
         t = tl.maximum(t, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(t)
     dz = e * _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
-    if HAS_LOGP:
+    if AT_TARGETS:
         for j in range(K):
             y_j = tl.sum(y, axis=0) if K == 1 else tl.load(targets_ptr + row * K + j)
             if (y_j + lead >= low) & (y_j + lead < high) & (y_j != ignore_index) & (y_j >= 0):
-                # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
                 at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
                 shifted_y = tl.load(state_row + 6 + j)
-                t_y = tl.maximum(shifted_y * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-                e_y = tl.exp2(t_y)
-                c_y = _coefficient(t_y, e_y, shifted_y, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
-                at_max = c_y + weight * at_y + weight * rest * at_y
-                col = (y_j + lead).to(tl.int32)
-                dz = tl.where(cols == col, tl.where(shifted_y == 0, at_max, e_y * c_y + inv_t * at_y), dz)
+                dz_y = _at_target(shifted_y, at_y, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+                dz = tl.where(cols == (y_j + lead).to(tl.int32), dz_y, dz)
     tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def _upstream(
+    row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(whether anything flows back into the row, its targets [K_BLOCK], the upstream gradients: of logp [K_BLOCK], of each statistic)"""
+    active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
+    g_entropy = _load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
+    g_lse = _load_grad(g_lse_ptr, row, HAS_LSE, ACC)
+    g_sum_sq = _load_grad(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
+    g_kept = _load_grad(g_kept_ptr, row, HAS_KEPT, ACC)
+    flows = (g_entropy != 0) | (g_lse != 0) | (g_sum_sq != 0) | (g_kept != 0)
+    g_logp = tl.zeros((K_BLOCK,), ACC)
+    if HAS_LOGP:
+        k = tl.arange(0, K_BLOCK)
+        g_logp = tl.where(y != ignore_index, tl.load(g_logp_ptr + row * K + k, mask=k < K, other=0.0), 0.0)
+        flows = flows | (tl.sum((g_logp != 0).to(tl.int32), axis=0) > 0)
+    return active & flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept
+
+
+@triton.jit
+def _row_coefficients(
+    state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
+    K: tl.constexpr, K_BLOCK: tl.constexpr,
+    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """(rest, weight, c0, c1, c2, inside, delta) of dz = e * c: what turns e into p, and the chain rule's 1/T, are in them."""
+    rest = tl.load(state_row + 1)
+    c0 = g_lse
+    c1 = -g_entropy * LN2  # t is in base 2
+    c2 = 2.0 * g_sum_sq
+    inside = tl.zeros((), ACC)
+    delta = tl.zeros((), ACC)
+    if HAS_ENTROPY:
+        c0 += g_entropy * tl.load(state_row + 2)
+    if HAS_SUM_SQ:
+        c0 -= c2 * tl.load(state_row + 3)
+    if HAS_KEPT:
+        log_mass = tl.load(state_row + 4)
+        delta = tl.load(state_row + 5)
+        g_kept = tl.where(log_mass == NEG_INF, 0.0, g_kept)  # an empty kept set is a constant
+        inside = tl.where(g_kept == 0, 0.0, g_kept * tl.exp(-log_mass))
+        c0 -= g_kept
+    if HAS_LOGP:
+        c0 -= tl.sum(g_logp, axis=0)
+        lost = (tl.arange(0, K_BLOCK) < K) & (y != ignore_index) & ((y < 0) | (y >= vocab))
+        c0 = tl.where(tl.sum(lost.to(tl.int32), axis=0) > 0, float("nan"), c0)
+    weight = inv_t / (1.0 + rest)
+    return rest, weight, c0 * weight, c1 * weight, c2 * (weight / (1.0 + rest)), inside * weight, delta
 
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
@@ -98,6 +162,7 @@ def token_stats_backward_kernel(
     HAS_SUM_SQ: tl.constexpr,
     HAS_KEPT: tl.constexpr,
     ACC: tl.constexpr,
+    AT_TARGETS: tl.constexpr,  # the tiles write the targets
     ALIGN: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
     SAME_LEAD: tl.constexpr,  # or at least equally far from one in logits and out
@@ -112,7 +177,6 @@ def token_stats_backward_kernel(
     start = row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
     out_start = row_start(row, inner, out_stride_a, out_stride_b, ALIGN if ALIGNED else 1)
     row = row.to(tl.int64)
-    k = tl.arange(0, K_BLOCK)
     state_row = state_ptr + row * (6 + K)
     lead = tl.zeros((), tl.int32) if ALIGNED else (out_start % ALIGN).to(tl.int32)
     # Columns count from the 16-byte boundary before the row. The body lies between boundaries, so even its masked tiles move 16 bytes at a time.
@@ -125,17 +189,11 @@ def token_stats_backward_kernel(
     cols = tl.arange(0, BLOCK)
     edge, in_row = _edge(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
 
-    active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
-    g_entropy = _load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
-    g_lse = _load_grad(g_lse_ptr, row, HAS_LSE, ACC)
-    g_sum_sq = _load_grad(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
-    g_kept = _load_grad(g_kept_ptr, row, HAS_KEPT, ACC)
-    flows = (g_entropy != 0) | (g_lse != 0) | (g_sum_sq != 0) | (g_kept != 0)
-    g_logp = tl.zeros((K_BLOCK,), ACC)
-    if HAS_LOGP:
-        g_logp = tl.where(y != ignore_index, tl.load(g_logp_ptr + row * K + k, mask=k < K, other=0.0), 0.0)
-        flows = flows | (tl.sum((g_logp != 0).to(tl.int32), axis=0) > 0)
-    if not (active & flows):
+    flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
+        row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
+        K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, ACC,
+    )  # fmt: skip
+    if not flows:
         zero = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
         for tile in range(first, last, BLOCK):
             tl.store(z_ptr + tile + cols, zero, mask=(tile + cols >= body) & (tile + cols < body_end))
@@ -146,43 +204,84 @@ def token_stats_backward_kernel(
 
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     m = tl.load(state_row)
-    rest = tl.load(state_row + 1)
-    c0 = g_lse
-    c1 = -g_entropy * LN2  # t is in base 2
-    c2 = 2.0 * g_sum_sq
-    inside = tl.zeros((), ACC)
-    delta = tl.zeros((), ACC)
-    if HAS_ENTROPY:
-        c0 += g_entropy * tl.load(state_row + 2)
-    if HAS_SUM_SQ:
-        c0 -= c2 * tl.load(state_row + 3)
-    if HAS_KEPT:
-        log_mass = tl.load(state_row + 4)
-        delta = tl.load(state_row + 5)
-        g_kept = tl.where(log_mass == NEG_INF, 0.0, g_kept)  # an empty kept set is a constant
-        inside = tl.where(g_kept == 0, 0.0, g_kept * tl.exp(-log_mass))
-        c0 -= g_kept
-    if HAS_LOGP:
-        c0 -= tl.sum(g_logp, axis=0)
-        lost = (k < K) & (y != ignore_index) & ((y < 0) | (y >= vocab))
-        c0 = tl.where(tl.sum(lost.to(tl.int32), axis=0) > 0, float("nan"), c0)
-    # dz = e * c: what turns e into p, and the chain rule's 1/T, go into the row's scalars.
-    weight = inv_t / (1.0 + rest)
-    c0 *= weight
-    c1 *= weight
-    c2 *= weight / (1.0 + rest)
-    inside *= weight
-
+    rest, weight, c0, c1, c2, inside, delta = _row_coefficients(
+        state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
+        K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+    )  # fmt: skip
     scale = inv_t * LOG2E
     if EDGES:
         if first == 0:
             _gradient_tile(
                 x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
-                targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+                targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         _gradient_tile(
             x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
-            targets_ptr, state_row, ignore_index, K, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+            targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
         )  # fmt: skip
+
+
+@triton.jit
+def _add_equals(y_a, g_a, y_b, g_b):
+    return y_b, tl.where(y_a == y_b, g_a + g_b, g_b)
+
+
+@triton.jit(do_not_specialize=BATCH_SHAPE)
+def token_stats_backward_targets_kernel(
+    sorted_ptr,  # [N, K] the targets of each row, sorted
+    order_ptr,  # [N, K] where each of them stands in targets
+    targets_ptr,  # [N, K]
+    mask_ptr,  # [N]
+    temperature_ptr,  # [N]
+    state_ptr,  # [N, 6 + K]
+    g_logp_ptr,  # [N, K]
+    g_entropy_ptr,  # [N]
+    g_lse_ptr,  # [N]
+    g_sum_sq_ptr,  # [N]
+    g_kept_ptr,  # [N]
+    out_ptr,  # [A, B, V]
+    inner,
+    out_stride_a,
+    out_stride_b,
+    vocab,
+    temperature,
+    ignore_index,
+    K: tl.constexpr,
+    K_BLOCK: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    HAS_LOGP: tl.constexpr,
+    HAS_ENTROPY: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+    HAS_SUM_SQ: tl.constexpr,
+    HAS_KEPT: tl.constexpr,
+    ACC: tl.constexpr,
+):
+    """Writes the gradient at one row's targets. Equal ones stand side by side, and the last of them has their sum."""
+    row = tl.program_id(0)
+    out_start = row_start(row, inner, out_stride_a, out_stride_b)
+    row = row.to(tl.int64)
+    flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
+        row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
+        K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, ACC,
+    )  # fmt: skip
+    if not flows:
+        return
+    inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
+    state_row = state_ptr + row * (6 + K)
+    rest, weight, c0, c1, c2, inside, delta = _row_coefficients(
+        state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
+        K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+    )  # fmt: skip
+    k = tl.arange(0, K_BLOCK)
+    y = tl.load(sorted_ptr + row * K + k, mask=k < K, other=ignore_index)
+    following = tl.load(sorted_ptr + row * K + k + 1, mask=k + 1 < K, other=ignore_index)
+    at = tl.load(order_ptr + row * K + k, mask=k < K, other=0)
+    in_vocab = (y != ignore_index) & (y >= 0) & (y < vocab)
+    g = tl.load(g_logp_ptr + row * K + at, mask=in_vocab, other=0.0)
+    shifted_y = tl.load(state_row + 6 + at, mask=in_vocab, other=0.0)
+    _y, at_y = tl.associative_scan((y, g), 0, _add_equals)
+    dz = _at_target(shifted_y, at_y, rest, inv_t * LOG2E, inv_t, weight, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    tl.store(out_ptr + out_start + y, dz.to(out_ptr.dtype.element_ty), mask=in_vocab & (y != following))

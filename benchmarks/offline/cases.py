@@ -35,6 +35,7 @@ BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},
     "backward all": {"grads": ("logp", "entropy", "logsumexp", "sum_sq", "kept")},
+    "backward K=128": {"grads": ("logp", "entropy"), "targets": 128},
 }
 GRADS = BACKWARD["backward all"]["grads"]
 
@@ -135,12 +136,12 @@ def record(case: Case, gpu) -> list[Launch]:
     # one more token than is scored, as in logits[:, :-1]
     logits = torch.empty_strided((BATCH, TIME, vocab), ((TIME + 1) * stride, stride, 1), dtype=dtype, device="meta")
     mask = _meta(rows, dtype=torch.bool)
-    options = FORWARD.get(case.variant, {})
+    options = {**FORWARD, **BACKWARD}[case.variant]
     n_targets = options.get("targets", 1)
     targets = _meta(rows, n_targets, dtype=torch.int64)
     with _pretending(gpu), _recording(module) as launches:
         if case.backward:
-            wanted = BACKWARD[case.variant]["grads"]
+            wanted = options["grads"]
             grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
             out = ops._new_gradient(logits)
             module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, _meta(rows, STATE + n_targets), grads, out)
