@@ -12,6 +12,7 @@ import rlkern
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "diffusion.md"
 VOCAB = 13
+FSDP2 = not torch.__version__.startswith("2.6.")  # whose fully_shard asks a CPU for streams
 
 
 class Output(NamedTuple):
@@ -66,20 +67,22 @@ def test_the_page_runs(tmp_path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.S):
+            if "fully_shard" in block and not FSDP2:
+                continue
             exec(compile(block, PAGE.name, "exec"), page)
             if "old_elbo = " in block:  # the policy moves away from the one that sampled
                 with torch.no_grad():
                     for own, other in zip(model.parameters(), sharded.parameters(), strict=True):
                         own += 0.1 * torch.randn(own.shape, generator=torch.Generator().manual_seed(own.numel()), dtype=own.dtype)
                         other.copy_(own)
-        fsdp = [p.grad.full_tensor() for p in sharded.parameters()]
+        fsdp = [p.grad.full_tensor() for p in sharded.parameters()] if FSDP2 else []
     finally:
         torch.distributed.destroy_process_group()
 
     torch.testing.assert_close(page["mask"], page["draws"].mask[:, 3])
     assert page["stats"].d.abs().max() > 0.01 and page["acc"].metrics()["elbo"] < 0
     loop, accumulator, preset, ddp, two_passes, espo, packed = page["optimizer"].steps
-    for other in (accumulator, preset, ddp, fsdp, packed):
+    for other in (accumulator, preset, ddp, packed, *([fsdp] if FSDP2 else [])):
         for got, want in zip(other, loop, strict=True):
             torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)  # 1 / lengths is float32
     for got, want, bound in zip(two_passes, espo, loop, strict=True):  # both are PPO's clip on exp((B - B_old) / L)

@@ -439,7 +439,9 @@ def test_new_numbers_and_lengths_do_not_compile_again(name):
         x = (logp.detach().requires_grad_(), *others)
         torch.testing.assert_close(value_and_gradient(compiled(x, c).loss, x[0]), value_and_gradient(COMPILED[name](x, c).loss, x[0]))
         counts.append(counter.frame_count)
-    assert counts[0] > 0 and len(set(counts)) == 1, f"compiled again: {counts}"
+    # Dynamo of torch 2.6 makes a number symbolic when it meets a second value.
+    allowed = {0, 1} if torch.__version__.startswith("2.6.") else {0}
+    assert counts[0] > 0 and {count - counts[0] for count in counts} <= allowed and counts[1] == counts[2], f"compiled again: {counts}"
 
 
 def test_gspo_counts_the_tokens_of_clipped_sequences():
