@@ -153,7 +153,8 @@ def _ratio_summary_kernel(
     squares = tl.sum(_column(sums_ptr, part, parts, 10, 0.0) * scale * scale, axis=0)
     tl.store(summary_ptr + 8, tl.where(tokens > 0, weights * weights / (count * squares), 1.0).to(dtype))
     tl.store(summary_ptr + 9, tokens.to(dtype))
-    log_mean = tl.where(top == float("inf"), top, top + tl.log(weights / count))
+    # The logarithm in the result's own precision: that of a double spills. The mean, of ratios scaled by the largest, is between 1 / count and 1.
+    log_mean = tl.where(top == float("inf"), top, top + tl.log(weights.to(dtype) / count.to(dtype)))
     tl.store(summary_ptr + 10, tl.where(tokens > 0, log_mean, 0.0).to(dtype))
     tl.store(summary_ptr + 11, (tl.sum(_column(sums_ptr, part, parts, 5, 0.0), axis=0) / count).to(dtype))
 
