@@ -229,11 +229,12 @@ def _merging(metric_class: type) -> Patch:
         return _Metric(first.of, first.names, tuple(merge_rows(first.names, rows).tolist()))
 
     def aggregate(self):
-        result = merged(self.values)
+        result = merged(self.values) if self.aggregation.value == "mean" else None
         return aggregate_own(self) if result is None else result
 
     def aggregate_processes(metric_lists):
-        result = merged([value for metric in metric_lists for value in metric.values])
+        means = all(metric.aggregation.value == "mean" for metric in metric_lists)
+        result = merged([value for metric in metric_lists for value in metric.values]) if means else None
         return aggregate_dp(metric_lists) if result is None else result
 
     return Patch([(metric_class, "aggregate", aggregate), (metric_class, "aggregate_dp", staticmethod(aggregate_processes))])

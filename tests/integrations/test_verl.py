@@ -319,6 +319,16 @@ def test_verls_averages_merge():
         assert metrics["actor/rlkern/tokens"] == tokens
 
 
+def test_other_aggregations_stay_verls():
+    parts = [run("rlkern_vanilla", clipped(*part), config=config())[2]["actor/pg_clipfrac"] for part in ((3, 12, 0.5), (3, 4, 1.0))]
+    for kind, expected in ((AggregationType.MAX, 0.75), (AggregationType.MIN, 0.25), (AggregationType.SUM, 1.0)):
+        metric = Metric(kind)
+        metric.extend(parts)
+        assert metric.aggregate() == pytest.approx(expected)
+    ranks = [Metric(AggregationType.MAX, part) for part in parts]
+    assert Metric.aggregate_dp(ranks) == pytest.approx(0.75)
+
+
 # --- refusals ----------------------------------------------------------------------------------------------------------------------------------
 
 
