@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..checks import check_choice, check_flag, check_number, shown
+from ..checks import check_choice, check_flag, check_number, computing_dtype, shown
 from ..losses import aggregate, ppo_loss
 from ..losses.policy import clipped_surrogate
 from .patching import Patch
@@ -133,6 +133,9 @@ class PolicyLoss(nn.Module):
         if correct and rollout_log_probs is None:
             raise ValueError(f"is_correction_level {self.is_correction_level!r} needs rollout_log_probs= [B, T], got None")
 
+        count = batch_num_tokens if self.token_level_loss else global_batch_size
+        normalizer = None if count is None else count / dp_size
+
         logp, old_logp, weights = log_probs, old_log_probs, None
         vllm_kl = is_filter_ratio = None
         if self.policy_loss_type == "gspo":
@@ -140,12 +143,12 @@ class PolicyLoss(nn.Module):
             logp = self._sequence_mean(log_probs, mask)
             old_logp = self._sequence_mean(rollout_log_probs if correct else old_log_probs, mask)
         elif correct:
-            weights, outside = self._correction(old_log_probs.detach(), rollout_log_probs.detach(), mask)
-            weights = torch.minimum(weights, self._largest_weights(log_probs.detach(), old_log_probs.detach(), advantages))
+            dtype = computing_dtype(log_probs)  # an exponential of float16 overflows at 11
+            weights, outside = self._correction(old_log_probs.detach().to(dtype), rollout_log_probs.detach().to(dtype), mask)
+            weights = torch.minimum(weights, self._largest_weights(log_probs, old_log_probs, advantages, normalizer))
             is_filter_ratio = outside.float().mean() if self.is_correction_level == "seq" else aggregate(outside.float(), mask)
             vllm_kl = aggregate((rollout_log_probs - old_log_probs).detach(), mask)
 
-        count = batch_num_tokens if self.token_level_loss else global_batch_size
         loss, metrics = ppo_loss(
             logp,
             old_logp,
@@ -157,16 +160,18 @@ class PolicyLoss(nn.Module):
             log_ratio_clamp=_LARGEST_LOG_RATIO if self.policy_loss_type == "ppo" else None,
             weights=weights,
             aggregation="token-mean" if self.token_level_loss else "seq-mean-token-mean",
-            normalizer=None if count is None else count / dp_size,
+            normalizer=normalizer,
         )
         ppo_kl = aggregate((old_log_probs - log_probs).detach(), mask)
         return loss, metrics["clip_fraction_low"] + metrics["clip_fraction_high"], ppo_kl, vllm_kl, is_filter_ratio
 
-    def _largest_weights(self, logp: Tensor, old_logp: Tensor, advantages: Tensor) -> Tensor:
-        """[B, T]: with weights up to these, the losses of all tokens add up to at most half of the largest number."""
+    def _largest_weights(self, logp: Tensor, old_logp: Tensor, advantages: Tensor, normalizer: float | None) -> Tensor:
+        """[B, T]: with weights up to these, the losses of all tokens over the normalizer add up to at most half of the largest number."""
+        logp, old_logp, advantages = (x.detach().to(computing_dtype(logp)) for x in (logp, old_logp, advantages))
         ratio = (logp - old_logp).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
         size = clipped_surrogate(ratio, advantages, self.clip_eps_low, self.clip_eps_high, self.dual_clip).abs()
-        return torch.finfo(size.dtype).max / (2 * max(size.numel(), 1)) / size.clamp(min=1)
+        largest = torch.finfo(size.dtype).max / (2 * max(size.numel(), 1)) / size.clamp(min=1)
+        return largest if normalizer is None else largest * torch.as_tensor(normalizer, dtype=size.dtype, device=size.device).clamp(max=1)
 
     @staticmethod
     def _sequence_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -112,6 +112,20 @@ def test_weights_that_overflow_leave_the_loss_finite(theirs, dtype):
     assert infinite > 3
 
 
+@pytest.mark.parametrize("level", ["token", "seq"])
+def test_weights_of_half_precision_and_of_few_tokens(level):
+    """The bound on a weight is that of float32, whatever the dtype given, and knows what the sum is divided by."""
+    zeros = torch.zeros(8, 1024, dtype=torch.float16)
+    loss = rlkern_openrlhf.PolicyLoss(is_correction_level=level)(zeros, zeros, zeros + 1, zeros + 1, zeros - 1.5)[0]
+    assert loss.item() == pytest.approx(-math.exp(1.5), rel=1e-5)
+    for token_level, counts in ((True, {"dp_size": 8, "batch_num_tokens": 1.0}), (False, {"dp_size": 64, "global_batch_size": 2})):
+        leaf = torch.zeros(1, 2, requires_grad=True)
+        policy_loss = rlkern_openrlhf.PolicyLoss(is_correction_level="seq", token_level_loss=token_level)
+        loss = policy_loss(leaf, torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1, 2), torch.tensor([[-100.0, 100.0]]), **counts)[0]
+        loss.backward()
+        assert loss.isfinite() and leaf.grad.isfinite().all()
+
+
 @needs_openrlhf
 def test_functions_of_logits(theirs):
     g = torch.Generator().manual_seed(0)

@@ -181,7 +181,13 @@ class GRPOTrainer(_GRPOTrainer):
         if "importance_sampling_ratio" in stock:
             stock["importance_sampling_ratio"] = torch.ones_like(stock["importance_sampling_ratio"])  # for the same reason
         self._rlkern_scored.clear()
-        loss = super()._compute_loss(model, stock)
+        level = self.importance_sampling_level
+        if self._rlkern_loss == "gspo":  # TRL's KL term is then times the ratio of the sequence
+            self.importance_sampling_level = "sequence"
+        try:
+            loss = super()._compute_loss(model, stock)
+        finally:
+            self.importance_sampling_level = level
         (scored,) = self._rlkern_scored
         self._rlkern_scored.clear()
 
