@@ -18,8 +18,20 @@ from rlkern.triton_kernels import launch, token_stats  # noqa: E402
 INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 256
-SPLIT = (BLOCK, 1, 2, 4)  # the shape for rows of at least 31 tiles
-WHOLE = (BLOCK, 1, 2, 1)
+SPLIT = launch.ForwardShape(BLOCK, 1, 2, splits=4)  # the shape for rows of at least 31 tiles
+WHOLE = launch.ForwardShape(BLOCK, 1, 2)
+GROUPS = launch.BackwardShape(BLOCK, 1, 2, tiles=3)
+FORWARDS = {
+    "second launch": SPLIT,
+    "ticket": SPLIT._replace(ticket=True),
+    "fused": SPLIT._replace(fused=True),
+}
+BACKWARDS = {
+    "plain": GROUPS,
+    "early": GROUPS._replace(early=True),
+    "streaming": GROUPS._replace(streaming=True),
+    "fused": GROUPS._replace(fused=True),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +50,11 @@ def shape(monkeypatch):
                 monkeypatch.setattr(token_stats, name, lambda *_, value=value: value)
 
     return replace
+
+
+@pytest.fixture(params=FORWARDS.values(), ids=FORWARDS.keys())
+def split(request, shape):
+    shape(request.param)
 
 
 def draw(*shape, dtype=torch.float32, scale=3.0, seed=0):
@@ -68,19 +85,16 @@ LENGTHS = (1, BLOCK, 3 * BLOCK, 5 * BLOCK - 7, 9 * BLOCK + 1)
 
 @pytest.mark.parametrize("vocab", LENGTHS)
 @pytest.mark.parametrize("options", [{"min_p": 0.05, "with_sum_sq": True}, {"min_prob": 0.01, "temperature": 0.7}], ids=["min_p", "min_prob"])
-def test_split_rows(shape, vocab, options):
-    shape(SPLIT)
+def test_split_rows(split, vocab, options):
     check(draw(2, vocab), ids(vocab, 2), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_split_rows_of_every_type(shape, dtype):
-    shape(SPLIT)
+def test_split_rows_of_every_type(split, dtype):
     check(draw(1, 2, 1501, dtype=dtype), ids(1501, 1, 2, 3), temperature=1.3, min_p=0.05, with_sum_sq=True)
 
 
-def test_split_rows_that_are_skipped(shape):
-    shape(SPLIT)
+def test_split_rows_that_are_skipped(split):
     x, y = draw(4, 1501), ids(1501, 4)
     x[1], x[2], y[2] = math.nan, math.nan, -100
     mask = torch.tensor([True, False, True, True], device=DEVICE)
@@ -89,8 +103,7 @@ def test_split_rows_that_are_skipped(shape):
     check(x[[0, 3]], y[[0, 3]], with_sum_sq=True, min_p=0.1)
 
 
-def test_scratch_is_written_before_it_is_read(shape, monkeypatch):
-    shape(SPLIT)
+def test_scratch_is_written_before_it_is_read(split, monkeypatch):
     x, y = draw(2, 1501), ids(1501, 2)
     want = forward(x, y)
     monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
@@ -99,9 +112,8 @@ def test_scratch_is_written_before_it_is_read(shape, monkeypatch):
 
 @pytest.mark.parametrize("fill", [-INF, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("first", [0, 2 * BLOCK, 7 * BLOCK])
-def test_parts_without_a_probability(shape, first, fill):
+def test_parts_without_a_probability(split, first, fill):
     """Parts that are -inf throughout, or the lowest number that frameworks mask with, before, between and after the others."""
-    shape(SPLIT)
     x = draw(1, 8 * BLOCK)
     live = slice(first, first + BLOCK)
     x[:, : live.start] = fill
@@ -111,9 +123,8 @@ def test_parts_without_a_probability(shape, first, fill):
 
 
 @pytest.mark.parametrize("where", [[0], [3 * BLOCK, 3 * BLOCK + 1], [5, 2 * BLOCK + 5, 7 * BLOCK], [8 * BLOCK - 1]], ids=str)
-def test_the_maximum_of_a_split_row_keeps_its_own_1_apart(shape, where):
+def test_the_maximum_of_a_split_row_keeps_its_own_1_apart(split, where):
     """One maximum, or several in one part, or in several parts; what remains is 1e-9 of it."""
-    shape(SPLIT)
     gap, n = 28.0, 8 * BLOCK
     x = torch.full((1, n), -gap, device=DEVICE)
     x[0, where] = 0.0
@@ -124,8 +135,7 @@ def test_the_maximum_of_a_split_row_keeps_its_own_1_apart(shape, where):
     assert stats.sum_sq_prob.item() == pytest.approx(1 / k, rel=1e-6)
 
 
-def test_undefined_split_rows_are_nan(shape):
-    shape(SPLIT)
+def test_undefined_split_rows_are_nan(split):
     x = draw(5, 1501)
     x[1] = -INF
     x[2, 700], x[3, 1500] = math.nan, INF
@@ -137,18 +147,18 @@ def test_undefined_split_rows_are_nan(shape):
 
 def test_the_number_of_parts_follows_from_the_vocabulary_alone():
     for size in (2, 4, 8):
-        parts = [launch.forward_shape(vocab, size)[3] for vocab in (1, 1000, 32_000, 151_936, 262_144, 2**21)]
+        parts = [launch.forward_shape(launch.Gpu(), vocab, size).splits for vocab in (1, 1000, 32_000, 151_936, 262_144, 2**21)]
         assert parts == sorted(parts) and parts[0] == 1 and parts[-1] > 1 and all(n & (n - 1) == 0 for n in parts)
-    assert launch.forward_shape(50_257, 2)[3] == 1 and launch.forward_shape(262_144, 2)[3] > 1
+    assert launch.forward_shape(launch.Gpu(), 50_257, 2).splits == 1 and launch.forward_shape(launch.Gpu(), 262_144, 2).splits > 1
 
 
 # --- the same bits in any batch, and at any address ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["whole rows", "split rows"])
+@pytest.mark.parametrize("variant", [WHOLE, WHOLE._replace(fused=True), SPLIT, SPLIT._replace(ticket=True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_a_row_has_the_same_bits_wherever_it_starts(shape, dtype, whole):
-    shape(WHOLE if whole else SPLIT)
+def test_a_row_has_the_same_bits_wherever_it_starts(shape, dtype, variant):
+    shape(variant)
     per_boundary, vocab = 16 // dtype.itemsize, 5 * BLOCK + 3
     row = draw(vocab, dtype=dtype, scale=0.5)
     y = ids(vocab, 1)
@@ -190,16 +200,16 @@ def test_gradients_do_not_depend_on_the_grid(shape, dtype, vocab):
     y[0] = torch.tensor([0, vocab - 1, min(BLOCK, vocab - 1)], device=DEVICE)  # in the edges, and at the border of a tile
     found = []
     for tiles in (1, 3, 4):
-        shape(WHOLE, (BLOCK, 1, 2, tiles))
+        shape(WHOLE, GROUPS._replace(tiles=tiles))
         found.append(gradients(x, y))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    shape(WHOLE, (BLOCK, 1, 2, 3))
+    shape(WHOLE, GROUPS)
     check(x, y, with_sum_sq=True, min_p=0.1)
 
 
 @pytest.mark.parametrize("stride", [0, 3])
 def test_every_column_of_a_skipped_row_is_zeroed(shape, stride, monkeypatch):
-    shape(WHOLE, (BLOCK, 1, 2, 3))
+    shape(WHOLE, GROUPS)
     vocab = 8 * BLOCK + 5
     x, y = draw(3, vocab + stride)[:, :vocab].requires_grad_(), ids(vocab, 3)
     mask = torch.tensor([1, 0, 1], device=DEVICE)

@@ -1,9 +1,48 @@
 """Launch shapes, from a table: autotuning would make results depend on timing, and stall the first steps of a run."""
 
 import contextlib
+import functools
+from typing import NamedTuple
 
 import torch
 import triton
+
+
+class Gpu(NamedTuple):
+    """What launch shapes depend on."""
+
+    capability: tuple[int, int] = (0, 0)  # NVIDIA's compute capability
+    warp_size: int = 32  # threads that run in lockstep: on AMD's data-centre cards 64
+    amd: bool = False
+
+
+class ForwardShape(NamedTuple):
+    block: int  # logits of a tile
+    warps: int
+    stages: int  # of the load pipeline
+    splits: int = 1  # programs a row
+    ticket: bool = False  # the last program of a row merges their sums, instead of a second launch
+    fused: bool = False  # the exponent is one FMA
+
+
+class BackwardShape(NamedTuple):
+    block: int
+    warps: int
+    stages: int
+    tiles: int  # a program
+    early: bool = False  # the first tile is asked for before it is known whether anything flows back into the row
+    streaming: bool = False  # stores do not stay in the caches
+    fused: bool = False
+
+
+@functools.cache
+def gpu(device: torch.device) -> Gpu:
+    """Tensors on a CPU, as in Triton's interpreter, get the shapes of an older NVIDIA card."""
+    if device.type != "cuda":
+        return Gpu()
+    if torch.version.hip:
+        return Gpu(warp_size=torch.cuda.get_device_properties(device).warp_size, amd=True)
+    return Gpu(torch.cuda.get_device_capability(device))
 
 
 def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
@@ -17,20 +56,18 @@ def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
 # Stages: NVIDIA's asynchronous copies pass by the registers; AMD's pipeline is made of registers, and costs more programs than it is worth.
 
 
-def forward_shape(vocab: int, element_size: int, aligned: bool = True) -> tuple[int, int, int, int]:
-    """(BLOCK, num_warps, stages of the load pipeline, programs a row). aligned: every row starts on a 16-byte boundary"""
+def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> ForwardShape:
+    """aligned: every row starts on a 16-byte boundary"""
     block, warps = _fit(vocab, 8192 // element_size, 4)
-    blackwell = capability() >= (10, 0)
-    stages = 1 if torch.version.hip else 3 if aligned or blackwell else 2
+    blackwell = card.capability >= (10, 0)
+    stages = 1 if card.amd else 3 if aligned or blackwell else 2
     # Parts of 64 KB and more. A part meets new maxima that the row does not, and Blackwell has few issue slots to spare for them.
     parts, least = (2, 62) if blackwell else (4, 31)
-    splits = parts if vocab > least * block else 1
-    return block, warps, stages, splits
+    return ForwardShape(block, warps, stages, parts if vocab > least * block else 1)
 
 
-def backward_shape(vocab: int, element_size: int) -> tuple[int, int, int, int]:
-    """(BLOCK, num_warps, stages of the load pipeline, tiles a program)"""
-    return *_fit(vocab, 8192 // element_size, 4), 1 if torch.version.hip else 3, 4
+def backward_shape(card: Gpu, vocab: int, element_size: int) -> BackwardShape:
+    return BackwardShape(*_fit(vocab, 8192 // element_size, 4), stages=1 if card.amd else 3, tiles=4)
 
 
 FEW_TARGETS = 8  # a row: so many are worth a look from every tile, and more a second launch
@@ -39,16 +76,6 @@ FEW_TARGETS = 8  # a row: so many are worth a look from every tile, and more a s
 def target_warps(block: int) -> int:
     """Warps of a program that holds `block` targets of a row at once."""
     return min(16, max(1, block // 256))
-
-
-def warp_size() -> int:
-    """Threads that run in lockstep: 32, on AMD's data-centre cards 64."""
-    return torch.cuda.get_device_properties(torch.cuda.current_device()).warp_size if torch.version.hip else 32
-
-
-def capability() -> tuple[int, int]:
-    """NVIDIA's compute capability; (0, 0) elsewhere."""
-    return torch.cuda.get_device_capability() if torch.cuda.is_available() and not torch.version.hip else (0, 0)
 
 
 def device_of(tensor: torch.Tensor):

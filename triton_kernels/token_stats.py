@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import FEW_TARGETS, backward_shape, capability, device_of, forward_shape, target_warps, warp_size
+from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, target_warps
 from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
 from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
 from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
@@ -49,21 +49,28 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     align = 16 // logits.element_size()
     aligned = logits.data_ptr() % 16 == 0 and all(s % align == 0 for s in _strides(logits))
     shifted = CAN_SHIFT and not aligned
-    block, warps, stages, splits = forward_shape(vocab, logits.element_size(), aligned)
+    card = gpu(logits.device)
+    shape = forward_shape(card, vocab, logits.element_size(), aligned)
     # Blackwell pairs the arithmetic of two loads side by side; older cards only spend registers on it.
-    side_by_side = 2 if capability() >= (10, 0) else 1
-    lanes = min(block, side_by_side * warps * warp_size() * align)
-    tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=shifted, BLOCK=block, LANES=lanes, num_warps=warps)
+    side_by_side = 2 if card.capability >= (10, 0) else 1
+    lanes = min(shape.block, side_by_side * shape.warps * card.warp_size * align)
+    tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=shifted, BLOCK=shape.block, LANES=lanes, num_warps=shape.warps)
+    sums = dict(SUM_SQ=with_sum_sq, STAGES=shape.stages, FUSED=shape.fused)
     with device_of(logits):
-        if splits == 1:
-            token_stats_forward_kernel[(rows,)](
-                *pointers, *outputs, state, *row_args, log_kept, **options, SUM_SQ=with_sum_sq, KEPT=kept_kind, STAGES=stages, **tile
-            )
+        if shape.splits == 1:
+            token_stats_forward_kernel[(rows,)](*pointers, *outputs, state, *row_args, log_kept, **options, KEPT=kept_kind, **sums, **tile)
             return
-        parts = logits.new_empty((rows, 7, splits), dtype=state.dtype)
-        token_stats_part_kernel[(rows * splits,)](*pointers, parts, *row_args, **options, SUM_SQ=with_sum_sq, STAGES=stages, SPLITS=splits, **tile)
+        # A kept set is swept once all parts of a row are summed: the merge is a launch of its own there anyway.
+        ticket, splits = shape.ticket and not kept_kind, {"SPLITS": shape.splits}
+        parts = logits.new_empty((rows, 7, shape.splits), dtype=state.dtype)
+        tickets = logits.new_zeros(rows, dtype=torch.int32) if ticket else logits
+        token_stats_part_kernel[(rows * shape.splits,)](
+            *pointers, parts, tickets, *outputs, state, *row_args, log_kept, **options, **splits, TICKET=ticket, **sums, **tile
+        )
+        if ticket:
+            return
         if kept_kind:
-            token_stats_kept_part_kernel[(rows * splits,)](*pointers, parts, *row_args, log_kept, **options, KEPT=kept_kind, SPLITS=splits, **tile)
+            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, log_kept, **options, **splits, KEPT=kept_kind, **tile)
         token_stats_merge_kernel[(rows,)](
             *pointers,
             parts,
@@ -72,9 +79,9 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
             *row_args,
             log_kept,
             **options,
+            **splits,
             SUM_SQ=with_sum_sq,
             KEPT=kept_kind,
-            SPLITS=splits,
             num_warps=target_warps(options["K_BLOCK"]),
         )
 
@@ -84,8 +91,8 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
     aligned = all(s % align == 0 for s in _strides(logits) + _strides(out))
-    block, warps, stages, tiles = backward_shape(vocab, logits.element_size())
-    groups = triton.cdiv(vocab + (0 if aligned else align - 1), tiles * block)
+    shape = backward_shape(gpu(logits.device), vocab, logits.element_size())
+    groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
     upstream = (state, *(logits if g is None else g for g in grads), out, inner)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}
     at_targets = options["HAS_LOGP"] and options["K"] <= FEW_TARGETS
@@ -105,10 +112,13 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             ALIGNED=aligned,
             EDGES=not aligned or vocab % align != 0,
             SAME_LEAD=all((a - b) % align == 0 for a, b in zip(_strides(logits), _strides(out), strict=True)),
-            BLOCK=block,
-            TILES=tiles,
-            STAGES=stages,
-            num_warps=warps,
+            BLOCK=shape.block,
+            TILES=shape.tiles,
+            STAGES=shape.stages,
+            EARLY=shape.early,
+            STORE=".cs" if shape.streaming else "",
+            FUSED=shape.fused,
+            num_warps=shape.warps,
         )
         if options["HAS_LOGP"] and not at_targets:
             in_order, order = targets.sort(dim=-1, stable=True)

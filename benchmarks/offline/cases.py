@@ -6,7 +6,6 @@ import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -47,6 +46,7 @@ class Case:
     variant: str
     dtype: str
     layout: str
+    shape: tuple | None = None  # a launch shape in place of the table's
 
     @property
     def backward(self) -> bool:
@@ -101,16 +101,15 @@ class _Recorder:
 
 
 @contextmanager
-def _pretending(gpu) -> Iterator[None]:
-    """While it lasts, what launchers ask torch about the device is answered for `gpu`, a GPUTarget."""
-    hip = gpu.backend == "hip"
-    capability = (9, 4) if hip else divmod(gpu.arch, 10)
-    properties = SimpleNamespace(warp_size=gpu.warp_size, major=capability[0], minor=capability[1])
-    answers = {"is_available": True, "current_device": 0, "get_device_capability": capability, "get_device_properties": properties}
+def _pretending(module, target, case: Case) -> Iterator[None]:
+    """While it lasts, the module's launchers take tensors to be on `target`, a GPUTarget, and the launch shape that `case` asks for."""
+    hip = target.backend == "hip"
+    card = module.gpu(torch.device("cpu"))._replace(capability=(0, 0) if hip else divmod(target.arch, 10), warp_size=target.warp_size, amd=hip)
     with ExitStack() as stack:
-        for name, answer in answers.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_, answer=answer: answer))
-        stack.enter_context(mock.patch.object(torch.version, "hip", "6.4" if hip else None))
+        stack.enter_context(mock.patch.object(module, "gpu", lambda device: card))
+        if case.shape:
+            name = "backward_shape" if case.backward else "forward_shape"
+            stack.enter_context(mock.patch.object(module, name, lambda *_: case.shape))
         yield
 
 
@@ -139,7 +138,7 @@ def record(case: Case, gpu) -> list[Launch]:
     options = {**FORWARD, **BACKWARD}[case.variant]
     n_targets = options.get("targets", 1)
     targets = _meta(rows, n_targets, dtype=torch.int64)
-    with _pretending(gpu), _recording(module) as launches:
+    with _pretending(module, gpu, case), _recording(module) as launches:
         if case.backward:
             wanted = options["grads"]
             grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)

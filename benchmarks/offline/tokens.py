@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from .build import build, target
-from .cases import Launch, _meta, _pretending, _recording
+from .cases import Launch, _meta, _recording
 from .machine import Resources, read_resources
 from .model import DEVICES, occupancy
 
@@ -40,7 +40,7 @@ def record(dtype: torch.dtype, gpu) -> list[Launch]:
     covariance, selection, ratio = (importlib.import_module(f"rlkern.triton_kernels.{name}") for name in ("covariance", "selection", "ratio"))
     values, mask = _meta(TOKENS, dtype=dtype), _meta(TOKENS, dtype=torch.bool)
     bounds = (0.8, 1.2, 3.0, -20.0, 20.0)
-    with _pretending(gpu), _recording(covariance) as means, _recording(selection) as selections, _recording(ratio) as ratios:
+    with _recording(covariance) as means, _recording(selection) as selections, _recording(ratio) as ratios:
         covariance.token_covariance(values, values, mask, covariance.covariance_sums(values, values, mask), values)
         selection.select_fraction(values, mask, mask, 0.01, 1, 2, mask)
         selection.selected_means(values, mask, mask, values)

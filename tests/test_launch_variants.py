@@ -1,0 +1,118 @@
+"""Every way to launch the Triton kernels of token_stats is right where it is easily wrong. Tiles are small, so that short rows have many."""
+
+import math
+
+import pytest
+import torch
+from oracle import check
+from test_triton_token_stats import BACKWARDS, BLOCK, DEVICE, FORWARDS, GROUPS, WHOLE, draw, ids
+
+import rlkern
+from rlkern.triton_kernels import token_stats
+
+VOCAB = 7 * BLOCK + 3  # odd
+INF = math.inf
+VARIANTS = {f"forward, {name}": (shape, GROUPS) for name, shape in FORWARDS.items()}
+VARIANTS |= {"forward, whole": (WHOLE, GROUPS), "forward, whole, fused": (WHOLE._replace(fused=True), GROUPS)}
+VARIANTS |= {f"backward, {name}": (WHOLE, shape) for name, shape in BACKWARDS.items() if name != "plain"}
+
+
+@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys(), autouse=True)
+def variant(request, monkeypatch):
+    for name, shape in zip(("forward_shape", "backward_shape"), request.param, strict=True):
+        monkeypatch.setattr(token_stats, name, lambda *_, shape=shape: shape)
+    with rlkern.use_backend("triton"):
+        yield request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("stride", [VOCAB, VOCAB + 5, 8 * BLOCK])
+def test_values_and_gradients(dtype, stride):
+    x, y = draw(2, stride, dtype=dtype)[:, :VOCAB], ids(VOCAB, 2, 2)
+    check(x, y, temperature=0.7, with_sum_sq=True)
+
+
+@pytest.mark.parametrize("options", [{"min_p": 0.05, "with_sum_sq": True}, {"min_prob": 1e-3}], ids=["min_p", "min_prob"])
+def test_kept_sets(options):
+    check(draw(2, VOCAB), ids(VOCAB, 2), temperature=1.3, **options)
+
+
+@pytest.mark.parametrize("fill", [-INF, torch.finfo(torch.float32).min, -1e30])
+@pytest.mark.parametrize("live", [slice(0, BLOCK), slice(3 * BLOCK, 4 * BLOCK), slice(VOCAB - 5, VOCAB), slice(700, 701)], ids=str)
+def test_masked_vocabularies(live, fill):
+    x = torch.full((1, VOCAB), fill, device=DEVICE)
+    x[:, live] = draw(1, live.stop - live.start)
+    check(x, torch.tensor([live.stop - 1], device=DEVICE), with_sum_sq=True)
+
+
+@pytest.mark.parametrize("offset", [1e4, -1e4])
+def test_a_large_common_offset(offset):
+    check(draw(2, VOCAB) + offset, ids(VOCAB, 2), temperature=0.3, with_sum_sq=True)
+
+
+@pytest.mark.parametrize("high", [3e38, -2.5e38])
+@pytest.mark.parametrize("low", [-3.3e38, 2e38, -INF, 0.0])
+@pytest.mark.parametrize("first", [0, 3 * BLOCK])
+def test_maxima_that_overflow_when_scaled(low, high, first):
+    """In closed form: float64 too loses the others beside them."""
+    x = torch.full((1, VOCAB), low, device=DEVICE)
+    x[:, first:] = high
+    k = (x == x.max()).sum().item()
+    y = x.argmax(-1)
+    x.requires_grad_()
+    stats = rlkern.token_stats(x, y, temperature=0.9)
+    (d_x,) = torch.autograd.grad(stats.logp, x, torch.ones_like(stats.logp))
+    assert stats.logp.item() == pytest.approx(-math.log(k)) and stats.entropy.item() == pytest.approx(math.log(k))
+    expected = torch.where(x == x.max(), -1 / k / 0.9, 0.0)
+    expected[0, y] += 1 / 0.9
+    torch.testing.assert_close(d_x, expected)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+@pytest.mark.parametrize("where", [[0], [5, 2 * BLOCK + 5, 6 * BLOCK]], ids=str)
+def test_confident_rows_keep_their_relative_accuracy(where, offset):
+    gap = 28.0
+    x = torch.full((1, VOCAB), offset - gap, device=DEVICE)
+    x[0, where] = offset
+    x.requires_grad_()
+    stats = rlkern.token_stats(x, torch.tensor([where[0]], device=DEVICE))
+    (d_x,) = torch.autograd.grad(stats.logp, x, torch.ones_like(stats.logp))
+    others, k = (VOCAB - len(where)) * math.exp(-gap), len(where)
+    assert stats.logp.item() == pytest.approx(-math.log(k) - math.log1p(others / k), rel=1e-5, abs=0)
+    assert stats.entropy.item() == pytest.approx(math.log(k) + math.log1p(others / k) + others * gap / (k + others), rel=1e-5, abs=0)
+    assert d_x[0, where[0]].item() == pytest.approx((k - 1 + others) / (k + others), rel=1e-5, abs=0)
+
+
+def test_undefined_rows_are_nan():
+    x = draw(5, VOCAB)
+    x[1] = -INF
+    x[2, 700], x[3, VOCAB - 1] = math.nan, INF
+    stats = rlkern.token_stats(x, ids(VOCAB, 5))
+    assert stats.logp.isnan().tolist() == stats.entropy.isnan().tolist() == [False, True, True, True, False]
+
+
+def test_skipped_rows_are_zeros():
+    x, y = draw(4, VOCAB), ids(VOCAB, 4)
+    x[1], x[2], y[2] = math.nan, math.nan, -100
+    mask = torch.tensor([True, False, True, True], device=DEVICE)
+    x.requires_grad_()
+    stats = rlkern.token_stats(x, y, mask=mask, with_sum_sq=True)
+    (d_x,) = torch.autograd.grad((stats.logp + stats.entropy).sum(), x)
+    skipped = [stats.logp[1:3], stats.entropy[1:3], stats.logsumexp[1:3], stats.sum_sq_prob[1:3], d_x[1:3]]
+    assert all((t == 0).all() for t in skipped) and stats.logp[0] != 0 and d_x[3].all()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_row_has_the_same_bits_in_any_batch(inplace):
+    x, y = draw(3, VOCAB, dtype=torch.bfloat16), ids(VOCAB, 3)
+
+    def both(x, y):
+        leaf = x.clone().requires_grad_()
+        stats = rlkern.token_stats(leaf * 1 if inplace else leaf, y, inplace_backward=inplace)
+        (d_x,) = torch.autograd.grad((stats.logp + stats.entropy).sum(), leaf)
+        return torch.stack([stats.logp, stats.entropy, stats.logsumexp], -1), d_x
+
+    values, d_x = both(x, y)
+    for i in range(3):
+        alone, d_alone = both(x[i : i + 1], y[i : i + 1])
+        assert torch.equal(alone[0], values[i]) and torch.equal(d_alone[0], d_x[i])
