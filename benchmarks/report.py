@@ -1,6 +1,6 @@
 """The GPU kernels judged without a GPU: compiles every Triton kernel for each architecture and prints what the compiler made of it.
 
-    python benchmarks/report.py [--arch sm_90 ...] [--all | --others] [--json FILE] [--waves]
+    python benchmarks/report.py [--arch sm_90 ...] [--all | --others | --variants] [--json FILE] [--waves]
 
 Exits with 2 for an unknown architecture, and where Triton or its disassemblers are missing.
 """
@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="every variant on every type and row layout, minutes instead of seconds")
     which.add_argument("--others", action="store_true", help="only those that are left out without --all")
+    which.add_argument("--variants", action="store_true", help="only the launch shapes that variants.py times on an H100")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--waves", action="store_true", help="also predict what splitting rows over several programs is worth, by the number of rows")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes (default: one per core)")
@@ -43,11 +44,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"report: {error}", file=sys.stderr)
         return 2
     started = time.perf_counter()
-    chosen = cases.all_cases() if options.all else cases.other_cases() if options.others else cases.core_cases()
+    if options.variants:
+        from variants import launch_cases
+
+        chosen = launch_cases()
+    else:
+        chosen = cases.all_cases() if options.all else cases.other_cases() if options.others else cases.core_cases()
     token_types = tuple(tokens.DTYPES) if options.all else ("fp64",) if options.others else ("fp32",)
     rows = report.analyse_all(chosen, archs, options.jobs)
-    over_tokens = [row for arch in archs for row in tokens.analyse(arch, token_types)]
-    print(table.text(rows) + "\n\n" + tokens.text(over_tokens))
+    over_tokens = [] if options.variants else [row for arch in archs for row in tokens.analyse(arch, token_types)]
+    print("\n\n".join([table.text(rows)] + ([tokens.text(over_tokens)] if over_tokens else [])))
     if options.waves:
         print(f"\n{waves.text(rows)}\n")
     print(f"{len(rows) + len(over_tokens)} kernels in {time.perf_counter() - started:.0f} s, triton {build.triton.__version__}")

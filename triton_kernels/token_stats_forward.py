@@ -16,7 +16,6 @@ import triton.language as tl
 from .math import log1p
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 
-
 LARGEST = tl.constexpr(3e38)
 
 

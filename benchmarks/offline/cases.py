@@ -46,7 +46,8 @@ class Case:
     variant: str
     dtype: str
     layout: str
-    shape: tuple | None = None  # a launch shape in place of the table's
+    shape: tuple | None = None  # a launch shape in place of the table's, and what it is called
+    label: str = ""
 
     @property
     def backward(self) -> bool:

@@ -28,7 +28,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     (device,) = row.devices.values()
     loads = "+".join(f"{n}x{width}" for width, n in sorted(row.load_widths.items(), reverse=True) if width == 16 or row.wide_share < 1)
     cells = (
-        row.case.variant,
+        f"{row.case.variant}: {row.case.label}" if row.case.label else row.case.variant,
         row.case.dtype,
         row.case.layout,
         row.kernel.removeprefix("token_stats_").removesuffix("_kernel"),

@@ -1,0 +1,324 @@
+"""Which way to launch the token_stats kernels is fastest on this card: every variant beside the one in use, in interleaved rounds.
+
+    python benchmarks/variants.py --out variants.json [--budget 90] [--shapes 8192x151936 ...] [--dtypes bf16 fp32]
+
+A variant wins where it is faster by more than its own and the present one's spread together, and nowhere slower by more than that at the same
+vocabulary. The winners are printed as a table for triton_kernels/launch.py. Each variant's results are compared with those of the shape in use first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+if "--rehearse" in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+
+import torch
+from measure import DTYPES, Case, Replay, clock, design_bytes, few_rows, inputs, median, rotation, spread
+
+import rlkern
+from rlkern.triton_kernels import token_stats as kernels
+from rlkern.triton_kernels.launch import BackwardShape, ForwardShape
+
+SHAPES = ((8192, 151_936), (16_384, 32_768), (64, 151_936), (4096, 262_144), (8192, 50_257))  # the last one's rows start anywhere
+REHEARSED = ((2, 1501),)
+DIRECTIONS = ("forward", "backward")
+
+
+def forward_variants(now: ForwardShape) -> dict[str, ForwardShape]:
+    """Name -> shape. Offline all of them spill nothing and ask for 40 KB or more per multiprocessor."""
+    block, warps = now.block, now.warps
+    found = {"now": now}
+    found |= {f"{n} programs a row": now._replace(splits=n) for n in (1, 2, 4, 8)}
+    found |= {f"{n} programs a row, ticket": now._replace(splits=n, ticket=True) for n in (2, 4, 8)}
+    found |= {f"{n} programs a row, fused": now._replace(splits=n, fused=True) for n in (1, 4)}
+    found |= {f"{n} stages": now._replace(stages=n) for n in (2, 3, 4)}
+    found["half a tile, 2 warps"] = now._replace(block=block // 2, warps=max(1, warps // 2))
+    found["half a tile, 2 warps, 4 stages"] = now._replace(block=block // 2, warps=max(1, warps // 2), stages=4)
+    found["two tiles, 8 warps"] = now._replace(block=2 * block, warps=2 * warps)
+    found["two tiles, 4 warps, 2 stages"] = now._replace(block=2 * block, stages=2)
+    found["two tiles, 4 warps"] = now._replace(block=2 * block)
+    found["a quarter, 1 warp, 4 stages"] = now._replace(block=block // 4, warps=1, stages=4)
+    found["half a tile, 1 warp, 4 stages"] = now._replace(block=block // 2, warps=1, stages=4)
+    return distinct(found)
+
+
+def backward_variants(now: BackwardShape) -> dict[str, BackwardShape]:
+    block, warps, tiles = now.block, now.warps, now.tiles
+    found = {"now": now}
+    found |= {f"{n} tiles": now._replace(tiles=n) for n in (1, 2, 4, 8, 16)}
+    found |= {f"{n} stages": now._replace(stages=n) for n in (1, 2, 3, 4)}
+    found["1 stage, 1 tile"] = now._replace(stages=1, tiles=1)
+    found["early"] = now._replace(early=True)
+    found["early, 1 stage"] = now._replace(early=True, stages=1)
+    found["streaming"] = now._replace(streaming=True)
+    found["fused"] = now._replace(fused=True)
+    found["fused, streaming, 1 stage"] = now._replace(fused=True, streaming=True, stages=1)
+    found["half a tile, 2 warps"] = now._replace(block=block // 2, warps=max(1, warps // 2), tiles=2 * tiles)
+    found["two tiles, 8 warps"] = now._replace(block=2 * block, warps=2 * warps, tiles=max(1, tiles // 2))
+    found["tile, 8 warps, 1 stage"] = now._replace(warps=2 * warps, stages=1)
+    found["half a tile, 1 warp"] = now._replace(block=block // 2, warps=1, tiles=2 * tiles)
+    found["a quarter, 1 warp"] = now._replace(block=block // 4, warps=1, tiles=4 * tiles)
+    return distinct(found)
+
+
+def distinct(variants: dict) -> dict:
+    """The first name of each shape."""
+    names = {}
+    for name, shape in variants.items():
+        names.setdefault(shape, name)
+    return {name: shape for shape, name in names.items()}
+
+
+def launch_cases() -> list:
+    """The same for the offline report: every variant of the shapes that an H100 gets, on rows that start on boundaries and on rows that do not."""
+    from offline.cases import DTYPES, LAYOUTS, Case
+
+    card, found = kernels.gpu(torch.device("cpu"))._replace(capability=(9, 0)), []
+    for layout, dtype in (("V=151936", "bf16"), ("V=50257", "bf16"), ("V=151936", "fp32")):
+        vocab, size = LAYOUTS[layout][0], DTYPES[dtype].itemsize
+        tables = {
+            "forward": forward_variants(kernels.forward_shape(card, vocab, size, vocab * size % 16 == 0)),
+            "backward logp+entropy": backward_variants(kernels.backward_shape(card, vocab, size)),
+        }
+        found += [Case(name, dtype, layout, shape, label) for name, shapes in tables.items() for label, shape in shapes.items()]
+    return found
+
+
+def in_use(direction: str, case: Case, x: torch.Tensor):
+    aligned = {"aligned": case.vocab * x.element_size() % 16 == 0} if direction == "forward" else {}
+    return getattr(kernels, f"{direction}_shape")(kernels.gpu(x.device), case.vocab, x.element_size(), **aligned)
+
+
+def variants_of(direction: str, case: Case, x: torch.Tensor) -> dict:
+    return (forward_variants if direction == "forward" else backward_variants)(in_use(direction, case, x))
+
+
+@contextlib.contextmanager
+def launch_shape(direction: str, shape):
+    """Makes the launcher take `shape` in one direction."""
+    name = f"{direction}_shape"
+    table = getattr(kernels, name)
+    setattr(kernels, name, lambda *_: shape)
+    try:
+        yield
+    finally:
+        setattr(kernels, name, table)
+
+
+class Operators:
+    """The two operators on one case, without autograd around them; several copies of the logits where replays go from one to the next."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        x, self.y, self.grads = inputs(case)
+        self.logits = [x] + [x.clone() for _ in range(rotation(case) - 1 if few_rows(case) else 0)]
+        self.state = self.forward()[-1]
+
+    def forward(self, i: int = 0):
+        return torch.ops.rlkern.token_stats(self.logits[i], self.y, None, None, 1.0, -100, 0, 0.0, False)
+
+    def backward(self, i: int = 0):
+        return torch.ops.rlkern.token_stats_backward(
+            self.logits[i], self.y, None, None, 1.0, -100, self.state, *self.grads, None, None, None
+        )  # fmt: skip
+
+    def copy(self, i: int = 0):
+        return self.logits[i].clone()
+
+    def results(self, direction: str) -> torch.Tensor:
+        if direction == "backward":
+            return self.backward()
+        return torch.stack([t.flatten() for t in self.forward()[:3]])
+
+
+class Timer:
+    """Milliseconds of one launch of a variant: by events, or for few rows by the replay of a graph."""
+
+    def __init__(self, operators: Operators, direction: str, shape):
+        self.call, self.shape, self.direction, self.replay = getattr(operators, direction), shape, direction, None
+        with self.launch():
+            self.call()  # compiles
+            if few_rows(operators.case):
+                calls = [lambda i=i: self.call(i) for i in range(len(operators.logits))]
+                self.replay = Replay(calls, operators.case.device)
+        self.clock = clock(operators.case.device)
+
+    def launch(self):
+        return launch_shape(self.direction, self.shape) if self.shape else contextlib.nullcontext()
+
+    def ms(self) -> float:
+        if self.replay:
+            return self.replay.ms()
+        with self.launch():
+            return self.clock(lambda _: self.call())[0]
+
+
+def agrees(operators: Operators, direction: str, shape, expected: torch.Tensor) -> bool:
+    """Every entry within what another order of the same sums may change. Rows are few enough at a time that their copies fit."""
+    with launch_shape(direction, shape):
+        found = operators.results(direction)
+    tolerance = 1e-5 if direction == "forward" or found.dtype == torch.float32 else 2**-7
+    for a, b in zip(found.split(256), expected.split(256), strict=True):
+        if not ((a - b).abs() <= tolerance * b.abs() + (1e-5 if direction == "forward" else 1e-7)).all():
+            return False
+    return True
+
+
+def measure(operators: Operators, direction: str, rounds: int, deadline: float) -> dict:
+    """One direction of one case: an entry a variant, fastest first; the one in use is named "now"."""
+    case = operators.case
+    expected = operators.results(direction)
+    timers, entries = {}, {}
+    for name, shape in variants_of(direction, case, operators.logits[0]).items():
+        entries[name] = {"name": name, "shape": shape._asdict()}
+        try:
+            if not agrees(operators, direction, shape, expected):
+                entries[name]["error"] = "another result than the shape in use"
+                continue
+            timers[name] = Timer(operators, direction, shape)
+            timers[name].ms()
+        except Exception as error:  # too many resources for this shape on this card
+            timers.pop(name, None)
+            entries[name]["error"] = f"{type(error).__name__}: {str(error)[:160]}"
+    del expected
+    times, copies = {name: [] for name in timers}, []
+    copy = Timer(operators, "copy", None)
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() > deadline:
+            break
+        copies.append(copy.ms())
+        for name, timer in timers.items():
+            times[name].append(timer.ms())
+    for name, found in times.items():
+        ms = median(found)
+        entries[name] |= {"ms": ms, "min_ms": min(found), "spread": spread(found), "gb_s": design_bytes(case, direction) / ms / 1e6}
+    ordered = sorted(entries.values(), key=lambda e: e.get("ms", math.inf))
+    copy_gb_s = 2 * design_bytes(case, "forward") / median(copies) / 1e6
+    return {**case._asdict(), "direction": direction, "rounds": len(copies), "copy_gb_s": copy_gb_s, "variants": ordered}
+
+
+# --- what follows from the figures -----------------------------------------------------------------------------------------------------------
+
+
+def gain(now: dict, other: dict) -> tuple[float, bool]:
+    """(the present time over the other's, whether they differ by more than both spreads)"""
+    margin = now["ms"] * now["spread"] + other["ms"] * other["spread"]
+    return now["ms"] / other["ms"], abs(now["ms"] - other["ms"]) > margin
+
+
+def winners(found: list[dict]) -> dict[tuple, dict]:
+    """(direction, dtype, vocab) -> the variant that wins there, with its geometric mean gain; absent where none does."""
+    groups: dict[tuple, list[dict]] = {}
+    for case in found:
+        groups.setdefault((case["direction"], case["dtype"], case["vocab"]), []).append(case)
+    best = {}
+    for key, cases in groups.items():
+        timed = [{e["name"]: e for e in case["variants"] if "ms" in e} for case in cases]
+        for name in set.intersection(*(set(t) for t in timed)) - {"now"}:
+            gains = [gain(t["now"], t[name]) for t in timed if "now" in t]
+            if not gains or any(g < 1 and sure for g, sure in gains) or not any(g > 1 and sure for g, sure in gains):
+                continue
+            mean = math.prod(g for g, _ in gains) ** (1 / len(gains))
+            if key not in best or mean > best[key]["gain"]:
+                best[key] = {"name": name, "shape": timed[0][name]["shape"], "gain": mean}
+    return best
+
+
+def summary(found: list[dict]) -> str:
+    """The present shape and the fastest ones of each case, and the winners as a table to paste."""
+    copy = {}
+    for case in found:  # a small copy stays in the cache: the largest of a type counts
+        size = case["rows"] * case["vocab"]
+        copy[case["dtype"]] = max(copy.get(case["dtype"], (0, 0.0)), (size, case["copy_gb_s"]))
+    lines = []
+    for case in found:
+        timed = [e for e in case["variants"] if "ms" in e]
+        now = next((e for e in timed if e["name"] == "now"), None)
+        bandwidth = copy[case["dtype"]][1]
+        shown = ([now] if now else []) + [e for e in timed if e["name"] != "now"][:4]
+        cells = [f"{e['name']} {1e3 * e['ms']:.1f} us ({100 * e['gb_s'] / bandwidth:.1f}%, +-{100 * e['spread']:.1f})" for e in shown]
+        lines.append(f"{case['direction']} {case['dtype']} {case['rows']}x{case['vocab']}: " + "; ".join(cells))
+        lines += [f"  FAILED {e['name']}: {e['error']}" for e in case["variants"] if "error" in e]
+    lines.append("copy GB/s: " + ", ".join(f"{dtype} {speed:,.0f}" for dtype, (_, speed) in copy.items()))
+    lines.append("wins by more than the spread:")
+    for (direction, dtype, vocab), best in winners(found).items():
+        shape = ", ".join(f"{k}={v}" for k, v in best["shape"].items())
+        lines.append(f"  {direction} {dtype} V={vocab}: {best['name']}, {best['gain']:.3f}x: {direction.capitalize()}Shape({shape})")
+    return "\n".join(lines)
+
+
+def precompile(cases: list[Case], part: int, parts: int) -> None:
+    """Launches this part of all variants on a few rows, which puts the kernels into Triton's cache on disk."""
+    jobs = 0
+    for case in cases:
+        operators = Operators(case._replace(rows=8))
+        for direction in DIRECTIONS:
+            for shape in variants_of(direction, case, operators.logits[0]).values():
+                jobs += 1
+                if jobs % parts == part:
+                    with launch_shape(direction, shape), contextlib.suppress(Exception):  # the measurement itself reports what does not run
+                        getattr(operators, direction)()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("variants.json"))
+    parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS")
+    parser.add_argument("--shapes", nargs="+", metavar="NxV", help="such as 8192x151936")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rehearse", action="store_true", help="tiny shapes in Triton's interpreter: everything but the figures is real")
+    parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")
+    parser.add_argument("--precompile", type=int, nargs=2, metavar=("PART", "PARTS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rehearse:
+        args.device, args.jobs, args.rounds = "cpu", 1, 2
+    elif args.device == "cpu" or not torch.cuda.is_available():
+        print("no GPU here: nothing to measure (--rehearse goes through everything in Triton's interpreter)")
+        return 1
+    rlkern.use_backend("triton")
+    started = time.perf_counter()
+    shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes] if args.shapes else REHEARSED if args.rehearse else SHAPES
+    cases = [Case(args.device, dtype, *shape, "logp+entropy") for dtype in args.dtypes for shape in shapes]
+    if args.precompile:
+        precompile(cases, *args.precompile)
+        return 0
+    vocabs = dict.fromkeys(vocab for _, vocab in shapes)
+    command = [sys.executable, __file__, "--shapes", *(f"8x{vocab}" for vocab in vocabs), "--dtypes", *args.dtypes, *(["--rehearse"] * args.rehearse)]
+    workers = [subprocess.Popen([*command, "--precompile", str(i), str(args.jobs)]) for i in range(args.jobs)]
+    for worker in workers:
+        try:
+            worker.wait(max(1.0, started + args.budget / 2 - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+    print(f"compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    found, document = [], {}
+    for case in cases:
+        if time.perf_counter() > started + args.budget:
+            print(f"budget of {args.budget:.0f} s spent; left out: {case} and what follows")
+            break
+        operators = Operators(case)
+        for direction in DIRECTIONS:
+            found.append(measure(operators, direction, args.rounds, started + args.budget))
+            document = {"rehearsed": args.rehearse, "cases": found, "summary": summary(found)}
+            args.out.write_text(json.dumps(document, indent=1) + "\n")
+        print(f"{case}: {time.perf_counter() - started:.0f} s", flush=True)
+        del operators
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+    print(document["summary"])
+    return 1 if any("error" in e and "another result" in e["error"] for case in found for e in case["variants"]) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
