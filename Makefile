@@ -75,8 +75,8 @@ bench-bgpo: $(VENV)/.built  ## one Monte-Carlo draw of BGPO from logits to gradi
 report: $(VENV)/.built  ## compile every GPU kernel offline and tabulate what the compiler made of it; needs no GPU
 	$(PY) benchmarks/report.py $(ARGS)
 
-gpu: $(GPU_SETUP)  ## tests and benchmarks on this machine's GPU (PYTHON=python3: with that interpreter, no .venv, no network)
-	$(GPU_PYTHON) benchmarks/gpu.py $(ARGS)
+gpu: $(GPU_SETUP)  ## tests and benchmarks on this machine's GPU (PYTHON=python3: with that, no .venv, no network; STAGE=first or second: half of it)
+	$(GPU_PYTHON) benchmarks/gpu.py $(if $(STAGE),--stage $(STAGE)) $(ARGS)
 
 torch-versions: $(VENV)/.built  ## the core tests with torch 2.6 to 2.14, each with a Triton of its own; downloads gigabytes (ARGS="2.6.0 2.14.1")
 	$(PY) tests/torch_versions.py $(ARGS)
@@ -84,7 +84,7 @@ torch-versions: $(VENV)/.built  ## the core tests with torch 2.6 to 2.14, each w
 trl-versions: $(VENV)/.trainers  ## the TRL tests with every release of TRL that the integration knows
 	$(PY) tests/integrations/trl_versions.py $(ARGS)
 
-peers: $(VENV)/.deps  ## fetch the packages that benchmarks compare with into build/peers (then: PEERS=build/peers make gpu)
+peers: $(VENV)/.deps  ## fetch the packages that benchmarks compare with into build/peers (make gpu takes them from there)
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(PIP) download --no-deps --no-build-isolation --no-binary flash-attn -d build/peers -r benchmarks/peers.txt
 
 package: $(VENV)/.deps  ## sdist and wheel in dist/

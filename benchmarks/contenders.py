@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,12 +17,12 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from table import EAGER
 from torch import Tensor
 
 import rlkern
 
 LOGP, BOTH = "logp", "logp+entropy"
-EAGER = "eager log_softmax"  # what ratios are given against: float32 log_softmax, gather, entropy from the same log-probabilities
 
 
 class Contender(NamedTuple):
@@ -161,8 +162,8 @@ def _compiled(forward):
     return torch.compile(forward, dynamic=False, fullgraph=True)
 
 
-def contenders(device: str) -> tuple[list[Contender], list[str]]:
-    """All contenders that exist on `device` ("cpu" or "cuda"), and one line for each that is absent."""
+def contenders(device: str, peers: bool = True) -> tuple[list[Contender], list[str]]:
+    """All contenders that exist on `device` ("cpu" or "cuda"), with other packages' if `peers`, and one line for each that is absent."""
     found = [
         Contender("rlkern", BOTH, _rlkern_both, "rlkern"),
         Contender("rlkern, in place", BOTH, lambda x, y: _rlkern_both(x, y, True), "rlkern", in_place=True),
@@ -180,8 +181,9 @@ def contenders(device: str) -> tuple[list[Contender], list[str]]:
         Contender("compiled logsumexp", LOGP, _compiled(logsumexp_logp), "compiled", slow=True),
     ]
     absent = []
-    for name, load in _PEERS.items():
-        if device == "cpu":
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for name, load in _PEERS.items() if peers else ():
+        if device == "cpu" and not interpreted:
             absent.append(f"{name}: its kernels need a GPU")
             continue
         try:

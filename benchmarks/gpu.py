@@ -1,198 +1,312 @@
-"""`make gpu`: everything worth knowing about rlkern on this machine's GPU in one command of under ten minutes, with no network.
+"""`make gpu`: everything worth knowing about rlkern on this machine's GPU, in two stages of five minutes each, with no network.
 
-    python benchmarks/gpu.py [--steps tests,bench,sweep,sanitize,suite] [--quick]
-    PEERS=build/peers python benchmarks/gpu.py      also measures the packages whose wheels lie there (`make peers` fetches them)
+    python benchmarks/gpu.py [--stage first] [--steps tests,bench] [--rehearse]
+    PEERS=folder python benchmarks/gpu.py --stage second      (by default build/peers, where `make peers` puts them)
 
-Installs the project into a temporary folder, then runs, each with its own time limit, and each whatever became of the others:
+first (330 seconds at most; what decides whether the kernels are right and fast):
 
-    tests      tests/test_gpu.py: full size, all dtypes and layouts, CUDA graphs, no host sync, batch invariance
-    bench      rlkern against eager PyTorch, torch.compile and the peers, beside the card's own copy bandwidth
-    sweep      launch shapes: proposes the table of triton_kernels/launch.py
-    sanitize   compute-sanitizer memcheck and racecheck over every kernel variant
-    suite      the Triton half of the ordinary tests, on the card
+    install    the project into a temporary folder, as users install it; where that fails the Python files alone
+    tests      full size, all dtypes and layouts, CUDA graphs, no host sync; every primitive, every public function
+    variants   launch shapes and kernel variants against each other
+    bench      rlkern against eager PyTorch, beside the card's own copy bandwidth
 
-Writes benchmarks/results/<gpu>-<date>.json and .png (also into $OUT where that is set); exits 1 if a step failed. Without a GPU it runs what can
-run: the kernels in Triton's interpreter, and the offline report.
+second (300 seconds at most; no CPU kernels, which it does not need):
+
+    peers      unpacks the packages to compare with
+    compile    compiles and checks every kernel variant, for the sanitizer
+    bench      bf16 again, with torch.compile and the peers
+    suite      the Triton half of the ordinary tests, on the card; beside it
+    memcheck, racecheck   compute-sanitizer over every kernel variant
+    ncu        Nsight Compute on one launch of each direction
+
+Each step has its own time limit and runs whatever became of the others. Results are written as they come: benchmarks/results/<gpu>-<date>.json and
+.png, to which the second stage adds, and in $OUT (else out/) the same with the logs, the figures of each benchmark and the profile. Exits 1 if a step
+failed, and names it in the last line. --rehearse does all of it on a processor, on tiny inputs, and writes into a temporary folder (or $OUT).
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import importlib.util
-import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
-import tarfile
-import tempfile
-import threading
 import time
-from pathlib import Path
+
+STARTED = time.monotonic()
+
+import argparse  # noqa: E402
+import datetime  # noqa: E402
+import importlib.util  # noqa: E402
+import json  # noqa: E402
+import os  # noqa: E402
+import re  # noqa: E402
+import shutil  # noqa: E402
+import signal  # noqa: E402
+import subprocess  # noqa: E402
+import sys  # noqa: E402
+import tempfile  # noqa: E402
+import threading  # noqa: E402
+from collections import Counter, deque  # noqa: E402
+from collections.abc import Callable  # noqa: E402
+from contextlib import suppress  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import NamedTuple  # noqa: E402
+
+from table import overview  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "benchmarks" / "results"
-STEPS = ("tests", "bench", "sweep", "sanitize", "suite")
-LIMITS = {"install": 120, "tests": 150, "bench": 200, "sweep": 110, "sanitize": 100, "suite": 100}  # seconds; what is not over by then is stopped
-TOTAL, TOTAL_WITHOUT_GPU = 560, 1800  # seconds for everything; interpreting kernels is slow
+TOTALS = {"first": 330, "second": 300}  # seconds
+TESTS = ("tests/test_gpu.py", "tests/test_gpu_primitives.py", "tests/test_gpu_smoke.py")
+SUITE = (
+    "tests/test_token_stats.py",
+    "tests/test_triton_token_stats.py",
+    "tests/test_covariance.py",
+    "tests/test_elbo.py",
+    "tests/test_kinks.py",
+    "tests/test_linear.py",
+    "tests/test_divergence.py",
+    "tests/test_ops.py",
+    "tests/test_ratio.py",
+    "tests/test_selection.py",
+    "tests/test_unread_rows.py",
+    "tests/test_bgpo_options.py",
+    "tests/test_metrics.py",
+    "tests/test_second_derivatives.py",
+)
+REHEARSED = ("tests/test_triton_token_stats.py",), ("-k", "every_type or skipped")
+# What a stage leaves beside its results, which are two files more.
+FILES = {
+    "first": {"bench": "bench-first.json", "variants": "variants.json", "log": "log-first.txt"},
+    "second": {"bench": "bench-second.json", "ncu": "ncu.txt", "log": "log-second.txt"},
+}
+WORTHWHILE = 5  # seconds; with less a step is not begun
+CLOSING = 5  # seconds at the end of a stage, to write what it found
+START_AND_END = 15  # seconds that a script needs before it begins its first case, and for the last one that it has begun
+
+
+class Step(NamedTuple):
+    name: str
+    limit: float  # seconds; what is not over by then is stopped
+    command: Callable[[float], list]  # of the seconds that the step is given
+    env: dict = {}
+    tests: bool = False  # pytest: its results are counted, and none passed is a failure
+    elastic: bool = False  # may also use what earlier steps left of their time
+    required: bool = False  # without it everything else is pointless
+    otherwise: Callable[[], None] | None = None  # what to do where it fails
+
+
+Group = list[list[Step]]  # chains of steps that run beside each other
+
+
+def group_limit(group: Group) -> float:
+    return max(sum(step.limit for step in chain) for chain in group)
+
+
+def run_process(command: list[str], env: dict, limit: float, on_line: Callable[[str], None], cancelled: threading.Event) -> int | None:
+    """The exit code of a command, whose output goes to `on_line`; None if it was stopped, at its limit or because of `cancelled`."""
+    # A process group, to stop what the command has started too; where possible no session, so that whoever ends this one's ends those as well.
+    group = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    try:
+        process = subprocess.Popen(command, cwd=ROOT, env=env, **streams, **group)
+    except OSError as error:
+        on_line(f"{command[0]}: {error}")
+        return 127
+    reader = threading.Thread(target=lambda: [on_line(line.rstrip("\n")) for line in process.stdout], daemon=True)
+    reader.start()
+    deadline = time.monotonic() + limit
+    try:
+        while process.poll() is None and time.monotonic() < deadline and not cancelled.is_set():
+            cancelled.wait(0.05)
+        return process.poll()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver outlives its end for a while
+                process.wait(10)
+        reader.join(5)
+
+
+class PytestLines:
+    """Reads `pytest -v`, with or without xdist, line by line: so a run that is stopped has told what passed until then."""
+
+    _RESULT = re.compile(
+        r"^\[gw\d+\] \[ *\d+%\] (?P<after>[A-Z]+) (?P<name>.+?) *$"
+        r"|^(?P<alone>\S+::.*?) (?P<before>PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?: \(.*)?(?: +\[ *\d+%\])?$"
+    )
+    _SUMMARY = re.compile(r"^(FAILED|ERROR) (.+?)(?: - (.*))?$")
+
+    def __init__(self):
+        self.counts: Counter[str] = Counter()
+        self.failures: dict[str, str] = {}
+
+    def read(self, line: str) -> bool:
+        """Takes a line in; says whether it is worth showing."""
+        if result := self._RESULT.match(line):
+            outcome, name = result["after"] or result["before"], result["name"] or result["alone"]
+            self.counts[outcome.lower()] += 1
+            if bad := outcome in ("FAILED", "ERROR"):
+                self.failures.setdefault(name, "")
+            return bad
+        if summary := self._SUMMARY.match(line):
+            self.failures[summary[2]] = summary[3] or self.failures.get(summary[2], "")
+            return True
+        return line.startswith("=") and " in " in line
+
+    def tally(self) -> str:
+        shown = ["passed", *(name for name in ("failed", "error") if self.counts[name])]
+        return ", ".join(f"{self.counts[name]} {name}" for name in shown)
 
 
 class Session:
-    """Runs commands with a time limit, keeps what they printed, and remembers how each step ended."""
+    """One stage: runs steps with a time limit, keeps what they printed, remembers how each ended, and writes all of it as it comes."""
 
-    def __init__(self, work: Path):
-        self.work = work
-        self.log = open(work / "log.txt", "w")
-        self.started = time.monotonic()
-        self.total = TOTAL
+    def __init__(self, stage: str, out: Path, results: Path, runner=run_process, clock=time.monotonic, started: float | None = None):
+        self.stage, self.out, self.results, self.runner, self.clock = stage, out, results, runner, clock
+        self.started = clock() if started is None else started
+        self.total = TOTALS[stage]
         self.steps: list[dict] = []
-        self.env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self.gpu: str | None = None
+        self.cancelled = threading.Event()
+        self.env = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "200"}
+        self.lock = threading.RLock()
+        for folder in (out, results):
+            folder.mkdir(parents=True, exist_ok=True)
+        for name in FILES[stage].values():  # of an earlier run
+            (out / name).unlink(missing_ok=True)
+        self.log = open(out / FILES[stage]["log"], "w", buffering=1)
 
     def elapsed(self) -> float:
-        return time.monotonic() - self.started
+        return self.clock() - self.started
 
-    def say(self, line: str) -> None:
-        print(line, flush=True)
-        self.log.write(line + "\n")
-        self.log.flush()
+    def say(self, text: str, show: bool = True) -> None:
+        with self.lock:
+            self.log.write(text + "\n")
+            if show:
+                print(text, flush=True)
 
-    def run(self, name: str, command: list, limit: float, **env: str) -> bool:
-        limit = min(limit, self.total - self.elapsed())
-        if limit < 10:
-            return self.record(name, "left out: the time for everything is spent")
-        command = [str(c) for c in command]
-        self.say(f"\n=== {name} (limit {limit:.0f} s): {' '.join(command)}")
-        started = time.monotonic()
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
-        process = subprocess.Popen(command, cwd=ROOT, env=self.env | env, start_new_session=True, **streams)
-        reader = threading.Thread(target=lambda: [self.say(line.rstrip("\n")) for line in process.stdout], daemon=True)
-        reader.start()
+    def run(self, groups: list[Group]) -> None:
+        for i, group in enumerate(groups):
+            later = sum(group_limit(g) for g in groups[i + 1 :])
+            if len(group) == 1:
+                self._run_chain(group[0], later)
+            else:
+                threads = [threading.Thread(target=self._run_chain, args=(chain, later, True)) for chain in group]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+
+    def _run_chain(self, chain: list[Step], later: float, beside: bool = False) -> None:
+        for i, step in enumerate(chain):
+            ok = self._run_step(step, later + sum(s.limit for s in chain[i + 1 :]), f"[{step.name}] " if beside else "")
+            if not ok and step.otherwise:
+                step.otherwise()
+            if not ok and step.required:
+                self.cancelled.set()
+
+    def _run_step(self, step: Step, later: float, prefix: str) -> bool:
+        if self.cancelled.is_set():
+            return False
+        left = self.total - CLOSING - self.elapsed()
+        limit = min(left, max(step.limit, left - later) if step.elastic else step.limit)
+        if limit < WORTHWHILE:
+            return self.record(step.name, "left out: the time for everything is spent")
+        command = [str(part) for part in step.command(limit)]
+        self.say(f"\n=== {step.name} (limit {limit:.0f} s): {' '.join(command)}")
+        results, tail = PytestLines() if step.tests else None, deque(maxlen=8)
+
+        def on_line(line: str) -> None:
+            with self.lock:
+                tail.append(line)
+                if line.startswith("GPU: "):
+                    self.gpu = self.gpu or line.removeprefix("GPU: ")
+                self.say(prefix + line, show=results.read(line) if results else True)
+
+        begun = self.clock()
+        code = self.runner(command, self.env | step.env, limit, on_line, self.cancelled)
+        seconds = self.clock() - begun
+        with self.lock:  # a reader that is late may still add lines
+            if self.cancelled.is_set() and code is None:
+                outcome = "skipped: a step that it needs failed"
+            elif code is None:
+                outcome = f"stopped after {limit:.0f} s"
+            elif code == 0 and (results is None or results.counts["passed"]):
+                outcome = "ok"
+            else:
+                outcome = f"failed, exit code {code}"
+            failures = []
+            if results:
+                outcome += f", {results.tally()}"
+                failures = [f"{name}: {why}" if why else name for name, why in results.failures.items()]
+                failures = failures or ([f"last: {tail[-1]}"] if results.counts else [])
+            return self.record(step.name, outcome, seconds, failures or list(tail))
+
+    def record(self, name: str, outcome: str, seconds: float = 0.0, evidence: list[str] | None = None) -> bool:
+        ok = outcome.startswith(("ok", "skipped"))
+        with self.lock:
+            entry = {"step": name, "outcome": outcome, "seconds": round(seconds, 1)}
+            self.steps.append(entry if ok else entry | {"evidence": evidence or []})
+            self.say(f"=== {name}: {outcome}, {seconds:.0f} s")
+            self.save()
+        return ok
+
+    def failed(self) -> list[dict]:
+        return [step for step in self.steps if not step["outcome"].startswith(("ok", "skipped"))]
+
+    def path(self) -> Path:
+        slug = "-".join("".join(c if c.isalnum() else " " for c in self.gpu.lower()).split())
+        return self.results / f"{slug}-{datetime.date.today()}.json"
+
+    def save(self) -> dict:
+        """Adds what this stage has to the results of this card and day: its steps, its cases in place of its earlier ones, the variants."""
+        if self.gpu is None:
+            return {}
+        with self.lock:
+            bench = read(self.out / FILES[self.stage]["bench"]) or {}
+            document = read(self.path()) or {}
+            machine = bench.get("machine") or document.get("machine") or {"gpu": self.gpu}
+            stages = document.get("stages", {}) | {self.stage: {"steps": self.steps, "seconds": round(self.elapsed(), 1)}}
+            cases = [case for case in document.get("cases", []) if case.get("stage") != self.stage]
+            cases += [case | {"stage": self.stage} for case in bench.get("cases", [])]
+            document |= {"machine": machine, "stages": stages, "cases": cases}
+            if (name := FILES[self.stage].get("variants")) and (variants := read(self.out / name)):
+                document["variants"] = variants
+            for folder in {self.results, self.out}:
+                write(folder / self.path().name, json.dumps(document, indent=1) + "\n")
+            return document
+
+    def close(self) -> int:
+        """What was measured, what failed, how each step ended, in few lines, since a long output may lose its beginning; 1 if a step failed."""
+        document = self.save()
+        cases = [case for case in document.get("cases", []) if case["stage"] == self.stage]
+        if cases:
+            self.say(f"\n{overview(cases)}")
+        variants = document.get("variants") if "variants" in FILES[self.stage] else None
+        if isinstance(variants, dict) and isinstance(variants.get("summary"), str):
+            self.say("\n" + variants["summary"][-5000:])
+        for step in self.failed():
+            self.say(f"\n{step['step']}: {step['outcome']}")
+            lines = step["evidence"]
+            self.say("\n".join(f"  {line[:180]}" for line in [*lines[:10], *([f"and {len(lines) - 10} more"] if len(lines) > 10 else [])]))
+        self.say(f"\n{self.stage}: {self.gpu or 'no GPU'}, {self.elapsed():.0f} s of {self.total}")
+        self.say("\n".join(f"  {s['step']:10} {s['seconds']:6.1f} s  {s['outcome']}" for s in self.steps))
+        if document:
+            self.draw(document)
+            self.say(f"wrote {self.path()} and what is in {self.out}")
+        failed = [f"{step['step']} ({', '.join([step['outcome'], *step['evidence'][-1:]])[:200]})" for step in self.failed()]
+        names = ", ".join(step["step"] for step in self.steps)
+        self.say(f"{self.stage} FAILED: {'; '.join(failed)}" if failed else f"{self.stage}: {names}: none failed")
+        self.log.close()
+        return 1 if failed else 0
+
+    def draw(self, document: dict) -> None:
+        """An extra: what goes wrong here costs no result."""
         try:
-            code = process.wait(limit)
-            outcome = "ok" if code == 0 else f"failed, exit code {code}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            outcome = f"stopped after {limit:.0f} s"
-        reader.join(5)
-        return self.record(name, outcome, time.monotonic() - started)
+            from plot import plot
 
-    def record(self, name: str, outcome: str, seconds: float = 0.0) -> bool:
-        self.steps.append({"step": name, "outcome": outcome, "seconds": round(seconds, 1)})
-        self.say(f"=== {name}: {outcome}, {seconds:.0f} s")
-        return outcome == "ok"
-
-    def summary(self) -> str:
-        return "\n".join(f"  {s['step']:28} {s['seconds']:6.1f} s  {s['outcome']}" for s in self.steps)
-
-    def failed(self) -> bool:
-        return any(s["outcome"].startswith(("failed", "stopped", "left out")) for s in self.steps)
-
-
-def install(session: Session) -> None:
-    """Puts rlkern on the path of all later steps: installed as users install it, or else the Python files alone, without the CPU kernels."""
-    site = session.work / "site"
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", site, ROOT]
-    if not session.run("install", pip, LIMITS["install"]):
-        shutil.rmtree(site, ignore_errors=True)
-        shutil.copytree(ROOT / "rlkern", site / "rlkern", ignore=shutil.ignore_patterns("triton_kernels", "__pycache__", "*.so"))
-        shutil.copytree(ROOT / "triton_kernels", site / "rlkern" / "triton_kernels", ignore=shutil.ignore_patterns("__pycache__"))
-        session.env["RLKERN_TEST_WITHOUT"] = "native"
-        print("using the Python files as they are; the CPU kernels are missing")
-    session.env["PYTHONPATH"] = os.pathsep.join([str(site), str(session.work / "peers"), str(BENCHMARKS)])
-    session.run("python -m rlkern", [sys.executable, "-m", "rlkern"], 60)
-
-
-def install_peers(session: Session) -> None:
-    """Wheels from the folder PEERS, installed without their dependencies; of a source archive only the Python files, for their Triton kernels."""
-    folder = os.environ.get("PEERS")
-    if not folder:
-        print("PEERS is not set: only the peers that this Python already has are measured")
-        return
-    folder, target = Path(folder).resolve(), session.work / "peers"
-    wheels, archives = sorted(folder.glob("*.whl")), sorted(folder.glob("*.tar.gz"))
-    if not wheels and not archives:
-        print(f"PEERS={folder} holds no wheel and no source archive")
-        return
-    for wheel in wheels:
-        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-compile", "--target", target, wheel]
-        session.run(f"peer {wheel.name.split('-')[0]}", pip, 60)
-    for archive in archives:
-        started = time.monotonic()
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                path = Path(*Path(member.name).parts[1:])
-                if member.isfile() and path.suffix == ".py" and path.parts[0] == archive.name.split("-")[0] and ".." not in path.parts:
-                    (target / path).parent.mkdir(parents=True, exist_ok=True)
-                    (target / path).write_bytes(tar.extractfile(member).read())
-        session.record(f"peer {archive.name.split('-')[0]}", "ok", time.monotonic() - started)
-
-
-def pytest(session: Session, name: str, limit: float, *args, **env: str) -> bool:
-    # Most of the time goes into compiling kernels, on the CPU.
-    workers = ["-n", str(min(4, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") else []
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--no-header", "-W", "ignore", *workers, *args]
-    return session.run(name, command, limit, **env)
-
-
-def gpu_tests(session: Session, quick: bool) -> None:
-    pytest(session, "tests", LIMITS["tests"], "tests/test_gpu.py", *(["-k", "not full_size and not 2_to_the"] if quick else []))
-
-
-def suite(session: Session, quick: bool) -> None:
-    tests = sorted((ROOT / "tests").glob("test_token_stats*.py"))
-    if tests and not quick:
-        pytest(session, "suite", LIMITS["suite"], *tests, "-k", "triton")
-
-
-def bench(session: Session, quick: bool) -> None:
-    limit = 90 if quick else LIMITS["bench"]
-    command = [sys.executable, BENCHMARKS / "run.py", "--device", "cuda", "--out", session.work, "--name", "bench"]
-    command += ["--budget", limit - 60] + (["--no-compile", "--rounds", 5] if quick else [])
-    session.run("bench", command, limit)
-
-
-def sweep(session: Session, quick: bool) -> None:
-    limit = 60 if quick else LIMITS["sweep"]
-    command = [sys.executable, BENCHMARKS / "sweep.py", "--out", session.work / "sweep.json", "--budget", limit - 30]
-    session.run("sweep", command + (["--vocabs", 151_936, "--dtypes", "bf16"] if quick else []), limit)
-
-
-def sanitize(session: Session, quick: bool) -> None:
-    script = [sys.executable, BENCHMARKS / "sanitize.py"]
-    # Several processes compile the kernels, and check them without the tool; under it they come from Triton's cache.
-    if not session.run("kernel variants", [*script, "--jobs", min(8, os.cpu_count() or 1)], LIMITS["sanitize"]):
-        return
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if not Path(tool).exists():
-        session.record("compute-sanitizer", "skipped: not installed")
-        return
-    # Without PyTorch's caching allocator every tensor is an allocation of its own, so that a read past its end is seen.
-    for name, options in (("memcheck", ["--report-api-errors", "no"]), ("racecheck", [])):
-        if name == "memcheck" or not quick:
-            command = [tool, "--tool", name, "--error-exitcode", "9", "--print-limit", "20", *options, *script]
-            session.run(name, command, LIMITS["sanitize"], PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-
-
-def without_gpu(session: Session) -> None:
-    print("No GPU found: running the kernels in Triton's interpreter, and the offline report. Nothing is timed.")
-    session.total = TOTAL_WITHOUT_GPU
-    tests = sorted((ROOT / "tests").glob("test_token_stats*.py"))
-    if tests:
-        pytest(session, "kernels, interpreted", 900, *tests, "-k", "triton", TRITON_INTERPRET="1")
-    if (BENCHMARKS / "report.py").exists():
-        session.run("offline report", [sys.executable, BENCHMARKS / "report.py"], 900)
-
-
-def gpu_name() -> str | None:
-    """The GPU that PyTorch sees, asked in another process: this one never opens the card, so its steps have all of its memory."""
-    code = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    if answer.returncode:
-        print(f"PyTorch does not start here:\n{answer.stderr.strip()}")
-    return answer.stdout.strip().splitlines()[-1] if answer.stdout.strip() else None
+            plot(document, str(self.path().with_suffix(".png")))
+            if self.out != self.results:
+                shutil.copy(self.path().with_suffix(".png"), self.out)
+        except Exception as error:
+            self.say(f"no figure: {type(error).__name__}: {error}")
 
 
 def read(path: Path):
@@ -202,63 +316,141 @@ def read(path: Path):
         return None
 
 
-def write_results(session: Session, gpu: str, quick: bool) -> list[Path]:
-    """One JSON (the format of run.py, with the sweep and the steps' outcomes added) and its plot."""
-    document = read(session.work / "bench.json") or {"machine": {"gpu": gpu}, "cases": []}
-    document |= {"sweep": read(session.work / "sweep.json"), "steps": session.steps, "quick": quick}
-    slug = "-".join("".join(c if c.isalnum() else " " for c in gpu.lower()).split())
-    path = RESULTS / f"{slug}-{datetime.date.today()}{'-quick' if quick else ''}.json"
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    written = [path]
-    if (plot := session.work / "bench.png").exists():
-        written.append(Path(shutil.copy(plot, path.with_suffix(".png"))))
-    if out := os.environ.get("OUT"):
-        Path(out).mkdir(parents=True, exist_ok=True)
-        for file in [*written, session.work / "log.txt"]:
-            shutil.copy(file, out)
-    return written
+def write(path: Path, text: str) -> None:
+    """A reader, or whoever comes after a kill, finds the old file or the new one, whole."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text)
+    os.replace(part, path)
 
 
-def closing_tables(session: Session) -> None:
-    """What was measured, once more, short, after all that the steps printed."""
-    sys.path.insert(0, str(BENCHMARKS))
-    from table import compact, sweep_table
+# --- the steps -------------------------------------------------------------------------------------------------------------------------------
 
-    for case in (read(session.work / "bench.json") or {"cases": []})["cases"]:
-        session.say("\n" + compact(case))
-    if swept := read(session.work / "sweep.json"):
-        session.say("\n" + sweep_table(swept))
+ASK = """
+import sys, torch
+if not torch.cuda.is_available():
+    sys.exit(f"PyTorch {torch.__version__} (built for CUDA {torch.version.cuda}, HIP {torch.version.hip}) sees no GPU here")
+print("GPU:", torch.cuda.get_device_name())
+"""
 
 
-def main() -> int:
+class Plan:
+    """The steps of both stages: on a GPU, or with `rehearse` the same scripts, tiny, on a processor."""
+
+    def __init__(self, session: Session, work: Path, rehearse: bool = False):
+        self.session, self.rehearse, self.site, self.peers = session, rehearse, work / "site", work / "peers"
+        session.env["PYTHONPATH"] = os.pathsep.join([str(self.site), str(self.peers), str(BENCHMARKS)])
+        if rehearse:
+            session.env |= {"TRITON_INTERPRET": "1", "RLKERN_BACKEND": "triton", "PATH": f"{stand_ins(work)}{os.pathsep}{os.environ['PATH']}"}
+
+    def groups(self) -> list[Group]:
+        return self.first() if self.session.stage == "first" else self.second()
+
+    def first(self) -> list[Group]:
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", self.site, ROOT]
+        install = [] if self.rehearse else [[Step("install", 90, lambda limit: pip, otherwise=self.python_files)]]
+        if self.rehearse:
+            self.python_files()
+        out = self.session.out / FILES["first"]["variants"]
+        variants = [sys.executable, BENCHMARKS / "variants.py", "--out", out, *(["--device", "cpu", "--rehearse"] if self.rehearse else [])]
+        steps = [
+            self.pytest("tests", 130, TESTS),
+            Step("variants", 45, lambda limit: [*variants, "--budget", round(limit) - START_AND_END], elastic=True),
+            self.bench(60, "--no-compile", "--no-peers"),
+        ]
+        return [[[self.card(90)], *install], *([[step]] for step in steps)]
+
+    def second(self) -> list[Group]:
+        if not self.site.exists():  # after the first stage in the same run there is an installed project
+            self.python_files()
+        folder = Path(os.environ.get("PEERS") or ROOT / "build" / "peers").resolve()
+        peers = Step("peers", 15, lambda limit: [sys.executable, BENCHMARKS / "peers.py", folder, self.peers])
+        script = [sys.executable, BENCHMARKS / "sanitize.py", *(["--rehearse"] if self.rehearse else [])]
+        # Several processes compile the kernels, and check them without the tool; under it they come from Triton's cache.
+        compiled = Step("compile", 55, lambda limit: [*script, "--jobs", min(8, os.cpu_count() or 1)])
+        # Without PyTorch's caching allocator every tensor is an allocation of its own, so that a read past its end is seen.
+        sanitizer = [self.tool("compute-sanitizer"), "--error-exitcode", "9", "--print-limit", "20"]
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        memcheck = Step("memcheck", 50, lambda limit: [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *script], env)
+        racecheck = Step("racecheck", 40, lambda limit: [*sanitizer, "--tool", "racecheck", *script], env)
+        ncu = [self.tool("ncu"), "--set", "full", "--clock-control", "none", "--profile-from-start", "off", "--page", "details"]
+        ncu += ["--log-file", self.session.out / FILES["second"]["ncu"], sys.executable, BENCHMARKS / "one_launch.py"]
+        ncu += ["--device", "cpu", "--shape", "4x300"] if self.rehearse else []
+        return [
+            [[self.card(70)], [peers, compiled]],
+            [[self.bench(105, "--dtypes", "bf16", *(["--no-compile"] if self.rehearse else []))]],
+            [[self.pytest("suite", 90, SUITE, "-k", "triton")], [memcheck, racecheck]],
+            [[Step("ncu", 30, lambda limit: ncu)]],
+        ]
+
+    def card(self, limit: float) -> Step:
+        """Asks another process: this one never opens the card, so the steps have all of its memory; and the first import of torch is slow."""
+        ask = "print('GPU: rehearsal')" if self.rehearse else ASK
+        return Step("gpu", limit, lambda _: [sys.executable, "-c", ask], required=True)
+
+    def bench(self, limit: float, *options: str) -> Step:
+        out = ["--out", self.session.out, "--name", FILES[self.session.stage]["bench"].removesuffix(".json"), "--no-plot"]
+        command = [sys.executable, BENCHMARKS / "run.py", *(["--rehearse"] if self.rehearse else ["--device", "cuda"]), *out, *options]
+        return Step("bench", limit, lambda limit: [*command, "--budget", round(limit) - START_AND_END], elastic=True)
+
+    def pytest(self, name: str, limit: float, files: tuple[str, ...], *options: str) -> Step:
+        if self.rehearse:
+            files, options = REHEARSED
+        command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "empty_cache", "--no-header", "-W", "ignore", *options]
+        if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels, on the CPU
+            command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+        if importlib.util.find_spec("pytest_timeout"):
+            command += ["--timeout", "60"]
+        # With one file that does not exist pytest runs none.
+        return Step(name, limit, lambda _: [*command, *(file for file in files if (ROOT / file).exists())], tests=True)
+
+    def python_files(self) -> None:
+        """The Python files as they are, without the CPU kernels."""
+        shutil.rmtree(self.site, ignore_errors=True)
+        shutil.copytree(ROOT / "rlkern", self.site / "rlkern", ignore=shutil.ignore_patterns("triton_kernels", "__pycache__", "*.so"))
+        shutil.copytree(ROOT / "triton_kernels", self.site / "rlkern" / "triton_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+        self.session.env["RLKERN_TEST_WITHOUT"] = "native"
+
+    def tool(self, name: str) -> str:
+        return shutil.which(name, path=self.session.env["PATH"]) or f"/usr/local/cuda/bin/{name}"
+
+
+def stand_ins(work: Path) -> Path:
+    """Programs named like NVIDIA's tools, for a rehearsal: they run the command behind their options."""
+    folder = work / "tools"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("compute-sanitizer", "ncu"):
+        lines = ["#!/bin/sh", 'until [ "${1#/}" != "$1" ] && [ -x "$1" ]; do', '  [ "$1" = --log-file ] && echo rehearsed >"$2"', "  shift", "done"]
+        (folder / name).write_text("\n".join([*lines, 'exec "$@"', ""]))
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def choose(groups: list[Group], names: set[str]) -> list[Group]:
+    """Only the steps that are named, and those that all others need."""
+    kept = [[[s for s in chain if s.name in names | {"gpu", "install", "peers"}] for chain in group] for group in groups]
+    return [chains for group in kept if (chains := [chain for chain in group if chain])]
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", default=",".join(STEPS), help=f"some of {','.join(STEPS)}")
-    parser.add_argument("--quick", action="store_true", help="small sizes, no torch.compile, no racecheck: about two minutes")
-    args = parser.parse_args()
-    chosen = args.steps.split(",")
-    if unknown := set(chosen) - set(STEPS):
-        parser.error(f"unknown step {', '.join(sorted(unknown))}; the steps are {', '.join(STEPS)}")
-    gpu = gpu_name()
-    with tempfile.TemporaryDirectory(prefix="rlkern-gpu-") as work:
-        session = Session(Path(work))
-        install(session)
-        if gpu is None:
-            without_gpu(session)
-            print(f"\nNo GPU here. What could run ({session.elapsed():.0f} s):\n{session.summary()}")
-            return 1 if session.failed() else 0
-        print(f"GPU: {gpu}")
-        install_peers(session)
-        run = {"tests": gpu_tests, "bench": bench, "sweep": sweep, "sanitize": sanitize, "suite": suite}
-        for name in STEPS:
-            if name in chosen:
-                run[name](session, args.quick)
-                write_results(session, gpu, args.quick)
-        closing_tables(session)
-        session.say(f"\n{gpu}, {session.elapsed():.0f} s:\n{session.summary()}")
-        written = write_results(session, gpu, args.quick)
-        print("wrote " + ", ".join(str(p.relative_to(ROOT)) for p in written))
-        return 1 if session.failed() else 0
+    parser.add_argument("--stage", choices=tuple(TOTALS), help="one of the two (default: both, one after the other)")
+    parser.add_argument("--steps", help="only these, by their names, with commas")
+    parser.add_argument("--rehearse", action="store_true", help="on a processor, with tiny inputs")
+    args = parser.parse_args(argv)
+    started, failed = STARTED, 0
+    with tempfile.TemporaryDirectory(prefix="rlkern-gpu-") as folder:
+        work = Path(folder)
+        results = work / "results" if args.rehearse else RESULTS
+        out = Path(os.environ.get("OUT") or (work / "out" if args.rehearse else ROOT / "out")).resolve()
+        for stage in [args.stage] if args.stage else TOTALS:
+            session = Session(stage, out, results, started=started)
+            groups = Plan(session, work, args.rehearse).groups()
+            session.run(choose(groups, set(args.steps.split(","))) if args.steps else groups)
+            failed |= session.close()
+            started = None
+            if session.cancelled.is_set():
+                break
+    return failed
 
 
 if __name__ == "__main__":

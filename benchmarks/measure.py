@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import datetime
+import functools
 import gc
+import itertools
 import os
 import platform
 import statistics
@@ -18,7 +20,9 @@ import rlkern
 from rlkern import reference, spare
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+FEW_ROWS_BYTES = 64 << 20  # logits below this take a GPU less time than the host takes to queue the launches
 _FLUSH_BYTES = 512 << 20
+_HEAD_START = 1_000_000  # cycles: half a millisecond at 2 GHz, longer on a slower card
 
 
 class Case(NamedTuple):
@@ -32,9 +36,13 @@ class Case(NamedTuple):
         return f"{self.computes}, {self.dtype}, N = {self.rows:,}, V = {self.vocab:,}, {self.device}"
 
 
+def few_rows(case: Case) -> bool:
+    return design_bytes(case, "forward") < FEW_ROWS_BYTES
+
+
 class _GpuClock:
-    """Times phases with events. A read of half a gigabyte goes first: it leaves no input and no unwritten line in the cache, and gives the host
-    time to queue the launches, so that launch latency is not mistaken for kernel time."""
+    """Times phases with events. A read of half a gigabyte goes first: it leaves no input and no unwritten line in the cache. Then the card sleeps
+    while the host queues the launches, so that what the host takes for them is not mistaken for kernel time."""
 
     def __init__(self):
         self.flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
@@ -42,6 +50,7 @@ class _GpuClock:
     def __call__(self, *phases) -> list[float]:
         events = [torch.cuda.Event(enable_timing=True) for _ in range(len(phases) + 1)]
         self.flush.max()
+        torch.cuda._sleep(_HEAD_START)
         events[0].record()
         value = None
         for phase, event in zip(phases, events[1:], strict=True):
@@ -61,8 +70,52 @@ class _CpuClock:
         return times
 
 
+@functools.cache
 def clock(device: str):
     return _GpuClock() if device == "cuda" else _CpuClock()
+
+
+class Replay:
+    """Zero-argument calls, captured one after the other into one CUDA graph: `ms()` is the time of one call, with no host in it. Every call needs
+    tensors of its own, or the second one finds the first one's in the cache. On a CPU the calls just run."""
+
+    def __init__(self, calls, device: str = "cuda"):
+        self.device, self.calls, self.kept = device, list(calls), []
+        if device != "cuda":
+            self.run = self._run_all
+            self.run()
+            return
+        # Compiles first. The second time whatever waits for the card raises: a capture that fails halfway leaves PyTorch's allocator unusable.
+        side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            self._run_all()
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self._run_all()
+            finally:
+                torch.cuda.set_sync_debug_mode(mode)
+        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.kept = self._run_all()  # results that live share no memory, so each call writes to its own
+        self.run = graph.replay
+
+    def _run_all(self) -> list:
+        return [call() for call in self.calls]
+
+    def ms(self) -> float:
+        return clock(self.device)(lambda _: self.run())[0] / len(self.calls)
+
+
+def rotation(case: Case) -> int:
+    """How many tensors of the logits' size a replay goes through: more than four times the cache, within reason."""
+    if case.device != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    return min(64, 4 * cache // design_bytes(case, "forward") + 1)
 
 
 def median(values):
@@ -134,6 +187,27 @@ class _Run:
         self.restore()
 
 
+class _ReplayedRun(_Run):
+    """The same for few rows: a replay of forwards, one of forwards with backwards, and the backward is the difference."""
+
+    forwards = both = None
+
+    def replay_over(self, buffers) -> None:
+        leaves = [buffer.detach().requires_grad_(self.contender.backward) for buffer in buffers]
+        self.forwards = Replay([functools.partial(self.contender.forward, leaf, self.y) for leaf in leaves], self.case.device)
+        if self.contender.backward:
+            self.both = Replay([functools.partial(self._gradient_of, leaf) for leaf in leaves], self.case.device)
+
+    def _gradient_of(self, leaf):
+        return _gradient(self.contender.forward(leaf, self.y), leaf, self.grads)
+
+    def once(self, timer) -> tuple[float, ...]:
+        if self.forwards is None:  # while warming up
+            return super().once(timer)
+        forward = self.forwards.ms()
+        return (forward, max(self.both.ms() - forward, 1e-6)) if self.both else (forward,)
+
+
 def _logp_error(logp, x, y, sample=16) -> float | None:
     """Largest error of |logp| against float64 over a few rows; None for a contender that returns something else (a GRPO loss)."""
     if logp.shape[0] != x.shape[0]:
@@ -187,11 +261,14 @@ def design_bytes(case: Case, phase: str) -> int:
     return {"forward": 1, "backward": 2, "total": 3}[phase] * size
 
 
-def run_case(case: Case, contenders, rounds: int, log=print, skip_slow: bool = False, min_seconds: float = 0.0) -> dict:
-    """Measures `contenders` on `case`: a JSON-ready dict with one entry per contender, and the machine's own copy in the same rounds."""
+def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, min_seconds=0.0, replayed: bool | None = None) -> dict:
+    """Measures `contenders` on `case`: a JSON-ready dict with one entry per contender, and the machine's own copy in the same rounds.
+    `replayed`: times replays of CUDA graphs; by default few rows on a GPU."""
     timer = clock(case.device)
+    replayed = case.device == "cuda" and few_rows(case) if replayed is None else replayed
     x, y, grads = inputs(case)
     pristine = x.clone()
+    buffers = [x.clone() for _ in range(rotation(case))] if replayed else []
     runs, skipped = [], {}
     torch._dynamo.reset()
     for contender in contenders:
@@ -200,9 +277,14 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow: bool = F
         if contender.slow and skip_slow:
             skipped[contender.name] = "left out: takes long to compile"
             continue
-        run = _Run(contender, case, x, y, grads, pristine)
+        if contender.in_place and replayed:
+            skipped[contender.name] = "left out: replayed in place it would take its gradients for logits"
+            continue
+        run = (_ReplayedRun if replayed else _Run)(contender, case, x, y, grads, pristine)
         try:
             run.warm_up(timer)
+            if replayed:
+                run.replay_over(buffers)
             runs.append(run)
         except Exception as error:  # an out-of-memory or a peer's refusal is a result, not a reason to stop
             skipped[contender.name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
@@ -224,8 +306,28 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow: bool = F
                 x.copy_(pristine)
         done += 1
     copy_gb_s = 2 * x.numel() * x.element_size() / median(copies) / 1e6
-    results = [_summary(run, case, copy_gb_s) for run in runs]
-    return {**case._asdict(), "rounds": done, "copy_ms": median(copies), "copy_gb_s": copy_gb_s, "results": results, "skipped": skipped}
+    measured = {**case._asdict(), "rounds": done, "copy_ms": median(copies), "copy_gb_s": copy_gb_s, "copy_of": _size_of(case), "replayed": replayed}
+    return {**measured, "results": [_summary(run, case, copy_gb_s) for run in runs], "skipped": skipped}
+
+
+def _size_of(case: Case) -> str:
+    return f"{case.rows} x {case.vocab} {case.dtype}"
+
+
+def share_copy(measured: list[dict]) -> None:
+    """Judges the replayed cases by the copy of the largest case: what a copy of few rows writes stays in the cache."""
+
+    def case_of(entry):
+        return Case(*(entry[field] for field in Case._fields))
+
+    largest = max(measured, key=lambda entry: design_bytes(case_of(entry), "forward"))
+    for entry in measured:
+        if entry["replayed"] and entry["copy_of"] != largest["copy_of"]:
+            for result, phase in itertools.product(entry["results"], ("forward", "backward", "total")):
+                if phase in result:
+                    result[phase]["of_copy"] *= entry["copy_gb_s"] / largest["copy_gb_s"]
+            entry |= {"copy_gb_s": largest["copy_gb_s"], "copy_of": largest["copy_of"]}
+            entry["copy_ms"] = 2 * design_bytes(case_of(entry), "forward") / largest["copy_gb_s"] / 1e6
 
 
 def _summary(run: _Run, case: Case, copy_gb_s: float) -> dict:

@@ -4,7 +4,7 @@
     python benchmarks/run.py --device cpu --dtypes bf16 --shapes 512x32768 --computes logp+entropy
     python benchmarks/run.py --full                all vocabularies, both dtypes, logp alone too
 
-Writes benchmarks/results/<machine>-<date>.json and .png.
+Writes benchmarks/results/<machine>-<date>.json, case by case, and .png.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import time
 
 import torch
 from contenders import BOTH, LOGP, contenders
-from measure import DTYPES, Case, machine, results_folder, run_case
+from measure import DTYPES, Case, machine, results_folder, run_case, share_copy
 from table import render
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144, 50_257)
 _CPU_SHAPES = ((512, 32_768), (128, 151_936))
-_GPU_ROWS = 8192
+_GPU_SHAPES = ((8192, 151_936), (16_384, 32_768), (64, 151_936), (4096, 262_144))
 
 
 def default_cases(device: str, full: bool = False) -> list[Case]:
     """Most telling cases first: a time budget cuts the list from its end."""
     if device == "cuda":
-        cases = [Case(device, "bf16", _GPU_ROWS, 151_936, kind) for kind in (BOTH, LOGP)]
-        cases += [Case(device, "bf16", _GPU_ROWS, v, BOTH) for v in VOCABULARIES if v != 151_936]
-        cases += [Case(device, "fp32", _GPU_ROWS, 151_936, BOTH)]
+        first, *others = _GPU_SHAPES
+        cases = [Case(device, "bf16", *first, kind) for kind in (BOTH, LOGP)]
+        cases += [Case(device, "bf16", *shape, BOTH) for shape in others]
+        cases += [Case(device, "fp32", *shape, BOTH) for shape in _GPU_SHAPES]
         if full:
-            cases += [Case(device, "bf16", _GPU_ROWS, v, LOGP) for v in VOCABULARIES if v != 151_936]
-            cases += [Case(device, "fp32", _GPU_ROWS, v, BOTH) for v in VOCABULARIES if v not in (151_936, 262_144)]
+            rest = [(first[0], v) for v in VOCABULARIES if v != first[1]]
+            cases += [Case(device, dtype, *shape, kind) for dtype in ("bf16", "fp32") for shape in rest for kind in (BOTH, LOGP)]
         return cases
     cases = [Case(device, dtype, *shape, BOTH) for dtype in ("bf16", "fp32") for shape in _CPU_SHAPES]
     cases += [Case(device, "bf16", *_CPU_SHAPES[0], LOGP)]
@@ -42,6 +43,11 @@ def default_cases(device: str, full: bool = False) -> list[Case]:
         cases += [Case(device, dtype, max(32, (1 << 24) // v), v, BOTH) for dtype in ("bf16", "fp32") for v in VOCABULARIES if v != 151_936]
         cases += [Case(device, "fp16", *_CPU_SHAPES[0], BOTH), Case(device, "bf16", *_CPU_SHAPES[1], LOGP)]
     return cases
+
+
+def rehearsal_cases() -> list[Case]:
+    """One of each kind that a GPU is given, tiny, for a processor: the last one is replayed."""
+    return [Case("cpu", "bf16", 8, 300, BOTH), Case("cpu", "bf16", 8, 300, LOGP), Case("cpu", "fp32", 2, 300, BOTH)]
 
 
 def slug(info: dict, device: str) -> str:
@@ -52,16 +58,17 @@ def slug(info: dict, device: str) -> str:
 def save(document: dict, folder: str, name: str) -> str:
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name + ".json")
-    with open(path, "w") as file:
+    with open(path + ".part", "w") as file:
         json.dump(document, file, indent=1)
         file.write("\n")
+    os.replace(path + ".part", path)  # a reader, or whoever comes after a kill, finds a whole file
     return path
 
 
-def measure_all(cases: list[Case], rounds: int, budget: float, log=print, on_case=lambda document: None, compiled: bool = True) -> dict:
-    """Runs `cases` until `budget` seconds are spent; the ones that did not fit are named in the result."""
+def measure_all(cases, rounds, budget, log=print, on_case=lambda document: None, compiled=True, peers=True, replayed=()) -> dict:
+    """Runs `cases` until `budget` seconds are spent; the ones that did not fit are named in the result. `replayed`: cases to replay on a CPU too."""
     document = {"machine": machine(), "cases": [], "absent": [], "left_out": []}
-    found, document["absent"] = contenders(cases[0].device)
+    found, document["absent"] = contenders(cases[0].device, peers)
     for line in document["absent"]:
         log(f"absent: {line}")
     started = time.perf_counter()
@@ -72,8 +79,10 @@ def measure_all(cases: list[Case], rounds: int, budget: float, log=print, on_cas
             log(f"time budget of {budget:.0f} s spent; left out: {'; '.join(document['left_out'])}")
             break
         # The compiler takes most of the time: once two thirds of it are gone, the remaining cases do without.
-        measured = run_case(case, found, rounds, log, skip_slow=not compiled or spent > 2 / 3 * budget)
+        skip_slow = not compiled or spent > 2 / 3 * budget
+        measured = run_case(case, found, rounds, log, skip_slow, replayed=True if case in replayed else None)
         document["cases"].append(measured)
+        share_copy(document["cases"])
         log(f"\n{render(measured)}\n  ({time.perf_counter() - started - spent:.0f} s)")
         sys.stdout.flush()
         on_case(document)
@@ -83,33 +92,46 @@ def measure_all(cases: list[Case], rounds: int, budget: float, log=print, on_cas
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="replaces the default set, with --shapes")
-    parser.add_argument("--shapes", nargs="+", metavar="NxV", help="such as 512x32768")
+    parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="only these of the default set; with --shapes: bf16 by default")
+    parser.add_argument("--shapes", nargs="+", metavar="NxV", help="replaces the default set: such as 512x32768")
     parser.add_argument("--computes", nargs="+", choices=(BOTH, LOGP), default=[BOTH])
     parser.add_argument("--full", action="store_true", help="all vocabularies and dtypes")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--no-peers", action="store_true", help="leave other packages' kernels out")
+    parser.add_argument("--no-plot", action="store_true", help="write the JSON alone")
+    parser.add_argument("--rehearse", action="store_true", help="a few tiny cases on the processor, to see that everything runs")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="start no further case after this time")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", default=results_folder(), help="folder for the JSON and the PNG")
     parser.add_argument("--name", help="file name without its ending (default: <machine>-<date>)")
     args = parser.parse_args()
+    if args.rehearse:
+        args.device = "cpu"
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no GPU here: nothing measured (--device cpu measures this processor)")
         return 0
     if args.threads:
         torch.set_num_threads(args.threads)
     cases = default_cases(args.device, args.full)
-    if args.shapes or args.dtypes:
-        shapes = [tuple(int(n) for n in shape.replace(",", "").split("x")) for shape in args.shapes or ["512x32768"]]
+    if args.shapes:
+        shapes = [tuple(int(n) for n in shape.replace(",", "").split("x")) for shape in args.shapes]
         cases = [Case(args.device, dtype, *shape, kind) for kind in args.computes for dtype in args.dtypes or ["bf16"] for shape in shapes]
+    elif args.dtypes:
+        cases = [case for case in cases if case.dtype in args.dtypes]
+    replayed = []
+    if args.rehearse:
+        cases, replayed, args.rounds = rehearsal_cases(), rehearsal_cases()[-1:], 2
 
     info = machine()
     print("\n".join(f"{key}: {value}" for key, value in info.items()))
     name = args.name or f"{slug(info, args.device)}-{info['date'][:10]}"
-    document = measure_all(cases, args.rounds, args.budget, on_case=lambda d: save(d, args.out, name), compiled=not args.no_compile)
+    options = {"compiled": not args.no_compile, "peers": not args.no_peers, "replayed": replayed}
+    document = measure_all(cases, args.rounds, args.budget, on_case=lambda d: save(d, args.out, name), **options)
     path = save(document, args.out, name)
     print(f"\nwrote {path}")
+    if args.no_plot:
+        return 0
     try:
         from plot import plot
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from contenders import EAGER
+EAGER = "eager log_softmax"  # what ratios are given against: float32 log_softmax, gather, entropy from the same log-probabilities
 
 
 def ratios(case: dict, phase: str = "total") -> dict[str, dict[str, float]]:
@@ -37,6 +37,8 @@ def _of_copy(entry, phase):
 def render(case: dict) -> str:
     """One case as a table, fastest first."""
     head = f"{case['computes']}, {case['dtype']}, N = {case['rows']:,}, V = {case['vocab']:,}, {case['device']}: copy {case['copy_gb_s']:,.0f} GB/s"
+    if case.get("replayed"):
+        head += f" (of {case['copy_of']}); replayed CUDA graphs"
     speedups = ratios(case)
     rows = [["", "fwd ms", "bwd ms", "both ms", "spread", "fwd/copy", "bwd/copy", "x eager", "x best eager", "x compiled", "extra MB", "logp error"]]
     for entry in sorted(case["results"], key=lambda r: r["total"]["ms"] if "total" in r else r["forward"]["ms"]):
@@ -73,22 +75,24 @@ def compact(case: dict) -> str:
     return columns(_compact_rows(case))
 
 
-def sweep_table(swept: list[dict]) -> str:
-    """For every case of a launch sweep the shape in use, the fastest one, and those behind it."""
-    rows = [["BLOCK/num_warps/stages/count", "now", "ms", "of copy", "fastest", "ms", "of copy", "gain", "next"]]
-    for case in swept:
-        timed = [e for e in case["shapes"] if "ms" in e]
-        now, best = next(e for e in timed if e["current"]), timed[0]
-        shown = [[_shape(e), f"{e['ms']:.3f}", f"{100 * e['of_copy']:.1f}%"] for e in (now, best)]
+def overview(cases: list[dict]) -> str:
+    """One line per case: rlkern, and the fastest of everything that it is compared with."""
+    rows = [["", "copy GB/s", "fwd ms", "bwd ms", "fwd", "bwd", "in place", "x eager", "x best eager", "x compiled", "best peer"]]
+    for case in cases:
+        mine = next((r for r in case["results"] if r["name"] == "rlkern"), None)
+        if mine is None:
+            continue
+        in_place = next((r for r in case["results"] if r["kind"] == "rlkern" and r["in_place"]), {})
+        peers = [r for r in case["results"] if r["kind"] == "peer" and "total" in r]
+        peer = min(peers, key=lambda r: r["total"]["ms"], default=None)
+        ratio = ratios(case)["rlkern"]
         rows.append(
-            [f"{case['direction']} {case['dtype']} {case['vocab']}", *shown[0], *shown[1], f"{now['ms'] / best['ms']:.3f}"]
-            + [" ".join(f"{_shape(e)}:{e['ms']:.3f}" for e in timed[1:4])]
+            [f"{case['computes']} {case['dtype']} {case['rows']}x{case['vocab']}", f"{case['copy_gb_s']:,.0f}"]
+            + [_ms(mine, "forward"), _ms(mine, "backward"), _of_copy(mine, "forward"), _of_copy(mine, "backward"), _ms(in_place, "total")]
+            + [f"{ratio[b]:.2f}" if b in ratio else "-" for b in ("eager", "best eager", "compiled")]
+            + [f"{peer['name']} x {peer['total']['ms'] / mine['total']['ms']:.2f}" if peer else "-"]
         )
     return columns(rows)
-
-
-def _shape(entry: dict) -> str:
-    return "/".join(str(n) for n in entry["shape"])
 
 
 def markdown(case: dict) -> str:
@@ -109,8 +113,6 @@ def main() -> None:
         print(f"{path}: {document['machine']}\n")
         for case in document["cases"]:
             print((markdown if args.markdown else render)(case) + "\n")
-        if document.get("sweep"):
-            print(sweep_table(document["sweep"]))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .machine import Resources
 
@@ -30,9 +30,13 @@ class Device:
 
 _NVIDIA = dict(issue=128, exp2=16, warp=32, max_warps=64, max_programs=32, registers=65536, register_unit=8, max_registers=255, shared_reserved=1024)
 
+_H100 = Device("H100", "sm_90", 3.35e12, 132, 1.980e9, shared_bytes=228 << 10, **_NVIDIA)
+
+# Of two products of one architecture the first is the one that tables and simulations take.
 DEVICES = {
     "A100": Device("A100", "sm_80", 2.039e12, 108, 1.410e9, shared_bytes=164 << 10, **_NVIDIA),  # SXM, 80 GB
-    "H100": Device("H100", "sm_90", 3.35e12, 132, 1.980e9, shared_bytes=228 << 10, **_NVIDIA),  # SXM, 80 GB
+    "H100": _H100,  # SXM, 80 GB
+    "H200": replace(_H100, name="H200", bandwidth=4.8e12),  # the same chip with faster memory
     "B200": Device("B200", "sm_100", 8.0e12, 148, 1.965e9, shared_bytes=228 << 10, **_NVIDIA),
     # Four SIMDs of 16 lanes; a transcendental takes four times as long. 512 vector registers per lane and SIMD, at most 8 waves on each.
     "MI300X": Device("MI300X", "gfx942", 5.3e12, 304, 2.100e9, 64, 16, 64, 32, 32, 4 * 512 * 64, 8, 512, 64 << 10, 0),

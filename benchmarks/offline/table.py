@@ -25,7 +25,7 @@ issue, exp2 load   share of the issue slots and exponential units that is busy w
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    (device,) = row.devices.values()
+    device = next(iter(row.devices.values()))
     loads = "+".join(f"{n}x{width}" for width, n in sorted(row.load_widths.items(), reverse=True) if width == 16 or row.wide_share < 1)
     cells = (
         f"{row.case.variant}: {row.case.label}" if row.case.label else row.case.variant,

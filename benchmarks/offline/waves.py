@@ -28,7 +28,7 @@ SPLITS = (1, 2, 4, 8)
 
 def forward_time(row: Row, rows: int, vocab: int, splits: int) -> float:
     """Predicted seconds for `rows` rows of `vocab` logits with `splits` programs each; `row`: a forward kernel's row of the report."""
-    (device,) = (d for d in DEVICES.values() if d.arch == row.arch)
+    device = next(d for d in DEVICES.values() if d.arch == row.arch)
     tile_bytes = row.block * row.case.element_size
     tiles = math.ceil(vocab / row.block)
     share = math.ceil(tiles / splits)
