@@ -38,7 +38,7 @@ def render(case: dict) -> str:
     """One case as a table, fastest first."""
     head = f"{case['computes']}, {case['dtype']}, N = {case['rows']:,}, V = {case['vocab']:,}, {case['device']}: copy {case['copy_gb_s']:,.0f} GB/s"
     if case.get("replayed"):
-        head += f" (of {case['copy_of']}); replayed CUDA graphs"
+        head += f" (of {case['copy_of']}); replayed"
     speedups = ratios(case)
     rows = [["", "fwd ms", "bwd ms", "both ms", "spread", "fwd/copy", "bwd/copy", "x eager", "x best eager", "x compiled", "extra MB", "logp error"]]
     for entry in sorted(case["results"], key=lambda r: r["total"]["ms"] if "total" in r else r["forward"]["ms"]):

@@ -18,6 +18,7 @@ import contenders  # noqa: E402
 import measure  # noqa: E402
 import run  # noqa: E402
 import sanitize  # noqa: E402
+import shared_card  # noqa: E402
 import table  # noqa: E402
 
 # Of the peers TRL's kernel runs interpreted; Liger's, where installed, return something else than log-probabilities.
@@ -213,6 +214,24 @@ def test_sanitize_finds_the_kernels_right_and_a_wrong_one_wrong(monkeypatch):
     honest = reference.token_stats
     monkeypatch.setattr(sanitize.reference, "token_stats", lambda x, *args: honest(x * 1.01, *args))
     assert "off by" in sanitize.check(torch.float32, 33, "rows", {}, device="cpu")
+
+
+def test_a_worker_that_lost_the_card_ends(monkeypatch, request):
+    ended, emptied = [], []
+    monkeypatch.setattr(shared_card.os, "_exit", ended.append)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
+    monkeypatch.setenv("PYTEST_XDIST_WORKER", "gw0")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    shared_card.pytest_runtest_teardown(request.node)
+    assert emptied and not ended
+
+    def lost():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lost)
+    shared_card.pytest_runtest_teardown(request.node)
+    assert ended == [1]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="only where there is no GPU")

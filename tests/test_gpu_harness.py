@@ -185,6 +185,13 @@ def test_a_stopped_run_of_tests_says_what_passed_and_what_failed_until_then(tmp_
     assert status == 1 and "stopped after 130 s, 2 passed, 1 failed" in shown[-1] and "test_three[x - y]" in shown[-1]
 
 
+def test_a_worker_that_ends_after_a_failure_does_not_hide_its_reason():
+    read = gpu.PytestLines()
+    for line in ("[gw0] [ 66%] FAILED t.py::test_x ", "FAILED t.py::test_x - CUDA error", "FAILED t.py::test_x - worker 'gw0' crashed"):
+        assert read.read(line)
+    assert read.failures == {"t.py::test_x": "CUDA error; worker 'gw0' crashed"}
+
+
 def test_the_second_stage_adds_to_the_first(tmp_path):
     hold("first", tmp_path)
     first = written(tmp_path)
