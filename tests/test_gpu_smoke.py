@@ -5,9 +5,9 @@ import os
 
 import pytest
 import torch
-from calls import CALLS
+from calls import CALLS, moved
 from loss_battery import assert_same, tensors_of
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
 DEVICE = "cuda"
 SETTINGS = (str, int, float, type(None))  # what arguments hold beside tensors
@@ -21,11 +21,6 @@ WAITS = {"quadrature_levels": "NumPy makes its numbers, on the host"}
 
 def needs_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
-
-
-def moved(value, device):
-    """A copy with all tensors on `device`, in dicts and lists too."""
-    return tree_map_only(torch.Tensor, lambda x: x.detach().to(device), value)
 
 
 def upstream(t, i):
