@@ -96,6 +96,25 @@ def test_split_rows_with_a_kept_set_and_a_temperature_each(vocab, dtype, kept):
     check_statistics(x, y, temperature=temperature.double() if dtype == torch.float64 else temperature, **kept)
 
 
+@pytest.mark.parametrize(("first", "then"), [("triton", "reference"), ("reference", "triton")])
+def test_a_backward_continues_another_backends_forward(first, then):
+    """The row state is one format, on the device too."""
+    x, y = random_logits(16, SMALL_VOCAB, dtype=torch.float32), random_targets(SMALL_VOCAB, 16, 3)
+    y[3] = -100
+
+    def gradient(first, then):
+        leaf = x.detach().requires_grad_()
+        with rlkern.use_backend(first):
+            stats = rlkern.token_stats(leaf, y, temperature=0.8, min_p=0.1, with_sum_sq=True)
+        fields = [stats.logp, stats.entropy, stats.logsumexp, stats.sum_sq_prob, stats.kept_logmass]
+        with rlkern.use_backend(then):
+            return torch.autograd.grad(fields, leaf, [upstream(*field.shape, seed=i) for i, field in enumerate(fields)])[0]
+
+    want = gradient(first, first)
+    assert want.any() and not want[3].any()
+    torch.testing.assert_close(gradient(first, then), want, rtol=1e-5, atol=1e-6)
+
+
 # --- the evidence lower bound ----------------------------------------------------------------------------------------------------------------
 
 
