@@ -59,8 +59,9 @@ def check_gradient(x, y, d_x, grads, temperature=1.0):
 
 
 def check_entries(d_x, gradient, tolerance):
-    # float16 has subnormals: below 6e-5 an entry is rounded to a multiple of 6e-8, not in proportion
-    allowed = ROUNDING[d_x.dtype] * gradient.abs() + tolerance + (6e-8 if d_x.dtype == torch.float16 else 0)
+    # float16 has subnormals: below 6e-5 an entry is rounded to a multiple of 6e-8, not in proportion. What is below float32's smallest is 0.
+    smallest = {torch.float16: 6e-8, torch.float64: 0}.get(d_x.dtype, 1e-35)
+    allowed = ROUNDING[d_x.dtype] * gradient.abs() + tolerance + smallest
     excess = (d_x.double() - gradient).abs() - allowed
     assert (excess <= 0).all(), f"gradient off by {excess.max().item():.1e} more than allowed"
 
