@@ -12,6 +12,7 @@ from typing import Any
 
 import loss_battery as battery
 import torch
+from torch.utils._pytree import tree_map_only
 
 import rlkern
 from rlkern import advantages
@@ -47,6 +48,11 @@ def signature(function: Callable) -> dict[str, inspect.Parameter]:
         keywords = inspect.signature(taken[function]).parameters
         parameters |= {name: p for name, p in keywords.items() if function is accumulator or p.kind is p.KEYWORD_ONLY}
     return parameters
+
+
+def moved(value, device):
+    """A copy with all tensors on `device`, those in dicts and lists too; without gradient."""
+    return tree_map_only(torch.Tensor, lambda x: x.detach().clone().to(device), value)
 
 
 def accumulator(logits, targets, mask, weight, old_token_logp=None, temperature=1.0, ignore_index=-100, inplace_backward=False, **options):

@@ -3,7 +3,7 @@
 import loss_battery as battery
 import pytest
 import torch
-from calls import CALLS
+from calls import CALLS, moved
 
 import rlkern
 
@@ -17,21 +17,23 @@ def default(request):
     torch.set_default_dtype(torch.float32)
 
 
-def results(call, default):
+def results(call, default, device):
     torch.set_default_dtype(default)
-    leaves = {name: call.arguments[name].clone().requires_grad_() for name in call.wrt}
-    output = call(**leaves)
-    gradients = torch.autograd.grad(battery.total(output), list(leaves.values())) if leaves else ()
+    arguments = moved(call.arguments, device)
+    leaves = [arguments[name].requires_grad_() for name in call.wrt]
+    output = call(**arguments)
+    gradients = torch.autograd.grad(battery.total(output), leaves) if leaves else ()
     return [*battery.tensors_of(output), *gradients]
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "triton"])
 def test_results_do_not_follow_the_default_dtype(default, backend):
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
     with rlkern.use_backend(backend):
         for call in OTHERS:
             if backend == "triton" and call.name not in INTERPRETED:
                 continue
-            for i, (a, b) in enumerate(zip(results(call, torch.float32), results(call, default), strict=True)):
+            for i, (a, b) in enumerate(zip(results(call, torch.float32, device), results(call, default, device), strict=True)):
                 assert a.dtype == b.dtype, f"{call}, result {i}: {a.dtype} becomes {b.dtype}"
                 assert torch.equal(a.nan_to_num(), b.nan_to_num()), f"{call}, result {i}: {a} becomes {b}"
 

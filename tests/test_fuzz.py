@@ -7,8 +7,12 @@ from calls import CALLS, Call
 
 import rlkern
 
+ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels take no tensors of the CPU")
 
-@pytest.mark.parametrize(("backend", "start", "stop"), [("auto", 0, 400), ("reference", 400, 600), ("triton", 600, 640)])
+
+@pytest.mark.parametrize(
+    ("backend", "start", "stop"), [("auto", 0, 400), ("reference", 400, 600), pytest.param("triton", 600, 640, marks=ON_THE_CPU)]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_random_calls(backend, start, stop):
     with rlkern.use_backend(backend):

@@ -119,14 +119,14 @@ def test_integer_types_of_targets(backend, device):
 
 def test_results_may_be_written_into(backend, device):
     x, y = inputs(4, 50)
-    want = gradient(lambda x: rlkern.token_stats(x, y).logp[1:].sum() + rlkern.token_stats(x, y).entropy[1:].sum(), x)
-    leaf = x.detach().to(device).requires_grad_()
-    s = rlkern.token_stats(leaf, y.to(device), with_sum_sq=True, min_p=0.1)
+    leaf, y = x.detach().to(device).requires_grad_(), y.to(device)
+    want = gradient(lambda x: rlkern.token_stats(x, y).logp[1:].sum() + rlkern.token_stats(x, y).entropy[1:].sum(), leaf)
+    s = rlkern.token_stats(leaf, y, with_sum_sq=True, min_p=0.1)
     for t in (s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass):
         assert t._base is None and t.is_contiguous()
         t[0] = 0.0
     (s.logp.sum() + s.entropy.sum()).backward()
-    torch.testing.assert_close(leaf.grad.cpu(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(leaf.grad, want, rtol=1e-5, atol=1e-6)
     assert len({t.data_ptr() for t in (s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass)}) == 5
 
 

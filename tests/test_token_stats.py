@@ -67,7 +67,7 @@ def test_per_row_temperature(backend, device):
 @pytest.mark.parametrize("n_targets", [1, 3, 20])
 def test_several_targets_a_row(backend, device, n_targets):
     x, y = draw(2, 3, 1000, device=device), ids(1000, 2, 3, n_targets, device=device)
-    y[0, 0] = y[0, 0, 0]  # the same target many times
+    y[0, 0] = y[0, 0, 0].clone()  # the same target many times
     y[0, 1, -1] = -100  # one entry ignored
     y[1, 2] = -100  # a whole row ignored
     check(x, y, temperature=0.7, with_sum_sq=True, min_p=0.2)

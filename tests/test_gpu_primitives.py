@@ -1,0 +1,360 @@
+"""The primitives on a real GPU at the sizes of training, against float64, and twice with the same bits: what test_gpu.py does for one target a row,
+here for many, for kept sets of split rows, and for everything around token_stats. Skipped where there is no GPU; `make gpu` runs it."""
+
+import math
+
+import pytest
+import torch
+from test_diffusion_masks import SAMPLERS
+from test_gpu import check_entries, check_gradient, random_logits, random_targets, upstream
+
+import rlkern
+from rlkern import advantages, reference
+from rlkern.moments import row_moments
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+VOCAB = 151_936
+SPLIT = 262_144  # rows so long that several programs share them, whatever their dtype
+SMALL_VOCAB, HIDDEN = 50_257, 512  # of the output matrix
+RESPONSES = 100_000
+TOLERANCE = {torch.bfloat16: 1e-5, torch.float32: 1e-5, torch.float64: 1e-11}
+
+
+def drawn(*shape, seed):
+    return torch.rand(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
+
+
+def twice(function):
+    """The tensors that it returns, after a look whether a second run has the same bits."""
+    first, second = function(), function()
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        assert torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5)), f"result {i} has other bits in a second run"
+    return first
+
+
+# --- token_stats: many targets, kept sets, split rows ----------------------------------------------------------------------------------------
+
+
+def check_statistics(x, y, *, temperature=1.0, **kept):
+    """All fields for logits [N, V] and targets [N, K], -100 among them, and the gradient of all of them together."""
+    ignored, tolerance = y == -100, TOLERANCE[x.dtype]
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+
+    def run():
+        leaf = x.detach().requires_grad_()
+        stats = rlkern.token_stats(leaf, y, temperature=temperature, with_sum_sq=True, **kept)
+        fields = [stats.logp, stats.entropy, stats.logsumexp, stats.sum_sq_prob, *([stats.kept_logmass] if kept else [])]
+        weights = [upstream(*field.shape, seed=i, dtype=acc) for i, field in enumerate(fields)]
+        return [*(field.detach() for field in fields), *torch.autograd.grad(fields, leaf, weights)]
+
+    *fields, d_x = twice(run)
+    weights = [upstream(*field.shape, seed=i, dtype=acc).double() for i, field in enumerate(fields)]
+    wide = x.detach().double().requires_grad_()
+    t = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    columns = y.masked_fill(ignored, 0)
+    wanted = reference.token_stats(wide, columns, t, **kept)
+    wanted = [wanted.logp.masked_fill(ignored, 0), *wanted[1:4], *([wanted.kept_logmass] if kept else [])]
+    for field, want in zip(fields, wanted, strict=True):
+        torch.testing.assert_close(field.double(), want, rtol=tolerance, atol=tolerance)
+    (gradient,) = torch.autograd.grad(wanted, wide, weights)
+
+    # the sizes of the terms that an entry is the sum of, where they cancel
+    per_row = t.unsqueeze(-1) if isinstance(t, torch.Tensor) else t
+    log_p = (x.double() / per_row).log_softmax(-1)
+    p, at_targets = log_p.exp(), weights[0].abs().masked_fill(ignored, 0)
+    entropy, sum_sq = wanted[1].unsqueeze(-1), wanted[3].unsqueeze(-1)
+    g = [w.abs().unsqueeze(-1) for w in weights[1:]]
+    terms = at_targets.sum(-1, keepdim=True) + g[0] * (log_p.clamp_min(-1e4).abs() + entropy) + g[1] + 2 * g[2] * (p + sum_sq)
+    if kept:
+        terms = terms + g[3] * (1 + 1 / wanted[4].exp().unsqueeze(-1))
+    terms = (p * terms).scatter_add_(-1, columns, at_targets)
+    check_entries(d_x, gradient, tolerance * terms / per_row)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("n_targets", [9, 64, 1000, 8192])
+def test_many_targets_a_row(n_targets, dtype):
+    """Equal ones must be added up by one thread, in one order: all equal, two values, five, all but one ignored, some ignored, all different."""
+    x, y = random_logits(8, VOCAB, dtype=dtype), random_targets(VOCAB, 8, n_targets)
+    y[0] = 77
+    y[1] = torch.where(y[1] % 2 == 0, 0, VOCAB - 1)
+    y[2] %= 5
+    y[3, 1:] = -100
+    y[4, ::3] = -100
+    y[5] = torch.arange(n_targets, device="cuda") * (VOCAB // n_targets)
+    y[6, n_targets // 2 :] = y[6, : (n_targets + 1) // 2].clone()
+    check_statistics(x, y)
+
+
+@pytest.mark.parametrize("kept", [{"min_p": 0.05}, {"min_prob": 1e-3}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [SPLIT, SPLIT + 1])  # aligned, and not
+def test_split_rows_with_a_kept_set_and_a_temperature_each(vocab, dtype, kept):
+    x, y = random_logits(6, vocab, dtype=dtype), random_targets(vocab, 6, 2)
+    temperature = torch.tensor([0.3, 0.7, 1.0, 1.5, 2.0, 10.0], device="cuda")
+    check_statistics(x, y, temperature=temperature.double() if dtype == torch.float64 else temperature, **kept)
+
+
+@pytest.mark.parametrize(("first", "then"), [("triton", "reference"), ("reference", "triton")])
+def test_a_backward_continues_another_backends_forward(first, then):
+    """The row state is one format, on the device too."""
+    x, y = random_logits(16, SMALL_VOCAB, dtype=torch.float32), random_targets(SMALL_VOCAB, 16, 3)
+    y[3] = -100
+
+    def gradient(first, then):
+        leaf = x.detach().requires_grad_()
+        with rlkern.use_backend(first):
+            stats = rlkern.token_stats(leaf, y, temperature=0.8, min_p=0.1, with_sum_sq=True)
+        fields = [stats.logp, stats.entropy, stats.logsumexp, stats.sum_sq_prob, stats.kept_logmass]
+        with rlkern.use_backend(then):
+            return torch.autograd.grad(fields, leaf, [upstream(*field.shape, seed=i) for i, field in enumerate(fields)])[0]
+
+    want = gradient(first, first)
+    assert want.any() and not want[3].any()
+    torch.testing.assert_close(gradient(first, then), want, rtol=1e-5, atol=1e-6)
+
+
+# --- the evidence lower bound ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_masked_elbo(dtype, packed, inplace):
+    batch, length = 4, 48
+    x, y = random_logits(batch, length, VOCAB, dtype=dtype), random_targets(VOCAB, batch, length)
+    mask = drawn(batch, length, seed=5) < 0.6
+    mask[2] = False  # a sequence of which nothing is masked
+    weight, g = 1 / (0.1 + drawn(batch, length, seed=6)), upstream(batch)
+    sequence = mask.nonzero()[:, 0]
+    if packed:
+        rows, arguments = x[mask], (y[mask], weight[mask])
+        options = {"seq_idx": sequence, "num_seqs": batch}
+    else:
+        rows, arguments, options = x.masked_fill(~mask.unsqueeze(-1), math.nan), (y, weight), {"mask": mask}
+
+    def run():
+        leaf = rows.clone().requires_grad_()
+        elbo = rlkern.masked_elbo(leaf * 1, *arguments, inplace_backward=inplace, **options)
+        return elbo.detach(), torch.autograd.grad(elbo, leaf, g)[0]
+
+    elbo, d_x = twice(run)
+    if not packed:
+        assert not d_x[~mask].any()
+        d_x = d_x[mask]
+    x, y, weight = x[mask], y[mask], weight[mask].double()
+    terms = weight * x.double().log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    expected = torch.stack([terms[sequence == b].sum() for b in range(batch)])
+    torch.testing.assert_close(elbo.double(), expected, rtol=1e-5, atol=1e-5)
+    g_logp = weight * g[sequence]
+    check_gradient(x, y, d_x, (g_logp, torch.zeros_like(g_logp)))
+
+
+# --- from hidden states ----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])  # the matrix is the embedding too
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linear_token_stats(dtype, tied):
+    n = 300
+    weight = (upstream(SMALL_VOCAB, HIDDEN, seed=1) * 0.1).to(dtype)
+    bias, hidden = upstream(SMALL_VOCAB, seed=2).to(dtype), upstream(n, HIDDEN, seed=3).to(dtype)
+    ids, y = random_targets(SMALL_VOCAB, n, seed=4), random_targets(SMALL_VOCAB, n)
+    y[7], mask = -100, drawn(n, seed=5) < 0.8
+    live = mask & (y != -100)
+    grads = [torch.where(live, upstream(n, seed=seed), 0) for seed in (6, 7)]
+
+    def run(statistics, dtype=dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+        h = leaves[0] + leaves[1][ids] if tied else leaves[0]
+        fields = statistics(h, *leaves[1:])
+        return [field.detach() for field in fields] + list(torch.autograd.grad(fields, leaves, [g.to(fields[0]) for g in grads]))
+
+    def chunked(h, w, b):
+        stats = rlkern.linear_token_stats(h, w, y, bias=b, mask=mask, chunk_rows=64)
+        return stats.logp, stats.entropy
+
+    def written_out(h, w, b):
+        stats = reference.token_stats(torch.nn.functional.linear(h, w, b), y.clamp_min(0).unsqueeze(-1))
+        return torch.where(live, stats.logp.squeeze(-1), 0), torch.where(live, stats.entropy, 0)
+
+    # Logits are rounded to bfloat16, their gradients too, before the sums that the results are.
+    tolerance = {torch.bfloat16: 2e-2, torch.float32: 1e-5}[dtype]
+    for name, got, want in zip(
+        ("logp", "entropy", "hidden", "weight", "bias"), twice(lambda: run(chunked)), run(written_out, torch.float64), strict=True
+    ):
+        error = ((got.double() - want).norm() / want.norm()).item()
+        assert error < tolerance, f"{name}: a relative error of {error:.1e}"
+
+
+# --- plain PyTorch over rows -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_token_divergence(dtype, kind):
+    n = 200  # several chunks
+    x, other = random_logits(n, VOCAB, dtype=dtype), random_logits(n, VOCAB, dtype=dtype, seed=1)
+    forbidden, mask, g = drawn(VOCAB, seed=2) < 0.3, drawn(n, seed=3) < 0.9, upstream(n)
+    for t in (x, other):
+        t.masked_fill_(forbidden, -math.inf).masked_fill_(~mask.unsqueeze(-1), math.nan)
+
+    def run():
+        leaf = x.detach().requires_grad_()
+        value = rlkern.token_divergence(leaf, other, kind=kind, temperature=0.7, mask=mask)
+        return value.detach(), *torch.autograd.grad(value, leaf, g)
+
+    value, d_x = twice(run)
+    assert not value[~mask].any() and not d_x[~mask].any() and not d_x[:, forbidden].any()
+    rows = mask.nonzero()[::8, 0]
+    wide, q = (t[rows][:, ~forbidden].double() for t in (x, other))
+    expected = reference.token_divergence(wide.requires_grad_(), q, kind, temperature=0.7)
+    (gradient,) = torch.autograd.grad(expected, wide, g[rows].double())
+    # PyTorch sums 150,000 entries in float32: 1e-5 is what that costs on a CPU
+    torch.testing.assert_close(value[rows].double(), expected.detach(), rtol=5e-5, atol=1e-5)
+    log_p, log_q = ((t.detach() / 0.7).log_softmax(-1) for t in (wide, q))
+    far = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)
+    terms = g[rows].double().abs().unsqueeze(-1) / 0.7 * (log_p.exp() * (1 + log_p.abs() + log_q.abs() + far) + log_q.exp())
+    check_entries(d_x[rows][:, ~forbidden], gradient, 5e-5 * terms)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_row_moments(dtype):
+    n = 200
+    x, y = random_logits(n, VOCAB, dtype=dtype) + 20, random_targets(VOCAB, n)
+    mask = drawn(n, seed=3) < 0.9
+    x[~mask] = math.nan
+    grads = [upstream(n, seed=seed) for seed in (4, 5)]
+
+    def run():
+        leaf = x.detach().requires_grad_()
+        moments = row_moments(leaf, y, mask=mask)
+        return [*(t.detach() for t in moments), *torch.autograd.grad(tuple(moments), leaf, grads)]
+
+    *values, d_x = twice(run)
+    assert not d_x[~mask].any() and not any(t[~mask].any() for t in values)
+    rows = mask.nonzero()[::8, 0]
+    wide = x[rows].double().requires_grad_()
+    expected = reference.row_moments(wide, y[rows])
+    g_target, g_variance = (g[rows].double() for g in grads)
+    (gradient,) = torch.autograd.grad(expected, wide, (g_target, g_variance))
+    for got, want in zip(values, expected, strict=True):
+        torch.testing.assert_close(got[rows].double(), want.detach(), rtol=1e-5, atol=1e-5)
+    g_target, g_variance = (g.abs().unsqueeze(-1) for g in (g_target, g_variance))
+    terms = (2 * wide.detach().abs() * g_variance + g_target) / VOCAB
+    check_entries(d_x[rows], gradient, 1e-5 * terms.scatter_add_(-1, y[rows, None], g_target))
+
+
+def test_nlpo_keep_sets():
+    """An id that there is not has no effect, and stops no kernel."""
+    n, far = 40, torch.tensor([5, VOCAB, -1, VOCAB + 10**6, 2**40], device="cuda")
+    x = random_logits(n, VOCAB, dtype=torch.float32)
+    x[:, 9] = -math.inf
+    top_k, top_p = (rlkern.nlpo_keep_set(x, always_keep=far, **options) for options in ({"top_k": 50}, {"top_p": 0.9}))
+    torch.cuda.synchronize()
+    assert top_k[:, 5].all() and top_p[:, 5].all() and not (top_k | top_p)[:, 9].any()
+    assert torch.equal(top_k.cpu(), rlkern.nlpo_keep_set(x.cpu(), top_k=50, always_keep=torch.tensor([5])))
+    assert torch.equal(top_p, rlkern.nlpo_keep_set(x, top_p=0.9, always_keep=far[:1].cpu()))
+    plain = rlkern.nlpo_keep_set(x, top_p=0.9)
+    ordered, order = x.double().softmax(-1).sort(-1, descending=True)
+    kept, before = plain.gather(-1, order), ordered.cumsum(-1) - ordered
+    assert kept[before < 0.9 - 1e-4].all() and not kept[before > 0.9 + 1e-4].any()
+
+
+@pytest.mark.parametrize("renorm", [True, False])
+def test_nlpo_stats(renorm):
+    n = 40
+    x = random_logits(n, VOCAB, dtype=torch.float32)
+    keep = rlkern.nlpo_keep_set(x + random_logits(n, VOCAB, dtype=torch.float32, seed=1), top_p=0.9)
+    y = torch.where(keep, drawn(n, VOCAB, seed=2), -1).argmax(-1)  # any that is kept
+    grads = [upstream(n, seed=seed) for seed in (3, 4, 5)]
+
+    def run():
+        leaf = x.detach().requires_grad_()
+        fields = rlkern.nlpo_stats(leaf, y, keep, renorm=renorm)
+        return [*(t.detach() for t in fields), *torch.autograd.grad(tuple(fields), leaf, grads)]
+
+    *values, d_x = twice(run)
+    wide = x.double().requires_grad_()
+    plain, kept = (reference.token_stats(t, y.unsqueeze(-1)) for t in (wide, wide.masked_fill(~keep, -math.inf)))
+    mass = kept.logsumexp - plain.logsumexp
+    logp, entropy = (kept.logp, kept.entropy) if renorm else (plain.logp, kept.entropy - mass)
+    expected = logp.squeeze(-1), entropy, mass
+    (gradient,) = torch.autograd.grad(expected, wide, [g.double() for g in grads])
+    for got, want in zip(values, expected, strict=True):
+        torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-5)
+    p = (plain.logsumexp - kept.logsumexp).exp().unsqueeze(-1) * wide.log_softmax(-1).exp()  # on the set
+    sizes = sum(g.abs() for g in grads).double().unsqueeze(-1)
+    terms = p * sizes * (1 + wide.log_softmax(-1).abs() + entropy.unsqueeze(-1))
+    check_entries(d_x, gradient, 1e-5 * terms.detach().scatter_add_(-1, y.unsqueeze(-1), sizes))
+
+
+# --- advantages and masks --------------------------------------------------------------------------------------------------------------------
+
+ESTIMATORS = {
+    "grpo": lambda x: advantages.grpo(x["rewards"], x["groups"]),
+    "grpo of neighbours": lambda x: advantages.grpo(x["rewards"], 8, scale="batch"),
+    "rloo": lambda x: advantages.rloo(x["rewards"], x["groups"]),
+    "opo": lambda x: advantages.opo(x["rewards"], x["lengths"], x["groups"]),
+    "gpg": lambda x: advantages.gpg(x["rewards"], x["groups"]),
+    "pass_at_k": lambda x: advantages.pass_at_k(x["rewards"], x["groups"]),
+    "gdpo": lambda x: advantages.gdpo(x["tokens"][:, :3], x["groups"]),
+    "whiten": lambda x: advantages.whiten(x["tokens"], x["mask"]),
+    "reinforce_plus_plus": lambda x: advantages.reinforce_plus_plus(x["tokens"], x["mask"], gamma=0.9),
+    "reinforce_plus_plus_baseline": lambda x: advantages.reinforce_plus_plus_baseline(x["rewards"], x["groups"], x["mask"]),
+    "remax": lambda x: advantages.remax(x["tokens"], x["rewards"], x["mask"]),
+    "gae": lambda x: advantages.gae(x["tokens"], x["values"], x["mask"], gamma=0.9, lam=0.8),
+    "otb": lambda x: advantages.otb(x["tokens"], -x["values"].abs(), x["values"].sigmoid(), x["groups"], x["mask"]),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_advantages(name):
+    g = torch.Generator().manual_seed(0)
+    inputs = {
+        "rewards": torch.randint(5, (RESPONSES,), generator=g) / 4,
+        "groups": torch.randint(RESPONSES // 8, (RESPONSES,), generator=g),
+        "lengths": torch.randint(1, 9, (RESPONSES,), generator=g),
+        "tokens": torch.randn(RESPONSES, 8, generator=g),
+        "values": torch.randn(RESPONSES, 8, generator=g),
+        "mask": torch.rand(RESPONSES, 8, generator=g) < 0.8,
+    }
+    inputs["rewards"][::1000] = math.nan  # not scored
+    if name == "remax":
+        inputs["rewards"].nan_to_num_()
+    there = {key: t.cuda() for key, t in inputs.items()}
+
+    def run(x):
+        result = ESTIMATORS[name](x)
+        return list(result) if isinstance(result, tuple) else [result]
+
+    for got, want in zip(twice(lambda: run(there)), run(inputs), strict=True):
+        assert want.isfinite().all() and want.any()
+        torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=1e-6)
+
+
+def check_masks(sampler, response, num_mc, **options):
+    want = sampler(response, num_mc, **options)
+    there = {key: x.cuda() if isinstance(x, torch.Tensor) else x for key, x in options.items()}
+    mask, weight = sampler(response.cuda(), num_mc, **there)
+    assert torch.equal(mask.cpu(), want.mask) and torch.equal(weight.cpu(), want.weight), f"{num_mc} draws, {options}"
+    return want
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_masks_have_the_bits_of_the_cpu(name):
+    sampler, pairs = SAMPLERS[name], "pairs" in name
+    g = torch.Generator().manual_seed(0)
+    response = torch.arange(130) < torch.randint(131, (16, 1), generator=g)
+    rollouts = torch.randint(2**62, (16,), generator=g)
+    for seed in (0, 1, -1, 7**20, 2**63 - 1, -(2**63)):
+        want = check_masks(sampler, response, 256, seed=seed, rollouts=rollouts)
+        for draw in (0, 1, 100, 255):
+            alone = check_masks(sampler, response, 256, seed=torch.tensor(seed), rollouts=rollouts, draw=draw)
+            assert torch.equal(alone.mask, want.mask[:, draw]) and torch.equal(alone.weight, want.weight[:, draw])
+    for num_mc in range(2, 257, 2 if pairs else 1):  # a share that is rounded otherwise is another mask
+        check_masks(sampler, response[:4, :50], num_mc, seed=num_mc)
+    if name.startswith("bernoulli"):
+        for p in (0.3, 1 / 3, torch.rand(16, 2 if pairs else 4, generator=g).clamp_min(1e-3)):
+            check_masks(sampler, response, 4, seed=3, p=p)

@@ -1,0 +1,95 @@
+"""Every public function on a GPU, with small inputs: what it gives on the CPU, on the device of its inputs; the same bits again in PyTorch's
+deterministic mode; and no word from the device on the way. test_errors_everywhere.py sees to it that calls.py has a call of each."""
+
+import os
+
+import pytest
+import torch
+from calls import CALLS, moved
+from loss_battery import assert_same, tensors_of
+from torch.utils._pytree import tree_leaves
+
+DEVICE = "cuda"
+SETTINGS = (str, int, float, type(None))  # what arguments hold beside tensors
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products need it, from before the first one
+
+NOTHING_OF_A_DEVICE = {"use_backend", "epo_beta", "kd_coefficient", "PolicyLoss", "check_loss"}  # give no tensor: a setting, a number, a module
+OPTIONS = {"quadrature_levels": {"device": DEVICE}}  # takes no tensor that would say where
+WAITS = {"quadrature_levels": "NumPy makes its numbers, on the host"}
+
+
+def needs_gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")(test))
+
+
+def upstream(t, i):
+    return torch.randn(t.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64).to(t)
+
+
+def prepare(call, device):
+    """A function that makes the call on a device and returns (tensors, gradients). Everything it needs is there already: all that it does is the
+    library's, or autograd's."""
+    arguments = moved(call.arguments, device) | (OPTIONS.get(call.name, {}) if device == DEVICE else {})
+    wrt = [arguments[name].requires_grad_() for name in call.wrt]
+    differentiable = [t for t in tensors_of(call(**arguments)) if t.requires_grad]
+    weights = [upstream(t, i) for i, t in enumerate(differentiable)]
+
+    def run():
+        outputs = tensors_of(call(**arguments))
+        differentiable = [t for t in outputs if t.requires_grad]
+        return [t.detach() for t in outputs], list(torch.autograd.grad(differentiable, wrt, weights, materialize_grads=True)) if wrt else []
+
+    return run
+
+
+@needs_gpu
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_as_on_the_cpu(call):
+    results, expected = prepare(call, DEVICE)(), prepare(call, "cpu")()
+    assert (call.name in NOTHING_OF_A_DEVICE) == (not expected[0])
+    for what, got, want in zip(("results", "gradients"), results, expected, strict=True):
+        assert [t.device.type for t in got] == [DEVICE] * len(want)
+        assert [(t.dtype, t.shape) for t in got] == [(t.dtype, t.shape) for t in want]
+        got = [t.cpu() for t in got]
+        exact = [i for i, t in enumerate(want) if not t.is_floating_point()]
+        assert all(torch.equal(got[i], want[i]) for i in exact), f"{what}: {[(got[i], want[i]) for i in exact]}"
+        assert_same(got, want, 1e-5, 5e-6, what, smallest=0.1)
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@needs_gpu
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_the_same_bits_in_deterministic_mode(call, deterministic):
+    """In which PyTorch refuses operators that add in any order, and fills new memory with NaN."""
+    run = prepare(call, DEVICE)
+    first, second = (tree_leaves(run()) for _ in range(2))
+    for i, (a, b) in enumerate(zip(first, second, strict=True)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=lambda m, i=i: f"tensor {i}: {m}")
+
+
+@needs_gpu
+@pytest.mark.parametrize("call", [call for call in CALLS if call.name not in WAITS], ids=str)
+def test_does_not_wait_for_the_device(call):
+    run = prepare(call, DEVICE)
+    run()  # compiles and loads the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_all_tensors_are_moved():
+    nested = {"a": torch.ones(2), "b": [{"c": torch.ones(1)}, (torch.ones(3), "d")], "e": None}
+    assert [x.is_meta for x in tree_leaves(moved(nested, "meta")) if isinstance(x, torch.Tensor)] == 3 * [True]
+    for call in CALLS:
+        others = [x for x in tree_leaves(moved(call.arguments, "meta")) if not isinstance(x, torch.Tensor) or not x.is_meta]
+        assert all(isinstance(x, SETTINGS) for x in others), f"{call}: {others}"
