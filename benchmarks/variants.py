@@ -34,40 +34,39 @@ DIRECTIONS = ("forward", "backward")
 
 
 def forward_variants(now: ForwardShape) -> dict[str, ForwardShape]:
-    """Name -> shape. Offline all of them spill nothing and ask for 40 KB or more per multiprocessor."""
-    block, warps = now.block, now.warps
+    """Name -> shape: other tiles with other pipelines, and everything else beside the shape in use."""
     found = {"now": now}
-    found |= {f"{n} programs a row": now._replace(splits=n) for n in (1, 2, 4, 8)}
+    found |= {f"{n} programs a row": now._replace(splits=n) for n in (1, 2, 4, 8, 16)}
     found |= {f"{n} programs a row, ticket": now._replace(splits=n, ticket=True) for n in (2, 4, 8)}
-    found |= {f"{n} programs a row, fused": now._replace(splits=n, fused=True) for n in (1, 4)}
-    found |= {f"{n} stages": now._replace(stages=n) for n in (2, 3, 4)}
-    found["half a tile, 2 warps"] = now._replace(block=block // 2, warps=max(1, warps // 2))
-    found["half a tile, 2 warps, 4 stages"] = now._replace(block=block // 2, warps=max(1, warps // 2), stages=4)
-    found["two tiles, 8 warps"] = now._replace(block=2 * block, warps=2 * warps)
-    found["two tiles, 4 warps, 2 stages"] = now._replace(block=2 * block, stages=2)
-    found["two tiles, 4 warps"] = now._replace(block=2 * block)
-    found["a quarter, 1 warp, 4 stages"] = now._replace(block=block // 4, warps=1, stages=4)
-    found["half a tile, 1 warp, 4 stages"] = now._replace(block=block // 2, warps=1, stages=4)
+    found |= {f"{n} programs a row, fused": now._replace(splits=n, fused=True) for n in (1, 4, 8)}
+    found |= {f"8 programs, ticket, {n} stages": now._replace(splits=8, ticket=True, stages=n) for n in (3, 4)}
+    tiles = ((1, 1), (2, 1), (2, 2), (1, 2), (0.5, 1), (0.5, 0.5), (0.25, 0.25))
+    found |= {_named(shape): shape for shape in (_tile(now, *t)._replace(stages=n) for t in tiles for n in (2, 3, 4, 5))}
     return distinct(found)
 
 
 def backward_variants(now: BackwardShape) -> dict[str, BackwardShape]:
-    block, warps, tiles = now.block, now.warps, now.tiles
     found = {"now": now}
-    found |= {f"{n} tiles": now._replace(tiles=n) for n in (1, 2, 4, 8, 16)}
-    found |= {f"{n} stages": now._replace(stages=n) for n in (1, 2, 3, 4)}
-    found["1 stage, 1 tile"] = now._replace(stages=1, tiles=1)
-    found["early"] = now._replace(early=True)
-    found["early, 1 stage"] = now._replace(early=True, stages=1)
+    found |= {f"{n} tiles": now._replace(tiles=n) for n in (1, 2, 4)}
+    found |= {f"early, {n} stages": now._replace(early=True, stages=n) for n in (1, 3)}
+    found |= {f"early, fused, {n} tiles": now._replace(early=True, fused=True, stages=1, tiles=n) for n in (1, 2)}
+    found |= {f"fused, {n} stages": now._replace(fused=True, stages=n) for n in (1, 3)}
     found["streaming"] = now._replace(streaming=True)
-    found["fused"] = now._replace(fused=True)
-    found["fused, streaming, 1 stage"] = now._replace(fused=True, streaming=True, stages=1)
-    found["half a tile, 2 warps"] = now._replace(block=block // 2, warps=max(1, warps // 2), tiles=2 * tiles)
-    found["two tiles, 8 warps"] = now._replace(block=2 * block, warps=2 * warps, tiles=max(1, tiles // 2))
-    found["tile, 8 warps, 1 stage"] = now._replace(warps=2 * warps, stages=1)
-    found["half a tile, 1 warp"] = now._replace(block=block // 2, warps=1, tiles=2 * tiles)
-    found["a quarter, 1 warp"] = now._replace(block=block // 4, warps=1, tiles=4 * tiles)
+    tiles = ((1, 1), (2, 1), (2, 2), (1, 2), (0.5, 1), (0.5, 0.5))
+    found |= {
+        f"{_named(shape)}, {shape.tiles} tiles": shape
+        for shape in (_tile(now, *t)._replace(stages=n, tiles=k) for t in tiles for n in (1, 3) for k in (1, 2))
+    }
     return distinct(found)
+
+
+def _tile(now, logits: float, warps: float):
+    """The shape in use with tiles and programs of so many times their size."""
+    return now._replace(block=int(now.block * logits), warps=max(1, int(now.warps * warps)))
+
+
+def _named(shape) -> str:
+    return f"tiles of {shape.block}, {shape.warps} warps, {shape.stages} stages"
 
 
 def distinct(variants: dict) -> dict:
@@ -85,17 +84,17 @@ def launch_cases() -> list:
     card, found = kernels.gpu(torch.device("cpu"))._replace(capability=(9, 0)), []
     for layout, dtype in (("V=151936", "bf16"), ("V=50257", "bf16"), ("V=151936", "fp32")):
         vocab, size = LAYOUTS[layout][0], DTYPES[dtype].itemsize
+        row = (card, vocab, size, vocab * size % 16 == 0)
         tables = {
-            "forward": forward_variants(kernels.forward_shape(card, vocab, size, vocab * size % 16 == 0)),
-            "backward logp+entropy": backward_variants(kernels.backward_shape(card, vocab, size)),
+            "forward": forward_variants(kernels.forward_shape(*row)),
+            "backward logp+entropy": backward_variants(kernels.backward_shape(*row)),
         }
         found += [Case(name, dtype, layout, shape, label) for name, shapes in tables.items() for label, shape in shapes.items()]
     return found
 
 
 def in_use(direction: str, case: Case, x: torch.Tensor):
-    aligned = {"aligned": case.vocab * x.element_size() % 16 == 0} if direction == "forward" else {}
-    return getattr(kernels, f"{direction}_shape")(kernels.gpu(x.device), case.vocab, x.element_size(), **aligned)
+    return getattr(kernels, f"{direction}_shape")(kernels.gpu(x.device), case.vocab, x.element_size(), case.vocab * x.element_size() % 16 == 0)
 
 
 def variants_of(direction: str, case: Case, x: torch.Tensor) -> dict:
@@ -275,7 +274,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS")
     parser.add_argument("--shapes", nargs="+", metavar="NxV", help="such as 8192x151936")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes in Triton's interpreter: everything but the figures is real")
     parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")

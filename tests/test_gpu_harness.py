@@ -94,7 +94,13 @@ class Machine:
     @staticmethod
     def name_of(command: list[str]) -> str:
         text = " ".join(command)
-        marks = {"is_available": "gpu", " pip install": "install", "test_gpu.py": "tests", "-k (triton": "suite", "benchmarks/variants.py": "variants"}
+        marks = {
+            "is_available": "gpu",
+            " pip install": "install",
+            "test_gpu.py": "tests",
+            "-k (triton": "suite",
+            "benchmarks/variants.py": "variants",
+        }
         marks |= {"run.py": "bench", "peers.py": "peers", "--jobs": "compile", "memcheck": "memcheck", "racecheck": "racecheck", "ncu ": "ncu"}
         (name,) = (name for mark, name in marks.items() if mark in text)
         return name

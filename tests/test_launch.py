@@ -37,9 +37,10 @@ def test_tensors_on_a_cpu_ask_nothing(cards):
 
 @pytest.mark.parametrize("vocab", [1, 255, 256, 1000, 4096, 32_000, 50_257, 151_936, 262_144, 2**21])
 @pytest.mark.parametrize("size", [2, 4, 8])
+@pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("card", [launch.Gpu(), launch.Gpu((9, 0)), launch.Gpu((10, 0)), launch.Gpu(warp_size=64, amd=True)], ids=str)
-def test_shapes_fit_the_row(card, size, vocab):
-    forward, backward = launch.forward_shape(card, vocab, size), launch.backward_shape(card, vocab, size)
+def test_shapes_fit_the_row(card, aligned, size, vocab):
+    forward, backward = launch.forward_shape(card, vocab, size, aligned), launch.backward_shape(card, vocab, size, aligned)
     for shape in (forward, backward):
         assert shape.block & (shape.block - 1) == 0 and 256 <= shape.block < max(512, 4 * vocab)
         assert shape.block * size // (32 * shape.warps) >= 16, "a thread loads 16 bytes or more"

@@ -52,22 +52,30 @@ def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
     return block, warps
 
 
-# 64 bytes a thread: four 16-byte loads in flight, and registers for five to nine programs an SM (make report).
+# Measured on an H100 (benchmarks/variants.py, docs/performance.md). Elsewhere: 64 bytes a thread are four 16-byte loads in flight, and registers for
+# five to nine programs an SM (make report).
 # Stages: NVIDIA's asynchronous copies pass by the registers; AMD's pipeline is made of registers, and costs more programs than it is worth.
 
 
 def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> ForwardShape:
     """aligned: every row starts on a 16-byte boundary"""
-    block, warps = _fit(vocab, 8192 // element_size, 4)
     blackwell = card.capability >= (10, 0)
-    stages = 1 if card.amd else 3 if aligned or blackwell else 2
     # Parts of 64 KB and more. A part meets new maxima that the row does not, and Blackwell has few issue slots to spare for them.
     parts, least = (2, 62) if blackwell else (4, 31)
-    return ForwardShape(block, warps, stages, parts if vocab > least * block else 1)
+    splits = parts if vocab * element_size > least * 8192 else 1
+    if card.amd or blackwell:
+        return ForwardShape(*_fit(vocab, 8192 // element_size, 4), stages=1 if card.amd else 3, splits=splits)
+    if aligned:
+        return ForwardShape(*_fit(vocab, 16384 // element_size, 4), stages=3, splits=splits)
+    if element_size == 2:
+        return ForwardShape(*_fit(vocab, 2048, 2), stages=4, splits=splits)
+    return ForwardShape(*_fit(vocab, 8192 // element_size, 4), stages=3, splits=splits)
 
 
-def backward_shape(card: Gpu, vocab: int, element_size: int) -> BackwardShape:
-    return BackwardShape(*_fit(vocab, 8192 // element_size, 4), stages=1 if card.amd else 3, tiles=4)
+def backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> BackwardShape:
+    if card.amd or card.capability >= (10, 0):
+        return BackwardShape(*_fit(vocab, 8192 // element_size, 4), stages=1 if card.amd else 3, tiles=4)
+    return BackwardShape(*_fit(vocab, 8192 // element_size, 4), stages=3 if element_size == 2 else 1, tiles=1 if aligned else 2)
 
 
 FEW_TARGETS = 8  # a row: so many are worth a look from every tile, and more a second launch

@@ -91,7 +91,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
     aligned = all(s % align == 0 for s in _strides(logits) + _strides(out))
-    shape = backward_shape(gpu(logits.device), vocab, logits.element_size())
+    shape = backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
     upstream = (state, *(logits if g is None else g for g in grads), out, inner)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}

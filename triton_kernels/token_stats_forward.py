@@ -214,8 +214,9 @@ def log_total(m, ties, s0):
 
 
 @triton.jit
-def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr):
+def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexpr):
     """x is kept where x - m reaches it."""
+    log_kept = tl.full((), log_kept, ACC)
     return (log_kept if KEPT == 1 else log_kept + log_s0) / inv_t
 
 
@@ -246,7 +247,7 @@ def write_row(
     if KEPT:
         log_mass = -log1p(dropped / kept)
         log_mass = tl.where(log_s0 == log_s0, log_mass, log_s0)
-        delta = kept_threshold(log_s0, log_kept, inv_t, KEPT)
+        delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         tl.store(kept_ptr + row, log_mass)
     tl.store(state_row + 4, log_mass)
     tl.store(state_row + 5, delta)
@@ -299,7 +300,7 @@ def token_stats_forward_kernel(
     vocab,
     temperature,
     ignore_index,
-    log_kept,
+    log_kept: tl.float64,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -330,7 +331,7 @@ def token_stats_forward_kernel(
     dropped = tl.zeros((), ACC)
     if KEPT:
         _rest, log_s0, _nothing = log_total(m, ties, s0)
-        kept, dropped = kept_sweep(row_ptr, 0, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES)
+        kept, dropped = kept_sweep(row_ptr, 0, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES)
     write_row(
         row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
         logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, ACC,

@@ -85,7 +85,7 @@ def token_stats_part_kernel(
     vocab,
     temperature,
     ignore_index,
-    log_kept,
+    log_kept: tl.float64,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -146,7 +146,7 @@ def token_stats_kept_part_kernel(
     vocab,
     temperature,
     ignore_index,
-    log_kept,
+    log_kept: tl.float64,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -174,7 +174,7 @@ def token_stats_kept_part_kernel(
     parts_row = parts_ptr + row * (7 * SPLITS)
     m, ties, s0, _s1, _s2 = _merge(parts_row, scale, False, SPLITS)
     _rest, log_s0, _nothing = log_total(m, ties, s0)
-    kept, dropped = kept_sweep(row_ptr, begin, end, m, kept_threshold(log_s0, log_kept, inv_t, KEPT), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES)
+    kept, dropped = kept_sweep(row_ptr, begin, end, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES)
     tl.store(parts_row + 5 * SPLITS + part, kept)
     tl.store(parts_row + 6 * SPLITS + part, dropped)
 
@@ -198,7 +198,7 @@ def token_stats_merge_kernel(
     vocab,
     temperature,
     ignore_index,
-    log_kept,
+    log_kept: tl.float64,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
