@@ -14,7 +14,7 @@ second (300 seconds at most; no CPU kernels, which it does not need):
 
     peers      unpacks the packages to compare with
     compile    compiles and checks every kernel variant, for the sanitizer
-    bench      bf16 again, with torch.compile and the peers
+    bench      again, with torch.compile, as far as there is time for it, and the peers
     suite      the Triton half of the ordinary tests, on the card; beside it
     memcheck, racecheck   compute-sanitizer over every kernel variant
     ncu        Nsight Compute on one launch of each direction
@@ -56,7 +56,7 @@ TOTALS = {"first": 330, "second": 300}  # seconds
 TESTS = ("tests/test_gpu.py", "tests/test_gpu_primitives.py", "tests/test_gpu_smoke.py")
 SUITE = (
     "tests/test_triton_token_stats.py",
-    "tests/test_launch_variants.py",
+    "tests/test_launch_shapes.py",
     "tests/test_token_stats.py",
     "tests/test_ratio.py",
     "tests/test_selection.py",
@@ -382,8 +382,8 @@ class Plan:
         ncu = ["sh", "-c", shown, self.session.out / FILES["second"]["ncu"], *ncu]
         return [
             [[self.card(70)], [peers, compiled]],
-            [[self.bench(105, "--dtypes", "bf16", *(["--no-compile"] if self.rehearse else []))]],
-            [[self.pytest("suite", 90, SUITE, "-k", f"(triton or variants) and not {DRAWN}")], [memcheck, racecheck]],
+            [[self.bench(105, *(["--no-compile"] if self.rehearse else []))]],
+            [[self.pytest("suite", 90, SUITE, "-k", f"(triton or launch_shapes) and not {DRAWN}")], [memcheck, racecheck]],
             [[Step("ncu", 30, lambda limit: ncu)]],
         ]
 

@@ -34,12 +34,9 @@ DIRECTIONS = ("forward", "backward")
 
 
 def forward_variants(now: ForwardShape) -> dict[str, ForwardShape]:
-    """Name -> shape: other tiles with other pipelines, and everything else beside the shape in use."""
+    """Name -> shape: other numbers of programs a row, other tiles with other pipelines."""
     found = {"now": now}
     found |= {f"{n} programs a row": now._replace(splits=n) for n in (1, 2, 4, 8, 16)}
-    found |= {f"{n} programs a row, ticket": now._replace(splits=n, ticket=True) for n in (2, 4, 8)}
-    found |= {f"{n} programs a row, fused": now._replace(splits=n, fused=True) for n in (1, 4, 8)}
-    found |= {f"8 programs, ticket, {n} stages": now._replace(splits=8, ticket=True, stages=n) for n in (3, 4)}
     tiles = ((1, 1), (2, 1), (2, 2), (1, 2), (0.5, 1), (0.5, 0.5), (0.25, 0.25))
     found |= {_named(shape): shape for shape in (_tile(now, *t)._replace(stages=n) for t in tiles for n in (2, 3, 4, 5))}
     return distinct(found)
@@ -47,12 +44,8 @@ def forward_variants(now: ForwardShape) -> dict[str, ForwardShape]:
 
 def backward_variants(now: BackwardShape) -> dict[str, BackwardShape]:
     found = {"now": now}
-    found |= {f"{n} tiles": now._replace(tiles=n) for n in (1, 2, 4)}
-    found |= {f"early, {n} stages": now._replace(early=True, stages=n) for n in (1, 3)}
-    found |= {f"early, fused, {n} tiles": now._replace(early=True, fused=True, stages=1, tiles=n) for n in (1, 2)}
-    found |= {f"fused, {n} stages": now._replace(fused=True, stages=n) for n in (1, 3)}
-    found["streaming"] = now._replace(streaming=True)
-    tiles = ((1, 1), (2, 1), (2, 2), (1, 2), (0.5, 1), (0.5, 0.5))
+    found |= {f"{n} tiles": now._replace(tiles=n) for n in (1, 2, 4, 8)}
+    tiles = ((1, 1), (2, 1), (2, 2), (1, 0.5), (0.5, 1), (0.5, 0.5), (0.5, 0.25))
     found |= {
         f"{_named(shape)}, {shape.tiles} tiles": shape
         for shape in (_tile(now, *t)._replace(stages=n, tiles=k) for t in tiles for n in (1, 3) for k in (1, 2))

@@ -21,17 +21,6 @@ BLOCK = 256
 SPLIT = launch.ForwardShape(BLOCK, 1, 2, splits=4)  # the shape for rows of at least 31 tiles
 WHOLE = launch.ForwardShape(BLOCK, 1, 2)
 GROUPS = launch.BackwardShape(BLOCK, 1, 2, tiles=3)
-FORWARDS = {
-    "second launch": SPLIT,
-    "ticket": SPLIT._replace(ticket=True),
-    "fused": SPLIT._replace(fused=True),
-}
-BACKWARDS = {
-    "plain": GROUPS,
-    "early": GROUPS._replace(early=True),
-    "streaming": GROUPS._replace(streaming=True),
-    "fused": GROUPS._replace(fused=True),
-}
 
 
 @pytest.fixture(autouse=True)
@@ -50,11 +39,6 @@ def shape(monkeypatch):
                 monkeypatch.setattr(token_stats, name, lambda *_, value=value: value)
 
     return replace
-
-
-@pytest.fixture(params=FORWARDS.values(), ids=FORWARDS.keys())
-def split(request, shape):
-    shape(request.param)
 
 
 def draw(*shape, dtype=torch.float32, scale=3.0, seed=0):
@@ -85,16 +69,19 @@ LENGTHS = (1, BLOCK, 3 * BLOCK, 5 * BLOCK - 7, 9 * BLOCK + 1)
 
 @pytest.mark.parametrize("vocab", LENGTHS)
 @pytest.mark.parametrize("options", [{"min_p": 0.05, "with_sum_sq": True}, {"min_prob": 0.01, "temperature": 0.7}], ids=["min_p", "min_prob"])
-def test_split_rows(split, vocab, options):
+def test_split_rows(shape, vocab, options):
+    shape(SPLIT)
     check(draw(2, vocab), ids(vocab, 2), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-def test_split_rows_of_every_type(split, dtype):
+def test_split_rows_of_every_type(shape, dtype):
+    shape(SPLIT)
     check(draw(1, 2, 1501, dtype=dtype), ids(1501, 1, 2, 3), temperature=1.3, min_p=0.05, with_sum_sq=True)
 
 
-def test_split_rows_that_are_skipped(split):
+def test_split_rows_that_are_skipped(shape):
+    shape(SPLIT)
     x, y = draw(4, 1501), ids(1501, 4)
     x[1], x[2], y[2] = math.nan, math.nan, -100
     mask = torch.tensor([True, False, True, True], device=DEVICE)
@@ -103,7 +90,8 @@ def test_split_rows_that_are_skipped(split):
     check(x[[0, 3]], y[[0, 3]], with_sum_sq=True, min_p=0.1)
 
 
-def test_scratch_is_written_before_it_is_read(split, monkeypatch):
+def test_scratch_is_written_before_it_is_read(shape, monkeypatch):
+    shape(SPLIT)
     x, y = draw(2, 1501), ids(1501, 2)
     want = forward(x, y)
     monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
@@ -112,8 +100,9 @@ def test_scratch_is_written_before_it_is_read(split, monkeypatch):
 
 @pytest.mark.parametrize("fill", [-INF, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("first", [0, 2 * BLOCK, 7 * BLOCK])
-def test_parts_without_a_probability(split, first, fill):
+def test_parts_without_a_probability(shape, first, fill):
     """Parts that are -inf throughout, or the lowest number that frameworks mask with, before, between and after the others."""
+    shape(SPLIT)
     x = draw(1, 8 * BLOCK)
     live = slice(first, first + BLOCK)
     x[:, : live.start] = fill
@@ -123,8 +112,9 @@ def test_parts_without_a_probability(split, first, fill):
 
 
 @pytest.mark.parametrize("where", [[0], [3 * BLOCK, 3 * BLOCK + 1], [5, 2 * BLOCK + 5, 7 * BLOCK], [8 * BLOCK - 1]], ids=str)
-def test_the_maximum_of_a_split_row_keeps_its_own_1_apart(split, where):
+def test_the_maximum_of_a_split_row_keeps_its_own_1_apart(shape, where):
     """One maximum, or several in one part, or in several parts; what remains is 1e-9 of it."""
+    shape(SPLIT)
     gap, n = 28.0, 8 * BLOCK
     x = torch.full((1, n), -gap, device=DEVICE)
     x[0, where] = 0.0
@@ -135,7 +125,8 @@ def test_the_maximum_of_a_split_row_keeps_its_own_1_apart(split, where):
     assert stats.sum_sq_prob.item() == pytest.approx(1 / k, rel=1e-6)
 
 
-def test_undefined_split_rows_are_nan(split):
+def test_undefined_split_rows_are_nan(shape):
+    shape(SPLIT)
     x = draw(5, 1501)
     x[1] = -INF
     x[2, 700], x[3, 1500] = math.nan, INF
@@ -155,7 +146,7 @@ def test_the_number_of_parts_follows_from_the_vocabulary_alone():
 # --- the same bits in any batch, and at any address ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variant", [WHOLE, WHOLE._replace(fused=True), SPLIT, SPLIT._replace(ticket=True)], ids=str)
+@pytest.mark.parametrize("variant", [WHOLE, SPLIT], ids=["whole rows", "split rows"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_a_row_has_the_same_bits_wherever_it_starts(shape, dtype, variant):
     shape(variant)

@@ -76,7 +76,7 @@ def test_the_summary_names_the_winners_and_what_failed():
     case = timed(now=1.0, other=0.9)
     case["variants"].append({"name": "third", "shape": OTHER, "error": "OutOfResources: shared memory"})
     text = variants.summary([case, timed(rows=64, now=1.0, other=0.9)])
-    assert "ForwardShape(block=2048, warps=2, stages=3, splits=1, ticket=False, fused=False)" in text
+    assert "ForwardShape(block=2048, warps=2, stages=3, splits=1)" in text
     assert "FAILED third: OutOfResources" in text and "now 1000.0 us (100.0%" in text
 
 

@@ -21,8 +21,6 @@ class ForwardShape(NamedTuple):
     warps: int
     stages: int  # of the load pipeline
     splits: int = 1  # programs a row
-    ticket: bool = False  # the last program of a row merges their sums, instead of a second launch
-    fused: bool = False  # the exponent is one FMA
 
 
 class BackwardShape(NamedTuple):
@@ -30,9 +28,6 @@ class BackwardShape(NamedTuple):
     warps: int
     stages: int
     tiles: int  # a program
-    early: bool = False  # the first tile is asked for before it is known whether anything flows back into the row
-    streaming: bool = False  # stores do not stay in the caches
-    fused: bool = False
 
 
 @functools.cache
@@ -52,8 +47,8 @@ def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
     return block, warps
 
 
-# Measured on an H100 (benchmarks/variants.py, docs/performance.md). Elsewhere: 64 bytes a thread are four 16-byte loads in flight, and registers for
-# five to nine programs an SM (make report).
+# Up to Hopper measured on an H100: benchmarks/variants.py times what is beside these shapes, docs/performance.md says what it found.
+# Blackwell and AMD by `make report`: 64 bytes a thread are four 16-byte loads in flight, and registers for five to nine programs an SM.
 # Stages: NVIDIA's asynchronous copies pass by the registers; AMD's pipeline is made of registers, and costs more programs than it is worth.
 
 
@@ -61,21 +56,20 @@ def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True
     """aligned: every row starts on a 16-byte boundary"""
     blackwell = card.capability >= (10, 0)
     # Parts of 64 KB and more. A part meets new maxima that the row does not, and Blackwell has few issue slots to spare for them.
-    parts, least = (2, 62) if blackwell else (4, 31)
-    splits = parts if vocab * element_size > least * 8192 else 1
-    if card.amd or blackwell:
-        return ForwardShape(*_fit(vocab, 8192 // element_size, 4), stages=1 if card.amd else 3, splits=splits)
-    if aligned:
-        return ForwardShape(*_fit(vocab, 16384 // element_size, 4), stages=3, splits=splits)
-    if element_size == 2:
-        return ForwardShape(*_fit(vocab, 2048, 2), stages=4, splits=splits)
-    return ForwardShape(*_fit(vocab, 8192 // element_size, 4), stages=3, splits=splits)
+    splits, least = (2, 62) if blackwell else (4, 31)
+    splits = splits if vocab * element_size > least * 8192 else 1
+    if blackwell or card.amd:
+        return ForwardShape(*_fit(vocab, 8192 // element_size, 4), 1 if card.amd else 3, splits)
+    if element_size == 2 and not aligned:  # a tile takes two buffers, the second nearly empty: of smaller ones more fit
+        return ForwardShape(*_fit(vocab, 2048, 2), 4, splits)
+    return ForwardShape(*_fit(vocab, 16384 // element_size, 4), 3, splits)
 
 
 def backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> BackwardShape:
-    if card.amd or card.capability >= (10, 0):
-        return BackwardShape(*_fit(vocab, 8192 // element_size, 4), stages=1 if card.amd else 3, tiles=4)
-    return BackwardShape(*_fit(vocab, 8192 // element_size, 4), stages=3 if element_size == 2 else 1, tiles=1 if aligned else 2)
+    """aligned: every row starts on a 16-byte boundary, of the logits and of their gradient"""
+    if card.capability >= (10, 0) or card.amd:
+        return BackwardShape(*_fit(vocab, 8192 // element_size, 4), 1 if card.amd else 3, tiles=4)
+    return BackwardShape(*_fit(vocab, 8192 // element_size, 8), 3, tiles=1 if aligned else 2)
 
 
 FEW_TARGETS = 8  # a row: so many are worth a look from every tile, and more a second launch

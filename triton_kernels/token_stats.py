@@ -55,22 +55,16 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     side_by_side = 2 if card.capability >= (10, 0) else 1
     lanes = min(shape.block, side_by_side * shape.warps * card.warp_size * align)
     tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=shifted, BLOCK=shape.block, LANES=lanes, num_warps=shape.warps)
-    sums = dict(SUM_SQ=with_sum_sq, STAGES=shape.stages, FUSED=shape.fused)
+    sums = dict(SUM_SQ=with_sum_sq, STAGES=shape.stages)
     with device_of(logits):
         if shape.splits == 1:
             token_stats_forward_kernel[(rows,)](*pointers, *outputs, state, *row_args, log_kept, **options, KEPT=kept_kind, **sums, **tile)
             return
-        # A kept set is swept once all parts of a row are summed: the merge is a launch of its own there anyway.
-        ticket, splits = shape.ticket and not kept_kind, {"SPLITS": shape.splits}
         parts = logits.new_empty((rows, 7, shape.splits), dtype=state.dtype)
-        tickets = logits.new_zeros(rows, dtype=torch.int32) if ticket else logits
-        token_stats_part_kernel[(rows * shape.splits,)](
-            *pointers, parts, tickets, *outputs, state, *row_args, log_kept, **options, **splits, TICKET=ticket, **sums, **tile
-        )
-        if ticket:
-            return
+        split = dict(SPLITS=shape.splits, **options)
+        token_stats_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, **split, **sums, **tile)
         if kept_kind:
-            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, log_kept, **options, **splits, KEPT=kept_kind, **tile)
+            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
         token_stats_merge_kernel[(rows,)](
             *pointers,
             parts,
@@ -78,8 +72,7 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
             state,
             *row_args,
             log_kept,
-            **options,
-            **splits,
+            **split,
             SUM_SQ=with_sum_sq,
             KEPT=kept_kind,
             num_warps=target_warps(options["K_BLOCK"]),
@@ -115,9 +108,6 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             BLOCK=shape.block,
             TILES=shape.tiles,
             STAGES=shape.stages,
-            EARLY=shape.early,
-            STORE=".cs" if shape.streaming else "",
-            FUSED=shape.fused,
             num_warps=shape.warps,
         )
         if options["HAS_LOGP"] and not at_targets:

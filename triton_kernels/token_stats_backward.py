@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
-from .token_stats_forward import fused_offset, fused_reference
 
 
 @triton.jit
@@ -42,28 +41,28 @@ def _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY: tl.const
 
 @triton.jit
 def _at_target(
-    shifted_y, at_y, rest, scale, offset, inv_t, weight, c0, c1, c2, inside, delta,
+    shifted_y, at_y, rest, scale, inv_t, weight, c0, c1, c2, inside, delta,
     HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
     """The gradient at a target whose entries have upstream gradients of at_y together."""
     # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
-    t_y = tl.maximum(shifted_y * scale + offset, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    t_y = tl.maximum(shifted_y * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e_y = tl.exp2(t_y)
     c_y = _coefficient(t_y, e_y, shifted_y, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
-    at_max = e_y * c_y + weight * at_y + weight * rest * at_y
+    at_max = c_y + weight * at_y + weight * rest * at_y
     return tl.where(shifted_y == 0, at_max, e_y * c_y + inv_t * at_y)
 
 
 @triton.jit
 def _gradient_tile(
-    x, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, c, slope, offset, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+    x_ptr, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
     targets_ptr, state_row, ignore_index,
-    K: tl.constexpr, AT_TARGETS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
-    STORE: tl.constexpr, FUSED: tl.constexpr,
+    K: tl.constexpr, AT_TARGETS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient at the columns `cols` that are `valid`, all in [low, high), from their logits; what the others hold is never stored."""
+    """Reads and writes the columns `cols` that are `valid`, all in [low, high); what the others hold is never stored."""
+    x = tl.load(x_ptr + cols, mask=valid).to(ACC)
     shifted = x - m
-    t = tl.fma(x, slope, -c) if FUSED else shifted * scale
+    t = shifted * scale
     if HAS_ENTROPY:  # the one term that multiplies by t
         t = tl.maximum(t, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(t)
@@ -74,9 +73,9 @@ def _gradient_tile(
             if (y_j + lead >= low) & (y_j + lead < high) & (y_j != ignore_index) & (y_j >= 0):
                 at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
                 shifted_y = tl.load(state_row + 6 + j)
-                dz_y = _at_target(shifted_y, at_y, rest, scale, offset, inv_t, weight, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+                dz_y = _at_target(shifted_y, at_y, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
                 dz = tl.where(cols == (y_j + lead).to(tl.int32), dz_y, dz)
-    tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid, cache_modifier=STORE)
+    tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
@@ -171,9 +170,6 @@ def token_stats_backward_kernel(
     BLOCK: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
-    EARLY: tl.constexpr,  # the first tile is asked for before it is known whether anything flows back into the row
-    STORE: tl.constexpr,  # cache modifier of the stores
-    FUSED: tl.constexpr,  # the exponent is one FMA
 ):
     pid = tl.program_id(0)
     row = pid // groups
@@ -193,9 +189,6 @@ def token_stats_backward_kernel(
     cols = tl.arange(0, BLOCK)
     edge, in_row = _edge(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
 
-    if EARLY:
-        in_first = (first + cols >= body) & (first + cols < body_end)
-        x_first = tl.load(x_ptr + first + cols, mask=in_first)
     flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
         row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
         K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, ACC,
@@ -216,36 +209,17 @@ def token_stats_backward_kernel(
         K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
     )  # fmt: skip
     scale = inv_t * LOG2E
-    c = m
-    slope = scale
-    offset = tl.zeros((), ACC)
-    if FUSED:
-        c, slope = fused_reference(m, scale)
-        offset = fused_offset(m, c, slope)
-        shrink = tl.exp2(-offset)
-        c0 = (c0 - c1 * offset) * shrink
-        c1 *= shrink
-        c2 *= shrink * shrink
-        inside *= shrink
     if EDGES:
         if first == 0:
             _gradient_tile(
-                tl.load(x_ptr + edge, mask=in_row).to(ACC), z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, c, slope, offset, inv_t, weight,
-                c0, c1, c2, inside, delta, y, g_logp, targets_ptr, state_row, ignore_index,
-                K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, STORE, FUSED,
+                x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+                targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
             )  # fmt: skip
-    if EARLY:
-        _gradient_tile(
-            x_first.to(ACC), z_ptr, first + cols, in_first, first, first + BLOCK, lead, row, m, rest, scale, c, slope, offset, inv_t, weight,
-            c0, c1, c2, inside, delta, y, g_logp, targets_ptr, state_row, ignore_index,
-            K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, STORE, FUSED,
-        )  # fmt: skip
-    for tile in tl.range(first + BLOCK if EARLY else first, last, BLOCK, num_stages=STAGES):
+    for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         _gradient_tile(
-            tl.load(x_ptr + tile + cols, mask=in_body).to(ACC), z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row,
-            m, rest, scale, c, slope, offset, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp, targets_ptr, state_row, ignore_index,
-            K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, STORE, FUSED,
+            x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+            targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
         )  # fmt: skip
 
 
@@ -309,5 +283,5 @@ def token_stats_backward_targets_kernel(
     g = tl.load(g_logp_ptr + row * K + at, mask=in_vocab, other=0.0)
     shifted_y = tl.load(state_row + 6 + at, mask=in_vocab, other=0.0)
     _y, at_y = tl.associative_scan((y, g), 0, _add_equals)
-    dz = _at_target(shifted_y, at_y, rest, inv_t * LOG2E, 0.0, inv_t, weight, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    dz = _at_target(shifted_y, at_y, rest, inv_t * LOG2E, inv_t, weight, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
     tl.store(out_ptr + out_start + y, dz.to(out_ptr.dtype.element_ty), mask=in_vocab & (y != following))

@@ -16,62 +16,34 @@ import triton.language as tl
 from .math import log1p
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 
-LARGEST = tl.constexpr(3e38)
-
 
 @triton.jit
-def fused_reference(m, scale):
-    """(c, slope) of t = x * slope - c, one FMA. The slope is the scale, and c the maximum's product as rounded, the same for every entry of the row.
-    Where that would overflow the slope is 1 and c exact: other entries are so far below such a maximum that their power is 0 with any slope."""
-    slope = tl.where(tl.abs(m) * scale > LARGEST, 1.0, scale)
-    return tl.where(m == NEG_INF, 0.0, m * slope), slope
-
-
-@triton.jit
-def fused_offset(m, c, scale):
-    """t of the maximum itself: what the rounding of c took away."""
-    return tl.where(tl.abs(m) < float("inf"), tl.fma(m, scale, -c), 0.0)
-
-
-@triton.jit
-def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, c, slope, scale, SUM_SQ: tl.constexpr, FUSED: tl.constexpr):
-    """Takes a tile into the running sums; r0, r1, r2 hold what former maxima contributed. Where FUSED, t counts from c = m * slope."""
+def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
+    """Takes a tile into the running sums; r0, r1, r2 hold what former maxima contributed."""
     tile_max = tl.max(tl.max(x, axis=0), axis=0)
     if tile_max >= m:
         if tile_max > m:
             d = tl.where(m == NEG_INF, 0.0, tl.maximum((m - tile_max) * scale, FLOOR))  # the lowest float masks as -inf does, and overflows here
-            d_m = d
-            if FUSED:
-                c_new, slope_new = fused_reference(tile_max, scale)
-                far = (slope != scale) | (slope_new != scale)
-                d = tl.where(m == NEG_INF, 0.0, tl.where(far, FLOOR, tl.maximum(c - c_new, FLOOR)))
-                d_m = tl.where(m == NEG_INF, 0.0, tl.where(far, FLOOR, tl.maximum(tl.fma(m, scale, -c_new), FLOOR)))
-                c = c_new
-                slope = slope_new
             shrink = tl.exp2(d)
-            former = ties * tl.exp2(d_m)
-            r1 = shrink * (r1 + d * r0) + d_m * former
-            r0 = shrink * r0 + former
+            r1 = shrink * (r1 + d * (r0 + ties))
+            r0 = shrink * (r0 + ties)
             s1 = shrink * (s1 + d * s0)
             s0 = shrink * s0
             if SUM_SQ:
-                r2 = shrink * shrink * r2 + tl.exp2(d_m) * former
+                r2 = shrink * shrink * (r2 + ties)
                 s2 = shrink * shrink * s2
             m = tile_max
             ties = ties * 0.0
         if tile_max > NEG_INF:
             ties += tl.sum(tl.sum((x == tile_max).to(ties.dtype), axis=0), axis=0)
             x = tl.where(x == tile_max, NEG_INF, x)
-    if FUSED:
-        t = tl.maximum(tl.fma(x, slope, -c), FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        t = exponent(x, tl.where(m == NEG_INF, 0.0, m), scale)
+    t = exponent(x, tl.where(m == NEG_INF, 0.0, m), scale)
     e = tl.exp2(t)
     s0 += tl.sum(e, axis=0)
     s1 += tl.sum(e * t, axis=0)
     if SUM_SQ:
         s2 += tl.sum(e * e, axis=0)
-    return m, ties, r0, r1, r2, s0, s1, s2, c, slope
+    return m, ties, r0, r1, r2, s0, s1, s2
 
 
 @triton.jit
@@ -148,7 +120,7 @@ def _sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
 def sweep(
     row_ptr, begin, end, scale,
     SUM_SQ: tl.constexpr, ACC: tl.constexpr,
-    ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
+    ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, how many are equal to m, S0, S1, S2 of the others)."""
     boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
@@ -160,27 +132,17 @@ def sweep(
     s0 = tl.zeros((LANES,), ACC)
     s1 = tl.zeros((LANES,), ACC)
     s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
-    c = tl.zeros((), ACC)
-    slope = scale
     whole = end // BLOCK * BLOCK
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
-        m, ties, r0, r1, r2, s0, s1, s2, c, slope = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, c, slope, scale, SUM_SQ, FUSED)
+        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if whole < end:
         cols = whole + _columns(lead, BLOCK, LANES)
         x = tl.load(row_ptr + cols, mask=cols < end, other=NEG_INF).to(ACC)
-        m, ties, r0, r1, r2, s0, s1, s2, c, slope = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, c, slope, scale, SUM_SQ, FUSED)
+        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
         r2 += _sum_lanes(s2, lead, SHIFTED, LANES)
-    r0 += _sum_lanes(s0, lead, SHIFTED, LANES)
-    r1 += _sum_lanes(s1, lead, SHIFTED, LANES)
-    if FUSED:  # from here on t counts from the maximum
-        offset = fused_offset(m, c, slope)
-        shrink = tl.exp2(-offset)
-        r1 = shrink * (r1 - offset * r0)
-        r0 = shrink * r0
-        r2 = shrink * shrink * r2
-    return m, ties, r0, r1, r2
+    return m, ties, _sum_lanes(s0, lead, SHIFTED, LANES) + r0, _sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2
 
 
 @triton.jit
@@ -314,7 +276,6 @@ def token_stats_forward_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
-    FUSED: tl.constexpr,
 ):
     """One row a program."""
     row = tl.program_id(0)
@@ -326,7 +287,7 @@ def token_stats_forward_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
-    m, ties, s0, s1, s2 = sweep(row_ptr, 0, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES, FUSED)
+    m, ties, s0, s1, s2 = sweep(row_ptr, 0, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
     kept = tl.zeros((), ACC)
     dropped = tl.zeros((), ACC)
     if KEPT:

@@ -1,5 +1,4 @@
-"""Row statistics of long rows, forward: SPLITS programs sum a run of whole tiles each, then one program a row merges their sums in a fixed order:
-one of a second launch, or with a TICKET the last of those that sum to come to its end. Who that is is a matter of luck, what it does is not.
+"""Row statistics of long rows, forward: SPLITS programs sum a run of whole tiles each, then one program a row merges their sums in a fixed order.
 
 For batches too small to fill the card, and so that the last rows of a large one do not keep it waiting. SPLITS is a function of V (launch.py),
 never of the number of rows: a row has the same bits in any batch. With a kept set the parts are swept once more, when all of them are summed.
@@ -40,31 +39,6 @@ def _merge(parts_row, scale, SUM_SQ: tl.constexpr, SPLITS: tl.constexpr):
     return m, tl.sum(tl.where(top, ties, 0.0), axis=0), tl.sum(shrink * s0, axis=0), tl.sum(s1, axis=0), s2
 
 
-@triton.jit
-def _write_merged(
-    row_ptr, row, y, parts_row, inv_t,
-    logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr, SPLITS: tl.constexpr,
-):  # fmt: skip
-    m, ties, s0, s1, s2 = _merge(parts_row, inv_t * LOG2E, SUM_SQ, SPLITS)
-    kept = tl.zeros((), ACC)
-    dropped = tl.zeros((), ACC)
-    if KEPT:
-        kept = tl.sum(tl.load(parts_row + 5 * SPLITS + tl.arange(0, SPLITS)), axis=0)
-        dropped = tl.sum(tl.load(parts_row + 6 * SPLITS + tl.arange(0, SPLITS)), axis=0)
-    write_row(
-        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
-        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, ACC,
-    )  # fmt: skip
-
-
-@triton.jit
-def _is_last(ticket_ptr, row, SPLITS: tl.constexpr):
-    """Whether all other programs of the row have written their sums."""
-    tl.debug_barrier()  # this program's own, before its ticket is drawn
-    return tl.atomic_add(ticket_ptr + row, 1, sem="acq_rel") == SPLITS - 1
-
-
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_part_kernel(
     logits_ptr,  # [A, B, V]
@@ -72,20 +46,12 @@ def token_stats_part_kernel(
     mask_ptr,  # [N]
     temperature_ptr,  # [N]
     parts_ptr,  # [N, 7, SPLITS]
-    ticket_ptr,  # [N], zeros
-    logp_ptr,  # [N, K], and the other outputs: written with a TICKET only
-    entropy_ptr,  # [N]
-    lse_ptr,  # [N]
-    sum_sq_ptr,  # [N]
-    kept_ptr,  # [N]
-    state_ptr,  # [N, 6 + K]
     inner,
     stride_a,
     stride_b,
     vocab,
     temperature,
     ignore_index,
-    log_kept: tl.float64,
     K: tl.constexpr,
     K_BLOCK: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -98,25 +64,19 @@ def token_stats_part_kernel(
     BLOCK: tl.constexpr,
     LANES: tl.constexpr,
     STAGES: tl.constexpr,
-    FUSED: tl.constexpr,
     SPLITS: tl.constexpr,
-    TICKET: tl.constexpr,
 ):
-    """The sums of one part of a row; with a TICKET the last program of a row finishes it."""
+    """The sums of one part of a row."""
     row = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
     row = row.to(tl.int64)
-    active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
+    active, _y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
-        if TICKET:
-            if part == 0:
-                write_zeros(row, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, 0, ACC)
         return
-    inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
-    scale = inv_t * LOG2E
+    scale = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC) * LOG2E
     begin, end = _part(vocab, part, BLOCK, SPLITS)
-    m, ties, s0, s1, s2 = sweep(row_ptr, begin, end, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES, FUSED)
+    m, ties, s0, s1, s2 = sweep(row_ptr, begin, end, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
     out = parts_ptr + row * (7 * SPLITS) + part
     tl.store(out, m)
     tl.store(out + SPLITS, ties)
@@ -124,13 +84,6 @@ def token_stats_part_kernel(
     tl.store(out + 3 * SPLITS, s1)
     if SUM_SQ:
         tl.store(out + 4 * SPLITS, s2)
-    if TICKET:
-        if _is_last(ticket_ptr, row, SPLITS):
-            _write_merged(
-                row_ptr, row, y, parts_ptr + row * (7 * SPLITS), inv_t,
-                logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
-                K, K_BLOCK, SUM_SQ, 0, ACC, SPLITS,
-            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
@@ -217,8 +170,14 @@ def token_stats_merge_kernel(
         write_zeros(row, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, ACC)
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
-    _write_merged(
-        row_ptr, row, y, parts_ptr + row * (7 * SPLITS), inv_t,
-        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
-        K, K_BLOCK, SUM_SQ, KEPT, ACC, SPLITS,
+    parts_row = parts_ptr + row * (7 * SPLITS)
+    m, ties, s0, s1, s2 = _merge(parts_row, inv_t * LOG2E, SUM_SQ, SPLITS)
+    kept = tl.zeros((), ACC)
+    dropped = tl.zeros((), ACC)
+    if KEPT:
+        kept = tl.sum(tl.load(parts_row + 5 * SPLITS + tl.arange(0, SPLITS)), axis=0)
+        dropped = tl.sum(tl.load(parts_row + 6 * SPLITS + tl.arange(0, SPLITS)), axis=0)
+    write_row(
+        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
+        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, ACC,
     )  # fmt: skip

@@ -1,24 +1,23 @@
-"""Every way to launch the Triton kernels of token_stats is right where it is easily wrong. Tiles are small, so that short rows have many."""
+"""The Triton kernels of token_stats are right where it is easily wrong, for rows of one program and of several, and with one tile a program or more.
+Tiles are small, so that short rows have many."""
 
 import math
 
 import pytest
 import torch
 from oracle import check
-from test_triton_token_stats import BACKWARDS, BLOCK, DEVICE, FORWARDS, GROUPS, WHOLE, draw, ids
+from test_triton_token_stats import BLOCK, DEVICE, GROUPS, SPLIT, WHOLE, draw, ids
 
 import rlkern
 from rlkern.triton_kernels import token_stats
 
 VOCAB = 7 * BLOCK + 3  # odd
 INF = math.inf
-VARIANTS = {f"forward, {name}": (shape, GROUPS) for name, shape in FORWARDS.items()}
-VARIANTS |= {"forward, whole": (WHOLE, GROUPS), "forward, whole, fused": (WHOLE._replace(fused=True), GROUPS)}
-VARIANTS |= {f"backward, {name}": (WHOLE, shape) for name, shape in BACKWARDS.items() if name != "plain"}
+SHAPES = {"whole rows": (WHOLE, GROUPS), "split rows": (SPLIT, GROUPS), "one tile a program": (WHOLE, GROUPS._replace(tiles=1))}
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys(), autouse=True)
-def variant(request, monkeypatch):
+@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys(), autouse=True)
+def shapes(request, monkeypatch):
     for name, shape in zip(("forward_shape", "backward_shape"), request.param, strict=True):
         monkeypatch.setattr(token_stats, name, lambda *_, shape=shape: shape)
     with rlkern.use_backend("triton"):
