@@ -382,7 +382,7 @@ class Plan:
         ncu = ["sh", "-c", shown, self.session.out / FILES["second"]["ncu"], *ncu]
         return [
             [[self.card(70)], [peers, compiled]],
-            [[self.bench(105, *(["--no-compile"] if self.rehearse else []))]],
+            [[self.bench(105, *(["--no-compile"] if self.rehearse else []))._replace(elastic=False)]],
             [[self.pytest("suite", 90, SUITE, "-k", f"(triton or launch_shapes) and not {DRAWN}")], [memcheck, racecheck]],
             [[Step("ncu", 30, lambda limit: ncu)]],
         ]

@@ -47,29 +47,30 @@ def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
     return block, warps
 
 
-# Up to Hopper measured on an H100: benchmarks/variants.py times what is beside these shapes, docs/performance.md says what it found.
-# Blackwell and AMD by `make report`: 64 bytes a thread are four 16-byte loads in flight, and registers for five to nine programs an SM.
+# Hopper's shapes are measured on an H100: benchmarks/variants.py times what is beside them, docs/performance.md says what it found.
+# The others follow from `make report`: 64 bytes a thread are four 16-byte loads in flight, and registers for five to nine programs an SM.
 # Stages: NVIDIA's asynchronous copies pass by the registers; AMD's pipeline is made of registers, and costs more programs than it is worth.
 
 
 def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> ForwardShape:
     """aligned: every row starts on a 16-byte boundary"""
-    blackwell = card.capability >= (10, 0)
+    hopper, blackwell = card.capability[0] == 9, card.capability >= (10, 0)
     # Parts of 64 KB and more. A part meets new maxima that the row does not, and Blackwell has few issue slots to spare for them.
     splits, least = (2, 62) if blackwell else (4, 31)
     splits = splits if vocab * element_size > least * 8192 else 1
-    if blackwell or card.amd:
-        return ForwardShape(*_fit(vocab, 8192 // element_size, 4), 1 if card.amd else 3, splits)
-    if element_size == 2 and not aligned:  # a tile takes two buffers, the second nearly empty: of smaller ones more fit
+    if hopper and aligned:
+        return ForwardShape(*_fit(vocab, 16384 // element_size, 4), 3, splits)
+    if hopper and element_size == 2:  # a shifted tile takes two buffers, the second nearly empty: of smaller ones more fit
         return ForwardShape(*_fit(vocab, 2048, 2), 4, splits)
-    return ForwardShape(*_fit(vocab, 16384 // element_size, 4), 3, splits)
+    stages = 1 if card.amd else 4 if hopper else 3 if aligned or blackwell else 2
+    return ForwardShape(*_fit(vocab, 8192 // element_size, 4), stages, splits)
 
 
 def backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> BackwardShape:
     """aligned: every row starts on a 16-byte boundary, of the logits and of their gradient"""
-    if card.capability >= (10, 0) or card.amd:
-        return BackwardShape(*_fit(vocab, 8192 // element_size, 4), 1 if card.amd else 3, tiles=4)
-    return BackwardShape(*_fit(vocab, 8192 // element_size, 8), 3, tiles=1 if aligned else 2)
+    if card.capability[0] == 9:
+        return BackwardShape(*_fit(vocab, 8192 // element_size, 8), 3, tiles=1 if aligned else 2)
+    return BackwardShape(*_fit(vocab, 8192 // element_size, 4), 1 if card.amd else 3, tiles=4)
 
 
 FEW_TARGETS = 8  # a row: so many are worth a look from every tile, and more a second launch
