@@ -284,7 +284,7 @@ def test_huge_spread(backend, device):
 
 
 @pytest.mark.parametrize("at", [0, 4095, 4096, TILED - 1])
-@pytest.mark.parametrize("gap", [15.0, 16.2, 30.0, 60.0])
+@pytest.mark.parametrize("gap", [15.0, 16.2, 21.0, 24.0, 30.0, 60.0])
 def test_confident_tokens_keep_relative_accuracy(backend, device, gap, at):
     x = torch.full((1, TILED), -gap, device=device)
     x[0, at] = 0.0

@@ -69,7 +69,7 @@ def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True
 def backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> BackwardShape:
     """aligned: every row starts on a 16-byte boundary, of the logits and of their gradient"""
     if card.capability[0] == 9:
-        return BackwardShape(*_fit(vocab, 8192 // element_size, 8), 3, tiles=1 if aligned else 2)
+        return BackwardShape(*_fit(vocab, 8192 // element_size, 4 if element_size == 2 else 8), 3, tiles=1 if aligned else 2)
     return BackwardShape(*_fit(vocab, 8192 // element_size, 4), 1 if card.amd else 3, tiles=4)
 
 

@@ -41,26 +41,26 @@ def _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY: tl.const
 
 @triton.jit
 def _at_target(
-    shifted_y, at_y, rest, scale, inv_t, weight, c0, c1, c2, inside, delta,
+    shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta,
     HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at a target whose entries have upstream gradients of at_y together."""
-    # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
+    """The gradient at a target whose entries have upstream gradients of at_y together, all of the row's targets g_sum."""
+    # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2. Of one target at_y - g_sum is 0; weight * at_y - weight * g_sum
+    # is not, where the compiler makes an FMA of it: 6e-8 is more than a confident row's 1 - p.
     t_y = tl.maximum(shifted_y * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e_y = tl.exp2(t_y)
-    c_y = _coefficient(t_y, e_y, shifted_y, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
-    at_max = c_y + weight * at_y + weight * rest * at_y
-    return tl.where(shifted_y == 0, at_max, e_y * c_y + inv_t * at_y)
+    c_y = _coefficient(t_y, e_y, shifted_y, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    at_max = c_y + weight * (at_y - g_sum) + weight * rest * at_y
+    return tl.where(shifted_y == 0, at_max, e_y * (c_y - weight * g_sum) + inv_t * at_y)
 
 
 @triton.jit
 def _gradient_tile(
-    x_ptr, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
+    x, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
     targets_ptr, state_row, ignore_index,
-    K: tl.constexpr, AT_TARGETS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, AT_TARGETS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Reads and writes the columns `cols` that are `valid`, all in [low, high); what the others hold is never stored."""
-    x = tl.load(x_ptr + cols, mask=valid).to(ACC)
+    """Writes the gradient at the columns `cols` that are `valid`, all in [low, high), from their logits; what the others hold is never stored."""
     shifted = x - m
     t = shifted * scale
     if HAS_ENTROPY:  # the one term that multiplies by t
@@ -73,7 +73,10 @@ def _gradient_tile(
             if (y_j + lead >= low) & (y_j + lead < high) & (y_j != ignore_index) & (y_j >= 0):
                 at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
                 shifted_y = tl.load(state_row + 6 + j)
-                dz_y = _at_target(shifted_y, at_y, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+                g_sum = tl.sum(g_logp, axis=0)
+                dz_y = _at_target(
+                    shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT
+                )
                 dz = tl.where(cols == (y_j + lead).to(tl.int32), dz_y, dz)
     tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
 
@@ -105,7 +108,8 @@ def _row_coefficients(
     K: tl.constexpr, K_BLOCK: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(rest, weight, c0, c1, c2, inside, delta) of dz = e * c: what turns e into p, and the chain rule's 1/T, are in them."""
+    """(rest, weight, others, c0, c1, c2, inside, delta) of dz = e * c: what turns e into p, and the chain rule's 1/T, are in them. others: c0 without
+    what comes from the targets."""
     rest = tl.load(state_row + 1)
     c0 = g_lse
     c1 = -g_entropy * LN2  # t is in base 2
@@ -122,12 +126,13 @@ def _row_coefficients(
         g_kept = tl.where(log_mass == NEG_INF, 0.0, g_kept)  # an empty kept set is a constant
         inside = tl.where(g_kept == 0, 0.0, g_kept * tl.exp(-log_mass))
         c0 -= g_kept
+    others = c0
     if HAS_LOGP:
-        c0 -= tl.sum(g_logp, axis=0)
         lost = (tl.arange(0, K_BLOCK) < K) & (y != ignore_index) & ((y < 0) | (y >= vocab))
-        c0 = tl.where(tl.sum(lost.to(tl.int32), axis=0) > 0, float("nan"), c0)
+        others = tl.where(tl.sum(lost.to(tl.int32), axis=0) > 0, float("nan"), others)
+        c0 = others - tl.sum(g_logp, axis=0)
     weight = inv_t / (1.0 + rest)
-    return rest, weight, c0 * weight, c1 * weight, c2 * (weight / (1.0 + rest)), inside * weight, delta
+    return rest, weight, others * weight, c0 * weight, c1 * weight, c2 * (weight / (1.0 + rest)), inside * weight, delta
 
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
@@ -204,7 +209,7 @@ def token_stats_backward_kernel(
 
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     m = tl.load(state_row)
-    rest, weight, c0, c1, c2, inside, delta = _row_coefficients(
+    rest, weight, others, c0, c1, c2, inside, delta = _row_coefficients(
         state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
         K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
     )  # fmt: skip
@@ -212,14 +217,14 @@ def token_stats_backward_kernel(
     if EDGES:
         if first == 0:
             _gradient_tile(
-                x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
-                targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+                tl.load(x_ptr + edge, mask=in_row).to(ACC), z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
+                targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         _gradient_tile(
-            x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, c0, c1, c2, inside, delta, y, g_logp,
-            targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+            tl.load(x_ptr + tile + cols, mask=in_body).to(ACC), z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
+            targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
         )  # fmt: skip
 
 
@@ -271,7 +276,7 @@ def token_stats_backward_targets_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     state_row = state_ptr + row * (6 + K)
-    rest, weight, c0, c1, c2, inside, delta = _row_coefficients(
+    rest, weight, others, _c0, c1, c2, inside, delta = _row_coefficients(
         state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
         K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
     )  # fmt: skip
@@ -283,5 +288,7 @@ def token_stats_backward_targets_kernel(
     g = tl.load(g_logp_ptr + row * K + at, mask=in_vocab, other=0.0)
     shifted_y = tl.load(state_row + 6 + at, mask=in_vocab, other=0.0)
     _y, at_y = tl.associative_scan((y, g), 0, _add_equals)
-    dz = _at_target(shifted_y, at_y, rest, inv_t * LOG2E, inv_t, weight, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    dz = _at_target(
+        shifted_y, at_y, tl.sum(g_logp, axis=0), rest, inv_t * LOG2E, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT
+    )
     tl.store(out_ptr + out_start + y, dz.to(out_ptr.dtype.element_ty), mask=in_vocab & (y != following))

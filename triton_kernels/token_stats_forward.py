@@ -66,13 +66,6 @@ def _row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def _columns(lead, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """Which column of its tile each element is."""
-    lane = tl.arange(0, LANES)[None, :]
-    return tl.arange(0, BLOCK // LANES)[:, None] * LANES + lane - lead + tl.where(lane < lead, LANES, 0)
-
-
-@triton.jit
 def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     line = tl.arange(0, BLOCK // LANES)[:, None]
     replaced = tl.cdiv(lead, ALIGN) * ALIGN  # lanes, whole loads of them
@@ -93,6 +86,25 @@ def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, B
         low, high = pair.to(tl.int16).to(dtype, bitcast=True), (pair >> 16).to(tl.int16).to(dtype, bitcast=True)
         x = tl.reshape(tl.join(low, high), (BLOCK // LANES, LANES))
     return x
+
+
+@triton.jit
+def _last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """The same, element by element: nothing outside of the row is read. Both loads are contiguous along a line; if they were not, Triton 3.6 would lay
+    the sums of all tiles out the other way, each in several threads, which then write the same number to shared memory at once."""
+    lane = tl.arange(0, LANES)[None, :]
+    at = i + tl.arange(0, BLOCK // LANES)[:, None] * LANES + lane
+    x = tl.load(boundary + at, mask=(lane >= lead) & (at - lead < end), other=NEG_INF)
+    if SHIFTED:
+        following = tl.load(boundary + at + LANES, mask=(lane < lead) & (at + LANES - lead < end), other=NEG_INF)
+        x = tl.where(lane < lead, following, x)
+    return x
+
+
+@triton.jit
+def _end_of_whole_tiles(begin, end, vocab, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr):
+    """A shifted tile loads up to ALIGN - 1 elements behind its last column: they must be the row's. So what is left may be more than one tile."""
+    return tl.maximum(begin, (tl.minimum(end, vocab - (ALIGN - 1)) if SHIFTED else end) // BLOCK * BLOCK)
 
 
 CAN_SHIFT = hasattr(tl, "gather")  # Triton 3.2 has none: there, rows that start off a boundary are read element by element
@@ -118,7 +130,7 @@ def _sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def sweep(
-    row_ptr, begin, end, scale,
+    row_ptr, begin, end, vocab, scale,
     SUM_SQ: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -132,13 +144,17 @@ def sweep(
     s0 = tl.zeros((LANES,), ACC)
     s1 = tl.zeros((LANES,), ACC)
     s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
-    whole = end // BLOCK * BLOCK
+    whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
         m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+    if SHIFTED:
+        if end - whole > BLOCK:
+            x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+            whole += BLOCK
     if whole < end:
-        cols = whole + _columns(lead, BLOCK, LANES)
-        x = tl.load(row_ptr + cols, mask=cols < end, other=NEG_INF).to(ACC)
+        x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
         r2 += _sum_lanes(s2, lead, SHIFTED, LANES)
@@ -147,20 +163,24 @@ def sweep(
 
 @triton.jit
 def kept_sweep(
-    row_ptr, begin, end, m, delta, scale,
+    row_ptr, begin, end, vocab, m, delta, scale,
     ACC: tl.constexpr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """(S0 of the kept entries, S0 of the others) over the columns [begin, end), begin a whole number of tiles."""
     boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
     kept = tl.zeros((LANES,), ACC)
     dropped = tl.zeros((LANES,), ACC)
-    whole = end // BLOCK * BLOCK
+    whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in range(begin, whole, BLOCK):
         x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
         kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+    if SHIFTED:
+        if end - whole > BLOCK:
+            x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+            whole += BLOCK
     if whole < end:
-        cols = whole + _columns(lead, BLOCK, LANES)
-        x = tl.load(row_ptr + cols, mask=cols < end, other=NEG_INF).to(ACC)
+        x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
     return _sum_lanes(kept, lead, SHIFTED, LANES), _sum_lanes(dropped, lead, SHIFTED, LANES)
 
@@ -287,12 +307,14 @@ def token_stats_forward_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
-    m, ties, s0, s1, s2 = sweep(row_ptr, 0, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
+    m, ties, s0, s1, s2 = sweep(row_ptr, 0, vocab, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
     kept = tl.zeros((), ACC)
     dropped = tl.zeros((), ACC)
     if KEPT:
         _rest, log_s0, _nothing = log_total(m, ties, s0)
-        kept, dropped = kept_sweep(row_ptr, 0, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES)
+        kept, dropped = kept_sweep(
+            row_ptr, 0, vocab, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES
+        )
     write_row(
         row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
         logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, ACC,

@@ -76,7 +76,7 @@ def token_stats_part_kernel(
         return
     scale = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC) * LOG2E
     begin, end = _part(vocab, part, BLOCK, SPLITS)
-    m, ties, s0, s1, s2 = sweep(row_ptr, begin, end, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
+    m, ties, s0, s1, s2 = sweep(row_ptr, begin, end, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
     out = parts_ptr + row * (7 * SPLITS) + part
     tl.store(out, m)
     tl.store(out + SPLITS, ties)
@@ -127,7 +127,9 @@ def token_stats_kept_part_kernel(
     parts_row = parts_ptr + row * (7 * SPLITS)
     m, ties, s0, _s1, _s2 = _merge(parts_row, scale, False, SPLITS)
     _rest, log_s0, _nothing = log_total(m, ties, s0)
-    kept, dropped = kept_sweep(row_ptr, begin, end, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES)
+    kept, dropped = kept_sweep(
+        row_ptr, begin, end, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES
+    )
     tl.store(parts_row + 5 * SPLITS + part, kept)
     tl.store(parts_row + 6 * SPLITS + part, dropped)
 
