@@ -78,7 +78,7 @@ FILES = {
 }
 WORTHWHILE = 5  # seconds; with less a step is not begun
 CLOSING = 5  # seconds at the end of a stage, to write what it found
-START_AND_END = 15  # seconds that a script needs before it begins its first case, and for the last one that it has begun
+START_AND_END = 25  # seconds that a script needs before it begins its first case, and for the last one that it has begun
 
 
 class Step(NamedTuple):
@@ -402,7 +402,7 @@ class Plan:
             files, options = REHEARSED
         command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "shared_card", "--no-header", "-W", "ignore", *options]
         if importlib.util.find_spec("xdist"):  # most of the time goes into compiling kernels, on the CPU
-            command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
+            command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "worksteal"]
         if importlib.util.find_spec("pytest_timeout"):
             command += ["--timeout", "60"]
         # With one file that does not exist pytest runs none.

@@ -22,7 +22,7 @@ from rlkern import reference, spare
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FEW_ROWS_BYTES = 64 << 20  # logits below this take a GPU less time than the host takes to queue the launches
 _FLUSH_BYTES = 512 << 20
-_HEAD_START = 10_000_000  # cycles, 5 milliseconds at 2 GHz: longer than the driver takes to hand over the memory of a gradient
+_HEAD_START = 10_000_000  # cycles, 5 ms at 2 GHz: after another contender's long step the host takes over 1 ms to queue a forward and a backward
 
 
 class Case(NamedTuple):

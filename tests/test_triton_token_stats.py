@@ -155,7 +155,8 @@ def test_a_row_has_the_same_bits_wherever_it_starts(shape, dtype, variant):
     y = ids(vocab, 1)
     want = None
     for lead in range(per_boundary):
-        rows = torch.full((3, vocab + 2 * per_boundary + 1), math.nan, dtype=dtype, device=DEVICE)  # an odd stride, and NaN around the rows
+        stride = (vocab // per_boundary + 2) * per_boundary + 1  # rows that start on a boundary all of them may end in another last bit
+        rows = torch.full((3, stride), math.nan, dtype=dtype, device=DEVICE)
         rows[:, lead : lead + vocab] = row
         x = rows[:, lead : lead + vocab]
         got = torch.cat([forward(x, y.expand(3)), forward(x[1:2], y)], dim=1)
@@ -171,6 +172,33 @@ def test_the_columns_before_and_after_a_row_do_not_leak(shape):
         rows = torch.full((3, n + 3), INF, dtype=dtype, device=DEVICE)
         rows[1, 1 : n + 1] = draw(n, dtype=dtype)
         check(rows[1:2, 1 : n + 1].unsqueeze(0).expand(1, 1, n).squeeze(0), ids(n, 1), with_sum_sq=True, min_p=0.1)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="looks into Triton's interpreter")
+@pytest.mark.parametrize("vocab", [3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1, 3 * BLOCK + 6, 3 * BLOCK + 7, 5, 1])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_nothing_behind_the_last_row_is_read(shape, dtype, vocab, monkeypatch):
+    """Not even within its last 16 bytes: the memory may be nobody's."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    shape(WHOLE, GROUPS)
+    rows, per_boundary = 3, 16 // dtype.itemsize
+    stride = (vocab // per_boundary + 2) * per_boundary + 1
+    storage = torch.full((rows * stride + 64,), math.nan, dtype=dtype)
+    x = storage.as_strided((rows, vocab), (stride, 1))
+    x.copy_(draw(rows, vocab, dtype=dtype))
+    end, behind = x[-1, -1].data_ptr() + dtype.itemsize, []
+    load = InterpreterBuilder.create_masked_load
+
+    def watched(self, ptrs, mask, *args, **kwargs):
+        at = ptrs.data[mask.data]
+        behind.extend(at[(at >= end) & (at < end + 64 * dtype.itemsize)].tolist())
+        return load(self, ptrs, mask, *args, **kwargs)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    stats = rlkern.token_stats(x.requires_grad_(), ids(vocab, rows), min_p=0.1, with_sum_sq=True)
+    torch.autograd.grad((stats.logp + stats.kept_logmass).sum(), x)
+    assert not behind and stats.entropy.isfinite().all()
 
 
 # --- the backward's groups of tiles ----------------------------------------------------------------------------------------------------------

@@ -45,8 +45,8 @@ def _at_target(
     HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
     """The gradient at a target whose entries have upstream gradients of at_y together, all of the row's targets g_sum."""
-    # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2. Of one target at_y - g_sum is 0; weight * at_y - weight * g_sum
-    # is not, where the compiler makes an FMA of it: 6e-8 is more than a confident row's 1 - p.
+    # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2. Of a single target at_y - g_sum is 0. Of the products with
+    # weight the compiler makes an FMA, and what that leaves, 6e-8, is more than a confident row's 1 - p.
     t_y = tl.maximum(shifted_y * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e_y = tl.exp2(t_y)
     c_y = _coefficient(t_y, e_y, shifted_y, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
@@ -216,14 +216,16 @@ def token_stats_backward_kernel(
     scale = inv_t * LOG2E
     if EDGES:
         if first == 0:
+            x = tl.load(x_ptr + edge, mask=in_row).to(ACC)
             _gradient_tile(
-                tl.load(x_ptr + edge, mask=in_row).to(ACC), z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
+                x, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
                 targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
+        x = tl.load(x_ptr + tile + cols, mask=in_body).to(ACC)
         _gradient_tile(
-            tl.load(x_ptr + tile + cols, mask=in_body).to(ACC), z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
+            x, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
             targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
         )  # fmt: skip
 

@@ -90,8 +90,8 @@ def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, B
 
 @triton.jit
 def _last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """The same, element by element: nothing outside of the row is read. Both loads are contiguous along a line; if they were not, Triton 3.6 would lay
-    the sums of all tiles out the other way, each in several threads, which then write the same number to shared memory at once."""
+    """The same, element by element: nothing outside of the row is read. Both loads are contiguous along a line; if they were not, Triton 3.6 would
+    keep every sum in several threads, and all of them would write it to shared memory at once."""
     lane = tl.arange(0, LANES)[None, :]
     at = i + tl.arange(0, BLOCK // LANES)[:, None] * LANES + lane
     x = tl.load(boundary + at, mask=(lane >= lead) & (at - lead < end), other=NEG_INF)
