@@ -225,8 +225,8 @@ def token_stats_backward_kernel(
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         x = tl.load(x_ptr + tile + cols, mask=in_body).to(ACC)
         _gradient_tile(
-            x, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
-            targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
+            x, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y,
+            g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
         )  # fmt: skip
 
 
