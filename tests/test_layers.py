@@ -60,4 +60,4 @@ def test_kernels_import_torch_and_triton_only(path):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and (ROOT / "triton_kernels" / f"{node.module}.py").exists()
             continue
-        assert {n.split(".")[0] for n in names} <= {"torch", "triton", "contextlib", "math"}
+        assert {n.split(".")[0] for n in names} <= {"torch", "triton", "contextlib", "functools", "math", "typing"}
