@@ -7,7 +7,7 @@ first (330 seconds at most; what decides whether the kernels are right and fast)
 
     install    the project into a temporary folder, as users install it; where that fails the Python files alone
     tests      full size, all dtypes and layouts, CUDA graphs, no host sync; every primitive, every public function
-    variants   launch shapes and kernel variants against each other
+    variants   launch shapes against each other
     bench      rlkern against eager PyTorch, beside the card's own copy bandwidth
 
 second (300 seconds at most; no CPU kernels, which it does not need):
@@ -76,7 +76,8 @@ FILES = {
     "first": {"bench": "bench-first.json", "variants": "variants.json", "log": "log-first.txt"},
     "second": {"bench": "bench-second.json", "ncu": "ncu.txt", "log": "log-second.txt"},
 }
-WORTHWHILE = 5  # seconds; with less a step is not begun
+CHOICE = ("tests", "variants", "compile", "bench", "suite", "memcheck", "racecheck", "ncu")
+CAUSE = re.compile(r"error|exception|invalid|race reported", re.IGNORECASE)
 CLOSING = 5  # seconds at the end of a stage, to write what it found
 START_AND_END = 25  # seconds that a script needs before it begins its first case, and for the last one that it has begun
 
@@ -88,6 +89,7 @@ class Step(NamedTuple):
     env: dict = {}
     tests: bool = False  # pytest: its results are counted, and none passed is a failure
     elastic: bool = False  # may also use what earlier steps left of their time
+    least: float = 5  # seconds; with less it is not begun
     required: bool = False  # without it everything else is pointless
     otherwise: Callable[[], None] | None = None  # what to do where it fails
 
@@ -117,8 +119,9 @@ def run_process(command: list[str], env: dict, limit: float, on_line: Callable[[
             cancelled.wait(0.05)
         return process.poll()
     finally:
-        if process.poll() is None:
+        with suppress(ProcessLookupError):  # what it has started too, also where it has ended by itself
             os.killpg(process.pid, signal.SIGKILL)
+        if process.poll() is None:
             with suppress(subprocess.TimeoutExpired):  # a process that hangs in the driver outlives its end for a while
                 process.wait(10)
         reader.join(5)
@@ -170,8 +173,7 @@ class Session:
         self.lock = threading.RLock()
         for folder in (out, results):
             folder.mkdir(parents=True, exist_ok=True)
-        for name in FILES[stage].values():  # of an earlier run
-            (out / name).unlink(missing_ok=True)
+        self.begun: set[str] = set()
         self.log = open(out / FILES[stage]["log"], "w", buffering=1)
 
     def elapsed(self) -> float:
@@ -192,8 +194,14 @@ class Session:
                 threads = [threading.Thread(target=self._run_chain, args=(chain, later, True)) for chain in group]
                 for thread in threads:
                     thread.start()
-                for thread in threads:
-                    thread.join()
+                try:
+                    for thread in threads:
+                        thread.join()
+                except BaseException:  # whoever stops this process means all that it has started
+                    self.cancelled.set()
+                    for thread in threads:
+                        thread.join()
+                    raise
 
     def _run_chain(self, chain: list[Step], later: float, beside: bool = False) -> None:
         for i, step in enumerate(chain):
@@ -208,15 +216,20 @@ class Session:
             return False
         left = self.total - CLOSING - self.elapsed()
         limit = min(left, max(step.limit, left - later) if step.elastic else step.limit)
-        if limit < WORTHWHILE:
+        if limit < step.least:
             return self.record(step.name, "left out: the time for everything is spent")
+        self.begun.add(step.name)
+        if (name := FILES[self.stage].get(step.name)) is not None:  # what an earlier run left of it
+            (self.out / name).unlink(missing_ok=True)
         command = [str(part) for part in step.command(limit)]
         self.say(f"\n=== {step.name} (limit {limit:.0f} s): {' '.join(command)}")
-        results, tail = PytestLines() if step.tests else None, deque(maxlen=8)
+        results, causes, tail = PytestLines() if step.tests else None, [], deque(maxlen=6)
 
         def on_line(line: str) -> None:
             with self.lock:
                 tail.append(line)
+                if len(causes) < 6 and CAUSE.search(line):
+                    causes.append(line)
                 if line.startswith("GPU: "):
                     self.gpu = self.gpu or line.removeprefix("GPU: ")
                 self.say(prefix + line, show=results.read(line) if results else True)
@@ -238,7 +251,7 @@ class Session:
                 outcome += f", {results.tally()}"
                 failures = [f"{name}: {why}" if why else name for name, why in results.failures.items()]
                 failures = failures or ([f"last: {tail[-1]}"] if results.counts else [])
-            return self.record(step.name, outcome, seconds, failures or list(tail))
+            return self.record(step.name, outcome, seconds, failures or list(dict.fromkeys([*causes, *tail])))
 
     def record(self, name: str, outcome: str, seconds: float = 0.0, evidence: list[str] | None = None) -> bool:
         ok = outcome.startswith(("ok", "skipped"))
@@ -256,19 +269,26 @@ class Session:
         slug = "-".join("".join(c if c.isalnum() else " " for c in self.gpu.lower()).split())
         return self.results / f"{slug}-{datetime.date.today()}.json"
 
+    def written(self, step: str):
+        """What a step of this run has written so far."""
+        return read(self.out / FILES[self.stage][step]) if step in self.begun & FILES[self.stage].keys() else None
+
     def save(self) -> dict:
-        """Adds what this stage has to the results of this card and day: its steps, its cases in place of its earlier ones, the variants."""
+        """Adds what this stage has to the results of this card and day: its steps, cases and variants in place of its earlier ones."""
         if self.gpu is None:
             return {}
         with self.lock:
-            bench = read(self.out / FILES[self.stage]["bench"]) or {}
+            bench, variants = self.written("bench") or {}, self.written("variants")
             document = read(self.path()) or {}
             machine = bench.get("machine") or document.get("machine") or {"gpu": self.gpu}
-            stages = document.get("stages", {}) | {self.stage: {"steps": self.steps, "seconds": round(self.elapsed(), 1)}}
-            cases = [case for case in document.get("cases", []) if case.get("stage") != self.stage]
-            cases += [case | {"stage": self.stage} for case in bench.get("cases", [])]
+            stages, cases = document.get("stages", {}), document.get("cases", [])
+            earlier = stages.get(self.stage, {}).get("steps", [])
+            steps = list(({step["step"]: step for step in earlier} | {step["step"]: step for step in self.steps}).values())
+            stages |= {self.stage: {"steps": steps, "seconds": round(self.elapsed(), 1)}}
+            if bench.get("cases"):
+                cases = [case for case in cases if case.get("stage") != self.stage] + [case | {"stage": self.stage} for case in bench["cases"]]
             document |= {"machine": machine, "stages": stages, "cases": cases}
-            if (name := FILES[self.stage].get("variants")) and (variants := read(self.out / name)):
+            if variants:
                 document["variants"] = variants
             for folder in {self.results, self.out}:
                 write(folder / self.path().name, json.dumps(document, indent=1) + "\n")
@@ -352,14 +372,12 @@ class Plan:
         if self.rehearse:
             self.python_files()
         out = self.session.out / FILES["first"]["variants"]
-        variants = [sys.executable, BENCHMARKS / "variants.py", "--out", out, *(["--device", "cpu", "--rehearse"] if self.rehearse else [])]
+        variants = [sys.executable, BENCHMARKS / "variants.py", "--out", out, *(["--rehearse"] if self.rehearse else [])]
         steps = [
             self.pytest("tests", 130, TESTS),
-            Step("variants", 45, lambda limit: [*variants, "--budget", round(limit) - START_AND_END], elastic=True),
+            Step("variants", 45, lambda limit: [*variants, "--budget", round(limit) - START_AND_END], elastic=True, least=START_AND_END + 10),
             self.bench(60, "--no-compile", "--no-peers"),
         ]
-        if self.rehearse and not variants[1].exists():
-            del steps[1]
         return [[[self.card(90)], *install], *([[step]] for step in steps)]
 
     def second(self) -> list[Group]:
@@ -395,7 +413,7 @@ class Plan:
     def bench(self, limit: float, *options: str) -> Step:
         out = ["--out", self.session.out, "--name", FILES[self.session.stage]["bench"].removesuffix(".json"), "--no-plot"]
         command = [sys.executable, BENCHMARKS / "run.py", *(["--rehearse"] if self.rehearse else ["--device", "cuda"]), *out, *options]
-        return Step("bench", limit, lambda limit: [*command, "--budget", round(limit) - START_AND_END], elastic=True)
+        return Step("bench", limit, lambda limit: [*command, "--budget", round(limit) - START_AND_END], elastic=True, least=START_AND_END + 10)
 
     def pytest(self, name: str, limit: float, files: tuple[str, ...], *options: str) -> Step:
         if self.rehearse:
@@ -448,6 +466,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", help="only these, by their names, with commas")
     parser.add_argument("--rehearse", action="store_true", help="on a processor, with tiny inputs")
     args = parser.parse_args(argv)
+    chosen = set(args.steps.split(",")) if args.steps else set(CHOICE)
+    if unknown := chosen - set(CHOICE):
+        parser.error(f"unknown step {', '.join(sorted(unknown))}; the steps are {', '.join(CHOICE)}")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the steps' processes end as well
     started, failed = STARTED, 0
     with tempfile.TemporaryDirectory(prefix="rlkern-gpu-") as folder:
         work = Path(folder)
@@ -456,7 +479,7 @@ def main(argv: list[str] | None = None) -> int:
         for stage in [args.stage] if args.stage else TOTALS:
             session = Session(stage, out, results, started=started)
             groups = Plan(session, work, args.rehearse).groups()
-            session.run(choose(groups, set(args.steps.split(","))) if args.steps else groups)
+            session.run(choose(groups, chosen))
             failed |= session.close()
             started = None
             if session.cancelled.is_set():

@@ -261,7 +261,7 @@ def design_bytes(case: Case, phase: str) -> int:
     return {"forward": 1, "backward": 2, "total": 3}[phase] * size
 
 
-def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, min_seconds=0.0, replayed: bool | None = None) -> dict:
+def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, replayed: bool | None = None) -> dict:
     """Measures `contenders` on `case`: a JSON-ready dict with one entry per contender, and the machine's own copy in the same rounds.
     `replayed`: times replays of CUDA graphs; by default few rows on a GPU."""
     timer = clock(case.device)
@@ -294,8 +294,8 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, mi
         if case.device == "cuda":
             torch.cuda.empty_cache()
     copies = []
-    started, done = time.perf_counter(), 0
-    while done < rounds or time.perf_counter() - started < min_seconds:
+    done = 0
+    while done < rounds:
         copies.append(timer(lambda _: pristine.copy_(x))[0])
         for run in list(runs):
             try:

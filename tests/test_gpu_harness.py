@@ -1,5 +1,6 @@
 """`make gpu` without a GPU: the orchestration with a clock and commands that are declared, and once with real ones. Nothing here imports torch."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 import zipfile
@@ -342,3 +344,72 @@ def test_the_scripts_take_what_the_plan_gives_them(tmp_path):
     done = subprocess.run(command, env=os.environ | {"OUT": str(tmp_path)}, capture_output=True, text=True)
     assert done.returncode == 0 and "none failed" in done.stdout.splitlines()[-1], done.stdout
     assert {path.name for path in tmp_path.iterdir()} >= {"bench-second.json", "log-second.txt", "ncu.txt"}
+
+
+def test_some_steps_again_leave_the_other_results_alone(tmp_path):
+    hold("first", tmp_path)
+    before = written(tmp_path)
+    machine = Machine(COMMANDS["first"] | {"tests": FIRST["tests"]._replace(code=1)}, tmp_path / "out")
+    session = gpu.Session("first", tmp_path / "out", tmp_path / "results", machine.run, machine.clock)
+    session.run(gpu.choose(gpu.Plan(session, tmp_path / "work").groups(), {"tests"}))
+    assert session.close() == 1 and "bench" not in machine.given
+    after = written(tmp_path)
+    assert after["cases"] == before["cases"] and after["variants"] == before["variants"]
+    steps = [{s["step"]: s["outcome"] for s in document["stages"]["first"]["steps"]} for document in (before, after)]
+    assert steps[1].keys() == steps[0].keys() and [name for name in steps[0] if steps[0][name] != steps[1][name]] == ["tests"]
+    assert (tmp_path / "out" / "bench-first.json").exists()
+
+
+def test_a_step_that_there_is_not_is_refused(capsys):
+    steps = {step.name for stage in COMMANDS for group in plan_of(stage) for chain in group for step in chain}
+    assert steps == {*gpu.CHOICE, "gpu", "install", "peers"}
+    with pytest.raises(SystemExit) as stopped:
+        gpu.main(["--steps", "tests,bnech"])
+    assert stopped.value.code == 2 and "unknown step bnech; the steps are tests," in capsys.readouterr().err
+
+
+def plan_of(stage):
+    with tempfile.TemporaryDirectory() as folder:
+        session = gpu.Session(stage, Path(folder) / "out", Path(folder) / "results")
+        groups = gpu.Plan(session, Path(folder) / "work").groups()
+        session.log.close()
+    return groups
+
+
+@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
+@pytest.mark.parametrize("stops", [signal.SIGTERM, signal.SIGINT], ids=["terminated", "interrupted"])
+def test_whoever_stops_it_stops_its_steps(stops, tmp_path):
+    """Of steps beside each other, with children of their own."""
+    mark = f"{tmp_path}/alive"
+    child = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}']); time.sleep(60)"
+    script = f"""
+import signal, sys, threading
+from pathlib import Path
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+session = gpu.Session("second", Path({str(tmp_path)!r}) / "out", Path({str(tmp_path)!r}) / "results")
+steps = [gpu.Step(name, 60, lambda limit: [sys.executable, "-c", {child!r}]) for name in ("suite", "memcheck")]
+print("begun", flush=True)
+session.run([[[steps[0]], [steps[1]]]])
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, stderr=subprocess.DEVNULL)
+    assert process.stdout.readline() == "begun\n"
+    children = alive(mark, at_least=2)
+    process.send_signal(stops)
+    assert len(children) == 2 and process.wait(15) != 0
+    assert alive(mark, at_least=0) == []
+
+
+def alive(mark: str, at_least: int) -> list[str]:
+    """Processes with this as their last argument; waits until there are so many, or none."""
+    deadline = time.monotonic() + 15
+    while True:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):  # ended in the meantime
+                if path.read_bytes().endswith(mark.encode() + b"\0"):
+                    found.append(path.parent.name)
+        if (len(found) >= at_least if at_least else not found) or time.monotonic() > deadline:
+            return found
+        time.sleep(0.05)

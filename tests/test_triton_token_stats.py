@@ -18,7 +18,7 @@ from rlkern.triton_kernels import launch, token_stats  # noqa: E402
 INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCK = 256
-SPLIT = launch.ForwardShape(BLOCK, 1, 2, splits=4)  # the shape for rows of at least 31 tiles
+SPLIT = launch.ForwardShape(BLOCK, 1, 2, splits=4)  # a shape for long rows
 WHOLE = launch.ForwardShape(BLOCK, 1, 2)
 GROUPS = launch.BackwardShape(BLOCK, 1, 2, tiles=3)
 
@@ -236,3 +236,16 @@ def test_every_column_of_a_skipped_row_is_zeroed(shape, stride, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", nan_filled)
     (d,) = torch.autograd.grad((stats.logp * torch.tensor([1.0, 1.0, 0.0], device=DEVICE)).sum(), x)
     assert (d[1:] == 0).all() and (d[0] != 0).all()
+
+
+@pytest.mark.parametrize("k", [1, 8, 9, 12, 17])
+def test_a_confident_label_that_is_named_more_than_once(k):
+    """Its gradient is what the others leave of it, however often it is a target."""
+    gap, vocab = 28.0, 300
+    x = torch.full((1, vocab), -gap, device=DEVICE)
+    x[0, 7] = 0.0
+    x.requires_grad_()
+    g = torch.randn(1, k, generator=torch.Generator().manual_seed(k)).to(DEVICE)
+    (d,) = torch.autograd.grad(rlkern.token_stats(x, torch.full((1, k), 7, device=DEVICE)).logp, x, g)
+    rest = (vocab - 1) * math.exp(-gap)
+    assert d[0, 7].item() == pytest.approx(g.double().sum().item() * rest / (1 + rest), rel=1e-5, abs=0)

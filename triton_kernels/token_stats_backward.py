@@ -290,7 +290,8 @@ def token_stats_backward_targets_kernel(
     g = tl.load(g_logp_ptr + row * K + at, mask=in_vocab, other=0.0)
     shifted_y = tl.load(state_row + 6 + at, mask=in_vocab, other=0.0)
     _y, at_y = tl.associative_scan((y, g), 0, _add_equals)
-    dz = _at_target(
-        shifted_y, at_y, tl.sum(g_logp, axis=0), rest, inv_t * LOG2E, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT
-    )
+    # The sum of all in the same order: of targets that are all the same their difference is 0.
+    _y, running = tl.associative_scan((tl.zeros_like(y), g), 0, _add_equals)
+    g_sum = tl.sum(tl.where(k == K - 1, running, 0.0), axis=0)
+    dz = _at_target(shifted_y, at_y, g_sum, rest, inv_t * LOG2E, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
     tl.store(out_ptr + out_start + y, dz.to(out_ptr.dtype.element_ty), mask=in_vocab & (y != following))
