@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
+from session import CLOSING, PytestLines, Session, group_limit, run_process  # noqa: E402
 
 CARD = "Test Card 80GB"
 PASSED = ("[gw0] [ 50%] PASSED tests/test_gpu.py::test_one[a b] ", "[gw1] [100%] PASSED tests/test_gpu.py::test_two ")
@@ -112,7 +113,7 @@ def hold(stage: str, folder: Path, **changed: Command):
     """Runs a stage; returns (exit status, session, machine)."""
     out = folder / "out"
     machine = Machine(COMMANDS[stage] | changed, out)
-    session = gpu.Session(stage, out, folder / "results", machine.run, machine.clock)
+    session = Session(stage, out, folder / "results", machine.run, machine.clock)
     session.run(gpu.Plan(session, folder / "work").groups())
     return session.close(), session, machine
 
@@ -148,16 +149,16 @@ def test_the_limits_of_a_stage_fit_into_it_even_if_all_steps_hang(stage, tmp_pat
     hanging = {name: command._replace(seconds=1e6) for name, command in COMMANDS[stage].items() if name != "gpu"}
     status, session, machine = hold(stage, tmp_path, **hanging)
     groups = gpu.Plan(session, tmp_path / "work").groups()
-    limits = sum(map(gpu.group_limit, groups))
-    assert limits + gpu.CLOSING <= session.total == {"first": 330, "second": 300}[stage]
-    assert status == 1 and set(machine.given) == set(COMMANDS[stage]) and session.elapsed() + gpu.CLOSING <= session.total
+    limits = sum(map(group_limit, groups))
+    assert limits + CLOSING <= session.total == {"first": 330, "second": 300}[stage]
+    assert status == 1 and set(machine.given) == set(COMMANDS[stage]) and session.elapsed() + CLOSING <= session.total
     assert all(machine.given[step.name] >= step.limit for group in groups for chain in group for step in chain)
     assert len(written(tmp_path)["cases"]) == 1  # what was measured until then
 
 
 def test_what_early_steps_leave_goes_to_those_that_measure(tmp_path):
     _, _, machine = hold("first", tmp_path)
-    left = 330 - gpu.CLOSING - 60 - 100
+    left = 330 - CLOSING - 60 - 100
     assert machine.given["variants"] == left - 60 and machine.given["bench"] == left - 30
     assert machine.given["tests"] == 130
 
@@ -194,7 +195,7 @@ def test_a_stopped_run_of_tests_says_what_passed_and_what_failed_until_then(tmp_
 
 
 def test_a_worker_that_ends_after_a_failure_does_not_hide_its_reason():
-    read = gpu.PytestLines()
+    read = PytestLines()
     for line in ("[gw0] [ 66%] FAILED t.py::test_x ", "FAILED t.py::test_x - CUDA error", "FAILED t.py::test_x - worker 'gw0' crashed"):
         assert read.read(line)
     assert read.failures == {"t.py::test_x": "CUDA error; worker 'gw0' crashed"}
@@ -223,7 +224,7 @@ def test_without_a_card_nothing_else_runs(stage, tmp_path, capsys):
 
 
 def test_chosen_steps_come_with_what_they_need(tmp_path):
-    session = gpu.Session("second", tmp_path / "out", tmp_path / "results")
+    session = Session("second", tmp_path / "out", tmp_path / "results")
     chosen = gpu.choose(gpu.Plan(session, tmp_path / "work").groups(), {"ncu", "suite"})
     assert [[[step.name for step in chain] for chain in group] for group in chosen] == [[["gpu"], ["peers"]], [["suite"]], [["ncu"]]]
 
@@ -238,7 +239,7 @@ def test_real_commands_end_fail_hang_and_are_cancelled(tmp_path):
     def run(code, limit=30.0, cancelled=None):
         lines = []
         command = [sys.executable, "-c", code]
-        return gpu.run_process(command, dict(os.environ), limit, lines.append, cancelled or threading.Event()), lines
+        return run_process(command, dict(os.environ), limit, lines.append, cancelled or threading.Event()), lines
 
     assert run("print('hello')") == (0, ["hello"])
     assert run("import sys; sys.exit('the reason')") == (1, ["the reason"])
@@ -248,21 +249,21 @@ def test_real_commands_end_fail_hang_and_are_cancelled(tmp_path):
     threading.Timer(0.3, cancelled.set).start()
     assert run("import time; time.sleep(60)", cancelled=cancelled)[0] is None
     assert time.monotonic() - begun < 20
-    assert gpu.run_process([str(tmp_path / "absent")], {}, 5, print, threading.Event()) == 127
+    assert run_process([str(tmp_path / "absent")], {}, 5, print, threading.Event()) == 127
 
 
 def test_a_kill_of_everything_loses_nothing_that_was_measured(tmp_path):
     script = f"""
 import json, os, pathlib, sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import gpu
+from session import Session, Step
 folder = pathlib.Path({str(tmp_path)!r})
-session = gpu.Session("first", folder / "out", folder / "results")
+session = Session("first", folder / "out", folder / "results")
 measures = "import pathlib; pathlib.Path(sys.argv[1]).write_text(sys.argv[2])".replace("sys", "__import__('sys')")
 document = json.dumps({bench(1000, "first").content!r})
 waits = "import os, time; print('waiting', flush=True)\\nwhile os.getppid() == " + str(os.getpid()) + ": time.sleep(0.05)"
 commands = {{"gpu": ["print('GPU: {CARD}')"], "bench": [measures, str(folder / "out" / "bench-first.json"), document], "tests": [waits]}}
-steps = [gpu.Step(name, 60, lambda _, c=command: [sys.executable, "-c", *c]) for name, command in commands.items()]
+steps = [Step(name, 60, lambda _, c=command: [sys.executable, "-c", *c]) for name, command in commands.items()]
 session.run([[[step]] for step in steps])
 """
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
@@ -305,7 +306,7 @@ def test_lines_of_pytest_are_counted(workers, tmp_path):
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--no-header", *workers, "test_tiny.py"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"COLUMNS": "200", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     lines = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True).stdout.splitlines()
-    read = gpu.PytestLines()
+    read = PytestLines()
     shown = [line for line in lines if read.read(line)]
     assert read.counts == {"passed": 2, "failed": 1, "skipped": 1, "xfail": 1, "error": 1} and read.tally() == "2 passed, 1 failed, 1 error"
     assert {name.split("::")[1]: why.partition("\n")[0] for name, why in read.failures.items()} == {
@@ -350,7 +351,7 @@ def test_some_steps_again_leave_the_other_results_alone(tmp_path):
     hold("first", tmp_path)
     before = written(tmp_path)
     machine = Machine(COMMANDS["first"] | {"tests": FIRST["tests"]._replace(code=1)}, tmp_path / "out")
-    session = gpu.Session("first", tmp_path / "out", tmp_path / "results", machine.run, machine.clock)
+    session = Session("first", tmp_path / "out", tmp_path / "results", machine.run, machine.clock)
     session.run(gpu.choose(gpu.Plan(session, tmp_path / "work").groups(), {"tests"}))
     assert session.close() == 1 and "bench" not in machine.given
     after = written(tmp_path)
@@ -370,7 +371,7 @@ def test_a_step_that_there_is_not_is_refused(capsys):
 
 def plan_of(stage):
     with tempfile.TemporaryDirectory() as folder:
-        session = gpu.Session(stage, Path(folder) / "out", Path(folder) / "results")
+        session = Session(stage, Path(folder) / "out", Path(folder) / "results")
         groups = gpu.Plan(session, Path(folder) / "work").groups()
         session.log.close()
     return groups
@@ -383,13 +384,13 @@ def test_whoever_stops_it_stops_its_steps(stops, tmp_path):
     mark = f"{tmp_path}/alive"
     child = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', '{mark}']); time.sleep(60)"
     script = f"""
-import signal, sys, threading
+import signal, sys
 from pathlib import Path
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import gpu
+from session import Session, Step
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-session = gpu.Session("second", Path({str(tmp_path)!r}) / "out", Path({str(tmp_path)!r}) / "results")
-steps = [gpu.Step(name, 60, lambda limit: [sys.executable, "-c", {child!r}]) for name in ("suite", "memcheck")]
+session = Session("second", Path({str(tmp_path)!r}) / "out", Path({str(tmp_path)!r}) / "results")
+steps = [Step(name, 60, lambda limit: [sys.executable, "-c", {child!r}]) for name in ("suite", "memcheck")]
 print("begun", flush=True)
 session.run([[[steps[0]], [steps[1]]]])
 """
