@@ -1,145 +1,56 @@
-"""rlkern: fused kernels for the loss hot paths of LLM preference optimisation and RL."""
+"""rlkern: fused kernels for the loss hot paths of LLM preference optimisation and RL.
+
+Token functions, primitives and losses have flat names. Beside them:
+
+    rlkern.advantages    rewards -> advantages
+    rlkern.diffusion     masks and estimates of masked diffusion models
+    rlkern.losses        all losses, and the schedules and histories that go with one of them
+    rlkern.metrics       merging the metrics of micro-batches and processes, and metrics of their own
+    rlkern.selection     exactly K tokens, K known to the device only
+    rlkern.reference     the formulas in plain PyTorch
+"""
 
 __version__ = "0.1.0"
 
-from . import advantages
-from .backends import backend_info, use_backend
-from .covariance import covariance_quantiles, token_covariance
-from .diffusion_masks import MaskDraws, bernoulli_masks, count_masks, quadrature_levels
-from .divergence import token_divergence
-from .elbo import masked_elbo
-from .linear import linear_token_stats
-from .losses import (
+from . import advantages, diffusion, losses, metrics, primitives
+from .backends import backend_info, reference, use_backend
+from .diffusion import (
     BGPOAccumulator,
     BGPOOutput,
     BGPOStats,
-    DPOOutput,
-    EntropyHistory,
-    LossOutput,
-    aggregate,
     bgpo_loss,
-    bradley_terry_loss,
-    cispo_loss,
-    clip_cov_loss,
-    coupled_logp,
-    did_entropy,
     diffu_grpo_loss,
-    displacement_metrics,
-    dpo_loss,
-    dpo_loss_from_logits,
     elbo_coeff,
-    epo_beta,
-    epo_loss,
     espo_loss,
-    gmpo_loss,
-    grpo_loss,
-    gspo_loss,
-    kd_coefficient,
-    kdrl_loss,
-    kl_cov_loss,
-    kl_estimate,
-    log_ratio_rewards,
-    lp_reg_loss,
-    lse_penalty,
-    nash_md_loss,
-    nash_mp_loss,
-    next_tokens,
-    nft_loss,
-    nlpo_keep_set,
-    nlpo_loss,
-    nlpo_stats,
-    polar_finetune_loss,
-    polar_pretrain_loss,
-    ppo_loss,
-    reinforce_loss,
-    reward_guided_mask,
-    sapo_loss,
-    sequence_logps,
     spg_loss,
-    spherical_z_loss,
-    tis_loss,
-    token_did_entropy,
-    topk_reverse_kl,
-    topr_loss,
     unigrpo_loss,
-    vespo_loss,
     vrpo_loss,
     wd1_loss,
 )
-from .metrics import merge_metrics
-from .ops import TokenStats, entropy_from_logits, token_logprobs, token_stats
+from .losses import *  # noqa: F403
+from .primitives import *  # noqa: F403
+from .primitives import selection
 
 __all__ = [
+    *losses.__all__,
+    *primitives.__all__,
     "BGPOAccumulator",
     "BGPOOutput",
     "BGPOStats",
-    "DPOOutput",
-    "EntropyHistory",
-    "LossOutput",
-    "MaskDraws",
-    "TokenStats",
     "advantages",
-    "aggregate",
     "backend_info",
-    "bernoulli_masks",
     "bgpo_loss",
-    "bradley_terry_loss",
-    "cispo_loss",
-    "clip_cov_loss",
-    "count_masks",
-    "coupled_logp",
-    "covariance_quantiles",
-    "did_entropy",
     "diffu_grpo_loss",
-    "displacement_metrics",
-    "dpo_loss",
-    "dpo_loss_from_logits",
+    "diffusion",
     "elbo_coeff",
-    "entropy_from_logits",
-    "epo_beta",
-    "epo_loss",
     "espo_loss",
-    "gmpo_loss",
-    "grpo_loss",
-    "gspo_loss",
-    "kd_coefficient",
-    "kdrl_loss",
-    "kl_cov_loss",
-    "kl_estimate",
-    "linear_token_stats",
-    "log_ratio_rewards",
-    "lp_reg_loss",
-    "lse_penalty",
-    "masked_elbo",
-    "merge_metrics",
-    "nash_md_loss",
-    "nash_mp_loss",
-    "next_tokens",
-    "nft_loss",
-    "nlpo_keep_set",
-    "nlpo_loss",
-    "nlpo_stats",
-    "polar_finetune_loss",
-    "polar_pretrain_loss",
-    "ppo_loss",
-    "quadrature_levels",
-    "reinforce_loss",
-    "reward_guided_mask",
-    "sapo_loss",
-    "sequence_logps",
+    "losses",
+    "metrics",
+    "reference",
+    "selection",
     "spg_loss",
-    "spherical_z_loss",
-    "tis_loss",
-    "token_covariance",
-    "token_did_entropy",
-    "token_divergence",
-    "token_logprobs",
-    "token_stats",
-    "topk_reverse_kl",
-    "topr_loss",
     "unigrpo_loss",
     "use_backend",
-    "vespo_loss",
     "vrpo_loss",
     "wd1_loss",
 ]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .checks import FINITE, check_choice, check_count, check_flag, check_number, check_positive
+from .checks import FINITE, check_choice, check_count, check_flags, check_number, check_positive
 
 __all__ = [
     "TokenAdvantages",
@@ -70,7 +70,7 @@ def _like(result: Tensor, rewards: Tensor) -> Tensor:
     return result.to(torch.float64 if rewards.dtype == torch.float64 else torch.float32)
 
 
-class _Groups:
+class Groups:
     """Statistics over the members of a group, handed back to each member: [B, ...] -> [B, ...]."""
 
     def __init__(self, groups: int | Tensor, like: Tensor, scored: Tensor | None = None, name: str = "rewards"):
@@ -131,9 +131,9 @@ class _Groups:
         return alone, self.largest(torch.where(alone, -math.inf, x))
 
 
-def _outcome(rewards: Tensor, groups: int | Tensor) -> tuple[Tensor, _Groups]:
+def _outcome(rewards: Tensor, groups: int | Tensor) -> tuple[Tensor, Groups]:
     r = _real("rewards", rewards, "[B]")
-    return r, _Groups(groups, r, ~r.isnan())
+    return r, Groups(groups, r, ~r.isnan())
 
 
 def _finish(advantages: Tensor, rewards: Tensor, scored: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ def grpo(rewards: Tensor, groups: int | Tensor, *, scale: str = "group", eps: fl
     if scale == "group":
         a = a / (torch.where(keeps_reward, 1, g.std(r)) + eps)
     elif scale == "batch":
-        a = a / (_Groups(max(len(r), 1), r, g.scored).std(r) + eps)
+        a = a / (Groups(max(len(r), 1), r, g.scored).std(r) + eps)
     return _finish(a, rewards, g.scored)
 
 
@@ -212,7 +212,7 @@ def pass_at_k(rewards: Tensor, groups: int | Tensor, *, scale_by_std: bool = Tru
 
     All zero where the best is not alone, and for a group of one (verl refuses these).
     """
-    check_flag("scale_by_std", scale_by_std)
+    check_flags(scale_by_std=scale_by_std)
     check_number("eps", eps, 0, FINITE)
     r, g = _outcome(rewards, groups)
     alone, second = g.unique_best(r)
@@ -260,7 +260,7 @@ def whiten(values: Tensor, mask: Tensor, *, shift_mean: bool = True, eps: float 
 
     shift_mean=False adds the mean back. [B, T] -> [B, T].
     """
-    check_flag("shift_mean", shift_mean)
+    check_flags(shift_mean=shift_mean)
     check_number("eps", eps, 0, FINITE)
     x = _real("values", values, "[B, T]")
     kept = _kept(mask, ("values", x))
@@ -333,7 +333,7 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1
     """
     check_number("gamma", gamma, 0, 1)
     check_number("lam", lam, 0, 1)
-    check_flag("normalize", normalize)
+    check_flags(normalize=normalize)
     r, kept = _tokens(token_rewards, mask)
     like = ("token_rewards", r)
     v = torch.where(kept, _real("values", values, "[B, T]", of=like), 0)
@@ -372,10 +372,10 @@ def otb(
         zero_tail: no baseline for the longest response of a group where it stands alone, behind the length of the second longest.
     """
     check_number("eps", eps, 0, FINITE)
-    check_flag("zero_tail", zero_tail)
+    check_flags(zero_tail=zero_tail)
     r, kept = _tokens(token_rewards, mask)
     like = ("token_rewards", r)
-    g = _Groups(groups, r, name="token_rewards")
+    g = Groups(groups, r, name="token_rewards")
     pi, s2 = _real("logp", logp, "[B, T]", of=like).exp(), _real("sum_sq_prob", sum_sq_prob, "[B, T]", of=like)
     w = 1 - 2 * pi + s2
     if importance_weights is not None:

@@ -1,18 +1,203 @@
-"""Checks of arguments that are tensors of tokens [B, T] or plain numbers; their errors name what was given and what was expected."""
+"""The one checker of arguments. Errors name what was given and what was expected, before anything runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .layout import computing_dtype, counted_rows
+from .operator import values_readable
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that kernels take
 FINITE = torch.finfo(torch.float32).max  # as an upper bound: anything but infinity
+
+Like = tuple[str, Tensor]  # a tensor that another one must go with, and its name
+Shape = Sequence[int]
+
+
+def shown(value: object) -> str:
+    """What an error says was given: a name or a number as it is, of a tensor its dtype, of anything else its type."""
+    if isinstance(value, (str, int, float, type(None))):
+        return repr(value)
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+_KINDS = {  # kind: what the error calls it, and which dtypes it has
+    "float": ("a float tensor", lambda dtype: dtype.is_floating_point),
+    "real": ("a bool or number tensor", lambda dtype: not dtype.is_complex),
+    "integer": ("an integer tensor", lambda dtype: not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)),
+    "bool": ("a bool tensor", lambda dtype: dtype == torch.bool),
+}
+
+
+def expect(
+    name: str,
+    x: Any,
+    kind: str,
+    layout: str,
+    *,
+    like: Like | None = None,
+    shape: Shape | Sequence[Shape] | None = None,
+    detached: bool = False,
+) -> None:
+    """Raises TypeError or ValueError unless x is a tensor of that kind, shape and device.
+
+    Args:
+        kind: "float", "real" (bool or any number), "integer" or "bool".
+        layout: the shape in words: "[B, T]", "[B] or [B, 1]".
+        like: a tensor whose device x must be on, and whose shape it must have unless `shape` says otherwise.
+        shape: the shape, or several of which one will do. Without `like` and `shape`, `layout` says how many dimensions.
+        detached: x must not require grad.
+    """
+    words, fits = _KINDS[kind]
+    if not isinstance(x, Tensor) or not fits(x.dtype):
+        raise TypeError(f"{name} must be {words} {layout}, got {shown(x)}")
+    if shape is None and like is None:
+        dims = layout.count(",") + 1
+        if x.dim() < dims - 1 if "..." in layout else x.dim() != dims:
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
+    elif shape is None:
+        if x.shape != like[1].shape:
+            raise ValueError(f"{name} must have the shape of {like[0]} {tuple(like[1].shape)}, got {tuple(x.shape)}")
+    elif x.shape != shape and tuple(x.shape) not in shape:
+        of = "" if like is None else f" for {like[0]} {tuple(like[1].shape)}"
+        allowed = [shape] if not shape or isinstance(shape[0], int) else shape
+        raise ValueError(f"{name} must be {layout}, {' or '.join(str(tuple(s)) for s in allowed)}{of}, got {tuple(x.shape)}")
+    if like is not None and x.device != like[1].device:
+        raise ValueError(f"{name} must be on the device of {like[0]} {like[1].device}, got {x.device}")
+    if detached and x.requires_grad:
+        raise ValueError(f"{name} must not require grad, got requires_grad=True: detach it")
+
+
+def check_logp(logp: Tensor, name: str = "logp") -> None:
+    """[B, T] float."""
+    expect(name, logp, "float", "[B, T]")
+
+
+def check_tokens(name: str, x: Tensor, logp: Tensor, kind: str = "float", of: str = "logp") -> None:
+    """x has the shape and the device of logp [B, T]."""
+    expect(name, x, kind, "[B, T]", like=(of, logp))
+
+
+def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:
+    """x [B, T], [B, 1] or [B], float without gradient, as [B, T] in the dtype that logp is computed in (expanded, not
+    copied)."""
+    n, length = logp.shape
+    expect(name, x, "float", "[B, T], [B, 1] or [B]", shape=((n, length), (n, 1), (n,)), like=("logp", logp), detached=True)
+    x = x.to(computing_dtype(logp))
+    if x.shape == logp.shape:
+        return x
+    return (x.unsqueeze(-1) if x.dim() == 1 else x).expand(n, length)
+
+
+def numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x cast to dtype; detached if the cast copies."""
+    return x if x.dtype == dtype else x.detach().to(dtype)
+
+
+def as_bool(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+# --- rows of logits ------------------------------------------------------------------------------------------------
+
+
+def check_logits(logits: Tensor, name: str = "logits") -> None:
+    """[..., V] of a dtype that kernels take."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{name} must be a tensor [..., V], got {type(logits).__name__}")
+    if logits.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
+
+
+def check_targets(targets: Tensor, logits: Tensor, of: str = "logits", *, several: bool = True) -> Tensor:
+    """Token ids [...] or, with `several`, [..., K] for rows [..., V], as int64."""
+    rows = logits.shape[:-1]
+    k = targets.shape[-1] if isinstance(targets, Tensor) and targets.dim() == logits.dim() else 0
+    shape = (rows, (*rows, k or "K")) if several else rows
+    layout = "[...] or [..., K] with K >= 1" if several else "[...], one a row"
+    expect("targets", targets, "integer", layout, shape=shape, like=(of, logits))
+    return targets.long()
+
+
+def check_ignore_index(ignore_index: int) -> int:
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"ignore_index must be an int, got {shown(ignore_index)}")
+    if not torch.compiler.is_compiling() and not -(1 << 63) <= ignore_index < 1 << 63:
+        raise ValueError(f"ignore_index must be an int64, got {ignore_index}")
+    return ignore_index
+
+
+def check_mask(mask: Tensor | None, logits: Tensor, of: str = "logits") -> Tensor | None:
+    """A mask of rows as bool; None stays None."""
+    if mask is None:
+        return None
+    expect("mask", mask, "real", "[...]", shape=logits.shape[:-1], like=(of, logits))
+    return as_bool(mask)
+
+
+def check_temperature(
+    temperature: float | Tensor,
+    logits: Tensor,
+    targets: Tensor | None = None,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+) -> tuple[Tensor | None, float]:
+    """(a temperature [...] for the rows, or None; one number, 1 beside a tensor). Rows that are not read may have any."""
+    if not isinstance(temperature, Tensor):
+        if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
+            raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {shown(temperature)}")
+        if not 0 < temperature <= FINITE:
+            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+        if torch.compiler.is_compiling() and temperature != 1:
+            # As a number, and in new_full, it would be part of the graph: compiled anew for every value.
+            return temperature * logits.new_ones(logits.shape[:-1], dtype=computing_dtype(logits)), 1.0
+        return None, float(temperature)
+    rows = logits.shape[:-1]
+    if temperature.dim() == 0 and temperature.device != logits.device:
+        temperature = temperature.to(logits.device, non_blocking=True)
+    expect("temperature", temperature, "float", "0-d or one entry a row", shape=((), tuple(rows)), like=("logits", logits))
+    if temperature.requires_grad:
+        raise ValueError("temperature carries no gradient here: pass temperature.detach()")
+    temperature = temperature.expand(rows)
+    if values_readable(temperature):
+        bad = ~((temperature > 0) & (temperature < math.inf))
+        if bad.any():
+            counted = counted_rows(targets, mask, ignore_index, len(rows))
+            bad = bad if counted is None else bad & counted
+            if bad.any():
+                raise ValueError(
+                    f"temperature must be positive and finite in every row that is read, got {temperature[bad][0].item()}"
+                )
+    return temperature, 1.0
+
+
+def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int | None, vocab: int) -> None:
+    """IndexError for a target [N, K] of a counted row that is no id. Reads values: the caller has asked whether it may."""
+    bad = (targets < 0) | (targets >= vocab)
+    if ignore_index is not None:
+        bad &= targets != ignore_index
+    if mask is not None:
+        bad &= mask.unsqueeze(-1)
+    if bad.any():
+        row, k = bad.nonzero()[0].tolist()
+        ignored = "" if ignore_index is None else f" (and is not ignore_index={ignore_index})"
+        raise IndexError(f"target {targets[row, k].item()} of row {row} is out of range for {vocab} logits{ignored}")
+
+
+# --- numbers and names ---------------------------------------------------------------------------------------------
 
 
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
-    """Raises TypeError unless value is a number and ValueError unless low <= value <= high; NaN, and what float32 cannot hold, never is."""
+    """A number in [low, high]; NaN, and what float32 cannot hold, never is."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not low <= value <= high:
@@ -28,21 +213,21 @@ def interval(low: float, high: float) -> str:
 
 
 def check_positive(name: str, value: float, high: float = math.inf) -> None:
-    """As `check_number`, for (0, high]."""
+    """A number in (0, high]."""
     check_number(name, value, high=high)
     if value <= 0:
         raise ValueError(f"{name} must be positive, got {value}")
 
 
 def check_fraction(name: str, value: float) -> None:
-    """As `check_number`, for [0, 1]. A percentage given for a fraction is the usual mistake."""
+    """A number in [0, 1]. A percentage given for a fraction is the usual mistake."""
     check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is a fraction in [0, 1], not a percentage, got {value}")
 
 
 def check_count(name: str, value: int, low: int = 0) -> None:
-    """Raises TypeError unless value is an integer and ValueError below low, or where int32 cannot hold it."""
+    """An integer of at least low that int32 can hold."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {shown(value)}")
     if value < low:
@@ -51,85 +236,30 @@ def check_count(name: str, value: int, low: int = 0) -> None:
         raise ValueError(f"{name} must be below 2^31, got {value}")
 
 
-def check_flag(name: str, value: bool) -> None:
-    """Raises TypeError for what is neither True nor False nor an integer."""
-    if not isinstance(value, (bool, int)):
-        raise TypeError(f"{name} must be True or False, got {shown(value)}")
+def check_flags(**flags: bool) -> None:
+    """Each True or False, or an integer that stands for it."""
+    for name, value in flags.items():
+        if not isinstance(value, (bool, int)):
+            raise TypeError(f"{name} must be True or False, got {shown(value)}")
 
 
 def check_choice(name: str, value: str | int | None, choices: Iterable[str | int | None]) -> None:
-    """Raises ValueError for a name that is not one of `choices`."""
+    """One of the choices."""
     if not isinstance(value, (str, int, float, type(None))) or value not in tuple(choices):
         raise ValueError(f"unknown {name} {shown(value)}, expected one of {', '.join(map(repr, choices))}")
 
 
 def check_group(group: torch.distributed.ProcessGroup | None) -> None:
-    """Raises TypeError for what is neither a process group nor the backend of one."""
+    """None, or a process group, or the backend of one."""
     if group is not None and not hasattr(group, "allreduce"):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {shown(group)}")
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    """Raises TypeError or ValueError for what cannot draw numbers on a device."""
+    """None, or a generator that draws on the device."""
     if generator is None:
         return
     if not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator or None, got {shown(generator)}")
     if generator.device.type != device.type:
         raise ValueError(f"generator must be on the device {device}, got one on {generator.device}")
-
-
-def shown(value: object) -> str:
-    """What an error says was given: a name or a number as it is, of anything else its type."""
-    return repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
-
-
-def check_logp(logp: Tensor, name: str = "logp") -> None:
-    """Raises TypeError or ValueError unless logp is a float tensor [B, T]."""
-    if not isinstance(logp, Tensor) or not logp.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a float tensor [B, T], got {logp.dtype if isinstance(logp, Tensor) else type(logp).__name__}")
-    if logp.dim() != 2:
-        raise ValueError(f"{name} must be [B, T], one log-probability a token, got shape {tuple(logp.shape)}")
-
-
-def check_tokens(name: str, x: Tensor, logp: Tensor, *, floating: bool = True, of: str = "logp") -> None:
-    """x must be a tensor with the shape and on the device of logp [B, T]; float unless floating is False (a mask: bool or any real number)."""
-    kind = "float tensor" if floating else "bool or number tensor"
-    if not isinstance(x, Tensor) or x.dtype.is_complex or (floating and not x.dtype.is_floating_point):
-        raise TypeError(f"{name} must be a {kind} [B, T], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if x.shape != logp.shape:
-        raise ValueError(f"{name} must have the shape of {of} {tuple(logp.shape)}, got {tuple(x.shape)}")
-    if x.device != logp.device:
-        raise ValueError(f"{name} must be on the device of {of} {logp.device}, got {x.device}")
-
-
-def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:
-    """x [B, T], [B, 1] or [B], float without gradient, as [B, T] in the dtype that logp is computed in (expanded, not copied). Raises
-    TypeError, ValueError."""
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a float tensor [B, T], [B, 1] or [B], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    n_sequences, length = logp.shape
-    if tuple(x.shape) not in ((n_sequences, length), (n_sequences, 1), (n_sequences,)):
-        raise ValueError(f"{name} must be [B, T], [B, 1] or [B] for logp [B, T] = {tuple(logp.shape)}, got {tuple(x.shape)}")
-    if x.device != logp.device:
-        raise ValueError(f"{name} must be on the device of logp {logp.device}, got {x.device}")
-    if x.requires_grad:
-        raise ValueError(f"{name} must not require grad, got requires_grad=True: detach them")
-    x = x.to(computing_dtype(logp))
-    if x.shape == logp.shape:
-        return x
-    return (x.unsqueeze(-1) if x.dim() == 1 else x).expand(n_sequences, length)
-
-
-def numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in dtype, for who reads its numbers: without gradient where that takes a copy, and itself where it does not."""
-    return x if x.dtype == dtype else x.detach().to(dtype)
-
-
-def as_bool(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask != 0
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

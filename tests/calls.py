@@ -67,7 +67,7 @@ def accumulator(logits, targets, mask, weight, old_token_logp=None, temperature=
 
 
 def history(entropy):
-    past = rlkern.EntropyHistory()
+    past = rlkern.losses.EntropyHistory()
     past.update(entropy)
     return past.mean
 
@@ -118,19 +118,19 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (accumulator, draw | sequence | {"mode": "exact", "old_elbo": -8 + normal(B, 1), "mc_weights": torch.ones(1)}, ("logits",)),
         (accumulator, draw | sequence | {"mode": "exact", "old_token_logp": logp}, ("logits",)),
         (rlkern.token_covariance, {"logp": logp, "advantages": normal(B), "mask": mask}, ()),
-        (rlkern.covariance_quantiles, {"covariance": normal(B, T), "mask": mask, "quantiles": (0.5, 1.0)}, ()),
-        (rlkern.count_masks, {"response_mask": mask, "num_mc": 4, "seed": 3, "complementary": True}, ()),
-        (rlkern.count_masks, {"response_mask": mask, "num_mc": 3, "seed": torch.tensor([3]), "draw": 1, "rollouts": torch.arange(B)}, ()),
-        (rlkern.bernoulli_masks, {"response_mask": mask, "num_mc": 4, "seed": 3, "low": 0.2, "high": 0.8, "complementary": True}, ()),
-        (rlkern.bernoulli_masks, {"response_mask": mask, "num_mc": 3, "seed": 3, "p": torch.tensor([0.2, 0.5, 1.0]), "draw": 2}, ()),
-        (rlkern.quadrature_levels, {"n": 3}, ()),
+        (rlkern.metrics.covariance_quantiles, {"covariance": normal(B, T), "mask": mask, "quantiles": (0.5, 1.0)}, ()),
+        (rlkern.diffusion.count_masks, {"response_mask": mask, "num_mc": 4, "seed": 3, "complementary": True}, ()),
+        (rlkern.diffusion.count_masks, {"response_mask": mask, "num_mc": 3, "seed": torch.tensor([3]), "draw": 1, "rollouts": torch.arange(B)}, ()),
+        (rlkern.diffusion.bernoulli_masks, {"response_mask": mask, "num_mc": 4, "seed": 3, "low": 0.2, "high": 0.8, "complementary": True}, ()),
+        (rlkern.diffusion.bernoulli_masks, {"response_mask": mask, "num_mc": 3, "seed": 3, "p": torch.tensor([0.2, 0.5, 1.0]), "draw": 2}, ()),
+        (rlkern.diffusion.quadrature_levels, {"n": 3}, ()),
         (rlkern.use_backend, {"name": "auto"}, ()),
-        (rlkern.merge_metrics, {"parts": [{"tokens": torch.tensor(3.0), "entropy": torch.tensor(1.0)}] * 2}, ()),
+        (rlkern.metrics.merge_metrics, {"parts": [{"tokens": torch.tensor(3.0), "entropy": torch.tensor(1.0)}] * 2}, ()),
         (history, {"entropy": torch.tensor(1.0)}, ()),
-        (rlkern.epo_beta, {"step": 3, "total_steps": 10, "gamma": 1.0, "schedule": "paper"}, ()),
-        (rlkern.epo_beta, {"step": 7, "total_steps": 10, "schedule": "released"}, ()),
-        (rlkern.kd_coefficient, {"step": 3}, ()),
-        (rlkern.reward_guided_mask, {"correct": rewards, "groups": groups, "level": "group"}, ()),
+        (rlkern.losses.epo_beta, {"step": 3, "total_steps": 10, "gamma": 1.0, "schedule": "paper"}, ()),
+        (rlkern.losses.epo_beta, {"step": 7, "total_steps": 10, "schedule": "released"}, ()),
+        (rlkern.losses.kd_coefficient, {"step": 3}, ()),
+        (rlkern.losses.reward_guided_mask, {"correct": rewards, "groups": groups, "level": "group"}, ()),
         (rlkern.kl_estimate, {"logp": logp, "reference_logp": logp + 0.1 * normal(B, T), "kind": "k3", "clamp": 10.0}, ("logp",)),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_p": 0.9, "always_keep": ids(2)}, ()),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_k": 2, "min_tokens_to_keep": 2, "temperature": 0.7}, ()),
@@ -182,7 +182,7 @@ def _losses(batch: int, length: int, seed: int) -> list[Call]:
         if case.function is not None:
             continue
         inputs, wrt = case.draw(battery.Draw(seed), batch, length)
-        function = getattr(rlkern.losses, case.name)
+        function = battery.public(case.name)
         inputs = {name: x.float() if x.dtype == torch.float64 else x for name, x in inputs.items()}
         calls.append(Call(str(case), function, {**inputs, **case.options}, wrt, tuple(signature(function))))
     return calls

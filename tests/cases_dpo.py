@@ -4,8 +4,8 @@ import torch
 from loss_battery import register
 
 from rlkern.losses.aggregate import MODES
-from rlkern.losses.dpo_types import F_DIVERGENCES, PAIR_LOSSES
-from rlkern.losses.sequence import next_tokens
+from rlkern.losses.preference.dpo_types import F_DIVERGENCES, PAIR_LOSSES
+from rlkern.primitives.sequence import next_tokens
 
 VOCAB = 7
 POLICY = ("policy_chosen_logps", "policy_rejected_logps")

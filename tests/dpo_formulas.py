@@ -3,7 +3,7 @@
 import torch
 
 from rlkern import dpo_loss
-from rlkern.losses.dpo_types import PAIR_LOSSES
+from rlkern.losses.preference.dpo_types import PAIR_LOSSES
 
 BETA, EPS, TAU, ALPHA = 0.3, 0.1, 0.05, 0.5
 

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern
-import rlkern.losses
+import rlkern
 
 BATCH, LENGTH = 4, 6
 
@@ -70,7 +70,7 @@ class Case:
     naive: Callable[..., Tensor] | None = None  # where parts are detached on purpose: **inputs -> scalar with the right float64 autograd gradient
     of_whole: tuple[str, ...] = ()  # metrics that do not merge because the loss selects or scales over the batch that it is given
     seed: int = 0
-    function: Callable | None = None  # the loss itself, if rlkern.losses does not export it
+    function: Callable | None = None  # the loss itself, if rlkern does not export it under that name
     adds_gradients: bool = False  # autograd adds up two gradients that are rounded already: as accurate as the largest entry, not as each
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Case:
         return self.draw(Draw(self.seed), batch, length)
 
     def __call__(self, inputs: dict[str, Tensor]):
-        return (self.function or getattr(rlkern.losses, self.name))(**inputs, **self.options)
+        return (self.function or public(self.name))(**inputs, **self.options)
 
     def without_tokens(self, inputs: dict[str, Tensor]) -> dict[str, Tensor] | None:
         if self.empty is not None:
@@ -107,6 +107,11 @@ def register(name: str, **fields):
         return draw
 
     return decorator
+
+
+def public(name: str) -> Callable:
+    """The public function of that name, in whichever namespace."""
+    return next(getattr(space, name) for space in (rlkern, rlkern.losses, rlkern.metrics, rlkern.diffusion) if hasattr(space, name))
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------------------------------
@@ -378,7 +383,7 @@ def check_metrics_merge(case: Case) -> set[str]:
     if not whole:
         assert not any(parts)
         return set()
-    merged = rlkern.merge_metrics(parts)
+    merged = rlkern.metrics.merge_metrics(parts)
     assert merged.keys() == whole.keys()
     for name, value in whole.items():
         assert value.dim() == 0 and value.dtype == torch.float64, f"{name} is {value.dtype} of shape {tuple(value.shape)}"

@@ -35,7 +35,7 @@ def main(rank, folder):
     parts = parts_of(rank)
     if rank == 1:
         parts = [dict(reversed(part.items())) for part in parts]
-    torch.save(rlkern.merge_metrics(parts, group=torch.distributed.group.WORLD), folder / f"rank{rank}.pt")
+    torch.save(rlkern.metrics.merge_metrics(parts, group=torch.distributed.group.WORLD), folder / f"rank{rank}.pt")
     torch.distributed.destroy_process_group()
 
 

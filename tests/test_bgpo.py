@@ -7,7 +7,7 @@ import pytest
 import torch
 from bgpo_batch import F64, INF, B, Batch, N, V, agree, bound, differentiate, elbo, naive_bound, naive_objective
 
-from rlkern.losses.bgpo import Options, surrogate
+from rlkern.diffusion.bgpo import Options, surrogate
 
 # --- the objective and its bound ---------------------------------------------------------------------------------------------------------------
 

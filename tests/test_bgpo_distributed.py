@@ -54,7 +54,7 @@ class Batch:
 
     def draw(self, j):
         """(noisy ids, mask, weight)"""
-        mask, weight = rlkern.count_masks(self.response, NUM_MC, seed=SEED, rollouts=self.rows, draw=j)
+        mask, weight = rlkern.diffusion.count_masks(self.response, NUM_MC, seed=SEED, rollouts=self.rows, draw=j)
         return torch.where(mask, MASK_ID, self.ids), mask, weight.double()
 
     @torch.no_grad()

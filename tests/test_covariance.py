@@ -10,7 +10,7 @@ import torch
 from loss_battery import NoSyncingMethods, NoSyncingOperators
 
 import rlkern
-from rlkern.selection import fraction_count, select_top
+from rlkern.primitives.selection import fraction_count, select_top
 
 F64 = torch.float64
 
@@ -115,17 +115,17 @@ def test_covariance_edges():
 def test_covariance_quantiles():
     covariance = torch.tensor([[3.0, 1.0, math.nan], [2.0, 5.0, 4.0]])
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    assert rlkern.covariance_quantiles(covariance, mask, (0.0, 0.5, 0.74, 1.0)).tolist() == [1, 3, 3, 5]
-    assert rlkern.covariance_quantiles(covariance, mask * 0).tolist() == [0, 0, 0, 0]
-    assert rlkern.covariance_quantiles(covariance[:0], mask[:0], (0.5,)).tolist() == [0]
+    assert rlkern.metrics.covariance_quantiles(covariance, mask, (0.0, 0.5, 0.74, 1.0)).tolist() == [1, 3, 3, 5]
+    assert rlkern.metrics.covariance_quantiles(covariance, mask * 0).tolist() == [0, 0, 0, 0]
+    assert rlkern.metrics.covariance_quantiles(covariance[:0], mask[:0], (0.5,)).tolist() == [0]
     with pytest.raises(ValueError, match="quantiles"):
-        rlkern.covariance_quantiles(covariance, mask, (50.0,))
+        rlkern.metrics.covariance_quantiles(covariance, mask, (50.0,))
     with pytest.raises(ValueError, match="mask must have the shape"):
-        rlkern.covariance_quantiles(covariance, mask[:1])
+        rlkern.metrics.covariance_quantiles(covariance, mask[:1])
     with pytest.raises(ValueError, match="mask must be on the device of covariance cpu, got meta"):
-        rlkern.covariance_quantiles(covariance, mask.to("meta"))
+        rlkern.metrics.covariance_quantiles(covariance, mask.to("meta"))
     with pytest.raises(TypeError, match="covariance must be a float tensor"):
-        rlkern.covariance_quantiles(mask, mask)
+        rlkern.metrics.covariance_quantiles(mask, mask)
 
 
 def test_group():
@@ -181,7 +181,7 @@ def test_no_host_sync():
     logp, old, advantages, mask = draw()
     with NoSyncingMethods(), NoSyncingOperators():
         covariance = rlkern.token_covariance(logp, advantages, mask)
-        rlkern.covariance_quantiles(covariance, mask)
+        rlkern.metrics.covariance_quantiles(covariance, mask)
         rlkern.clip_cov_loss(logp, old, advantages, mask, generator=torch.Generator()).loss.backward()
 
 

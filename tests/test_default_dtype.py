@@ -40,7 +40,7 @@ def test_results_do_not_follow_the_default_dtype(default, backend):
 
 def test_selections(default):
     """What losses take of them, in plain PyTorch."""
-    from rlkern.selection import selected_means
+    from rlkern.primitives.selection import selected_means
 
     values, selected, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[True, False, False]]), torch.ones(1, 3, dtype=torch.bool)
     torch.set_default_dtype(default)
@@ -53,7 +53,7 @@ def test_selections(default):
 def test_weights_of_masks(default):
     """10 / m, to the last bit of float32."""
     torch.set_default_dtype(default)
-    mask, weight = rlkern.count_masks(torch.ones(1, 10, dtype=torch.float32), 7, seed=0)
+    mask, weight = rlkern.diffusion.count_masks(torch.ones(1, 10, dtype=torch.float32), 7, seed=0)
     counts = mask.sum(-1).flatten().tolist()
     assert weight.dtype == torch.float32
     assert weight.flatten().tolist() == [torch.tensor(10 / m, dtype=torch.float32).item() for m in counts]

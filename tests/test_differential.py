@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from rlkern.losses.differential import did_entropy, displacement_metrics, log_ratio_rewards, token_did_entropy
+from rlkern.metrics.differential import did_entropy, displacement_metrics, log_ratio_rewards
+from rlkern.primitives.divergence import token_did_entropy
 
 
 def two_policies(n=6, seed=0):

@@ -10,20 +10,9 @@ from loss_battery import Draw
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rlkern
-from rlkern import (
-    bernoulli_masks,
-    count_masks,
-    coupled_logp,
-    diffu_grpo_loss,
-    espo_loss,
-    masked_elbo,
-    quadrature_levels,
-    spg_loss,
-    token_logprobs,
-    unigrpo_loss,
-    vrpo_loss,
-    wd1_loss,
-)
+from rlkern import masked_elbo, token_logprobs
+from rlkern.diffusion import bernoulli_masks, count_masks, coupled_logp, diffu_grpo_loss, espo_loss, quadrature_levels
+from rlkern.diffusion import spg_loss, unigrpo_loss, vrpo_loss, wd1_loss
 
 
 def same(actual, expected):

@@ -8,7 +8,9 @@ import torch
 from loss_battery import NoSyncingMethods, NoSyncingOperators
 
 import rlkern
-from rlkern import bernoulli_masks, count_masks, diffusion_masks, masked_elbo, next_tokens, quadrature_levels
+from rlkern import masked_elbo, next_tokens
+from rlkern.diffusion import bernoulli_masks, count_masks, quadrature_levels
+from rlkern.diffusion import masks as diffusion_masks
 
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0], [0] * 8, [0, 0, 0, 0, 0, 0, 0, 1]])  # L = 5, 3, 0, 1
 SAMPLERS = {
@@ -348,4 +350,4 @@ def test_dream_rows_without_copying_the_logits():
 
 
 def test_exports():
-    assert rlkern.MaskDraws._fields == ("mask", "weight")
+    assert rlkern.diffusion.MaskDraws._fields == ("mask", "weight")

@@ -108,7 +108,7 @@ def _oracle(model, answers, n, old, bounded):
     """Gradient of Eq. 6-7, or of the bound of Eq. 13-14, from the masks that rlkern draws; everything else written anew."""
     import rlkern
 
-    mask, weight = rlkern.count_masks(answers.response, n, seed=answers.seed, rollouts=answers.rows)
+    mask, weight = rlkern.diffusion.count_masks(answers.response, n, seed=answers.seed, rollouts=answers.rows)
     value = 0.0
     for b in range(len(answers.ids)):
         length, a, d = answers.response[b].sum(), answers.advantages[b], []
@@ -169,7 +169,7 @@ def test_pretraining_learns():
     torch.manual_seed(0)
     task, model = Sudoku((4, 6), held_out=20, seed=0), new_model()
     puzzles, grids = task.draw(100)
-    mask, weight = rlkern.count_masks(puzzles == MASK, 1, seed=123, draw=0)
+    mask, weight = rlkern.diffusion.count_masks(puzzles == MASK, 1, seed=123, draw=0)
 
     def elbo():
         with torch.no_grad():

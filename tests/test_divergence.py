@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlkern import divergence
-from rlkern.divergence import KINDS, token_divergence
+from rlkern.primitives import divergence
+from rlkern.primitives.divergence import KINDS, token_divergence
 
 ROW_TEMPERATURE = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.9, 1.1]])
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import rlkern
 from rlkern import dpo_loss
-from rlkern.losses.dpo_types import F_DIVERGENCES, PAIR_LOSSES
+from rlkern.losses.preference.dpo_types import F_DIVERGENCES, PAIR_LOSSES
 
 
 @pytest.mark.parametrize("f", F_DIVERGENCES)

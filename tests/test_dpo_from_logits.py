@@ -8,8 +8,8 @@ from dpo_formulas import BETA, EPS, TAU, draw_logits, grads, naive
 from torch.testing import assert_close
 
 from rlkern import dpo_loss_from_logits, sequence_logps, token_logprobs
-from rlkern.losses import next_tokens
-from rlkern.losses.dpo_types import PAIR_LOSSES
+from rlkern import next_tokens
+from rlkern.losses.preference.dpo_types import PAIR_LOSSES
 
 
 def naive_token_logps(logits, labels, temperature=1.0):

@@ -8,7 +8,7 @@ from dpo_formulas import EPS, draw, run
 from torch.testing import assert_close
 
 from rlkern import dpo_loss
-from rlkern.losses.dpo_types import F_DIVERGENCES, PAIR_LOSSES
+from rlkern.losses.preference.dpo_types import F_DIVERGENCES, PAIR_LOSSES
 
 LIMITS = {  # loss at u = +1e4 and u = -1e4 (beta 1, chosen moves, the rest 0), eps = 0.1
     "sigmoid": (1e3, 1e4 - 1e3),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.losses.epo import EntropyHistory, epo_beta, epo_loss
+from rlkern.losses.policy.epo import EntropyHistory, epo_beta, epo_loss
 
 B, T = 3, 4
 MASK = torch.arange(T) < torch.tensor([4, 2, 3]).unsqueeze(-1)

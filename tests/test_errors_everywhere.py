@@ -118,10 +118,10 @@ TOKENS, ROWS = torch.zeros(2, 3), torch.zeros(2, 3, 5)
     [
         (lambda: advantages.gpg(torch.ones(4), 2, f_norm="a"), TypeError, "f_norm must be a number, got str"),
         (lambda: advantages.overlong_penalty(torch.ones(4), "10", 4), TypeError, "max_length must be a number, got str"),
-        (lambda: rlkern.kd_coefficient(3, start="a"), TypeError, "start must be a number, got str"),
-        (lambda: rlkern.epo_beta(1, 10, gamma="1"), TypeError, "gamma must be a number, got str"),
-        (lambda: rlkern.quadrature_levels("3"), TypeError, "n must be an integer, got '3'"),
-        (lambda: rlkern.covariance_quantiles(TOKENS, TOKENS, 0.5), TypeError, r"quantiles must be a tuple of numbers in \[0, 1\], got 0.5"),
+        (lambda: rlkern.losses.kd_coefficient(3, start="a"), TypeError, "start must be a number, got str"),
+        (lambda: rlkern.losses.epo_beta(1, 10, gamma="1"), TypeError, "gamma must be a number, got str"),
+        (lambda: rlkern.diffusion.quadrature_levels("3"), TypeError, "n must be an integer, got '3'"),
+        (lambda: rlkern.metrics.covariance_quantiles(TOKENS, TOKENS, 0.5), TypeError, r"quantiles must be a tuple of numbers in \[0, 1\], got 0.5"),
         (lambda: rlkern.cispo_loss(TOKENS, None, torch.ones(2), TOKENS, cap=0), ValueError, "cap must be positive, got 0"),
         (
             lambda: rlkern.ppo_loss(TOKENS, None, torch.ones(2), TOKENS, dual_clip=1e300),

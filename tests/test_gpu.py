@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import rlkern
-from rlkern import reference
-from rlkern.selection import select_bottom
+from rlkern.backends import reference
+from rlkern.primitives.selection import select_bottom
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 

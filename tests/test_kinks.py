@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.losses.policy import bounded, excess
+from rlkern.primitives.kinks import bounded, excess
 
 F64 = torch.float64
 SUM = {"aggregation": "token-mean", "normalizer": 1.0}

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.losses import kl_estimate
-from rlkern.losses.kl import KINDS
+from rlkern import kl_estimate
+from rlkern.primitives.kl import KINDS
 
 F64 = torch.float64
 V = 6
@@ -49,7 +49,7 @@ class World:
         return self.gradient((weights.detach() * slopes.detach() * self.lp).sum())
 
     def of_divergence(self, kind, with_ratio):
-        """The table of rlkern.losses.kl."""
+        """The table of rlkern.primitives.kl."""
         name = {"mse": "k2", "kl": "k1", "low_var_kl": "k3"}.get(kind.removesuffix("+"), kind.removesuffix("+"))
         if name == "k2" or kind.endswith("+"):
             return self.reverse

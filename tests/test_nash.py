@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlkern.losses.nash import nash_md_loss, nash_mp_loss
+from rlkern.losses.preference.nash import nash_md_loss, nash_mp_loss
 
 MASK = torch.arange(5) < torch.tensor([5, 2, 4]).unsqueeze(-1)
 

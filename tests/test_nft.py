@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlkern.losses.nft import nft_loss
+from rlkern.losses.policy.nft import nft_loss
 
 B, T = 6, 5
 # success rates beyond both bounds and inside; right, wrong and fractional answers

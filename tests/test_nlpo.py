@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.losses import nlpo
-from rlkern.losses.nlpo import nlpo_keep_set, nlpo_loss, nlpo_stats
+from rlkern.losses.policy import nlpo
+from rlkern.primitives.kept import nlpo_keep_set, nlpo_stats
+from rlkern.losses.policy.nlpo import nlpo_loss
 
 
 def draw(*shape, seed=0):

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import rlkern
-from rlkern import ops
+from rlkern.primitives import token_stats as ops
 
 
 def inputs(*shape, dtype=torch.float32, seed=0):

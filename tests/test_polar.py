@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlkern.losses.polar import bradley_terry_loss, polar_finetune_loss, polar_pretrain_loss
+from rlkern.losses.reward.polar import bradley_terry_loss, polar_finetune_loss, polar_pretrain_loss
 
 CHOSEN = torch.tensor([1.0, -2.0, 6.0, 0.5, 4.9995], dtype=torch.float64)
 REJECTED = torch.tensor([0.2, 1.0, -7.0, 0.4, 0.0], dtype=torch.float64)

@@ -7,8 +7,9 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rlkern
-from rlkern.losses import kl_estimate
-from rlkern.losses.policy import policy_tokens, ratio_metrics
+from rlkern import kl_estimate
+from rlkern.losses.arguments import policy_tokens
+from rlkern.primitives.ratio import ratio_metrics
 
 F64 = torch.float64
 
@@ -155,7 +156,7 @@ def test_kl_straight_through_and_clamp():
 
 
 def test_kl_gradients_in_expectation():
-    """The table of rlkern.losses.kl, enumerated over a vocabulary: which divergence each estimate's gradient belongs to."""
+    """The table of rlkern.primitives.kl, enumerated over a vocabulary: which divergence each estimate's gradient belongs to."""
     g = torch.Generator().manual_seed(1)
     z, w = torch.randn(7, generator=g, dtype=F64).requires_grad_(), torch.randn(7, generator=g, dtype=F64)
     lp, ref = z.log_softmax(-1), w.log_softmax(-1)

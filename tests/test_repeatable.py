@@ -13,8 +13,8 @@ from calls import CALLS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern
-from rlkern import elbo
-from rlkern.losses import nlpo
+from rlkern.primitives import elbo
+from rlkern.losses.policy import nlpo
 
 PACKAGE = pathlib.Path(rlkern.__file__).parent
 UNORDERED = {"index_add", "scatter_add", "scatter_reduce", "index_reduce", "index_put", "put", "bincount", "histc", "_segment_reduce_backward"}
@@ -79,20 +79,20 @@ def test_masks_divide_by_tensors_in_float64():
     response = torch.ones(2, 3, dtype=torch.bool)
     for n in range(2, 257):
         with Divisions() as divisions:
-            rlkern.count_masks(response, n, seed=n)
+            rlkern.diffusion.count_masks(response, n, seed=n)
         shares, weights = divisions.results
         assert shares.dtype == weights.dtype == torch.float64
         assert shares.tolist() == [float(Fraction(j, n)) for j in range(n)]
     with Divisions():
-        rlkern.count_masks(response, 4, seed=0, complementary=True, draw=1)
-        rlkern.bernoulli_masks(response, 4, seed=0, low=0.1, high=0.9, complementary=True)
-        rlkern.bernoulli_masks(response, 4, seed=0, p=0.3)
+        rlkern.diffusion.count_masks(response, 4, seed=0, complementary=True, draw=1)
+        rlkern.diffusion.bernoulli_masks(response, 4, seed=0, low=0.1, high=0.9, complementary=True)
+        rlkern.diffusion.bernoulli_masks(response, 4, seed=0, p=0.3)
 
 
 def test_weights_of_masks_are_rounded_once():
     """L / m of all lengths up to 256, with all m."""
     for length in (1, 2, 3, 7, 100, 255, 256):
-        mask, weight = rlkern.count_masks(torch.ones(1, length), 2 * length, seed=1)
+        mask, weight = rlkern.diffusion.count_masks(torch.ones(1, length), 2 * length, seed=1)
         exact = torch.tensor([float(Fraction(length, int(m))) for m in mask.sum(-1).flatten()], dtype=torch.float64)
         assert torch.equal(weight.flatten(), exact.float())
 

@@ -11,7 +11,7 @@ from loss_battery import NoSyncingMethods, NoSyncingOperators
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rlkern
-from rlkern.selection import fraction_count, select_bottom, select_random, select_top
+from rlkern.primitives.selection import fraction_count, select_bottom, select_random, select_top
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlkern import sequence_logps
-from rlkern.losses import next_tokens
+from rlkern import next_tokens
 
 
 @pytest.mark.parametrize("average", [False, True])

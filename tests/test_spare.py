@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch
 
-from rlkern import spare, token_stats
+from rlkern.backends import gradient_memory as spare
+from rlkern import token_stats
 
 LIKE = torch.empty(128, 70_001)
 

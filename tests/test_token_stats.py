@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import rlkern
-from rlkern import backends, reference
+from rlkern import backends
+from rlkern.backends import reference
 
 INF = math.inf
 TILED = 9001  # more than two tiles of every backend, odd

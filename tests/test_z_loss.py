@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import rlkern
-from rlkern import moments
+from rlkern.primitives import moments
 from rlkern.losses.z_loss import lse_penalty, spherical_z_loss
-from rlkern.moments import row_moments
+from rlkern.primitives.moments import row_moments
 
 
 def draw(*shape, seed=0, dtype=torch.float64, mean=0.0, std=1.5):

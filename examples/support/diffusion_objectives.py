@@ -36,7 +36,7 @@ class Answers(NamedTuple):
 
 def _draw(answers: Answers, n: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw j of n: the noisy ids and the masked places, [B, T], and their weight [B]. Drawn again it is the same, so nothing is stored."""
-    mask, weight = rlkern.count_masks(answers.response, n, seed=answers.seed, rollouts=answers.rows, draw=j)
+    mask, weight = rlkern.diffusion.count_masks(answers.response, n, seed=answers.seed, rollouts=answers.rows, draw=j)
     return torch.where(mask, MASK, answers.ids), mask, weight
 
 

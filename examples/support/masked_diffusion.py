@@ -38,7 +38,7 @@ def pretrain(model: nn.Module, task: Sudoku, *, until: float, cells: int, max_st
     for step in range(1, max_steps + 1):
         puzzles, grids = task.draw(batch)
         response = puzzles == MASK
-        mask, weight = rlkern.count_masks(response, 1, seed=1_000_000 * seed + step, draw=0)
+        mask, weight = rlkern.diffusion.count_masks(response, 1, seed=1_000_000 * seed + step, draw=0)
         elbo = rlkern.masked_elbo(model(torch.where(mask, MASK, grids)), grids, weight, mask=mask)
         optimizer.zero_grad()
         (-elbo / response.sum(-1)).mean().backward()

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from rlkern import spare
+from rlkern.backends import gradient_memory as spare
 
 
 def _status_bytes(key: str) -> int:

@@ -15,10 +15,11 @@ from importlib import metadata
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..checks import check_choice, check_flag, check_number, computing_dtype, shown
+from .. import primitives
+from ..checks import check_choice, check_flags, check_number, shown
+from ..layout import computing_dtype
 from ..losses import aggregate, ppo_loss
-from ..losses.policy import clipped_surrogate
+from ..primitives.ratio import clipped_surrogate
 from .patching import Patch
 
 __all__ = ["SUPPORTED_VERSIONS", "PolicyLoss", "compute_entropy", "log_probs_from_logits", "patch"]
@@ -32,12 +33,12 @@ def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1
 
     OpenRLHF's divides the logits by the temperature in place; this leaves them as they are.
     """
-    return ops.token_logprobs(logits, labels, temperature=temperature)
+    return primitives.token_logprobs(logits, labels, temperature=temperature)
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
     """openrlhf.models.utils.compute_entropy: [..., V] -> [...], in nats, float32; logits at -inf have probability 0."""
-    return ops.entropy_from_logits(logits)
+    return primitives.entropy_from_logits(logits)
 
 
 def _sequence_means(values: Tensor, mask: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class PolicyLoss(nn.Module):
             check_number("dual_clip", dual_clip)
             if not dual_clip > 1:
                 raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-        check_flag("token_level_loss", token_level_loss)
+        check_flags(token_level_loss=token_level_loss)
         check_choice("policy_loss_type", policy_loss_type, ("ppo", "gspo"))
         check_choice("is_correction_level", is_correction_level, ("off", "token", "seq"))
         check_choice("is_correction_mode", is_correction_mode, ("mask", "clip"))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import losses, ops
+from .. import losses, primitives
 from ..checks import check_choice, check_number
 from ..losses.aggregate import own_aggregation
 from .patching import Patch
@@ -46,18 +46,18 @@ _AGGREGATIONS = ("token-mean", "seq-mean-token-mean")
 
 def selective_log_softmax(logits: Tensor, index: Tensor) -> Tensor:
     """prime_rl.trainer.rl.loss.selective_log_softmax: logits [B, T, V], index [B, T] -> [B, T], float32 whatever the dtype of the logits."""
-    return ops.token_logprobs(logits, index)
+    return primitives.token_logprobs(logits, index)
 
 
 def selective_topk_log_softmax(logits: Tensor, topk_ids: Tensor) -> Tensor:
     """prime_rl.trainer.rl.loss.selective_topk_log_softmax: logits [B, T, V], topk_ids [B, T, K] -> [B, T, K], float32; 0 at ids of -1."""
-    return ops.token_logprobs(logits, topk_ids, ignore_index=-1)
+    return primitives.token_logprobs(logits, topk_ids, ignore_index=-1)
 
 
 @torch.no_grad()
 def compute_entropy(shifted_logits: Tensor) -> Tensor:
     """prime_rl.trainer.rl.loss.compute_entropy: [B, T, V] -> [B, T], in nats, float32, without gradient, as prime-rl's."""
-    return ops.entropy_from_logits(shifted_logits)
+    return primitives.entropy_from_logits(shifted_logits)
 
 
 def policy_loss(inputs: Any, *, loss: str, aggregation: str | None = None, mean_length: float | None = None, **options: Any) -> losses.LossOutput:

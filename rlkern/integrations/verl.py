@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..checks import check_choice, check_flag
+from .. import primitives
+from ..checks import check_choice, check_flags, check_logits
 from ..losses import (
     LossOutput,
     aggregate,
@@ -34,8 +34,7 @@ from ..losses import (
     topr_loss,
     vespo_loss,
 )
-from ..metrics import merge_rows
-from ..rows import check_logits
+from ..metrics.merge import merge_rows
 from .patching import Patch
 
 __all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
@@ -363,21 +362,21 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool 
     inplace_backward: verl's argument, not followed: verl's engines pass True without knowing who else saved the logits. See `patch`.
     """
     check_logits(logits)
-    check_flag("inplace_backward", inplace_backward)
-    return ops.token_logprobs(logits, labels)
+    check_flags(inplace_backward=inplace_backward)
+    return primitives.token_logprobs(logits, labels)
 
 
 def _logprobs_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    return ops.token_logprobs(logits, labels, inplace_backward=inplace_backward and logits.is_contiguous())
+    return primitives.token_logprobs(logits, labels, inplace_backward=inplace_backward and logits.is_contiguous())
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
     """verl.utils.torch_functional.entropy_from_logits: [..., V] -> [...], in nats, float32; logits at -inf have probability 0."""
-    return ops.entropy_from_logits(logits)
+    return primitives.entropy_from_logits(logits)
 
 
 def _entropy_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
-    return ops.entropy_from_logits(logits)
+    return primitives.entropy_from_logits(logits)
 
 
 def patch(*, inplace_backward: bool = False) -> Patch:

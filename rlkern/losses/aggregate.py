@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number
+from ..checks import check_choice, check_number, expect
+from ..layout import computing_dtype
+from ..primitives.token_terms import TokenTerms
+
+
+class LossOutput(NamedTuple):
+    """loss: 0-d, carries the gradient. metrics: name -> detached 0-d tensor on the loss's device and in its dtype; nothing
+    was read on the host.
+
+    Metrics come with the counts that they are merged by: see `rlkern.metrics.merge_metrics`.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
 
 TOKEN_MODES = ("token-mean", "bnpo", "dapo")
 SEQUENCE_MODES = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "grpo", "dr_grpo")
@@ -78,19 +93,13 @@ def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer
         ValueError: shapes or devices that differ, an unknown mode, a sequence mode with values that are not [B, T], a negative normalizer.
     """
     check_aggregation(mode, normalizer)
-    if not isinstance(values, Tensor) or not values.dtype.is_floating_point:
-        raise TypeError(f"values must be a float tensor, got {values.dtype if isinstance(values, Tensor) else type(values).__name__}")
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    if values.shape != mask.shape:
-        raise ValueError(f"mask must have the shape of values {tuple(values.shape)}, got {tuple(mask.shape)}")
-    if values.device != mask.device:
-        raise ValueError(f"mask must be on the device of values {values.device}, got {mask.device}")
+    expect("values", values, "float", "[...]")
+    expect("mask", mask, "real", "[...]", like=("values", values))
     if mode in SEQUENCE_MODES and values.dim() != 2:
         raise ValueError(f"mode {mode!r} counts sequences: values must be [B, T], got shape {tuple(values.shape)}")
 
     kept = mask if mask.dtype == torch.bool else mask != 0
-    accumulate = torch.float64 if values.dtype == torch.float64 else torch.float32
+    accumulate = computing_dtype(values)
     values = torch.where(kept, values.to(accumulate), 0)  # selects: a product would let masked NaN through
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(accumulate)  # a float64 one would make the loss float64
@@ -106,3 +115,12 @@ def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer
         return values.sum() / divisor((lengths > 0).sum(), normalizer)
     sequence_means = values.sum(-1) / lengths.clamp(min=1)
     return sequence_means.sum() / divisor(n_sequences if mode == "grpo" else (lengths > 0).sum(), normalizer)
+
+
+def aggregate_terms(
+    terms: TokenTerms, mask: Tensor, count: Tensor, mode: str = "token-mean", normalizer: float | Tensor | None = None
+) -> Tensor:
+    """`aggregate` of terms, of which `count` count, at least 1."""
+    if terms.one_pass and mode in TOKEN_MODES:
+        return terms.sum_over(count if normalizer is None else divisor(0, normalizer))
+    return aggregate(terms.tensor(), mask, mode, normalizer)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from ..checks import check_choice, check_number
-from ..moments import row_moments
+from ..primitives.moments import row_moments
 from .aggregate import aggregate
 
 REDUCTIONS = ("sum", "mean", "none")

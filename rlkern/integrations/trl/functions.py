@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import ops
+from ... import primitives
 
 _IGNORED = -100
 
@@ -20,18 +20,18 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
     """
     if row_mask is not None and index.dim() == logits.dim():
         index = index.masked_fill(row_mask == 0, _IGNORED)
-        return ops.token_logprobs(logits, index, temperature=temperature, ignore_index=_IGNORED)
-    return ops.token_logprobs(logits, index, temperature=temperature, mask=row_mask)
+        return primitives.token_logprobs(logits, index, temperature=temperature, ignore_index=_IGNORED)
+    return primitives.token_logprobs(logits, index, temperature=temperature, mask=row_mask)
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
     """Entropy in nats over the last dimension: [..., V] -> float32 [...]. chunk_size is TRL's; no chunk is needed here."""
-    return ops.entropy_from_logits(logits)
+    return primitives.entropy_from_logits(logits)
 
 
 def selective_log_softmax_and_entropy(
     logits: Tensor, index: Tensor, entropy_requires_grad: bool = True, temperature: float = 1.0, row_mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Both in one pass: logits [..., V], index [...] -> float32 [...] each, 0 where row_mask is 0."""
-    stats = ops.token_stats(logits, index, temperature=temperature, mask=row_mask)
+    stats = primitives.token_stats(logits, index, temperature=temperature, mask=row_mask)
     return stats.logp, stats.entropy if entropy_requires_grad else stats.entropy.detach()

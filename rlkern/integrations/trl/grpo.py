@@ -13,9 +13,9 @@ from trl import GRPOTrainer as _GRPOTrainer
 
 from ... import losses
 from ...losses.aggregate import SEQUENCE_MODES, own_aggregation
-from ...losses.policy import sequence_mean
-from ...metrics import merge_metrics
-from ...ops import token_stats
+from ...metrics.merge import merge_metrics
+from ...primitives.reductions import sequence_mean
+from ...primitives.token_stats import token_stats
 from .versions import known_replacements
 
 POLICY_LOSSES: dict[str, Callable] = {

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...ops import token_stats
-from ...rows import accumulation_dtype
+from ...layout import computing_dtype
+from ...primitives.token_stats import token_stats
 
 _TILE_BYTES = 1 << 28  # TRL's own tile, 4096 x 32768 in bfloat16
 _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -54,7 +54,7 @@ class _Head:
         """The logits as the softmax sees them, before the temperature."""
         if self.folded:
             return tile
-        z = tile.to(accumulation_dtype(tile)) * self.scale
+        z = tile.to(computing_dtype(tile)) * self.scale
         return z if self.softcap is None else (z / self.softcap).tanh_().mul_(self.softcap)
 
     def transform_backward(self, z: Tensor | None, d_z: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class FusedLMHead(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         with maybe_gather_lm_head_ctx(weight, bias):
             sums = [
-                torch.zeros(x.shape, dtype=accumulation_dtype(x), device=x.device) if need else None
+                torch.zeros(x.shape, dtype=computing_dtype(x), device=x.device) if need else None
                 for x, need in zip((hidden, weight, bias), needs, strict=True)
             ]
             if len(hidden) and (g_logp is not None or g_entropy is not None):

@@ -1,0 +1,111 @@
+"""Which implementation runs: the choice. The convention that all of them share is in contract.py."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+
+from . import reference as reference
+
+NAMES = ("auto", "triton", "native", "reference")
+
+
+def _load_native() -> ModuleType:
+    from . import native
+
+    return native
+
+
+def _load_triton() -> ModuleType:
+    from .. import triton_kernels
+
+    return triton_kernels
+
+
+_loaded: dict[str, ModuleType | Exception] = {"reference": reference}
+
+
+def _load(name: str) -> ModuleType | Exception:
+    """The backend's module, or the exception that says why it is missing."""
+    if name not in _loaded:
+        try:
+            _loaded[name] = {"native": _load_native, "triton": _load_triton}[name]()
+        except Exception as error:  # an optional backend may fail in any way; backend_info() reports it
+            _loaded[name] = error
+    return _loaded[name]
+
+
+def _check_name(name: str, origin: str) -> str:
+    if not isinstance(name, str) or name not in NAMES:
+        raise ValueError(f"{origin}: unknown backend, name must be one of {', '.join(map(repr, NAMES))}, got {name!r}")
+    return name
+
+
+_current = _check_name(os.environ.get("RLKERN_BACKEND", "auto"), "RLKERN_BACKEND")
+
+
+class use_backend:
+    """Chooses the implementation for the whole process: `use_backend("reference")`, or `with use_backend("native"): ...` to restore on exit.
+
+    "auto" (the default, or the environment's RLKERN_BACKEND) takes triton for GPU tensors, native for CPU tensors, and the plain PyTorch
+    reference where these are missing. Raises ValueError for an unknown name and RuntimeError for a backend that is not installed.
+    """
+
+    def __init__(self, name: str):
+        global _current
+        if _check_name(name, "use_backend") != "auto" and isinstance(error := _load(name), Exception):
+            raise RuntimeError(f"backend {name!r} is not available: {error}") from error
+        self._previous, _current = _current, name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _current
+        _current = self._previous
+
+
+def _triton_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def select(device: torch.device) -> ModuleType:
+    """The backend for tensors on `device`. Raises RuntimeError where the chosen backend cannot run there."""
+    on_cpu = device.type == "cpu"
+    if _current == "auto":
+        module = _load("native" if on_cpu else "triton")
+        return reference if isinstance(module, Exception) else module
+    module = _load(_current)
+    if isinstance(module, Exception):
+        raise RuntimeError(f"backend {_current!r} is not available: {module}") from module
+    if _current == "native" and not on_cpu:
+        raise RuntimeError(f"backend 'native' runs on CPU tensors, got tensors on {device}")
+    if _current == "triton" and on_cpu and not _triton_interpreted():
+        raise RuntimeError("backend 'triton' runs on GPU tensors, got CPU tensors (TRITON_INTERPRET=1 interprets the kernels on the CPU)")
+    return module
+
+
+def backend_info() -> dict[str, str]:
+    """What can run here, and why something cannot: one line per backend, and the versions in play."""
+    from .. import __version__
+
+    info = {"rlkern": __version__, "torch": torch.__version__, "selected": _current, "reference": "available (plain PyTorch, any device)"}
+    native = _load("native")
+    if isinstance(native, Exception):
+        info["native"] = f"missing: {native}"
+    else:
+        info["native"] = f"available, {native.isa()} (built: {', '.join(native.isas())}; set RLKERN_CPU_ISA to choose)"
+    kernels = _load("triton")
+    if isinstance(kernels, Exception):
+        info["triton"] = f"missing: {kernels}"
+    else:
+        import triton
+
+        gpu = torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())
+        how = "GPU found" if gpu else "interpreted on the CPU" if _triton_interpreted() else "no GPU found, so nothing runs on it"
+        info["triton"] = f"available, triton {triton.__version__}, {how}"
+    if torch.cuda.is_available():
+        info["gpu"] = torch.cuda.get_device_name()
+    return info

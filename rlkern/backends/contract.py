@@ -1,0 +1,91 @@
+"""The calling convention that all backends share, and the numbers that they agree on.
+
+A backend is a module with these functions. They write into tensors that the operators allocated, and may assume
+validated input. `CHECKS_TARGETS` says whether token_stats_forward looks for targets out of range itself.
+
+Rows of logits:
+
+    token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
+    token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out)
+
+    logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
+    targets      [N, K] int64 contiguous, or None (K = 0)
+    mask         [N] bool contiguous, or None; a row is skipped where the mask is False or all its targets are ignored
+    temperature  float, or [N] contiguous tensor of the accumulation dtype (float64 for float64 logits, else float32)
+    kept_kind    a `KeptKind`; log_kept = log k
+    out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob, kept_logmass, any, state [.., State.TARGETS + K]),
+                 contiguous, N rows; all but logsumexp and state may be None; the sixth is not the backend's
+                 backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
+    grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous, accumulation
+                 dtype, each may be None
+
+`state` holds what the backward needs of a row, in the accumulation dtype, in the columns of `State`. Any backend can
+continue from any other's.
+
+Skipped rows: zeros in every output and in `state`, zeros in the gradient; neither reads them. An ignored entry of a row
+that is not skipped has logp 0 and no gradient. A row whose upstream gradients are all zero gets a zero gradient without
+being read.
+
+One number a token, over all tokens of a batch:
+
+    covariance_sums(logp, advantages, mask) -> sums
+    token_covariance(logp, advantages, mask, sums, out)
+    select_bottom(values, valid, count, out)
+    select_fraction(values, valid, group, fraction, minimum, least, out)
+    selected_means(values, selected, mask, out)
+    ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out)
+    kl_terms(logp, reference, mask, kind, straight_through, clamp, out)
+
+    logp, advantages, values    [N] contiguous, float32 or float64, all alike; N >= 1 in the first three functions
+    mask, valid, group          [N] bool contiguous; a token whose logp is not finite counts as masked in the covariance
+    sums             [P, 3] float64: (counted tokens, sum of their logp, sum of their advantages), in as many parts as the
+                     backend likes; token_covariance takes their total, P = 1, or None for its own
+    count            0-d int64 on the device; below 0 as 0, above the number of valid entries as that number
+    out              [N]: the covariances, 0 where masked; or bool, True for the `count` smallest of the valid values,
+                     NaN being the largest, both zeros alike, equals in order of their index
+    select_fraction  as select_bottom with count = max(floor(fraction * size of the group), minimum), the product in
+                     float64, or 0 where that is less than `least`
+    selected_means   out [3]: the selected fraction of the mask, the mean of the values over the mask, that over the
+                     selected; 0 of nothing
+    ratio_terms      see primitives/ratio.py; old_logp and unclipped may be None; bounds (low, high, dual, least, most);
+                     out (terms [2, N], free [N] bool, summary [len(SUMMARY)])
+    kl_terms         see primitives/kl.py; kind a `KLKind`; out [2, N]
+
+Terms are values, and below them their derivatives by logp.
+"""
+
+
+class State:
+    """Columns of `state`, with u = (x - m) / T. Those from TARGETS on are x[y_k] - m, NaN for a target outside [0, V)."""
+
+    MAX = 0  # m = max x
+    REST = 1  # sum exp(u) - 1: the maximum's own 1 is left out
+    MEAN_U = 2  # sum p u
+    SUM_SQ = 3
+    KEPT = 4  # kept_logmass
+    THRESHOLD = 5  # x is kept where x - m >= this
+    TARGETS = 6
+
+
+class KeptKind:
+    NONE = 0
+    MIN_P = 1  # p >= k * max p
+    MIN_PROB = 2  # p >= k
+
+
+class KLKind:
+    K1 = 0
+    ABS = 1
+    K2 = 2
+    K3 = 3
+
+
+# What ratio_terms reports of all tokens. `count` is the divisor of the means: `tokens`, but at least 1.
+SUMMARY = (
+    "count",
+    *("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual"),
+    *("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size"),
+    *("tokens", "log_mean_ratio", "abs_log_ratio"),
+)
+
+LARGEST_EXPONENT = 80.0  # exp of it is finite in float32, with room for a product

@@ -1,0 +1,285 @@
+"""The mathematics in plain PyTorch: the oracle of the tests, and the fallback that runs on any device.
+
+First the formulas as they are printed, `token_stats`, `token_divergence` and `row_moments`: they differentiate through
+autograd, in any dtype, any number of times. Behind them the closed forms of the backends' convention, see contract.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layout import row_chunks
+from .contract import LARGEST_EXPONENT, KeptKind, KLKind, State
+
+CHECKS_TARGETS = False
+
+
+class Reference(NamedTuple):
+    logp: Tensor | None
+    entropy: Tensor
+    logsumexp: Tensor
+    sum_sq_prob: Tensor
+    kept_logmass: Tensor | None
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float | Tensor = 1.0,
+    min_p: float | None = None,
+    min_prob: float | None = None,
+) -> Reference:
+    """Row statistics of `logits` [..., V], differentiable by autograd, in the logits' own precision. `targets` [..., K] or None."""
+    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    u = logits / scale
+    lse = u.logsumexp(-1)
+    log_p = u - lse.unsqueeze(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p.masked_fill(p == 0, 0), 0 * p).sum(-1)
+    logp = None if targets is None else log_p.gather(-1, targets)
+    kept = None
+    if min_p is not None:
+        kept = u >= u.amax(-1, keepdim=True) + math.log(min_p)
+    elif min_prob is not None:
+        kept = u >= lse.unsqueeze(-1) + math.log(min_prob)
+    kept_logmass = None if kept is None else log_p.masked_fill(~kept.detach(), -math.inf).logsumexp(-1)
+    return Reference(logp, entropy, lse, (p * p).sum(-1), kept_logmass)
+
+
+def token_divergence(logits: Tensor, other: Tensor, kind: str = "reverse_kl", beta: float = 0.5, temperature: float | Tensor = 1.0) -> Tensor:
+    """The divergences of `rlkern.token_divergence` between rows of finite logits [..., V], differentiable by autograd any number of times."""
+    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    log_p, log_q = (logits / scale).log_softmax(-1), (other / scale).log_softmax(-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if kind == "reverse_kl":
+        return kl(log_p, log_q)
+    if kind == "forward_kl":
+        return kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def row_moments(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(logit of the target minus the mean, variance) of rows [..., V] with targets [...], differentiable by autograd any number of times."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    return centred.gather(-1, targets.unsqueeze(-1)).squeeze(-1), centred.square().mean(-1)
+
+
+def _skipped(n: int, targets: Tensor | None, mask: Tensor | None, ignore_index: int, device) -> Tensor:
+    skipped = torch.zeros(n, dtype=torch.bool, device=device) if mask is None else ~mask
+    return skipped if targets is None else skipped | (targets == ignore_index).all(-1)
+
+
+def _inverse_temperature(temperature: float | Tensor, rows: slice, acc: torch.dtype):
+    """1/T, a float or [R, 1]; a temperature that is not positive makes the row NaN."""
+    if not isinstance(temperature, Tensor):
+        return 1.0 / temperature
+    t = temperature[rows].to(acc).unsqueeze(-1)
+    return torch.where(t > 0, 1 / t, math.nan)
+
+
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+    logp_out, entropy_out, lse_out, sum_sq_out, kept_out, _, state_out = out
+    state_out = state_out.view(-1, state_out.shape[-1])
+    acc = state_out.dtype
+    n, vocab = state_out.shape[0], logits.shape[-1]
+    skipped = _skipped(n, targets, mask, ignore_index, logits.device)
+    for a, rows, flat in row_chunks(logits):
+        x = logits[a, rows].to(acc)
+        inv_t = _inverse_temperature(temperature, flat, acc)
+        m = x.amax(-1, keepdim=True)
+        shifted = torch.where(torch.isneginf(x), x, x - m)  # a row of -inf alone: keep it from becoming NaN here
+        u = shifted * inv_t
+        # The maximum's own 1 is kept out of the sum: log1p then holds the relative accuracy of confident rows.
+        ties = (x == m).sum(-1, keepdim=True)
+        e = torch.where(x == m, 0, u.exp())
+        rest = e.sum(-1, keepdim=True) + (ties - 1)
+        rest = torch.where(m.isinf(), math.nan, rest)  # a row of -inf alone, or one with +inf: undefined
+        log_s0 = rest.log1p()
+        mean_u = (e * u.clamp_min(-1e4)).sum(-1, keepdim=True) / (1 + rest)
+        entropy = log_s0 - mean_u
+        lse = m * inv_t + log_s0
+        lse = torch.where(torch.isneginf(m), m, lse)
+        log_p = u - log_s0
+        state = torch.zeros(x.shape[0], state_out.shape[1], dtype=acc, device=x.device)
+        state[:, State.MAX], state[:, State.REST], state[:, State.MEAN_U] = (x.squeeze(-1) for x in (m, rest, mean_u))
+        if sum_sq_out is not None:
+            state[:, State.SUM_SQ] = log_p.exp().square().sum(-1)
+            sum_sq_out.view(-1)[flat] = state[:, State.SUM_SQ].masked_fill(skipped[flat], 0)
+        if kept_kind != KeptKind.NONE:
+            inv = inv_t if isinstance(inv_t, Tensor) else torch.full_like(m, inv_t)
+            delta = (log_kept if kept_kind == KeptKind.MIN_P else log_kept + log_s0) / inv
+            inside = shifted >= delta
+            kept, dropped = (torch.where(where, u.exp(), 0).sum(-1, keepdim=True) for where in (inside, ~inside))
+            mass = torch.where(log_s0.isnan(), math.nan, -(dropped / kept).log1p())
+            state[:, State.KEPT], state[:, State.THRESHOLD] = mass.squeeze(-1), delta.squeeze(-1)
+            kept_out.view(-1)[flat] = state[:, State.KEPT].masked_fill(skipped[flat], 0)
+        if targets is not None:
+            y = targets[flat]
+            valid = (y >= 0) & (y < vocab)
+            index = y.clamp(0, vocab - 1)
+            state[:, State.TARGETS :] = shifted.gather(-1, index).masked_fill(~valid, math.nan)
+            logp = log_p.gather(-1, index).masked_fill(~valid, math.nan)
+            dropped = skipped[flat].unsqueeze(-1) | (y == ignore_index)
+            logp_out.view(n, -1)[flat] = logp.masked_fill(dropped, 0)
+        if entropy_out is not None:
+            entropy_out.view(-1)[flat] = entropy.squeeze(-1).masked_fill(skipped[flat], 0)
+        lse_out.view(-1)[flat] = lse.squeeze(-1).masked_fill(skipped[flat], 0)
+        state_out[flat] = state.masked_fill(skipped[flat].unsqueeze(-1), 0)
+
+
+def _sum_of_equals(columns: Tensor, values: Tensor, spare: int) -> tuple[Tensor, Tensor]:
+    """(columns, sums) [R, K]: every column once, with the sum of its values; where it stood again, the column `spare` with some part of a sum.
+
+    Sorted, equals are neighbours, and each step of the loop doubles how far back a sum reaches. Not scatter_add: its order is not fixed on a GPU.
+    """
+    columns, order = columns.sort(dim=-1, stable=True)
+    sums, n = values.gather(-1, order), columns.shape[-1]
+    reach = 1
+    while reach < n:
+        same = columns[:, reach:] == columns[:, :-reach]
+        sums = torch.cat([sums[:, :reach], sums[:, reach:] + torch.where(same, sums[:, :-reach], 0)], -1)
+        reach *= 2
+    again = torch.cat([columns[:, 1:] == columns[:, :-1], torch.zeros_like(columns[:, :1], dtype=torch.bool)], -1)
+    return columns.masked_fill(again, spare), sums
+
+
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
+    state = state.view(-1, state.shape[-1])
+    acc, n, vocab = state.dtype, state.shape[0], logits.shape[-1]
+    g_logp, g_entropy, g_lse, g_sum_sq, g_kept = grads
+    if g_logp is not None:
+        dropped = targets == ignore_index
+        g_logp = g_logp.view(n, -1).masked_fill(dropped, 0)
+    per_row = [None if g is None else g.view(-1) for g in (g_entropy, g_lse, g_sum_sq, g_kept)]
+    skipped = _skipped(n, targets, mask, ignore_index, logits.device)
+    # A row that nothing flows back into is zero whatever it holds, NaN included.
+    idle = torch.ones_like(skipped)
+    for g in (None if g_logp is None else g_logp.ne(0).any(-1), *per_row):
+        if g is not None:
+            idle &= ~g if g.dtype == torch.bool else g == 0
+    skipped = skipped | idle
+
+    for a, rows, flat in row_chunks(logits):
+        s = state[flat]
+        m, rest, mean_u, sum_sq, log_kept_mass, delta = (s[:, i : i + 1] for i in range(State.TARGETS))
+        gl = None if g_logp is None else g_logp[flat]
+        g_h, g_z, g_s2, g_k = (None if g is None else g[flat].unsqueeze(-1) for g in per_row)
+        inv_t = _inverse_temperature(temperature, flat, acc)
+        x = logits[a, rows].to(acc)
+        shifted = x - m
+        u = (shifted * inv_t).clamp_min(-1e4)
+        p = u.exp() / (1 + rest)
+        c = torch.zeros_like(m)
+        if gl is not None:
+            c = c - gl.sum(-1, keepdim=True)
+            valid = (targets[flat] >= 0) & (targets[flat] < vocab) | dropped[flat]
+            c = torch.where(valid.all(-1, keepdim=True), c, math.nan)
+        if g_z is not None:
+            c = c + g_z
+        if g_h is not None:
+            c = c - g_h * (u - mean_u)  # entropy + log p
+        if g_s2 is not None:
+            c = c + 2 * g_s2 * (p - sum_sq)
+        if g_k is not None:
+            g_k = torch.where(torch.isneginf(log_kept_mass), 0, g_k)  # an empty kept set is a constant
+            inside = torch.where(g_k != 0, (-log_kept_mass).exp(), 0)
+            c = c + g_k * (torch.where(shifted >= delta, inside, 0) - 1)
+        dz = p * c
+        if gl is not None:
+            # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
+            nowhere = dropped[flat] | ~valid
+            columns, at_y = _sum_of_equals(targets[flat].masked_fill(nowhere, vocab), gl, vocab)
+            y = columns.clamp_max(vocab - 1)
+            c_y, p_y = c.expand_as(p).gather(-1, y), p.gather(-1, y)
+            fixed = torch.where(shifted.gather(-1, y) == 0, p_y * (c_y + at_y) + at_y * rest / (1 + rest), p_y * c_y + at_y)
+            spare = torch.cat([dz, torch.zeros_like(m)], -1)
+            dz = spare.scatter(-1, columns, fixed)[:, :vocab]
+        dz = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0)
+        out[a, rows] = dz.to(out.dtype)
+
+
+# --- one number a token, over all tokens of a batch ------------------------------------------------------------------
+
+
+def covariance_sums(logp, advantages, mask) -> Tensor:
+    logp = logp.detach()
+    mask = mask & logp.isfinite()
+    sums = [torch.where(mask, x, 0).sum(dtype=torch.float64) for x in (logp, advantages)]
+    return torch.stack([mask.sum().to(torch.float64), *sums]).unsqueeze(0)
+
+
+def token_covariance(logp, advantages, mask, sums, out) -> None:
+    count, *totals = (covariance_sums(logp, advantages, mask) if sums is None else sums).sum(0)
+    mean_logp, mean_advantage = ((total / count.clamp(min=1)).to(logp.dtype) for total in totals)
+    out.copy_(torch.where(mask & logp.isfinite(), (advantages - mean_advantage) * (logp.detach() - mean_logp), 0))
+
+
+def select_bottom(values, valid, count, out) -> None:
+    order = values.argsort(stable=True)  # NaN last
+    in_order = valid.gather(0, order)
+    out.scatter_(0, order, in_order & (in_order.cumsum(0) <= count))
+
+
+def select_fraction(values, valid, group, fraction, minimum, least, out) -> None:
+    count = (group.sum().to(torch.float64) * fraction).to(torch.int64).clamp(min=minimum)
+    select_bottom(values, valid, torch.where(count >= least, count, 0), out)
+
+
+def selected_means(values, selected, mask, out) -> None:
+    tokens, chosen = mask.sum().clamp(min=1), selected.sum()
+    sums = [torch.where(where, values, 0).sum() / n for where, n in ((mask, tokens), (selected, chosen.clamp(min=1)))]
+    out.copy_(torch.stack([chosen.to(values.dtype) / tokens, *sums]))
+
+
+def ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out) -> None:
+    low, high, dual, least, most = bounds
+    terms, free, summary = out
+    d = torch.where(mask, logp.detach() - (logp if old_logp is None else old_logp).detach(), 0)
+    ratio, outside = d.clamp(least, most).exp(), (d < least) | (d > most)
+    below, above = (advantages < 0) & (ratio < low), (advantages > 0) & (ratio > high)
+    beyond = (advantages < 0) & (ratio > dual)
+    clips = below | above | beyond
+    clips = clips if unclipped is None else clips & ~unclipped
+    bound = torch.where(below, low, torch.where(above, high, dual)).to(ratio.dtype)
+    terms[0] = torch.where(mask, -advantages * torch.where(clips, bound, ratio), 0)
+    terms[1] = torch.where(clips | outside, 0, terms[0])
+    free.copy_(mask & logp.isfinite() & ~below & ~above)
+
+    tokens = mask.sum().to(torch.float64)
+    count, x = tokens.clamp(min=1), d.double()
+    largest, smallest = (torch.where(mask, x, end).amax() if end < 0 else torch.where(mask, x, end).amin() for end in (-math.inf, math.inf))
+    weights = torch.where(mask, (x - torch.where(largest.isinf(), 0, largest)).exp(), 0)
+    mean = weights.sum() / count
+    summary.copy_(torch.stack([
+        count,
+        *(((where & mask).sum() / count) for where in (below, above, beyond)),
+        -x.sum() / count,
+        torch.where(mask, torch.expm1(x) - x, 0).sum() / count,
+        torch.where(tokens > 0, largest.exp(), 1),
+        torch.where(tokens > 0, smallest.exp(), 1),
+        torch.where(tokens > 0, weights.sum() * mean / weights.square().sum(), 1),
+        tokens,
+        torch.where(tokens > 0, largest + mean.log(), 0),
+        x.abs().sum() / count,
+    ]))  # fmt: skip
+
+
+def kl_terms(logp, reference, mask, kind, straight_through, clamp, out) -> None:
+    d = torch.where(mask, logp.detach() - reference, 0)
+    x = (-d).clamp(max=LARGEST_EXPONENT)
+    value, slope = {
+        KLKind.K1: (d, torch.ones_like(d)),
+        KLKind.ABS: (d.abs(), d.sign()),
+        KLKind.K2: (0.5 * d.square(), d),
+        KLKind.K3: (torch.expm1(x) - x, torch.where(-d > LARGEST_EXPONENT, 0, -torch.expm1(x))),
+    }[kind]
+    slope = d if straight_through else torch.where(value.abs() > clamp, 0, slope)
+    out[0], out[1] = value.clamp(-clamp, clamp), torch.where(mask, slope, 0)

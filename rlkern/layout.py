@@ -1,0 +1,51 @@
+"""How rows of logits lie in memory, and how plain PyTorch walks over them a chunk at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., V] as [A, B, V] with last stride 1: a view of any slice of up to three dimensions, a copy where it must be."""
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        x = x.contiguous()
+    if x.dim() == 3:
+        return x
+    if x.dim() < 3:
+        return x.unsqueeze(0) if x.dim() == 2 else x.view(1, 1, -1)
+    try:
+        return x.view(-1, x.shape[-2], x.shape[-1])
+    except RuntimeError:  # leading strides that do not merge
+        return x.contiguous().view(-1, x.shape[-2], x.shape[-1])
+
+
+def chunk_elements(x: Tensor) -> int:
+    """How much to upcast at a time: on a CPU what stays in its cache, on a GPU more, where launches cost more than memory."""
+    return 1 << 18 if x.device.type == "cpu" else 1 << 24
+
+
+def row_chunks(rows: Tensor, elements: int | None = None) -> Iterator[tuple[int, slice, slice]]:
+    """Yields (a, b, flat): `rows[a, b]` of a [A, B, V] tensor is a chunk, `flat` the slice of its row numbers."""
+    outer, inner, vocab = rows.shape
+    step = max(1, (chunk_elements(rows) if elements is None else elements) // vocab)
+    for a in range(outer):
+        for start in range(0, inner, step):
+            stop = min(inner, start + step)
+            yield a, slice(start, stop), slice(a * inner + start, a * inner + stop)
+
+
+def counted_rows(targets: Tensor | None, mask: Tensor | None, ignore_index: int, dims: int) -> Tensor | None:
+    """Which rows are read, bool with `dims` dimensions; None for all. Targets may have one more."""
+    if targets is None:
+        return mask
+    counted = targets != ignore_index
+    counted = counted.any(-1) if counted.dim() > dims else counted
+    return counted if mask is None else counted & mask

@@ -1,0 +1,105 @@
+"""The arguments that losses share: checked, and made safe to compute with. All raise TypeError or ValueError."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import LARGEST_EXPONENT
+from ..checks import as_bool, check_choice, check_logp, check_number, check_tokens, expect, per_token
+from ..primitives.ratio import PolicyInputs, PolicyTokens, clean
+from .aggregate import check_aggregation
+
+
+def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
+    """The bounds 1 - clip_low and 1 + clip_high must enclose 1; clip_low above 1 would be a negative ratio."""
+    check_number("clip_low", clip_low, 0, 1)
+    check_number("clip_high", clip_high, 0)
+    if dual_clip is not None:
+        check_number("dual_clip", dual_clip, 1)
+
+
+def policy_inputs(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    weights: Tensor | None = None,
+    log_ratio_clamp: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> PolicyInputs:
+    """Checks the arguments that every policy loss takes.
+
+    Args:
+        logp: [B, T] float; gradients flow into it.
+        old_logp: [B, T] float, used detached. None is on-policy: logp.detach(), so the ratio is 1 and its gradient that of logp.
+        advantages: [B, T], [B, 1] or [B] float; one that requires grad is refused, it would lose its gradient here.
+        mask: [B, T] bool or number; nonzero counts. It selects, it does not weigh.
+        weights: [B, T], [B, 1] or [B] float, importance weights for `weigh`; without gradient, like the advantages.
+        log_ratio_clamp: c bounds the exponent of `ratio` to [-c, c]; no gradient flows beyond (verl's vanilla loss: 20). None bounds it to
+            (-inf, 80], where exp is finite in float32, so that a ratio that overflows cannot turn a clipped token's gradient into NaN.
+        aggregation, normalizer: only checked here, see `aggregate`.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices and options other than these.
+    """
+    check_aggregation(aggregation, normalizer)
+    if log_ratio_clamp is not None:
+        check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)
+    check_logp(logp)
+    if old_logp is not None:
+        check_tokens("old_logp", old_logp, logp)
+    check_tokens("mask", mask, logp, "real")
+
+    advantages = per_token("advantages", advantages, logp)
+    if weights is not None:
+        weights = per_token("weights", weights, logp)
+    return PolicyInputs(logp, old_logp, advantages, as_bool(mask), weights, log_ratio_clamp)
+
+
+def policy_tokens(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, **options) -> PolicyTokens:
+    """`policy_inputs`, made safe to compute with."""
+    return clean(policy_inputs(logp, old_logp, advantages, mask, **options))
+
+
+def selected_tokens(selected: Tensor, x: PolicyInputs) -> Tensor:
+    """A caller's choice of tokens as bool [B, T], without the masked ones."""
+    check_tokens("selected", selected, x.logp, "real")
+    return x.mask & as_bool(selected)
+
+
+def with_preset(
+    presets: Mapping[str, Mapping[str, Any]], preset: str | None, default: str | None, **options: Any
+) -> dict[str, Any]:
+    """The options, with what is None taken from the preset of that name, or where that is None from the default's."""
+    check_choice("preset", preset, (None, *presets))
+    name = default if preset is None else preset
+    table = {} if name is None else presets[name]
+    return {option: table.get(option) if value is None else value for option, value in options.items()}
+
+
+# --- losses without advantages -------------------------------------------------------------------------------------
+
+
+def ratio_tokens(logp: Tensor, old_logp: Tensor | None, mask: Tensor) -> PolicyTokens:
+    """`policy_tokens` where nothing is known of advantages: they are 1."""
+    shaped = isinstance(logp, Tensor) and logp.dim() == 2
+    return policy_tokens(logp, old_logp, logp.detach().new_ones(logp.shape[0]) if shaped else torch.ones(0), mask)
+
+
+def per_sequence(name: str, x: Tensor, tokens: PolicyTokens) -> Tensor:
+    """x [B] or [B, 1], bool or real, detached, as [B, 1] in the tokens' dtype; 0 for a sequence without tokens. Raises TypeError, ValueError."""
+    n = tokens.logp.shape[0]
+    expect(name, x, "real", "[B] or [B, 1]", shape=((n,), (n, 1)), like=("logp", tokens.logp))
+    return torch.where(tokens.mask.any(-1, keepdim=True), x.detach().to(tokens.logp.dtype).view(n, 1), 0)
+
+
+def log_ratio_to(name: str, other_logp: Tensor, tokens: PolicyTokens) -> Tensor:
+    """logp - other_logp [B, T], with the gradient of logp; 0 where masked."""
+    check_tokens(name, other_logp, tokens.logp)
+    return tokens.logp - torch.where(tokens.mask, other_logp.detach().to(tokens.logp.dtype), 0)

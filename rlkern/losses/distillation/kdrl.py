@@ -1,0 +1,124 @@
+"""KDRL (arXiv 2506.02208): reinforcement learning and on-policy distillation from a teacher, in one loss on the student's own samples."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...advantages import Groups
+from ...checks import FINITE, check_choice, check_number, check_tokens, per_token
+from ...primitives.kl import kl_estimate
+from ...primitives.ratio import clean, clipped_ratio
+from ...primitives.reductions import fraction, masked_mean
+from ..aggregate import LossOutput, aggregate
+from ..arguments import check_clip, policy_inputs
+
+ESTIMATES = ("k1", "k2", "k3", "exact")
+
+
+def kdrl_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    teacher_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    kd: str = "k2",
+    kd_coef: float = 5e-3,
+    teacher_kl: Tensor | None = None,
+    kd_mask: Tensor | None = None,
+    kd_norm: str = "all",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = None,
+    log_ratio_clamp: float | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """GRPO's loss plus kd_coef times an estimate of KL(student || teacher) per token. With d = logp - teacher_logp:
+
+        kd         value             gradient in expectation over the student's samples
+        "k1"       d                 none: noise of mean 0
+        "k2"       d^2 / 2           that of KL(student || teacher), the paper's default
+        "k3"       e^-d - 1 + d      that of KL(teacher || student), another divergence
+        "exact"    teacher_kl        its own: `rlkern.token_divergence(logits, teacher_logits)`, or `topk_reverse_kl`; on any samples
+
+    Off-policy, with old_logp of another student, the first three are biased: the ratio multiplies the reward's part alone.
+
+    Args:
+        logp, old_logp: [B, T]; gradients flow into logp. old_logp=None is on-policy, as the paper writes it.
+        teacher_logp: [B, T] of the same tokens, used detached; None with kd="exact".
+        advantages: [B], [B, 1] or [B, T]: `rlkern.advantages.grpo`.
+        mask: [B, T], nonzero counts.
+        kd_coef: fixed, or from `kd_coefficient(step)`.
+        teacher_kl: [B, T] with gradient, for "exact".
+        kd_mask: [B], [B, 1] or [B, T]: distil only where it is nonzero, see `reward_guided_mask`.
+        kd_norm: what the distillation term is averaged over: "all" tokens, or the "kept" ones (then with this batch's own counts).
+        clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
+
+    Returns:
+        LossOutput(loss, metrics): those of `ppo_loss`, kd (mean estimate over all tokens), kd_fraction (tokens that are distilled).
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
+    """
+    check_clip(clip_low, clip_high, dual_clip)
+    check_choice("kd", kd, ESTIMATES)
+    check_choice("kd_norm", kd_norm, ("all", "kept"))
+    check_number("kd_coef", kd_coef, 0)
+    if (teacher_kl is None) == (kd == "exact"):
+        raise ValueError(f"teacher_kl= [B, T] belongs to kd='exact', got kd={kd!r} and teacher_kl {'None' if teacher_kl is None else 'given'}")
+    x = policy_inputs(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
+    p = clean(x)
+    if kd == "exact":
+        check_tokens("teacher_kl", teacher_kl, p.logp)
+        divergence = torch.where(p.mask, teacher_kl.to(p.logp.dtype), 0)
+    else:
+        check_tokens("teacher_logp", teacher_logp, p.logp)
+        divergence = kl_estimate(p.logp, p.keep(teacher_logp), kd)
+    kept = p.mask
+    if kd_mask is not None:
+        if not isinstance(kd_mask, Tensor) or kd_mask.dtype.is_complex:
+            raise TypeError(
+                f"kd_mask must be a bool or number tensor, got {kd_mask.dtype if isinstance(kd_mask, Tensor) else type(kd_mask).__name__}"
+            )
+        kept = kept & (per_token("kd_mask", kd_mask.to(p.logp.dtype), p.logp) != 0)
+
+    ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
+    values = ratio.terms.tensor()
+    if kd_norm == "all":
+        loss = aggregate(values + kd_coef * torch.where(kept, divergence, 0), p.mask, aggregation, normalizer)
+    else:
+        loss = aggregate(values, p.mask, aggregation, normalizer) + kd_coef * aggregate(divergence, kept, aggregation)
+    metrics = {**ratio.metrics, "kd": masked_mean(divergence, p.mask), "kd_fraction": fraction(kept, p.mask, p.logp.dtype)}
+    return LossOutput(loss, metrics)
+
+
+def kd_coefficient(step: int, *, start: float = 5e-3, decrement: float = 5e-5, floor: float = 1e-3) -> float:
+    """The paper's annealed coefficient, max(start - decrement * step, floor)."""
+    check_number("step", step, 0)
+    for name, value in (("start", start), ("decrement", decrement), ("floor", floor)):
+        check_number(name, value, 0, FINITE)
+    return max(start - decrement * step, floor)
+
+
+@torch.no_grad()
+def reward_guided_mask(correct: Tensor, groups: int | Tensor | None = None, *, level: str = "response") -> Tensor:
+    """Which responses to distil, bool [B], as `kd_mask` of `kdrl_loss`.
+
+    level "response": the wrong ones. "group": all of a group without a single right one; `groups` as in `rlkern.advantages`.
+    correct [B], bool or number; nonzero is right. Raises TypeError, ValueError for anything else.
+    """
+    check_choice("level", level, ("response", "group"))
+    if not isinstance(correct, Tensor) or correct.dtype.is_complex:
+        raise TypeError(
+            f"correct must be a bool or number tensor [B], got {correct.dtype if isinstance(correct, Tensor) else type(correct).__name__}"
+        )
+    if correct.dim() != 1:
+        raise ValueError(f"correct must be [B], got shape {tuple(correct.shape)}")
+    if level == "response":
+        return correct == 0
+    if groups is None:
+        raise ValueError("level 'group' needs groups= (the size of a group or ids [B])")
+    right = (correct != 0).double()
+    return Groups(groups, right, name="correct").total(right) == 0

@@ -1,0 +1,55 @@
+"""CISPO (MiniMax-M1, arXiv 2506.13585): clips the importance weight and not the update, so that no token loses its gradient."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...checks import check_positive
+from ...primitives.kinks import clamped
+from ...primitives.ratio import ratio_metrics
+from ...primitives.reductions import fraction
+from ..aggregate import LossOutput, aggregate
+from ..arguments import check_clip, policy_tokens
+
+
+def cispo_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    cap: float | None = None,
+    log_ratio_clamp: float | None = None,
+    weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp per token, or with a cap -sg(min(r, cap)) A logp: arXiv 2506.13585 Eq. 4 and 5.
+
+    verl's "cispo" is clip_low, clip_high, its log ratio clamped (log_ratio_clamp=20). TRL's epsilon_high is `cap`, an absolute number (5.0) and not
+    1 + epsilon, and it has no lower bound. The paper leaves the lower bound open too: clip_low=1.
+
+    Args:
+        logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
+        clip_low, clip_high: bounds of the weight; not used with `cap`.
+        cap: the largest weight, > 0.
+
+    Returns:
+        LossOutput as that of `ppo_loss`; clip_fraction_low, clip_fraction_high are of tokens whose weight was cut, whatever their advantage.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    """
+    check_clip(clip_low, clip_high)
+    if cap is not None:
+        check_positive("cap", cap)
+    p = policy_tokens(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
+    low, high = (0.0, cap) if cap is not None else (1 - clip_low, 1 + clip_high)
+    ratio = p.ratio.detach()
+    values = p.weigh(-clamped(ratio, low, high) * p.advantages * p.score())
+    cut = {"clip_fraction_low": fraction(ratio < low, p.mask, ratio.dtype), "clip_fraction_high": fraction(ratio > high, p.mask, ratio.dtype)}
+    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), {**cut, **ratio_metrics(p)})

@@ -1,0 +1,85 @@
+"""KL-Cov (arXiv 2505.22617, section 4.2): holds back the tokens whose log-probability varies most with the advantage."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...checks import check_count, check_fraction, check_group, check_number
+from ...primitives.covariance import covariance_of
+from ...primitives.kl import kl_penalty
+from ...primitives.ratio import clipped_ratio
+from ...primitives.selection import select_fraction
+from ..aggregate import LossOutput, aggregate_terms
+from ..arguments import policy_inputs, selected_tokens, with_preset
+from .clip_cov import selection_metrics
+
+PRESETS = {
+    "paper": {"select_ratio": 2e-3, "kl_coef": 1.0, "min_count": 0},
+    "prime": {"select_ratio": 2e-3, "kl_coef": 1.0, "min_count": 1},
+    "verl": {"select_ratio": 2e-4, "kl_coef": 0.1, "min_count": 1},
+}
+
+
+def kl_cov_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    select_ratio: float | None = None,
+    kl_coef: float | None = None,
+    preset: str | None = None,
+    min_count: int | None = None,
+    selected: Tensor | None = None,
+    group: torch.distributed.ProcessGroup | None = None,
+    log_ratio_clamp: float | None = None,
+    weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """-A r for every token, + kl_coef |logp - old_logp| for those of the largest covariance: arXiv 2505.22617, Eq. 13, 14 and Listing 1.
+
+    cov_i = (A_i - mean A)(logp_i - mean logp) over the counted tokens of this call; max(floor(select_ratio * tokens), min_count) of them are
+    selected, ties to the lowest flat index. The ratio is not clipped. Conventions, by `preset`:
+
+        preset           select_ratio    kl_coef    min_count
+        "prime", None    2e-3            1.0        1           PRIME-RL/Entropy-Mechanism-of-RL for 7B (32B: 2e-4); its k_percent is 100 times it
+        "verl"           2e-4            0.1        1           verl's defaults ("kl_cov"), which are neither of the paper's settings
+        "paper"          2e-3            1.0        0           Eq. 13
+
+    An option given as well wins over the preset. The penalty is the code's: its gradient is +-kl_coef, whatever the distance, and 0 at
+    logp = old_logp, so on-policy this is REINFORCE. Where all advantages are equal the covariances are all 0 and the first tokens are selected.
+
+    Args:
+        logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`. `weights` multiply the penalty too,
+            as in verl.
+        select_ratio: a fraction of the tokens, in [0, 1], never a percentage. None takes the preset's, and so on for kl_coef (>= 0) and min_count.
+        selected: [B, T] bool or number, the tokens to hold back; replaces the selection (made over an optimizer's whole batch, say).
+        group: data-parallel processes to take the two means over; the selection stays among each one's own tokens.
+
+    Returns:
+        LossOutput as that of `ppo_loss`, without clip fractions; metrics also: selected_fraction, covariance_mean, covariance_selected, and
+        abs_log_ratio, the mean of |logp - old_logp| that the official code reports as its KL.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    """
+    o = with_preset(PRESETS, preset, "prime", select_ratio=select_ratio, kl_coef=kl_coef, min_count=min_count)
+    check_fraction("select_ratio", o["select_ratio"])
+    check_number("kl_coef", o["kl_coef"], 0)
+    check_count("min_count", o["min_count"])
+    check_group(group)
+    x = policy_inputs(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
+    covariance = covariance_of(logp, x.advantages, x.mask, group)
+    ratio = clipped_ratio(x, with_distance=True)
+    if selected is not None:
+        selected = selected_tokens(selected, x)
+    else:  # the largest
+        selected = select_fraction(-covariance, ratio.free, x.mask, o["select_ratio"], minimum=o["min_count"])
+    distance = kl_penalty(logp, logp.detach() if old_logp is None else old_logp, selected, "abs", None)
+    terms = x.weigh(ratio.terms + o["kl_coef"] * distance)
+    metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
+    return LossOutput(aggregate_terms(terms, x.mask, ratio.count, aggregation, normalizer), metrics)

@@ -1,0 +1,138 @@
+"""Lp-Reg (arXiv 2510.03222): keeps rare tokens that the policy itself finds plausible from being driven out by negative advantages."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...checks import check_choice, check_count, check_fraction, check_number, check_tokens, numbers
+from ...primitives.kinks import bounded
+from ...primitives.kl import check_kl, kl_penalty, resolve
+from ...primitives.ratio import clean, clipped_ratio
+from ...primitives.selection import select_fraction, selected_means
+from ...primitives.token_terms import TokenTerms
+from ..aggregate import LossOutput, aggregate_terms
+from ..arguments import check_clip, policy_inputs
+
+KL_TERMS = ("sampled", "full")
+SELECTIONS = ("negative", "all")
+
+
+def _rarest(logp: Tensor, among: Tensor, rho: float, min_count: int) -> Tensor:
+    """The lowest fraction rho of log-probabilities in a group of tokens, at least one; none where that makes fewer than min_count."""
+    return select_fraction(logp, among, among, rho, minimum=1, least=min_count)
+
+
+def _full_kl(logp: Tensor, kept_logmass: Tensor | None, proxy_kl: Tensor | None) -> Tensor:
+    """KL(proxy || policy) with its gradient, [B, T]."""
+    if (kept_logmass is None) == (proxy_kl is None):
+        raise ValueError("kl_term='full' needs exactly one of kept_logmass= (on-policy: KL = -log S) and proxy_kl= (from other logits), each [B, T]")
+    name, given = ("kept_logmass", kept_logmass) if proxy_kl is None else ("proxy_kl", proxy_kl)
+    check_tokens(name, given, logp)
+    return -given if proxy_kl is None else given
+
+
+def lp_reg_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    proxy_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    rho: float = 0.01,
+    kl_coef: float = 1.0,
+    clip_low: float = 1.0,
+    clip_high: float = 9.0,
+    kl_term: str = "sampled",
+    kl_kind: str = "k3",
+    kl_clamp: float | None = 10.0,
+    kept_logmass: Tensor | None = None,
+    proxy_kl: Tensor | None = None,
+    select_from: str | None = None,
+    min_count: int = 2,
+    rho_positive: float = 0.0,
+    log_ratio_clamp: float | None = None,
+    weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """A policy gradient in which the rarest tokens with A < 0 are pulled towards a proxy q: the policy without its noise, renormalised.
+
+    q keeps the tokens with probability of at least min_p times the largest (0.02 in the paper). `token_stats(logits, ids, min_p=0.02)` gives all that
+    is needed of it in the same pass as the log-probabilities: proxy_logp, and kept_logmass = log S with KL(q || pi) = -log S.
+
+    kl_term="sampled" is the official code (CarlanLark/Lp-Reg-dev). R: of the tokens with A < 0 the fraction rho with the lowest logp, those with
+    logp < proxy_logp. Per token
+
+        in R       -A r + kl_coef * k3 of (logp; proxy_logp), clamped at kl_clamp; PPO's clip does not apply
+        others     max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
+
+    k3's gradient is 1 - q / pi: over all tokens that pi samples this would be in expectation that of the full KL(q || pi), and over R it is R's part
+    of it. The clamp at 10 switches it off where proxy_logp - logp > 2.61, kl_clamp=None does not.
+
+    kl_term="full" is the paper's Eq. 6. R: tokens with A < 0 and proxy_logp > -inf among the lowest fraction rho of **all** tokens. Per token
+
+        -A clip(r, 1 - clip_low, 1 + clip_high) + kl_coef * [in R] KL(q || pi)          for either sign of A
+
+    Args:
+        logp, old_logp, advantages, mask, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
+        proxy_logp: [B, T] float, detached: log q of the token taken, of the old policy (the code) or of the current one (on-policy); -inf outside.
+        rho: a fraction, in [0, 1]: 0.01 (14B) and 0.005 (32B) in the paper. The group yields max(1, floor(rho * its size)) tokens.
+        kl_coef: beta, >= 0.
+        clip_low, clip_high: the ratio's bounds; the defaults are the paper's [0, 10].
+        kl_kind, kl_clamp: for "sampled", see `kl_estimate`. Not "k1" ("kl"): its gradient is 1 for every token, which would drive those of R out.
+        kept_logmass: [B, T] float, for "full" on-policy: log S of the current policy, with its gradient.
+        proxy_kl: [B, T] float, for "full" with a proxy from other logits: KL(q || pi) with its gradient, as token_divergence's "forward_kl" gives
+            it for logits outside q's set put to -inf.
+        select_from: "negative" or "all", the group that rho is a fraction of; None takes the one said above.
+        min_count: no regularisation at all where the group yields fewer tokens than this. The code's 2 means: none below 200 negatives at rho = 0.01.
+        rho_positive: for "sampled", the same selection among A > 0 (the code's logp_pos_k_percent, 0 everywhere).
+        weights: as in `ppo_loss`; multiply the regulariser too.
+
+    Returns:
+        LossOutput as that of `ppo_loss`; metrics also: selected_fraction, and proxy_kl, its mean over the selected tokens (0 if there are none).
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above, and for options of the other kl_term.
+    """
+    check_choice("kl_term", kl_term, KL_TERMS)
+    check_choice("select_from", select_from, (None, *SELECTIONS))
+    check_fraction("rho", rho)
+    check_fraction("rho_positive", rho_positive)
+    check_number("kl_coef", kl_coef, 0)
+    check_count("min_count", min_count)
+    check_clip(clip_low, clip_high)
+    check_kl(kl_kind, kl_clamp)
+    if resolve(kl_kind) == ("k1", False):
+        raise ValueError(f"kl_kind {kl_kind!r} lowers every selected token, whatever the proxy says: expected 'k3', 'k2', 'abs' or a kind with a +")
+    sampled = kl_term == "sampled"
+    if sampled and (kept_logmass is not None or proxy_kl is not None):
+        raise ValueError("kept_logmass and proxy_kl are for kl_term='full', got one of them with 'sampled'")
+    if not sampled and rho_positive:
+        raise ValueError(f"rho_positive is for kl_term='sampled', got {rho_positive} with 'full'")
+    x = policy_inputs(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
+    check_tokens("proxy_logp", proxy_logp, logp)
+    own, proxy = (numbers(t, x.advantages.dtype) for t in (logp, proxy_logp))
+    negative = x.mask & (x.advantages < 0)
+
+    select_from = select_from or ("negative" if sampled else "all")
+    selected = negative & _rarest(own, negative if select_from == "negative" else x.mask, rho, min_count)
+    if sampled:
+        if rho_positive:
+            selected = selected | _rarest(own, x.mask & (x.advantages > 0), rho_positive, min_count)
+        selected = selected & (own < proxy)
+        ratio = clipped_ratio(x, clip_low, clip_high, unclipped=selected)
+        policy, kl = ratio.terms, kl_penalty(logp, proxy, selected, kl_kind, kl_clamp)
+    else:
+        selected = selected & (proxy > -math.inf)
+        ratio, p = clipped_ratio(x, clip_low, clip_high), clean(x)
+        policy = TokenTerms(logp, -p.advantages * bounded(p.ratio, 1 - clip_low, 1 + clip_high))
+        kl = TokenTerms(logp, torch.where(selected, _full_kl(logp, kept_logmass, proxy_kl).to(own.dtype), 0))
+    selected_fraction, _, proxy_kl = selected_means(kl.values, selected, x.mask)
+    metrics = {"selected_fraction": selected_fraction, "proxy_kl": proxy_kl, **ratio.metrics}
+    terms = x.weigh(policy + kl_coef * kl)
+    return LossOutput(aggregate_terms(terms, x.mask, ratio.count, aggregation, normalizer), metrics)

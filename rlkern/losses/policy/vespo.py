@@ -1,0 +1,80 @@
+"""VESPO (arXiv 2602.10693): the sequence's importance weight through a smooth kernel that is 1 on-policy and fades on both sides."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ...backends.contract import LARGEST_EXPONENT
+from ...checks import check_number, per_token
+from ...primitives.kinks import number
+from ...primitives.ratio import PolicyTokens, ratio_metrics
+from ...primitives.reductions import masked_mean
+from ..aggregate import LossOutput, aggregate
+from ..arguments import policy_tokens
+
+_LARGEST = 20.0  # of any log ratio: TRL's
+_SMALLEST = math.log(1e-8)  # of a weight and of the sequence; that of a token is -20
+
+
+def _log_weight(weights: Tensor, p: PolicyTokens) -> Tensor:
+    """The log of the sequence's importance weight [B, 1]: given as such, or the product of its tokens' weights [B, T]."""
+    logs = per_token("rollout_is_weights", weights, p.logp).log().clamp(_SMALLEST, _LARGEST)
+    return torch.where(p.mask, logs, 0).sum(-1, keepdim=True) if weights.shape == p.logp.shape else logs[:, :1]
+
+
+def vespo_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    k_positive: float = 2.0,
+    lambda_positive: float = 3.0,
+    k_negative: float = 3.0,
+    lambda_negative: float = 2.0,
+    rollout_is_weights: Tensor | None = None,
+    weights: Tensor | None = None,
+    aggregation: str = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> LossOutput:
+    """-sg(phi(W)) A logp per token, phi(W) = exp(lambda) W^k exp(-lambda W), W the product of the sequence's token ratios: arXiv 2602.10693.
+
+    With `rollout_is_weights` w = pi_old / pi_rollout, the correction for an engine that samples from another policy than the one that scores,
+    W is that to the policy which sampled. Bounds are TRL's, log phi's own apart, at 80, where float32 is still finite:
+
+        log W = clamp(sum_t clamp(logp_t - old_logp_t, -20, 20) + sum_t clamp(log w_t, log 1e-8, 20), log 1e-8, 20)
+
+    TRL's "vespo" divides by the tokens of the whole accumulated batch: pass `normalizer`. It also takes a lambda below 1e-4 for 1e-4.
+
+    Args:
+        logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`.
+        k_positive, lambda_positive: the kernel for A >= 0, both >= 0.
+        k_negative, lambda_negative: the kernel for A < 0.
+        rollout_is_weights: [B, T] float, a weight a token, or [B, 1] or [B], one a sequence, whose log enters the sum once; >= 0, without
+            gradient. They go into W, and so through phi; `weights` multiply the loss of a token instead.
+
+    Returns:
+        LossOutput as that of `ppo_loss`, without clip fractions; metrics also: kernel_mean, over the tokens.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    """
+    numbers = {"k_positive": k_positive, "lambda_positive": lambda_positive, "k_negative": k_negative, "lambda_negative": lambda_negative}
+    for name, value in numbers.items():
+        check_number(name, value, 0)
+    p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
+    with torch.no_grad():
+        log_w = p.log_ratio.clamp(-_LARGEST, _LARGEST).sum(-1, keepdim=True)
+        if rollout_is_weights is not None:
+            log_w = log_w + _log_weight(rollout_is_weights, p)
+        log_w = log_w.clamp(_SMALLEST, _LARGEST)
+        negative = p.advantages < 0
+        k = torch.where(negative, number(k_negative, log_w), number(k_positive, log_w))
+        rate = torch.where(negative, number(lambda_negative, log_w), number(lambda_positive, log_w))
+        kernel = (rate + k * log_w - rate * log_w.exp()).clamp(max=LARGEST_EXPONENT).exp()
+    values = p.weigh(-kernel * p.advantages * p.score())
+    metrics = {"kernel_mean": masked_mean(kernel, p.mask), **ratio_metrics(p)}
+    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)

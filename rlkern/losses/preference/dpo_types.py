@@ -1,0 +1,184 @@
+"""The losses of the DPO family, one small function each, on what they have in common (`Pairs`). `dpo.py` does the rest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from ...backends.contract import LARGEST_EXPONENT
+from ...primitives.kinks import bounded, excess
+
+_SATURATED = 1e4  # sigmoid(-x) is zero here, in float64 too
+
+
+class Pairs(NamedTuple):
+    """A batch of preference pairs; tensors are [B] in float32 or float64. Lengths are None where the caller gave none."""
+
+    policy_margin: Tensor  # log pi(chosen) - log pi(rejected)
+    reference_margin: Tensor  # the same of the reference
+    chosen: Tensor  # log pi / pi_ref of the chosen response
+    rejected: Tensor  # of the rejected one
+    chosen_score: Tensor  # chosen and rejected seen through the f-divergence
+    rejected_score: Tensor
+    margin: Tensor  # beta * (chosen_score - rejected_score), called u below
+    chosen_logps: Tensor  # log pi(chosen)
+    chosen_lengths: Tensor | None
+    rejected_lengths: Tensor | None
+    beta: float
+    label_smoothing: float
+    discopop_tau: float
+
+
+# --- f-divergences: log ratio -> score (f-DPO, arXiv 2309.16240) ---------------------------------------------------------------------------
+
+
+def reverse_kl(log_ratio: Tensor, alpha: float) -> Tensor:
+    return log_ratio
+
+
+def alpha_divergence(log_ratio: Tensor, alpha: float) -> Tensor:
+    """ratio^(alpha - 1) / (alpha - 1). At alpha = 1 its varying part is the log ratio."""
+    if abs(alpha - 1) < 1e-6:
+        return log_ratio
+    return bounded((alpha - 1) * log_ratio, high=LARGEST_EXPONENT).exp() / (alpha - 1)
+
+
+def forward_kl(log_ratio: Tensor, alpha: float) -> Tensor:
+    return alpha_divergence(log_ratio, 0.0)
+
+
+def js_divergence(log_ratio: Tensor, alpha: float) -> Tensor:
+    return logsigmoid(log_ratio)
+
+
+F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
+    "js_divergence": js_divergence,
+    "alpha_divergence": alpha_divergence,
+}
+
+# --- losses: Pairs -> [B] ------------------------------------------------------------------------------------------------------------------
+
+
+def _tilted(u: Tensor, slope: float) -> Tensor:
+    """-log sigmoid(u) + slope * u: DPO (0), conservative DPO (+eps) and robust DPO (-eps / (1 - 2 eps)) in a form without cancellation."""
+    loss = -logsigmoid(u)
+    return loss + slope * u if slope else loss
+
+
+def sigmoid(p: Pairs) -> Tensor:
+    return _tilted(p.margin, p.label_smoothing)
+
+
+def robust(p: Pairs) -> Tensor:
+    return _tilted(p.margin, -p.label_smoothing / (1 - 2 * p.label_smoothing))
+
+
+def _token_margin(p: Pairs) -> Tensor:
+    """The difference of the scores per token; an empty response has one."""
+    return p.chosen_score / p.chosen_lengths.clamp(min=1) - p.rejected_score / p.rejected_lengths.clamp(min=1)
+
+
+def sigmoid_norm(p: Pairs) -> Tensor:
+    return -logsigmoid(p.beta * _token_margin(p))
+
+
+def hinge(p: Pairs) -> Tensor:
+    return excess(1 - p.margin)
+
+
+def ipo(p: Pairs) -> Tensor:
+    return (p.chosen_score - p.rejected_score - 0.5 / p.beta).square()
+
+
+def ipo_norm(p: Pairs) -> Tensor:
+    return (_token_margin(p) - 0.5 / p.beta).square()
+
+
+def exo_pair(p: Pairs) -> Tensor:
+    u, eps = bounded(p.margin, -_SATURATED, _SATURATED), p.label_smoothing  # the loss has finite limits, its terms have not
+    return torch.sigmoid(u) * (logsigmoid(u) - math.log1p(-eps)) + torch.sigmoid(-u) * (logsigmoid(-u) - math.log(eps))
+
+
+def nca_pair(p: Pairs) -> Tensor:
+    chosen, rejected = p.beta * p.chosen_score, p.beta * p.rejected_score
+    return -logsigmoid(chosen) - 0.5 * logsigmoid(-chosen) - 0.5 * logsigmoid(-rejected)
+
+
+def bco_pair(p: Pairs) -> Tensor:
+    return -logsigmoid(p.beta * p.chosen_score) - logsigmoid(-p.beta * p.rejected_score)
+
+
+def sppo_hard(p: Pairs) -> Tensor:
+    return (p.chosen_score - 0.5 / p.beta).square() + (p.rejected_score + 0.5 / p.beta).square()
+
+
+def _sorted(x: Tensor) -> Tensor:
+    """Of equal entries the first takes the gradient of the first rank: which one would else depend on the sort of the device."""
+    return x.sort(stable=True).values
+
+
+def aot(p: Pairs) -> Tensor:
+    gap = _sorted(p.policy_margin) - _sorted(p.reference_margin)
+    return _tilted(p.beta * gap, p.label_smoothing)
+
+
+def aot_unpaired(p: Pairs) -> Tensor:
+    gap = _sorted(p.chosen) - _sorted(p.rejected)
+    return _tilted(p.beta * gap, p.label_smoothing)
+
+
+def apo_zero(p: Pairs) -> Tensor:
+    return torch.sigmoid(-p.beta * p.chosen) + torch.sigmoid(p.beta * p.rejected)
+
+
+def apo_down(p: Pairs) -> Tensor:
+    return torch.sigmoid(p.beta * p.chosen) + torch.sigmoid(-p.margin)
+
+
+def discopop(p: Pairs) -> Tensor:
+    u = bounded(p.margin, -_SATURATED, _SATURATED)
+    gate = u / p.discopop_tau
+    # exp(-u) * sigmoid(gate) as one exponential: where one factor overflows the other vanishes.
+    return -logsigmoid(p.margin) * torch.sigmoid(-gate) + torch.exp(logsigmoid(gate) - u)
+
+
+def sft(p: Pairs) -> Tensor:
+    token_mean = -p.chosen_logps.sum() / p.chosen_lengths.sum().clamp(min=1)
+    return token_mean.expand(p.chosen_logps.shape).clone()  # a caller may write into it
+
+
+class PairLoss(NamedTuple):
+    """A loss and the options it listens to, of "label_smoothing", "f_divergence", "chosen_lengths" and "rejected_lengths"."""
+
+    function: Callable[[Pairs], Tensor]
+    uses: tuple[str, ...] = ("f_divergence",)
+    sorts_batch: bool = False  # entry i is no longer pair i
+
+
+_LENGTHS = ("chosen_lengths", "rejected_lengths")
+
+PAIR_LOSSES: dict[str, PairLoss] = {
+    "sigmoid": PairLoss(sigmoid, ("label_smoothing", "f_divergence")),
+    "robust": PairLoss(robust, ("label_smoothing", "f_divergence")),
+    "sigmoid_norm": PairLoss(sigmoid_norm, ("f_divergence", *_LENGTHS)),
+    "hinge": PairLoss(hinge),
+    "ipo": PairLoss(ipo),
+    "ipo_norm": PairLoss(ipo_norm, ("f_divergence", *_LENGTHS)),
+    "exo_pair": PairLoss(exo_pair, ("label_smoothing", "f_divergence")),
+    "nca_pair": PairLoss(nca_pair),
+    "bco_pair": PairLoss(bco_pair),
+    "sppo_hard": PairLoss(sppo_hard),
+    "aot": PairLoss(aot, ("label_smoothing",), sorts_batch=True),
+    "aot_unpaired": PairLoss(aot_unpaired, ("label_smoothing",), sorts_batch=True),
+    "apo_zero": PairLoss(apo_zero, ()),
+    "apo_down": PairLoss(apo_down),
+    "discopop": PairLoss(discopop),
+    "sft": PairLoss(sft, ("chosen_lengths",)),
+}

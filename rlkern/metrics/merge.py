@@ -1,0 +1,193 @@
+"""How the metrics of parts of a batch, micro-batches or processes, make those of the whole.
+
+A mean merges by the count it was taken over, a largest and a smallest value over the parts that have any token, and the effective sample size through
+the sums that it was made of: with N the tokens, r the ratios, L the log of their mean and ess = (sum r)^2 / (N sum r^2), a part has
+
+    sum r = N exp(L)        sum r^2 = (sum r)^2 / (N ess)
+
+What a metric needs beside itself its loss reports too, so the result of merging is a part again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_group
+
+__all__ = ["RULES", "Rule", "merge_metrics", "merge_rows"]
+
+
+class Rule(NamedTuple):
+    """merge: values [P, K] of K metrics in P parts, and for each name in `needs` that metric [P] -> [K]."""
+
+    merge: Callable[..., Tensor]
+    needs: tuple[str, ...] = ()
+
+
+# --- the ways to merge -----------------------------------------------------------------------------------------------------------------------
+
+
+def _sum(values: Tensor) -> Tensor:
+    return values.sum(0)
+
+
+def _mean(values: Tensor, *counts: Tensor) -> Tensor:
+    """Over the product of the counts; 0 of nothing. Selected, not multiplied: what a part without tokens says may be infinite."""
+    weight = math.prod(counts).unsqueeze(-1)
+    total = weight.sum()
+    return torch.where(weight > 0, weight * values, 0).sum(0) / torch.where(total == 0, 1, total)
+
+
+def _largest(values: Tensor, count: Tensor, empty: float = 1.0) -> Tensor:
+    counted = torch.where(count.unsqueeze(-1) > 0, values, -math.inf).amax(0)
+    return torch.where(count.sum() > 0, counted, empty)
+
+
+def _largest_or_0(values: Tensor, count: Tensor) -> Tensor:
+    return _largest(values, count, 0.0)
+
+
+def _smallest(values: Tensor, count: Tensor) -> Tensor:
+    return -_largest(-values, count, -1.0)
+
+
+def _log_mean(values: Tensor, count: Tensor) -> Tensor:
+    total = count.sum()
+    return torch.where(total > 0, (values + count.log().unsqueeze(-1)).logsumexp(0) - total.log(), 0)
+
+
+def _effective_sample_size(values: Tensor, count: Tensor, log_mean: Tensor) -> Tensor:
+    top = torch.where(count > 0, log_mean, -math.inf).amax(0)
+    scale = (log_mean - torch.where(top.isinf(), 0, top)).exp()  # the size of all ratios cancels: no overflow
+    sums = torch.where(count > 0, count * scale, 0).unsqueeze(-1)
+    squares = torch.where(sums == 0, 0, sums.square() / (count.unsqueeze(-1) * values))
+    total = count.sum()
+    return torch.where(total > 0, sums.sum(0).square() / (total * squares.sum(0)), 1)
+
+
+# --- which metric merges how -----------------------------------------------------------------------------------------------------------------
+
+
+def _means_over(*counts: str) -> tuple[Rule]:
+    return (Rule(_mean, counts),)
+
+
+_TOTAL = (Rule(_sum),)
+# Name -> rules, of which the first one holds whose needs are reported: losses share names.
+RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
+    dict.fromkeys(("tokens", "sequences", "pairs", "groups", "draws", "answers", "mask_tokens", "loss"), _TOTAL)
+    | dict.fromkeys(
+        (
+            *("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "approx_kl_k1", "approx_kl_k3", "abs_log_ratio"),
+            *("kl", "kl_reference", "kl_target", "kernel_mean", "selected_fraction", "covariance_mean", "kd", "kd_fraction"),
+            *("entropy", "entropy_low_fraction", "entropy_high_fraction", "eubo"),
+        ),
+        _means_over("tokens"),
+    )
+    | dict.fromkeys(("covariance_selected", "proxy_kl"), _means_over("tokens", "selected_fraction"))
+    | dict.fromkeys(("positive_fraction", "clamped_fraction", "success_rate"), _means_over("answers"))
+    | dict.fromkeys(
+        (
+            *("accuracy", "reward_margin", "chosen_reward", "rejected_reward"),
+            *("chosen_shift", "rejected_shift", "margin_shift", "both_decreased", "chosen_decreased"),
+        ),
+        _means_over("pairs"),
+    )
+    | dict.fromkeys(("win_prob", "ess"), _means_over("sequences"))
+    | dict.fromkeys(("d_mean", "clip_fraction"), _means_over("draws"))
+    | {
+        "outside_fraction": _means_over("mask_tokens"),
+        "elbo": _means_over("tokens") + _means_over("sequences"),
+        "ratio_max": (Rule(_largest, ("tokens",)),),
+        "ratio_min": (Rule(_smallest, ("tokens",)),),
+        "d_max": (Rule(_largest_or_0, ("draws",)),),
+        "log_mean_ratio": (Rule(_log_mean, ("tokens",)),),
+        "effective_sample_size": (Rule(_effective_sample_size, ("tokens", "log_mean_ratio")), *_means_over("groups")),
+    }
+)
+
+
+def _rule(name: str, names: Sequence[str]) -> Rule:
+    if name not in RULES:
+        raise ValueError(f"unknown metric {name!r}: it has no rule to merge by, expected one of {', '.join(map(repr, RULES))}")
+    for rule in RULES[name]:
+        if all(need in names for need in rule.needs):
+            return rule
+    expected = " or ".join(" and ".join(map(repr, rule.needs)) for rule in RULES[name])
+    raise ValueError(f"metric {name!r} is merged by {expected}, which the metrics do not have: got {', '.join(map(repr, names))}")
+
+
+# --- merging ---------------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def merge_rows(names: Sequence[str], rows: Tensor) -> Tensor:
+    """`merge_metrics` of metrics that are numbers already: rows [P, K] float, one a part, with the K names of the columns -> [K].
+
+    Raises:
+        ValueError: a name without a rule, or one whose counts are missing.
+    """
+    groups: dict[Rule, list[str]] = {}
+    for name in names:
+        groups.setdefault(_rule(name, names), []).append(name)
+    columns = dict(zip(names, rows.unbind(-1), strict=True))
+    merged = {}
+    for rule, group in groups.items():
+        values = rule.merge(torch.stack([columns[name] for name in group], -1), *(columns[need] for need in rule.needs))
+        merged.update(zip(group, values.unbind(), strict=True))
+    return torch.stack([merged[name] for name in names])
+
+
+@torch.no_grad()
+def merge_metrics(parts: Sequence[Mapping[str, Tensor]], *, group: torch.distributed.ProcessGroup | None = None) -> dict[str, Tensor]:
+    """The metrics of a batch from those of its parts: of every loss, exact up to the rounding of what is given.
+
+    Means weigh by their counts (`tokens`, `sequences`, ..., which are added up), `ratio_max` and `ratio_min` take the parts that have tokens, and
+    `effective_sample_size` is that of all tokens together. What a selection made of each part (`selected_fraction`, ...) is merged as it is. The
+    `loss` of `BGPOAccumulator` is added up.
+
+    Args:
+        parts: the metrics of one loss for each micro-batch, name -> 0-d tensor, all with the same names. A part may be empty (a batch without
+            tokens), and the result of another merge.
+        group: processes to merge over as well, by one all_gather of a number a metric; each hands over its own parts, as many as it has but at
+            least one, with the same names everywhere.
+
+    Returns:
+        name -> 0-d float64 tensor (float32 on Apple's GPUs), on the device of the parts and detached. Nothing is read on the host.
+
+    Raises:
+        TypeError: a part that is no mapping, a metric that is no tensor.
+        ValueError: no parts, names that differ between parts or have no rule, counts that are missing, tensors of more than one number.
+    """
+    check_group(group)
+    if not isinstance(parts, Sequence) or isinstance(parts, str):
+        raise TypeError(f"parts must be a list of dicts of metrics, got {type(parts).__name__}")
+    if not parts:
+        raise ValueError("parts must hold the metrics of at least one micro-batch, got none")
+    for part in parts:
+        if not isinstance(part, Mapping):
+            raise TypeError(f"parts must be dicts of metrics, got {type(part).__name__}")
+        if part.keys() != parts[0].keys():
+            raise ValueError(f"all parts must have the same metrics, got {', '.join(sorted(part.keys() ^ parts[0].keys()))} in some of them only")
+        for name, value in part.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(f"metric {name!r} must be a 0-d tensor, got {type(value).__name__}")
+            if value.dim() != 0 or value.dtype.is_complex:
+                raise ValueError(f"metric {name!r} must be one real number, a 0-d tensor, got {value.dtype} of shape {tuple(value.shape)}")
+    if not parts[0]:
+        return {}
+    names = sorted(parts[0])  # processes may have them in any order
+    widest = torch.float32 if parts[0][names[0]].device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+    merged = merge_rows(names, torch.stack([torch.stack([part[name].detach().to(widest) for name in names]) for part in parts]))
+    if group is not None:
+        gathered = [torch.empty_like(merged) for _ in range(torch.distributed.get_world_size(group))]
+        torch.distributed.all_gather(gathered, merged, group=group)
+        merged = merge_rows(names, torch.stack(gathered))
+    result = dict(zip(names, merged.unbind(), strict=True))
+    return {name: result[name] for name in parts[0]}

@@ -1,0 +1,204 @@
+"""The one mechanism behind every primitive: a function as an operator of PyTorch, and its gradient in closed form.
+
+An operator is opaque on purpose: torch.compile keeps it whole and fuses the [B, T] arithmetic around it.
+This is the only file that names torch.library or functorch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+
+DEBUG = os.environ.get("RLKERN_DEBUG", "0") == "1"  # also check values on a GPU, at the price of a sync
+_ABSENT = (0,) * 6  # the shape that stands for None among an operator's results; no result has so many dimensions
+
+_library = torch.library.Library("rlkern", "DEF")
+
+
+def watched(x: Tensor) -> bool:
+    """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode, or
+    only the shapes of meta tensors. Else dispatch is pure overhead."""
+    return (
+        torch.compiler.is_compiling()
+        or type(x) not in (Tensor, torch.nn.Parameter)
+        or x.is_meta
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def values_readable(x: Tensor) -> bool:
+    """Whether the host may read numbers of x: they are there, or RLKERN_DEBUG=1 asks to wait for them."""
+    return not watched(x) and (DEBUG or x.device.type == "cpu")
+
+
+def transformed() -> bool:
+    """Whether torch.func is at work."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def one_pass(x: Tensor) -> bool:
+    """Whether a kernel does in one pass what is otherwise plain PyTorch. torch.compile fuses the plain form, torch.func
+    transforms it, and the reference backend differentiates it any number of times."""
+    if torch.compiler.is_compiling() or x.is_meta or transformed():
+        return False
+    return backends.select(x.device) is not backends.reference
+
+
+def _without_none(x: Tensor, results: Any) -> Any:
+    """What an operator may return: tensors."""
+    if isinstance(results, tuple):
+        return tuple(x.new_empty(_ABSENT) if r is None else r for r in results)
+    return results
+
+
+def _with_none(results: Any) -> Any:
+    if isinstance(results, tuple):
+        return tuple(None if r.shape == _ABSENT else r for r in results)
+    return results
+
+
+class Operator:
+    """An operator without gradient, called as the function behind it, and directly where nobody watches.
+
+    Args:
+        schema: PyTorch's, such as "name(Tensor x, Tensor? mask, float scale) -> (Tensor, Tensor)". Tensors come first.
+        run: the implementation. It may return None for a result that was not asked for.
+        fake: the results' shapes and dtypes: new tensors, nothing computed.
+        plain: the same in PyTorch's own operations, with gradient. It runs where `one_pass` says so.
+    """
+
+    def __init__(self, schema: str, run: Callable, fake: Callable, plain: Callable | None = None):
+        self.name, self.run, self.plain = schema.partition("(")[0], run, plain
+        self.tensors = schema.partition(") ->")[0].count("Tensor")  # so many arguments are tensors
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(self.name, lambda x, *args: _without_none(x, run(x, *args)), "CompositeExplicitAutograd")
+        torch.library.register_fake(
+            f"rlkern::{self.name}", lambda x, *args: _without_none(x, fake(x, *args)), lib=_library
+        )
+        self.op = getattr(torch.ops.rlkern, self.name).default
+
+    def __call__(self, x: Tensor, *args: Any) -> Any:
+        if self.plain is not None and not one_pass(x):
+            return self.plain(x, *args)
+        if not watched(x) and not transformed():
+            return self.run(x, *args)
+        with torch.no_grad():
+            return _with_none(self.op(x, *args))
+
+
+class _Once(torch.autograd.Function):
+    """Identity on a gradient that must not be differentiated again."""
+
+    @staticmethod
+    def forward(ctx, gradient, x, instead):
+        ctx.instead = instead
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx, _):
+        raise RuntimeError(
+            f"rlkern's gradients cannot be differentiated a second time; where you need that, {ctx.instead}"
+        )
+
+
+def once(gradient: Tensor, x: Tensor, instead: str) -> Tensor:
+    """A gradient by x, made in a backward that runs under create_graph=True: its own derivative is an error."""
+    return _Once.apply(gradient, x, instead)
+
+
+def _refuse_torch_func(operator: Operator) -> None:
+    def refuse(ctx, *grads):
+        raise RuntimeError("rlkern's operators are differentiated by torch.autograd, once, through rlkern's functions; not by torch.func")
+
+    # Without this, torch.compile(torch.func.grad(f)) returns zeros without a word (pytorch/pytorch#193279).
+    torch.library.register_autograd(
+        f"rlkern::{operator.name}", refuse, setup_context=lambda ctx, inputs, output: None, lib=_library
+    )
+
+
+def differentiable(
+    forward: Operator,
+    backward: Operator,
+    *,
+    outputs: int = 1,
+    constants: int = 0,
+    wrt: int = 1,
+    instead: str,
+    overwrite: Operator | None = None,
+) -> Callable:
+    """The forward as a function with gradients, which the backward computes.
+
+    Called with the forward's arguments, it returns the first `outputs` results, which carry gradients, and the next
+    `constants`, which do not; one that was not asked for is None. All further results are kept for the backward:
+
+        backward(*arguments, *kept results, *gradients by the outputs, each may be None)
+
+    It returns the gradient by the first argument. With `wrt` > 1 it gets one more argument, a list that says which of
+    the first `wrt` want a gradient, and returns as many gradients, or None.
+
+    Args:
+        instead: what can be differentiated twice, for the error.
+        overwrite: the backward in place. Called with in_place=True, the function writes the gradient over its first
+            argument: whoever else saved that tensor gets PyTorch's error, not a wrong number.
+    """
+    for operator in (forward, backward):
+        _refuse_torch_func(operator)
+    n, shown = forward.tensors, outputs + constants
+
+    def run(operator: Operator, args: Sequence) -> Any:
+        if not watched(args[0]):
+            return operator.run(*args)
+        results = operator.op(*args)
+        return results if torch.compiler.is_compiling() else _with_none(results)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, in_place, *args):
+            results = run(forward, args)
+            results = results if isinstance(results, tuple) else (results,)
+            ctx.save_for_backward(*args[:n], *results[shown:])
+            ctx.options, ctx.in_place = args[n:], in_place
+            ctx.set_materialize_grads(False)
+            results = results[:shown]
+            if constants:
+                ctx.mark_non_differentiable(*(x for x in results[outputs:] if x is not None))
+            if torch.compiler.is_compiling():  # Dynamo of torch 2.6 has no place for a None among the results
+                ctx.absent = [x.shape == _ABSENT for x in results]
+            return results
+
+        @staticmethod
+        def backward(ctx, *grads):
+            saved, compiling = ctx.saved_tensors, torch.compiler.is_compiling()
+            if compiling:  # it hands zeros to the results that were not asked for
+                grads = [None if absent else g for g, absent in zip(grads, ctx.absent, strict=True)]
+            args = [*saved[:n], *ctx.options, *saved[n:], *grads[:outputs]]
+            if compiling or not torch.is_grad_enabled():
+                gradients = derivative(ctx, args)
+            else:
+                with torch.no_grad():  # create_graph=True
+                    gradients = derivative(ctx, args)
+                gradients = [None if g is None else once(g, x, instead) for g, x in zip(gradients, saved, strict=False)]
+            return (None, *gradients, *[None] * (n + len(ctx.options) - wrt))
+
+    def derivative(ctx, args: list) -> Sequence[Tensor | None]:
+        if wrt > 1:
+            wanted = list(ctx.needs_input_grad[1 : wrt + 1])
+            return [g if want else None for g, want in zip(run(backward, [*args, wanted]), wanted, strict=True)]
+        if overwrite is None or not ctx.in_place or torch.compiler.is_compiling():
+            return [run(backward, args)]
+        run(overwrite, args)
+        torch.autograd.graph.increment_version(args[0])
+        return [args[0].detach()]
+
+    def apply(*args: Any, in_place: bool = False) -> Any:
+        results = Function.apply(in_place, *args)
+        results = _with_none(results) if torch.compiler.is_compiling() else results
+        return results if shown > 1 else results[0]
+
+    return apply

@@ -1,0 +1,29 @@
+"""One file each: the maths of what is read from rows of logits or from tokens, and the public function."""
+
+from .covariance import token_covariance
+from .divergence import token_did_entropy, token_divergence, topk_reverse_kl
+from .elbo import masked_elbo
+from .kept import NLPOStats, nlpo_keep_set, nlpo_stats
+from .kl import kl_estimate
+from .linear import linear_token_stats
+from .sequence import next_tokens, sequence_logps
+from .token_stats import TokenStats, entropy_from_logits, token_logprobs, token_stats
+
+__all__ = [
+    "NLPOStats",
+    "TokenStats",
+    "entropy_from_logits",
+    "kl_estimate",
+    "linear_token_stats",
+    "masked_elbo",
+    "next_tokens",
+    "nlpo_keep_set",
+    "nlpo_stats",
+    "sequence_logps",
+    "token_covariance",
+    "token_did_entropy",
+    "token_divergence",
+    "token_logprobs",
+    "token_stats",
+    "topk_reverse_kl",
+]

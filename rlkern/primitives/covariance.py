@@ -1,0 +1,93 @@
+"""How a token's log-probability moves with its advantage: the covariance that Clip-Cov and KL-Cov select by (arXiv 2505.22617, Eq. 10)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..checks import as_bool, check_group, check_logp, check_number, check_tokens, expect, numbers, per_token, shown
+from ..operator import Operator
+
+
+def _sums(logp, advantages, mask):
+    if logp.numel() == 0:
+        return logp.new_zeros(3, dtype=torch.float64)
+    return backends.select(logp.device).covariance_sums(logp.contiguous(), advantages.contiguous(), mask.contiguous()).sum(0)
+
+
+def _covariance(logp, advantages, mask, sums):
+    out = logp.new_empty(logp.shape)
+    if logp.numel():
+        sums = None if sums is None else sums.unsqueeze(0)
+        dense = (x.contiguous() for x in (logp, advantages, mask))
+        backends.select(logp.device).token_covariance(*dense, sums, out)
+    return out
+
+
+_covariance_sums = Operator(
+    "covariance_sums(Tensor logp, Tensor advantages, Tensor mask) -> Tensor",
+    _sums,
+    lambda logp, *_: logp.new_empty(3, dtype=torch.float64),
+)
+_token_covariance = Operator(
+    "token_covariance(Tensor logp, Tensor advantages, Tensor mask, Tensor? sums) -> Tensor",
+    _covariance,
+    lambda logp, *_: logp.new_empty(logp.shape),
+)
+
+
+def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+    """cov_i = (A_i - mean A)(logp_i - mean logp), both means over all counted tokens.
+
+    Args:
+        logp: [B, T] float. A token whose logp is not finite (the policy forbids it) counts as masked, it would make every mean infinite.
+        advantages: [B, T], [B, 1] or [B] float that does not require grad.
+        mask: [B, T] bool or number; nonzero counts. Masked places may hold NaN.
+        group: data-parallel processes to take the means over (one all_reduce of three numbers); None takes this tensor alone.
+
+    Returns:
+        [B, T] float32 (float64 for float64 logp), 0 where masked, no gradient. With equal advantages it is 0 up to rounding.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes and devices other than these.
+    """
+    check_logp(logp)
+    check_tokens("mask", mask, logp, "real")
+    check_group(group)
+    return covariance_of(logp, per_token("advantages", advantages, logp), as_bool(mask), group)
+
+
+def covariance_of(logp: Tensor, advantages: Tensor, mask: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """`token_covariance` of checked inputs: advantages [B, T] in the dtype of the computation, mask bool."""
+    logp = numbers(logp, advantages.dtype)
+    sums = None
+    if group is not None:
+        sums = _covariance_sums(logp.detach(), advantages, mask)
+        torch.distributed.all_reduce(sums, group=group)
+    return _token_covariance(logp, advantages, mask, sums)
+
+
+@torch.no_grad()
+def covariance_quantiles(covariance: Tensor, mask: Tensor, quantiles: tuple[float, ...] = (0.5, 0.9, 0.99, 0.999)) -> Tensor:
+    """Quantiles over the counted tokens, for plots: [len(quantiles)], 0 without tokens. The value at rank floor(q (N - 1)), nothing interpolated.
+
+    Raises:
+        TypeError, ValueError: shapes that differ, quantiles outside [0, 1].
+    """
+    expect("covariance", covariance, "float", "[...]")
+    expect("mask", mask, "real", "[...]", like=("covariance", covariance))
+    if not isinstance(quantiles, (tuple, list)):
+        raise TypeError(f"quantiles must be a tuple of numbers in [0, 1], got {shown(quantiles)}")
+    for q in quantiles:
+        check_number("quantiles", q, 0, 1)
+    mask = as_bool(mask)
+    ordered = torch.where(mask, covariance, math.nan).flatten().sort().values
+    ordered = torch.nn.functional.pad(ordered, (0, 1))  # something to read in an empty batch
+    last = (mask.sum() - 1).clamp(min=0).to(torch.float64)
+    if not quantiles:
+        return covariance.new_empty(0)
+    ranks = torch.stack([(last * q).floor().to(torch.int64) for q in quantiles])
+    return torch.where(mask.any(), ordered.gather(0, ranks), 0)

@@ -1,0 +1,188 @@
+"""Divergence between two rows of logits, token by token, with its gradient in closed form. Plain PyTorch, on any device.
+
+Rows are processed a chunk at a time: neither log-probabilities nor float32 copies of all the logits ever exist.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..backends.gradient_memory import new_gradient
+from ..checks import check_choice, check_flags, check_logits, check_mask, check_number, check_temperature, expect
+from ..layout import as_rows, computing_dtype, row_chunks
+from ..operator import Operator, differentiable
+from .token_stats import entropy_from_logits
+
+KINDS = ("reverse_kl", "forward_kl", "jsd")
+
+
+def _terms(l: Tensor, m: Tensor, against: Tensor) -> Tensor:  # noqa: E741
+    """exp(l) (m - against), summed over by the caller: 0 where exp(l) has no support, +inf where `against` lacks support that l has."""
+    x = (m - against).masked_fill_(l == -math.inf, 0)
+    # An underflown exp(l) is still support: 0 * inf would be NaN.
+    return torch.where(x == math.inf, x, x * l.exp())
+
+
+def _row_divergence(l: Tensor, m: Tensor, kind: str, beta: float) -> Tensor:  # noqa: E741
+    """[R, 1] from log-probabilities l (of `logits`) and m (of `other`), both [R, V]."""
+    if kind == "reverse_kl":
+        return _terms(l, l, m).sum(-1, keepdim=True)
+    if kind == "forward_kl":
+        return _terms(m, m, l).sum(-1, keepdim=True)
+    log_mix = torch.logaddexp(l + math.log1p(-beta), m + math.log(beta))
+    return (beta * _terms(m, m, log_mix) + (1 - beta) * _terms(l, l, log_mix)).sum(-1, keepdim=True)
+
+
+def _row_gradient(l: Tensor, m: Tensor, kind: str, beta: float) -> Tensor:  # noqa: E741
+    """[R, V], the derivative of `_row_divergence` by logits / temperature."""
+    p = l.exp()
+    if kind == "forward_kl":
+        dz = p - m.exp()
+    else:
+        log_mix = m if kind == "reverse_kl" else torch.logaddexp(l + math.log1p(-beta), m + math.log(beta))
+        mean = _terms(l, l, log_mix).sum(-1, keepdim=True)
+        dz = p * (l - log_mix - mean)
+        dz = dz if kind == "reverse_kl" else (1 - beta) * dz
+    return dz.masked_fill_(l == -math.inf, 0)
+
+
+def _log_probs(rows: Tensor, row_temperature: Tensor | None, temperature: float, acc: torch.dtype) -> Tensor:
+    rows = rows.to(acc)
+    return (rows / (temperature if row_temperature is None else row_temperature)).log_softmax(-1)
+
+
+class _Pairs:
+    """The rows of both tensors, a chunk at a time, as log-probabilities."""
+
+    def __init__(self, logits, other, row_temperature, temperature):
+        self.logits, self.other, self.temperature = as_rows(logits), as_rows(other), temperature
+        self.acc = computing_dtype(logits)
+        self.row_temperature = None if row_temperature is None else row_temperature.to(self.acc).reshape(-1)
+
+    def scale(self, flat: slice) -> float | Tensor:
+        """The temperature of these rows, a number or [R, 1]."""
+        return self.temperature if self.row_temperature is None else self.row_temperature[flat].unsqueeze(-1)
+
+    def __iter__(self) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]]:
+        """Yields (a, b, flat, l, m): log-probabilities of `logits[a, b]`, whose row numbers are `flat`, and of `other`."""
+        for a, b, flat in row_chunks(self.logits):
+            l, m = ((x[a, b].to(self.acc) / self.scale(flat)).log_softmax(-1) for x in (self.logits, self.other))  # noqa: E741
+            yield a, b, flat, l, m
+
+
+def _new_divergence(logits, *args):
+    return logits.new_empty(logits.shape[:-1], dtype=computing_dtype(logits))
+
+
+def _divergence(logits, other, mask, row_temperature, temperature, kind, beta):
+    out = _new_divergence(logits)
+    values = out.view(-1)
+    for _, _, flat, l, m in _Pairs(logits, other, row_temperature, temperature):  # noqa: E741
+        values[flat] = _row_divergence(l, m, kind, beta).squeeze(-1)
+    return out if mask is None else out.masked_fill_(~mask, 0)
+
+
+def _gradient(logits, other, mask, row_temperature, temperature, kind, beta, gradient):
+    out = new_gradient(logits)
+    gradient = gradient.to(computing_dtype(logits))
+    gradient = (gradient if mask is None else gradient.masked_fill(~mask, 0)).reshape(-1)
+    rows_of_out, pairs = as_rows(out), _Pairs(logits, other, row_temperature, temperature)
+    for a, b, flat, l, m in pairs:  # noqa: E741
+        g = gradient[flat].unsqueeze(-1)
+        # A row that nothing flows back into is zero whatever it holds, NaN and infinite divergences included.
+        dx = (_row_gradient(l, m, kind, beta) * (g / pairs.scale(flat))).masked_fill_(g == 0, 0)
+        rows_of_out[a, b] = dx.to(out.dtype)
+    return out
+
+
+_ARGUMENTS = "Tensor logits, Tensor other, Tensor? mask, Tensor? row_temperature, float temperature, str kind, float beta"
+_token_divergence = differentiable(
+    Operator(f"token_divergence({_ARGUMENTS}) -> Tensor", _divergence, _new_divergence),
+    Operator(
+        f"token_divergence_backward({_ARGUMENTS}, Tensor gradient) -> Tensor",
+        _gradient,
+        lambda logits, *_: new_gradient(logits),
+    ),
+    instead="use rlkern.reference.token_divergence",
+)
+
+
+def token_divergence(
+    logits: Tensor,
+    other: Tensor,
+    *,
+    kind: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Full-vocabulary divergence between p = softmax(logits / temperature) and q = softmax(other / temperature), row by row.
+
+        kind            value                                                       gradient by logits
+        "reverse_kl"    KL(p || q) = sum p log(p / q)                               p (log(p / q) - KL) / T
+        "forward_kl"    KL(q || p) = sum q log(q / p)                               (p - q) / T
+        "jsd"           beta KL(q || M) + (1 - beta) KL(p || M),                    (1 - beta) p (log(p / M) - KL(p || M)) / T
+                        M = beta q + (1 - beta) p  (GKD, arXiv 2306.13649)
+
+    Args:
+        logits: [..., V] of the policy or student, float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.
+        other: [..., V] of the teacher or reference, any of these dtypes; used detached.
+        kind, beta: see above; 0 < beta < 1 and for "jsd" alone (the two KL divergences are its limits, rescaled).
+        temperature: a positive float, or a tensor [...] with one entry a row, anything where mask is 0; it divides both.
+        mask: [...] bool or number; where it is 0 the result is 0 and no gradient flows, whatever the rows hold.
+
+    Returns:
+        [...] in float32 (float64 for float64 logits), freshly allocated. Entries at -inf on both sides contribute 0 and an entry at -inf
+        receives no gradient. The divergence is +inf where its first argument has mass that the second lacks (forward: q > 0 = p; reverse:
+        p > 0 = q, whose gradient is not finite then); the jsd is at most log 2 for beta = 0.5.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
+    """
+    check_logits(logits)
+    check_logits(other, "other")
+    expect("other", other, "float", "[..., V]", like=("logits", logits))
+    check_choice("kind", kind, KINDS)
+    check_number("beta", beta)
+    if not 0 < beta < 1:
+        raise ValueError(f"beta is the weight of `other` in the mixture, 0 < beta < 1, got {beta}")
+    mask = check_mask(mask, logits)
+    row_temperature, temperature = check_temperature(temperature, logits, mask=mask)
+    return _token_divergence(logits, other.detach(), mask, row_temperature, temperature, kind, float(beta))
+
+
+def token_did_entropy(logits: Tensor, reference_logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Entropy of the DID of the next token, softmax(logits - reference_logits): [..., V] twice -> [...], differentiable by both.
+
+    The difference is a tensor of logits' size in float32 (float64 for float64). Entries at -inf in `logits` have mass 0; an entry at -inf in
+    the reference alone has infinite mass, and its row is NaN. temperature and mask as in `entropy_from_logits`.
+    Raises TypeError, ValueError for dtypes, shapes, devices or options other than these.
+    """
+    check_logits(logits)
+    check_logits(reference_logits, "reference_logits")
+    expect("reference_logits", reference_logits, "float", "[..., V]", like=("logits", logits))
+    dtype = computing_dtype(logits)
+    difference = (logits.to(dtype) - reference_logits.to(dtype)).masked_fill(logits == -math.inf, -math.inf)
+    return entropy_from_logits(difference, temperature=temperature, mask=mask)
+
+
+def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = False) -> Tensor:
+    """Reverse KL over K ids per token: sum_k p_k (log p_k - log q_k), [..., K] twice -> [...], with gradient by `logp`.
+
+    `logp` is `token_logprobs(logits, ids)` with ids [..., K] of the student's or the teacher's top K, `teacher_logp` the teacher's at the same
+    ids, used detached. renormalize makes both distributions over the K ids; without it the sum lacks the tail, and may be negative.
+    Ids at -inf in `logp` contribute 0. The result is float32 (float64 for float64 logp), for `kdrl_loss(kd="exact", teacher_kl=...)`.
+    Raises TypeError, ValueError for other dtypes and shapes.
+    """
+    expect("logp", logp, "float", "[..., K]")
+    expect("teacher_logp", teacher_logp, "float", "[..., K]", like=("logp", logp))
+    check_flags(renormalize=renormalize)
+    logp, teacher_logp = logp.to(computing_dtype(logp)), teacher_logp.detach().to(computing_dtype(logp))
+    if renormalize:
+        logp, teacher_logp = logp.log_softmax(-1), teacher_logp.log_softmax(-1)
+    none = logp == -math.inf
+    return torch.where(none, 0, logp.exp() * torch.where(none, 0, logp - teacher_logp)).sum(-1)

@@ -1,0 +1,131 @@
+"""Kept sets of tokens from another policy's logits, and log-probabilities within them: what NLPO is made of
+(arXiv 2210.01241)."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import FINITE, check_count, check_flags, check_logits, check_number, check_positive, expect
+from ..layout import as_rows, computing_dtype, row_chunks
+from ..operator import values_readable
+from .token_stats import token_stats
+
+
+def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_keep: int) -> Tensor:
+    """[R, V] -> bool [R, V]"""
+    if top_k is not None:
+        threshold = x.topk(min(max(top_k, min_tokens_to_keep), x.shape[-1]), -1).values[:, -1:]
+        return (x >= threshold) & (x > -math.inf)
+    ordered, order = x.sort(dim=-1, descending=True, stable=True)
+    p = (ordered.softmax(-1) * 2.0**52).long()  # sums of integers have no order: on a GPU those of floats may change from run to run
+    before = p.cumsum(-1) - p
+    kept = before <= int(top_p * 2**52)
+    kept[:, :min_tokens_to_keep] = True
+    return torch.empty_like(kept).scatter_(-1, order, kept) & (x > -math.inf)
+
+
+def _ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
+    """int64 [n] on the device of rows [..., V]. Raises TypeError, ValueError; IndexError for an id outside [0, V) where that can be seen."""
+    expect(name, ids, "integer", "[n]")
+    if ids.device != rows.device and ids.device.type != "cpu":
+        raise ValueError(f"{name} must be on the device of the logits {rows.device} or on the CPU, got {ids.device}")
+    if values_readable(ids):
+        bad = (ids < 0) | (ids >= rows.shape[-1])
+        if bad.any():
+            raise IndexError(f"{name} holds the id {ids[bad][0].item()}, out of range for the {rows.shape[-1]} logits of a row of mask_logits")
+    return ids.to(rows.device).long()
+
+
+@torch.no_grad()
+def nlpo_keep_set(
+    mask_logits: Tensor,
+    *,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_tokens_to_keep: int = 1,
+    always_keep: Tensor | None = None,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The tokens that stay open, bool [..., V], from the mask policy's logits. Store it with the rollout: every PPO epoch reuses it.
+
+    Args:
+        mask_logits: [..., V] of the mask policy, a copy of the actor refreshed now and then.
+        top_p: keep the smallest set of likeliest tokens whose mass exceeds top_p (the one that crosses it included); RL4LMs: 0.9.
+        top_k: keep the k likeliest, and those tied with the last of them. Give one of the two.
+        min_tokens_to_keep: at least so many (RL4LMs keeps one more than asked for in its encoder-decoder path).
+        always_keep: [n] integer ids in [0, V), such as end of sequence; on the logits' device or on a CPU.
+        temperature: divides the logits first.
+
+    Tokens at -inf are never kept. Raises TypeError, ValueError for dtypes, shapes and options other than these; IndexError for an id outside of
+    [0, V) in always_keep. On a GPU such an id is without effect, and an error with RLKERN_DEBUG=1 only: to look would wait for the device.
+    """
+    check_logits(mask_logits, "mask_logits")
+    if (top_p is None) == (top_k is None):
+        raise ValueError(f"give one of top_p and top_k, got top_p={top_p}, top_k={top_k}")
+    if top_p is not None:
+        check_number("top_p", top_p, 0, 1)
+    if top_k is not None:
+        check_count("top_k", top_k, 1)
+    check_count("min_tokens_to_keep", min_tokens_to_keep, 1)
+    check_positive("temperature", temperature, FINITE)
+    rows = as_rows(mask_logits)
+    vocab = rows.shape[-1]
+    out = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
+    for a, b, _ in row_chunks(rows):
+        x = rows[a, b].to(computing_dtype(rows)) / temperature
+        out[a, b] = _keep_rows(x, top_p, top_k, min_tokens_to_keep)
+    if always_keep is not None:
+        ids = _ids("always_keep", always_keep, rows)
+        # One place more, for ids that there are not: neither a write out of bounds nor an assertion on the device.
+        kept = torch.zeros(vocab + 1, dtype=torch.bool, device=rows.device)
+        kept.index_fill_(0, torch.where((ids >= 0) & (ids < vocab), ids, vocab), True)
+        out |= kept[:vocab]
+        out &= rows > -math.inf
+    return out.view(mask_logits.shape)
+
+
+class NLPOStats(NamedTuple):
+    """Each shaped like targets, float32 (float64 for float64 logits)."""
+
+    logp: Tensor  # -inf where the target is not in the kept set and renorm is True
+    entropy: Tensor
+    kept_logmass: Tensor  # log of the actor's mass on the kept set
+
+
+def nlpo_stats(
+    logits: Tensor,
+    targets: Tensor,
+    keep: Tensor,
+    *,
+    renorm: bool = True,
+    temperature: float = 1.0,
+    mask: Tensor | None = None,
+    ignore_index: int = -100,
+) -> NLPOStats:
+    """Log-probability and entropy of the actor restricted to the kept set, differentiable.
+
+    renorm=True is the paper's masked policy r = p / S on the set, S the actor's mass on it: logp = log r(target), entropy = -sum r log r.
+    renorm=False is what RL4LMs computes: it renormalises the probabilities but not the log-probabilities, so logp = log p(target), the plain
+    one, and entropy = -sum r log p.
+
+    Args:
+        logits: [..., V] of the actor; keep: bool [..., V] of `nlpo_keep_set`, at least one token a row.
+        targets, temperature, mask, ignore_index: as in `rlkern.token_stats`. One masked copy of the logits is made.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `rlkern.token_stats`, and for a keep of another dtype or shape.
+    """
+    check_flags(renorm=renorm)
+    check_logits(logits)
+    expect("keep", keep, "bool", "[..., V]", like=("logits", logits))
+    options = {"temperature": temperature, "mask": mask, "ignore_index": ignore_index}
+    plain = token_stats(logits, targets, **options)
+    kept = token_stats(logits.masked_fill(~keep, -math.inf), targets, **options)
+    kept_logmass = kept.logsumexp - plain.logsumexp
+    if renorm:
+        return NLPOStats(kept.logp, kept.entropy, kept_logmass)
+    return NLPOStats(plain.logp, kept.entropy - kept_logmass, kept_logmass)

@@ -1,0 +1,29 @@
+"""Reductions over the tokens that a mask counts, for metrics and for losses on whole sequences."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """[B, T] -> [B, 1]: the mean over the tokens of each sequence; 0 for an empty one. Masked values must be finite."""
+    return torch.where(mask, values, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+
+
+@torch.no_grad()
+def total(where: Tensor, dtype: torch.dtype) -> Tensor:
+    """How many are set, in the dtype of the computation: the quotient of two integers would follow torch.set_default_dtype."""
+    return where.sum().to(dtype)
+
+
+@torch.no_grad()
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of float values over the mask. 0 if nothing counts."""
+    return torch.where(mask, values, 0).sum() / mask.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def fraction(where: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The fraction of the mask that is in `where`, both bool. 0 if nothing counts."""
+    return total(where & mask, dtype) / mask.sum().clamp(min=1)

@@ -1,0 +1,69 @@
+"""Log-probabilities of whole sequences."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..checks import check_flags, expect, shown
+from .token_stats import token_logprobs
+
+
+def check_labels(labels: Tensor, logits: Tensor) -> None:
+    """Raises TypeError or ValueError unless `labels` [..., T] are integers that fit `logits` [..., T, V]."""
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"logits must be a tensor [..., T, V], got {type(logits).__name__}")
+    if logits.dim() < 2:
+        raise ValueError(f"logits must be [..., T, V], got shape {tuple(logits.shape)}")
+    expect("labels", labels, "integer", "[..., T]", shape=logits.shape[:-1], like=("logits", logits))
+
+
+def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """What the logits of a causal model predict: labels moved one to the left, `ignore_index` in the last column. [..., T] -> [..., T].
+
+    The logits stay whole this way: slicing them off instead costs a zero-fill and a copy of all logits in the backward.
+    """
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor [..., T], got {type(labels).__name__}")
+    if labels.dim() == 0:
+        raise ValueError(f"labels must be [..., T], got shape {tuple(labels.shape)}")
+    if not isinstance(ignore_index, (int, float)):
+        raise TypeError(f"ignore_index must be a number, got {shown(ignore_index)}")
+    if not (labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool):
+        least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max
+        if not isinstance(ignore_index, int) or not least <= ignore_index <= most:
+            raise ValueError(f"ignore_index must be an integer that labels of {labels.dtype} can hold, got {ignore_index}")
+    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+
+
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    average: bool = False,
+    shift: bool = True,
+    ignore_index: int = -100,
+    temperature: float | Tensor = 1.0,
+    inplace_backward: bool = False,
+) -> Tensor:
+    """Log-probability of each sequence, the `_get_batch_logps` of the original DPO code: sum over t of log softmax(logits)[label].
+
+    Args:
+        logits: [B, T, V] float32, bfloat16, float16 or float64 (any leading dimensions), not sliced.
+        labels: [B, T] integer, `ignore_index` where a token does not count (prompt, padding).
+        average: divide by the number of tokens. A sequence without tokens gives 0 either way.
+        shift: logits at t predict the label at t + 1 (a causal model). False: labels are aligned with the logits already.
+        temperature, inplace_backward: as in `rlkern.token_stats`.
+
+    Returns:
+        [B], float32 (float64 for float64 logits), differentiable.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes or options other than the above; IndexError as `rlkern.token_stats`.
+    """
+    check_flags(average=average, shift=shift)
+    check_labels(labels, logits)
+    targets = next_tokens(labels, ignore_index) if shift else labels
+    logps = token_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index, inplace_backward=inplace_backward).sum(-1)
+    return logps / (targets != ignore_index).sum(-1).clamp(min=1) if average else logps

@@ -1,0 +1,301 @@
+"""Log-probability, entropy and more of each row of logits in one read: the primitive that most losses start from."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..backends.contract import KeptKind, State
+from ..backends.gradient_memory import new_gradient
+from ..checks import (
+    check_flags,
+    check_ignore_index,
+    check_logits,
+    check_mask,
+    check_number,
+    check_target_range,
+    check_targets,
+    check_temperature,
+)
+from ..layout import as_rows, computing_dtype
+from ..operator import Operator, differentiable, values_readable
+
+ARGUMENTS = "Tensor? targets, Tensor? mask, Tensor? row_temperature, float temperature, int ignore_index, "
+ARGUMENTS += "int kept_kind, float log_kept, bool with_sum_sq, bool with_entropy"
+RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+GRADIENTS = "Tensor state, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp, Tensor? g_sum_sq_prob, "
+GRADIENTS += "Tensor? g_kept_logmass"
+
+
+class TokenStats(NamedTuple):
+    """What one row of logits says of one token; see `token_stats`. All have the rows' shape, `logp` that of the targets."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    logsumexp: Tensor
+    sum_sq_prob: Tensor | None = None
+    kept_logmass: Tensor | None = None
+    target_kept: Tensor | None = None  # bool: the target is in the kept set
+
+    @property
+    def proxy_logp(self) -> Tensor:
+        """log-probability of the target after renormalising over the kept set, `logp - kept_logmass`; -inf where the
+        target was not kept."""
+        if self.kept_logmass is None or self.target_kept is None:
+            raise ValueError("proxy_logp needs a kept set: call token_stats with min_p=... or min_prob=...")
+        kept_logmass = self.kept_logmass if self.logp.shape == self.kept_logmass.shape else self.kept_logmass.unsqueeze(-1)
+        return torch.where(self.target_kept, self.logp - kept_logmass, -math.inf)
+
+
+class Options(NamedTuple):
+    """What is asked of every row, as the operators take it."""
+
+    temperature: float  # 1 beside a temperature for each row
+    ignore_index: int
+    kept_kind: int
+    log_kept: float
+    with_sum_sq: bool
+    with_entropy: bool
+
+
+class Results(NamedTuple):
+    """What the forward computes. All but logsumexp and state may be None: not asked for."""
+
+    logp: Tensor | None
+    entropy: Tensor | None
+    logsumexp: Tensor
+    sum_sq_prob: Tensor | None
+    kept_logmass: Tensor | None
+    target_kept: Tensor | None
+    state: Tensor  # what the backward needs of a row
+
+
+def new_results(x: Tensor, targets: Tensor | None, options: Options) -> Results:
+    """Uninitialised results for rows x [..., anything]."""
+    rows, acc = x.shape[:-1], computing_dtype(x)
+    n_targets = 0 if targets is None else targets.shape[-1] if targets.dim() == x.dim() else 1
+
+    def row(asked: object) -> Tensor | None:
+        return x.new_empty(rows, dtype=acc) if asked else None
+
+    kept = options.kept_kind != KeptKind.NONE
+    return Results(
+        logp=None if targets is None else x.new_empty(targets.shape, dtype=acc),
+        entropy=row(options.with_entropy),
+        logsumexp=x.new_empty(rows, dtype=acc),
+        sum_sq_prob=row(options.with_sum_sq),
+        kept_logmass=row(kept),
+        target_kept=None if targets is None or not kept else x.new_empty(targets.shape, dtype=torch.bool),
+        state=x.new_empty((*rows, State.TARGETS + n_targets), dtype=acc),
+    )
+
+
+def _for_backend(logits, targets, mask, row_temperature, temperature):
+    """Targets, mask and temperature as the backends want them: of [N] size, and not copied where they fit already."""
+    if targets is not None:
+        targets = targets.contiguous().view(-1, targets.shape[-1] if targets.dim() == logits.dim() else 1)
+    if mask is not None:
+        mask = mask.contiguous().view(-1)
+    if row_temperature is not None:
+        temperature = row_temperature.to(computing_dtype(logits)).contiguous().view(-1)
+    return targets, mask, temperature
+
+
+def compute(logits, targets, mask, row_temperature, *options) -> Results:
+    """The forward; see `Options`."""
+    o = Options(*options)
+    out = new_results(logits, targets, o)
+    if out.logsumexp.numel() == 0:
+        return out
+    backend = backends.select(logits.device)
+    y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, o.temperature)
+    if y is not None and not backend.CHECKS_TARGETS and values_readable(logits):
+        check_target_range(y, mask, o.ignore_index, logits.shape[-1])
+    backend.token_stats_forward(as_rows(logits), y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, out)
+    if out.target_kept is not None:
+        threshold, shifted = out.state[..., State.THRESHOLD : State.TARGETS], out.state[..., State.TARGETS :]
+        torch.ge(shifted, threshold, out=out.target_kept.view(shifted.shape))
+    return out
+
+
+def write_gradient(out, logits, targets, mask, row_temperature, *rest) -> None:
+    """The backward, into out, which may be the logits."""
+    o, (state, *grads) = Options(*rest[: len(Options._fields)]), rest[len(Options._fields) :]
+    if logits.numel() == 0:
+        return
+    y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, o.temperature)
+    grads = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
+    rows = as_rows(logits)
+    rows_of_out = rows if out is logits else as_rows(out)
+    backend = backends.select(logits.device)
+    backend.token_stats_backward(rows, y, mask, temperature, o.ignore_index, state, grads, rows_of_out)
+
+
+def _backward(logits, *args):
+    out = new_gradient(logits)
+    write_gradient(out, logits, *args)
+    return out
+
+
+_forward = Operator(
+    f"token_stats(Tensor logits, {ARGUMENTS}) -> {RESULTS}",
+    compute,
+    lambda logits, targets, mask, row_temperature, *options: new_results(logits, targets, Options(*options)),
+)
+_token_stats = differentiable(
+    _forward,
+    Operator(f"token_stats_backward(Tensor logits, {ARGUMENTS}, {GRADIENTS}) -> Tensor", _backward, lambda x, *_: new_gradient(x)),
+    outputs=5,
+    constants=1,
+    instead="use rlkern.reference.token_stats, with targets [..., K], and the loss on what it returns",
+    overwrite=Operator(
+        f"token_stats_backward_(Tensor(a!) logits, {ARGUMENTS}, {GRADIENTS}) -> ()",
+        lambda logits, *args: write_gradient(logits, logits, *args),
+        lambda *args: None,
+    ),
+)
+
+
+# --- public --------------------------------------------------------------------------------------------------------
+
+
+def check_kept(min_p: float | None, min_prob: float | None) -> tuple[int, float]:
+    """(kept_kind, log_kept) of the kept set."""
+    if min_p is not None and min_prob is not None:
+        raise ValueError(
+            f"give min_p (relative to the largest probability) or min_prob (absolute), not both: got {min_p} and {min_prob}"
+        )
+    for name, value, kind in (("min_p", min_p, KeptKind.MIN_P), ("min_prob", min_prob, KeptKind.MIN_PROB)):
+        if value is not None:
+            check_number(name, value)
+            if not 0 < value <= 1:
+                raise ValueError(f"{name} is a fraction in (0, 1], got {value}")
+            return kind, math.log(value)
+    return KeptKind.NONE, 0.0
+
+
+def row_options(
+    x: Tensor,
+    targets: Tensor | None,
+    *,
+    of: str = "logits",
+    mask: Tensor | None,
+    temperature: float | Tensor,
+    ignore_index: int,
+    min_p: float | None,
+    min_prob: float | None,
+    with_sum_sq: bool,
+    with_entropy: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Options]:
+    """(targets, mask, row_temperature, options) checked, for rows x [..., anything] that errors call `of`."""
+    targets = None if targets is None else check_targets(targets, x, of)
+    mask = check_mask(mask, x, of)
+    ignore_index = check_ignore_index(ignore_index)
+    row_temperature, temperature = check_temperature(temperature, x, targets, mask, ignore_index)
+    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy)
+    kept = check_kept(min_p, min_prob)
+    return targets, mask, row_temperature, Options(temperature, ignore_index, *kept, bool(with_sum_sq), bool(with_entropy))
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"inplace_backward writes the gradient over the logits: their last stride must be 1, got {logits.stride(-1)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"inplace_backward cannot write into expanded logits (strides {logits.stride()} share memory)")
+    if logits.dim() > 3:
+        try:
+            logits.detach().view(-1, *logits.shape[-2:])
+        except RuntimeError:
+            raise ValueError(f"inplace_backward needs leading dimensions that merge into one, got strides {logits.stride()}") from None
+
+
+def _stats(logits: Tensor, targets: Tensor | None, inplace_backward: bool = False, **options: Any) -> TokenStats:
+    check_logits(logits)
+    check_flags(inplace_backward=inplace_backward)
+    targets, mask, row_temperature, o = row_options(logits, targets, **options)
+    if inplace_backward:
+        _check_inplace(logits)
+    return TokenStats(*_token_stats(logits, targets, mask, row_temperature, *o, in_place=bool(inplace_backward)))
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    min_p: float | None = None,
+    min_prob: float | None = None,
+    with_sum_sq: bool = False,
+    with_entropy: bool = True,
+    inplace_backward: bool = False,
+    group=None,
+) -> TokenStats:
+    """Log-probability, entropy and more of each row of logits in one read, differentiable in one read and one write.
+
+    With u = logits / temperature and p = softmax(u):
+
+        logp = log p[target]     entropy = -sum p log p     logsumexp = log sum e^u     sum_sq_prob = sum p^2
+        kept_logmass = log of the mass of the kept set, {p >= min_p * max p} or {p >= min_prob}; KL(kept, renormalised || p) = -kept_logmass
+
+    Args:
+        logits: [..., V] float32, bfloat16, float16 or float64, any leading strides (`logits[:, :-1]` is not copied). -inf entries are legal
+            (probability 0, gradient 0).
+        targets: [...] integer token ids, or [..., K] for K log-probabilities a row.
+        mask: [...] bool or number; rows where it is 0 are not read: zeros out, zero gradient.
+        temperature: a positive float, or a tensor [...] with one entry a row, anything where the row is not read. It carries no gradient.
+        ignore_index: a target that marks its row as masked (with [..., K]: its entry; the row only when all K are ignored).
+        min_p: keep the tokens with p >= min_p * max p, inclusive (Lp-Reg, arXiv 2510.03222, eq. 5). The set is detached.
+        min_prob: keep the tokens with p >= min_prob, inclusive. An empty set has kept_logmass -inf and no gradient.
+        with_sum_sq: also compute sum_sq_prob.
+        with_entropy: False leaves the entropy out: its field is None, and a CPU saves a tenth of the forward.
+        inplace_backward: write the gradient over the logits: no memory for a gradient, and the logits are gone after the backward.
+            Another operation that saved the logits raises in its own backward. Under torch.compile the gradient is a new tensor.
+        group: reserved for vocabulary-parallel logits; must be None.
+
+    Returns:
+        TokenStats(logp, entropy | None, logsumexp, sum_sq_prob | None, kept_logmass | None) in float32 (float64 for float64 logits), shaped like the
+        rows (logp like targets), freshly allocated; all carry gradients. `.proxy_logp` is logp - kept_logmass, -inf outside the kept set.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
+        IndexError: on a CPU for a target outside [0, V) that is not ignore_index. On a GPU that row's logp is NaN (RLKERN_DEBUG=1 checks there too).
+    """
+    if group is not None:
+        raise ValueError("group: vocabulary-parallel logits are not supported in this version, expected None")
+    if targets is None:
+        raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
+    return _stats(
+        logits,
+        targets,
+        inplace_backward,
+        mask=mask,
+        temperature=temperature,
+        ignore_index=ignore_index,
+        min_p=min_p,
+        min_prob=min_prob,
+        with_sum_sq=with_sum_sq,
+        with_entropy=with_entropy,
+    )
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, **options) -> Tensor:
+    """log softmax(logits / temperature) at the targets: drop-in for `selective_log_softmax` and `logprobs_from_logits`.
+
+    Takes the arguments of `token_stats`; returns its `logp`, float32, shaped like targets ([...] or [..., K]).
+    """
+    return token_stats(logits, targets, **{"with_entropy": False, **options}).logp
+
+
+def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
+    """Entropy, in nats, of softmax(logits / temperature) over the last dimension: [..., V] -> [...], float32 (float64 for float64 logits).
+
+    Differentiable; `temperature` and `mask` as in `token_stats`. Entries at -inf count as probability 0.
+    """
+    none = {"ignore_index": -100, "min_p": None, "min_prob": None, "with_sum_sq": False}
+    return _stats(logits, None, mask=mask, temperature=temperature, with_entropy=True, **none).entropy
