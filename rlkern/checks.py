@@ -57,7 +57,7 @@ def expect(
     """
     words, fits = _KINDS[kind]
     if not isinstance(x, Tensor) or not fits(x.dtype):
-        raise TypeError(f"{name} must be {words} {layout}, got {shown(x)}")
+        raise TypeError(f"{name} must be {words}{'' if layout == '[...]' else ' ' + layout}, got {shown(x)}")
     if shape is None and like is None:
         dims = layout.count(",") + 1
         if x.dim() < dims - 1 if "..." in layout else x.dim() != dims:
@@ -67,8 +67,9 @@ def expect(
             raise ValueError(f"{name} must have the shape of {like[0]} {tuple(like[1].shape)}, got {tuple(x.shape)}")
     elif x.shape != shape and tuple(x.shape) not in shape:
         of = "" if like is None else f" for {like[0]} {tuple(like[1].shape)}"
-        allowed = [shape] if not shape or isinstance(shape[0], int) else shape
-        raise ValueError(f"{name} must be {layout}, {' or '.join(str(tuple(s)) for s in allowed)}{of}, got {tuple(x.shape)}")
+        several = len(shape) > 0 and not isinstance(shape[0], int)
+        wanted = f"{layout}, here {' or '.join(str(tuple(s)) for s in shape)}" if several else f"{tuple(shape)}{layout.partition(']')[2]}"
+        raise ValueError(f"{name} must be {wanted}{of}, got {tuple(x.shape)}")
     if like is not None and x.device != like[1].device:
         raise ValueError(f"{name} must be on the device of {like[0]} {like[1].device}, got {x.device}")
     if detached and x.requires_grad:
@@ -174,9 +175,7 @@ def check_temperature(
             counted = counted_rows(targets, mask, ignore_index, len(rows))
             bad = bad if counted is None else bad & counted
             if bad.any():
-                raise ValueError(
-                    f"temperature must be positive and finite in every row that is read, got {temperature[bad][0].item()}"
-                )
+                raise ValueError(f"temperature must be positive and finite in every row that is read, got {temperature[bad][0].item()}")
     return temperature, 1.0
 
 

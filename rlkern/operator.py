@@ -24,12 +24,7 @@ _library = torch.library.Library("rlkern", "DEF")
 def watched(x: Tensor) -> bool:
     """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode, or
     only the shapes of meta tensors. Else dispatch is pure overhead."""
-    return (
-        torch.compiler.is_compiling()
-        or type(x) not in (Tensor, torch.nn.Parameter)
-        or x.is_meta
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
 
 
 def values_readable(x: Tensor) -> bool:
@@ -78,9 +73,7 @@ class Operator:
         self.tensors = schema.partition(") ->")[0].count("Tensor")  # so many arguments are tensors
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, lambda x, *args: _without_none(x, run(x, *args)), "CompositeExplicitAutograd")
-        torch.library.register_fake(
-            f"rlkern::{self.name}", lambda x, *args: _without_none(x, fake(x, *args)), lib=_library
-        )
+        torch.library.register_fake(f"rlkern::{self.name}", lambda x, *args: _without_none(x, fake(x, *args)), lib=_library)
         self.op = getattr(torch.ops.rlkern, self.name).default
 
     def __call__(self, x: Tensor, *args: Any) -> Any:
@@ -102,9 +95,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, _):
-        raise RuntimeError(
-            f"rlkern's gradients cannot be differentiated a second time; where you need that, {ctx.instead}"
-        )
+        raise RuntimeError(f"rlkern's gradients cannot be differentiated a second time; where you need that, {ctx.instead}")
 
 
 def once(gradient: Tensor, x: Tensor, instead: str) -> Tensor:
@@ -117,9 +108,7 @@ def _refuse_torch_func(operator: Operator) -> None:
         raise RuntimeError("rlkern's operators are differentiated by torch.autograd, once, through rlkern's functions; not by torch.func")
 
     # Without this, torch.compile(torch.func.grad(f)) returns zeros without a word (pytorch/pytorch#193279).
-    torch.library.register_autograd(
-        f"rlkern::{operator.name}", refuse, setup_context=lambda ctx, inputs, output: None, lib=_library
-    )
+    torch.library.register_autograd(f"rlkern::{operator.name}", refuse, setup_context=lambda ctx, inputs, output: None, lib=_library)
 
 
 def differentiable(
@@ -174,7 +163,9 @@ def differentiable(
 
         @staticmethod
         def backward(ctx, *grads):
-            saved, compiling = ctx.saved_tensors, torch.compiler.is_compiling()
+            saved, compiling, nothing = ctx.saved_tensors, torch.compiler.is_compiling(), [None] * (n + len(ctx.options))
+            if all(g is None for g in grads):
+                return (None, *nothing)
             if compiling:  # it hands zeros to the results that were not asked for
                 grads = [None if absent else g for g, absent in zip(grads, ctx.absent, strict=True)]
             args = [*saved[:n], *ctx.options, *saved[n:], *grads[:outputs]]
@@ -184,7 +175,7 @@ def differentiable(
                 with torch.no_grad():  # create_graph=True
                     gradients = derivative(ctx, args)
                 gradients = [None if g is None else once(g, x, instead) for g, x in zip(gradients, saved, strict=False)]
-            return (None, *gradients, *[None] * (n + len(ctx.options) - wrt))
+            return (None, *gradients, *nothing[wrt:])
 
     def derivative(ctx, args: list) -> Sequence[Tensor | None]:
         if wrt > 1:

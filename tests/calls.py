@@ -12,6 +12,7 @@ from typing import Any
 
 import loss_battery as battery
 import torch
+from public import OFFERED, public
 from torch.utils._pytree import tree_map_only
 
 import rlkern
@@ -138,6 +139,12 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
             (rlkern.nlpo_stats, {"logits": logits, "targets": targets, "keep": keep, "renorm": renorm, "mask": mask}, ("logits",))
             for renorm in (True, False)
         ),
+        *(
+            (getattr(rlkern.selection, name), {"values": normal(B, T), "valid": mask, "count": 3}, ())
+            for name in ("select_bottom", "select_top")
+        ),
+        (rlkern.selection.select_random, {"valid": mask, "count": 10**6, "generator": None}, ()),
+        (rlkern.selection.fraction_count, {"total": mask.sum(), "fraction": 0.5, "minimum": 1}, ()),
         (rlkern.sequence_logps, {"logits": logits, "labels": targets, "average": True, "temperature": per_row}, ("logits",)),
         *(
             (getattr(advantages, name), {"rewards": rewards, "groups": groups}, ())
@@ -169,7 +176,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (verl.entropy_from_logits, {"logits": logits}, ("logits",)),
     ]  # fmt: skip
     names = {accumulator: "BGPOAccumulator", history: "EntropyHistory.update"}
-    names |= {getattr(advantages, name): f"advantages.{name}" for name in advantages.__all__}
+    names |= {value: name for name, value in OFFERED.items()}
     calls = []
     for function, arguments, wrt in table:
         calls.append(Call(names.get(function, function.__name__), function, arguments, wrt, tuple(signature(function))))
@@ -182,7 +189,7 @@ def _losses(batch: int, length: int, seed: int) -> list[Call]:
         if case.function is not None:
             continue
         inputs, wrt = case.draw(battery.Draw(seed), batch, length)
-        function = battery.public(case.name)
+        function = public(case.name)
         inputs = {name: x.float() if x.dtype == torch.float64 else x for name, x in inputs.items()}
         calls.append(Call(str(case), function, {**inputs, **case.options}, wrt, tuple(signature(function))))
     return calls

@@ -18,12 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from public import public
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import rlkern
 import rlkern
 
 BATCH, LENGTH = 4, 6
@@ -107,11 +107,6 @@ def register(name: str, **fields):
         return draw
 
     return decorator
-
-
-def public(name: str) -> Callable:
-    """The public function of that name, in whichever namespace."""
-    return next(getattr(space, name) for space in (rlkern, rlkern.losses, rlkern.metrics, rlkern.diffusion) if hasattr(space, name))
 
 
 # --- helpers -------------------------------------------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ v, m = torch.zeros(2, 3), torch.ones(2, 3)
         (ValueError, "mask must be on the device", (v, m.to("meta"))),
         (TypeError, "values must be a float tensor, got torch.int64", (v.long(), m)),
         (TypeError, "values must be a float tensor, got list", ([1.0], m)),
-        (TypeError, "mask must be a tensor, got NoneType", (v, None)),
+        (TypeError, "mask must be a bool or number tensor, got None", (v, None)),
         (TypeError, "normalizer must be a number", (v, m, "token-mean", "4")),
         (TypeError, "normalizer must be a number", (v, m, "token-mean", True)),
         (ValueError, "normalizer must not be negative", (v, m, "token-mean", -4)),

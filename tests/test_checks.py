@@ -12,7 +12,7 @@ LOGP = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.5]])
 @pytest.mark.parametrize("shape", [(2, 3), (2, 1), (2,)])
 def test_a_gradient_that_would_be_lost_is_refused(shape):
     values = torch.ones(shape, requires_grad=True)
-    with pytest.raises(ValueError, match="^critic_scores must not require grad, got requires_grad=True: detach them$"):
+    with pytest.raises(ValueError, match="^critic_scores must not require grad, got requires_grad=True: detach it$"):
         per_token("critic_scores", values, LOGP)
     with torch.no_grad(), pytest.raises(ValueError, match="critic_scores must not require grad"):
         per_token("critic_scores", values, LOGP)

@@ -3,9 +3,9 @@
 import inspect
 
 import pytest
+from public import FUNCTIONS, public
 
 import rlkern
-from rlkern import advantages
 
 DEFAULTS = {
     "bernoulli_masks": {"complementary": False},
@@ -42,16 +42,12 @@ def defaults_of(function):
 
 @pytest.mark.parametrize("name", DEFAULTS)
 def test_defaults(name):
-    found = defaults_of(getattr(rlkern, name))
+    found = defaults_of(public(name))
     assert {option: found[option] for option in DEFAULTS[name]} == DEFAULTS[name]
 
 
 def test_options_that_many_functions_share_have_one_default():
     shared = {"ignore_index": (-100,), "inplace_backward": (False,), "temperature": (1.0,), "normalizer": (None,), "mc_weight": (None, 1.0)}
-    functions = [getattr(rlkern, name) for name in rlkern.__all__] + [rlkern.BGPOAccumulator.observe, rlkern.BGPOAccumulator.loss]
-    functions += [getattr(advantages, name) for name in advantages.__all__] if hasattr(advantages, "__all__") else []
-    for function in functions:
-        if not inspect.isfunction(function):
-            continue
+    for function in (*FUNCTIONS.values(), rlkern.BGPOAccumulator.observe, rlkern.BGPOAccumulator.loss):
         for option, value in defaults_of(function).items():
             assert option not in shared or value in shared[option], (function.__name__, option, value)

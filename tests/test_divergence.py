@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlkern.primitives import divergence
+from rlkern import layout
 from rlkern.primitives.divergence import KINDS, token_divergence
 
 ROW_TEMPERATURE = torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.9, 1.1]])
@@ -43,7 +43,7 @@ def value_and_gradient(function, logits, other, weights):
     "options", [{}, {"temperature": 0.7}, {"temperature": torch.tensor([[0.5, 1.0, 2.0], [3.0, 0.9, 1.1]])}, {"beta": 0.1}], ids=str
 )
 def test_equals_formula(kind, options, monkeypatch):
-    monkeypatch.setattr(divergence, "rows_per_chunk", lambda rows: max(1, 40 // rows.shape[-1]))  # two chunks per [3, 17] block
+    monkeypatch.setattr(layout, "chunk_elements", lambda rows: 40)  # two chunks per [3, 17] block
     logits, other = draw(2, 3, 17)
     weights = draw(2, 3)[0]
     value, gradient = value_and_gradient(lambda x, y: token_divergence(x, y, kind=kind, **options), logits, other, weights)
@@ -179,7 +179,7 @@ class LargestTensor(TorchDispatchMode):
 
 @every_kind
 def test_no_float32_copy_of_the_logits_exists(kind, monkeypatch):
-    monkeypatch.setattr(divergence, "rows_per_chunk", lambda rows: max(1, 1000 // rows.shape[-1]))
+    monkeypatch.setattr(layout, "chunk_elements", lambda rows: 1000)
     logits, other = draw(64, 500, dtype=torch.bfloat16)
     logits.requires_grad_()
     with LargestTensor() as largest:

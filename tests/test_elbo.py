@@ -246,8 +246,8 @@ def packing(**changes):
 
 @pytest.mark.parametrize(
     "shape, changes, error, words",
-    [((2, 3, 5), {"weight": torch.ones(3)}, ValueError, r"weight must be \(2, 3\) or \(2,\) or \(2, 1\)"),
-     ((2, 3, 5), {"weight": torch.ones(2, 3, dtype=torch.long)}, TypeError, "weight must be a float tensor, got torch.int64"),
+    [((2, 3, 5), {"weight": torch.ones(3)}, ValueError, r"weight must be \[B, S\], \[B\] or \[B, 1\], here \(2, 3\) or \(2,\) or \(2, 1\)"),
+     ((2, 3, 5), {"weight": torch.ones(2, 3, dtype=torch.long)}, TypeError, r"weight must be a float tensor \[B, S\], \[B\] or \[B, 1\], got torch.int64"),
      ((2, 3, 5), {"weight": torch.tensor([1.0, -1.0])}, ValueError, "finite and not negative wherever mask counts, got -1"),
      ((2, 3, 5), {"weight": 1 / torch.tensor([1.0, 0.0])}, ValueError, "got inf .1/t needs t > 0"),
      ((2, 3, 5), {"weight": torch.tensor([1.0, math.nan])}, ValueError, "got nan"),
@@ -262,14 +262,14 @@ def packing(**changes):
      ((2, 3, 5), {"ignore_index": "-100"}, TypeError, "ignore_index must be an int, got '-100'"),
      ((4, 5), {}, ValueError, r"logits must be \[B, S, V\], or \[N, V\] with seq_idx="),
      ((4, 5), {"seq_idx": torch.zeros(4, dtype=torch.long)}, TypeError, "packed rows need num_seqs="),
-     ((4, 5), packing(num_seqs=3.0), TypeError, "num_seqs must be an int, got float"),
+     ((4, 5), packing(num_seqs=3.0), TypeError, "num_seqs must be an int, got 3.0"),
      ((4, 5), packing(num_seqs=2), ValueError, r"seq_idx must be in \[0, 2\), got 0 to 2"),
      ((4, 5), packing(num_seqs=0), ValueError, "num_seqs must count the sequences of 4 packed rows, got 0"),
      ((4, 5), packing(seq_idx=torch.tensor([0, 1, 0, 2])), ValueError, "seq_idx must be sorted"),
      ((4, 5), packing(seq_idx=torch.tensor([-1, 0, 1, 2])), ValueError, r"seq_idx must be in \[0, 3\), got -1"),
      ((4, 5), packing(seq_idx=torch.zeros(4)), TypeError, "seq_idx must be an integer tensor"),
-     ((4, 5), packing(seq_idx=torch.zeros(3, dtype=torch.long)), ValueError, r"packed logits must be \[N, V\] with seq_idx \[N\]"),
-     ((4, 5), packing(weight=torch.ones(3)), ValueError, r"weight must be \(4,\) for logits \(4, 5\)")],
+     ((4, 5), packing(seq_idx=torch.zeros(3, dtype=torch.long)), ValueError, r"seq_idx must be \(4,\) for logits \(4, 5\), got \(3,\)"),
+     ((4, 5), packing(weight=torch.ones(3)), ValueError, r"weight must be \[N\], here \(4,\) for logits \(4, 5\)")],
 )  # fmt: skip
 def test_errors(shape, changes, error, words):
     arguments = {"targets": torch.zeros(shape[:-1], dtype=torch.long), "weight": torch.ones(shape[:-1])} | changes

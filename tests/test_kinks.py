@@ -163,8 +163,8 @@ CASES = {
     # NFT: straight through at the thresholds of R and prox, the exponent's bound as the others
     "nft, prox": (nft(0.0, 0.0), 1),  # c R / (1 - c)
     "nft, R": (nft(0.0, 1.0, clamp_pos=1.0), -1),
-    "nft, exponent": (nft(0.5, 1.0, max_log_ratio=0.5), -1),
-    "nft, sequence": (nft(0.5, 1.0, max_log_ratio=0.5, ratio_type="sequence"), -1),
+    "nft, exponent": (nft(0.5, 1.0, log_ratio_clamp=0.5), -1),
+    "nft, sequence": (nft(0.5, 1.0, log_ratio_clamp=0.5, ratio_type="sequence"), -1),
     # EPO: the bonus alone at either edge of the band
     "epo, low": (epo(0.5), -1),
     "epo, high": (epo(1.5), -1),

@@ -1,56 +1,82 @@
-"""Imports point one way: losses -> primitives -> backends -> kernels. Read from the sources, so a lazy import counts as well."""
+"""Imports point one way, nothing private crosses a file, and one file holds the operators. Read from the sources, so a lazy import counts as well."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PRIMITIVES = {"ops", "linear", "divergence", "moments", "covariance", "ratio", "selection", "advantages", "elbo", "diffusion_masks"}
-MAY_IMPORT = {  # module of rlkern: modules of rlkern; whatever is not listed here is a primitive
-    "reference": set(),
-    "rows": {"checks"},
-    "checks": set(),
-    "spare": set(),
-    "metrics": {"checks"},
-    "native": {"_cpu"},
-    "backends": {"reference", "native", "triton_kernels", "__init__"},
-    "__main__": {"__init__"},
+PACKAGE = ROOT / "rlkern"
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "triton_kernels" not in path.parts)
+# Each floor may import those named before it, and itself.
+FLOORS = (
+    {"layout"},
+    {"backends"},
+    {"operator"},
+    {"checks"},
+    {"primitives", "advantages"},
+    {"losses"},
+    {"diffusion", "metrics"},
+    {"integrations"},
+)
+BACKENDS = {  # what each file of backends may import, of rlkern
+    "contract": set(),
+    "reference": {"layout", "backends"},
+    "native": {"backends", "_cpu"},
+    "gradient_memory": set(),
+    "__init__": {"backends", "triton_kernels", "rlkern"},  # the package itself for its version
 }
 
 
-def imported(path: Path, package: list[str]) -> set[str]:
-    """First components of the rlkern modules that a file imports; "__init__" for the package itself."""
-    found = set()
+def imports(path: Path):
+    """(module, names) of every import of rlkern, absolute: ("rlkern.losses.aggregate", ["aggregate"])."""
+    package = list(path.relative_to(ROOT).with_suffix("").parts)[:-1]
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] if "." in a.name else "__init__" for a in node.names if a.name.split(".")[0] == "rlkern"}
-        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "rlkern"):
+            yield from ((alias.name, []) for alias in node.names if alias.name.split(".")[0] == "rlkern")
+        elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            parts = [*base, *(node.module or "").split(".")] if node.module else base
-            parts = parts[1:] if parts[:1] == ["rlkern"] else parts
-            found |= {parts[0]} if parts else {a.name if (ROOT / "rlkern" / f"{a.name}.py").exists() else "__init__" for a in node.names}
-    return found - ({"_cpu"} if path.stem == "native" else set())
+            module = ".".join([*base, *(node.module or "").split(".")]).strip(".")
+            if module.split(".")[0] == "rlkern":
+                yield module, [alias.name for alias in node.names]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "rlkern").glob("*.py")), ids=lambda p: p.stem)
-def test_modules(path):
-    if path.stem == "__init__":
+def rooms(path: Path) -> set[str]:
+    """First components below rlkern of what a file imports."""
+    found = set()
+    for module, names in imports(path):
+        below = module.split(".")[1:]
+        rooms_of_names = {n if n == "_cpu" or (PACKAGE / n).exists() or (PACKAGE / f"{n}.py").exists() else "rlkern" for n in names}
+        found |= {below[0]} if below else rooms_of_names
+    return found
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE).with_suffix(""))
+
+
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_imports_go_one_way(path):
+    room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+    if room == "backends":
+        assert rooms(path) <= BACKENDS[path.stem]
         return
-    allowed = MAY_IMPORT.get(path.stem, PRIMITIVES | {"rows", "checks", "backends", "spare"})
-    names = {n for n in imported(path, ["rlkern"]) if n != path.stem}
-    assert {n for n in names if n not in allowed} <= ({"__init__"} if path.stem in ("backends", "__main__", "native") else set())
+    if room in ("__init__", "__main__"):
+        return
+    floor = next(i for i, floor in enumerate(FLOORS) if room in floor)
+    assert rooms(path) <= set().union(*FLOORS[: floor + 1])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "rlkern" / "losses").glob("*.py")), ids=lambda p: p.stem)
-def test_losses_use_primitives_only(path):
-    assert imported(path, ["rlkern", "losses"]) <= PRIMITIVES | {"rows", "checks", "losses"}
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_nothing_private_is_imported(path):
+    private = [name for module, names in imports(path) for name in [*module.split("."), *names] if re.match(r"_(?!_)", name)]
+    assert set(private) <= ({"_cpu"} if path.stem == "native" else set())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "rlkern" / "integrations").rglob("*.py")), ids=lambda p: f"{p.parent.name}-{p.stem}")
-def test_integrations_use_what_users_may(path):
-    package = list(path.relative_to(ROOT).parent.parts)
-    assert imported(path, package) <= PRIMITIVES | {"rows", "checks", "metrics", "losses", "integrations", "__init__"}
+@pytest.mark.parametrize("path", FILES, ids=ids)
+def test_one_file_names_the_machinery_of_operators(path):
+    assert path.stem == "operator" or not re.search(r"torch\.library|_functorch|torch\.ops\.rlkern", path.read_text())
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "triton_kernels").glob("*.py")), ids=lambda p: p.stem)

@@ -86,7 +86,7 @@ def test_several_targets_and_ignored_rows():
 @pytest.mark.parametrize("gather", [True, False])
 def test_masked_rows_may_hold_nan_and_get_zero(gather, monkeypatch):
     if not gather:  # as on a GPU
-        monkeypatch.setattr("rlkern.linear._indices", lambda counted: None)
+        monkeypatch.setattr("rlkern.primitives.linear._indices", lambda counted: None)
     hidden, weight, bias, targets = draw(2, 3)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     dirty = torch.where(mask.unsqueeze(-1) == 0, math.nan, hidden.detach()).requires_grad_()
@@ -174,7 +174,7 @@ def test_memory_is_a_chunk():
 def test_compile_and_opcheck():
     hidden, weight, bias, targets = draw(9, dtype=torch.float32)
     operator = torch.ops.rlkern.linear_token_stats.default
-    torch.library.opcheck(operator, (hidden.detach(), weight.detach(), bias.detach(), targets, None, None, 4, 1.0, -100, 1, -2.0, True, False))
+    torch.library.opcheck(operator, (hidden.detach(), weight.detach(), bias.detach(), targets, None, None, 1.0, -100, 1, -2.0, True, False, 4))
 
     def loss(h, w, b, y):
         stats = linear_token_stats(h, w, y, bias=b, chunk_rows=4)
@@ -206,7 +206,7 @@ def test_second_derivative_raises():
     [
         ({"weight": torch.zeros(V, H + 1, dtype=torch.float64)}, ValueError, r"weight must be \[V, 5\]"),
         ({"weight": torch.zeros(V, H)}, TypeError, "dtype of hidden torch.float64"),
-        ({"weight": None}, TypeError, "weight must be a tensor"),
+        ({"weight": None}, TypeError, r"weight must be a float tensor \[V, H\], got None"),
         ({"weight": torch.zeros(0, H, dtype=torch.float64)}, ValueError, "V >= 1"),
         ({"bias": torch.zeros(V - 1, dtype=torch.float64)}, ValueError, "bias must be"),
         ({"targets": torch.zeros(4, dtype=torch.long)}, ValueError, "targets must be"),

@@ -60,7 +60,9 @@ def test_against_the_formulas(form):
     merged = rlkern.metrics.merge_metrics(parts)
     torch.testing.assert_close(merged, expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
     assert list(merged) == list(parts[0]) and all(value.dtype == F64 and value.dim() == 0 for value in merged.values())
-    in_steps = rlkern.metrics.merge_metrics([rlkern.metrics.merge_metrics(parts[:2]), rlkern.metrics.merge_metrics([rlkern.metrics.merge_metrics(parts[2:4]), parts[4]])])
+    in_steps = rlkern.metrics.merge_metrics(
+        [rlkern.metrics.merge_metrics(parts[:2]), rlkern.metrics.merge_metrics([rlkern.metrics.merge_metrics(parts[2:4]), parts[4]])]
+    )
     torch.testing.assert_close(in_steps, merged, rtol=1e-12, atol=1e-14)
 
 

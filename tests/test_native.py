@@ -342,7 +342,9 @@ def test_state_is_interchangeable_with_the_reference(isa):
 def test_the_environment_chooses_the_instruction_set():
     def ask(name):
         env = {**os.environ, "RLKERN_CPU_ISA": name}
-        return subprocess.run([sys.executable, "-c", "from rlkern.backends import native; print(native.isa())"], env=env, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", "from rlkern.backends import native; print(native.isa())"], env=env, capture_output=True, text=True
+        )
 
     for name in native.isas():
         assert ask(name).stdout.strip() == name

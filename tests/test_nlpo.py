@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.losses.policy import nlpo
-from rlkern.primitives.kept import nlpo_keep_set, nlpo_stats
+from rlkern import layout
 from rlkern.losses.policy.nlpo import nlpo_loss
+from rlkern.primitives.kept import nlpo_keep_set, nlpo_stats
 
 
 def draw(*shape, seed=0):
@@ -29,7 +29,7 @@ def naive_top_p(row, top_p, least):
 @pytest.mark.parametrize("top_p", [0.0, 0.3, 0.9, 1.0])
 @pytest.mark.parametrize("least", [1, 4])
 def test_top_p(top_p, least, monkeypatch):
-    monkeypatch.setattr(nlpo, "rows_per_chunk", lambda rows: max(1, 30 // rows.shape[-1]))
+    monkeypatch.setattr(layout, "chunk_elements", lambda rows: 30)
     logits = draw(2, 5, 12)
     keep = nlpo_keep_set(logits, top_p=top_p, min_tokens_to_keep=least)
     for row, kept in zip(logits.view(-1, 12), keep.view(-1, 12), strict=True):

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import rlkern
-from rlkern.primitives import token_stats as ops
+from rlkern import backends
 
 
 def inputs(*shape, dtype=torch.float32, seed=0):
@@ -52,7 +52,7 @@ X, Y = torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.long)
         (lambda: rlkern.token_stats(X, Y, temperature=0.0), ValueError, "positive"),
         (lambda: rlkern.token_stats(X, Y, temperature=math.nan), ValueError, "nan"),
         (lambda: rlkern.token_stats(X, Y, temperature=-1), ValueError, "-1"),
-        (lambda: rlkern.token_stats(X, Y, temperature="hot"), TypeError, "str"),
+        (lambda: rlkern.token_stats(X, Y, temperature="hot"), TypeError, "'hot'"),
         (lambda: rlkern.token_stats(X, Y, temperature=torch.ones(3)), ValueError, r"\(2, 3\).*\(3,\)"),
         (lambda: rlkern.token_stats(X, Y, temperature=torch.zeros(2, 3)), ValueError, "positive"),
         (lambda: rlkern.token_stats(X, Y, temperature=torch.ones(2, 3, dtype=torch.long)), TypeError, "int64"),
@@ -147,11 +147,11 @@ def test_opcheck(kept_kind, targets):
     x = x.detach()
     y = {"one": y, "several": y.unsqueeze(-1).repeat(1, 1, 3), "none": None}[targets]
     row_temperature, mask = torch.rand(2, 5) + 0.5, torch.rand(2, 5) > 0.3
-    forward = (x, y, mask, row_temperature, 1.0, -100, kept_kind, -2.0, kept_kind == 1)
+    forward = (x, y, mask, row_temperature, 1.0, -100, kept_kind, -2.0, kept_kind == 1, True)
     torch.library.opcheck(torch.ops.rlkern.token_stats.default, forward)
     state = torch.ops.rlkern.token_stats(*forward)[-1]
     g = torch.randn(2, 5)
-    backward = (y, mask, row_temperature, 1.0, -100, state, None if y is None else torch.randn(y.shape), g, None, None, g if kept_kind else None)
+    backward = (*forward[1:], state, None if y is None else torch.randn(y.shape), g, None, None, g if kept_kind else None)
     torch.library.opcheck(torch.ops.rlkern.token_stats_backward.default, (x, *backward))
     torch.library.opcheck(torch.ops.rlkern.token_stats_backward_.default, (x.clone(), *backward))
 
@@ -356,15 +356,15 @@ def test_no_memory_grows_with_the_vocabulary(inplace):
 
 
 def test_use_backend_restores():
-    before = ops.backends._current
+    before = backends._current
     with pytest.raises(KeyError, match="in the block"), rlkern.use_backend("reference"):
-        assert ops.backends._current == "reference"
+        assert backends._current == "reference"
         raise KeyError("in the block")
-    assert ops.backends._current == before
+    assert backends._current == before
 
 
 def test_missing_backend_is_named(monkeypatch):
-    monkeypatch.setitem(ops.backends._loaded, "native", ImportError("no compiler at build time"))
+    monkeypatch.setitem(backends._loaded, "native", ImportError("no compiler at build time"))
     with pytest.raises(RuntimeError, match="'native' is not available: no compiler"):
         rlkern.use_backend("native")
     assert "no compiler" in rlkern.backend_info()["native"]

@@ -8,11 +8,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern
-from rlkern.primitives import ratio
-from rlkern.losses.arguments import policy_inputs
-from rlkern.primitives.ratio import clipped_ratio
 from rlkern.losses.aggregate import aggregate_terms
+from rlkern.losses.arguments import policy_inputs
 from rlkern.primitives.kl import kl_penalty
+from rlkern.primitives.ratio import clipped_ratio
 from rlkern.primitives.selection import fraction_count, select_bottom, select_fraction, selected_means
 
 F64 = torch.float64
@@ -177,7 +176,7 @@ def test_kl_terms(backend, device, monkeypatch, kind, dtype):
         value = KL[kind.removesuffix("+")](d)
         expected = value if clamp is None else value.clamp(-clamp, clamp)
         slope = torch.autograd.grad(expected.sum(), wide, retain_graph=True)[0] if not kind.endswith("+") else d
-        got = terms_of(kl_penalty(x, old, where, kind, clamp), x, leaf)
+        got = terms_of(kl_penalty(x.logp, old, where, kind, clamp), x, leaf)
         zero = torch.zeros_like(d)
         wanted = [torch.where(where.cpu(), t.detach(), zero) for t in (expected, slope)]
         torch.testing.assert_close([t.double().cpu() for t in got], wanted, **TOLERANCE[dtype])
@@ -188,7 +187,7 @@ def test_kl_far_away(backend, device):
     """k3's exponent stops at 80: a finite value, and no slope beyond."""
     logp = torch.tensor([[-200.0, -90.0, -1.0]], device=device, requires_grad=True)
     x = policy_inputs(logp, logp.detach(), torch.ones(1, device=device), torch.ones(1, 3, device=device))
-    values, slopes = terms_of(kl_penalty(x, torch.zeros(1, 3, device=device), x.mask, "k3", None), x, logp)
+    values, slopes = terms_of(kl_penalty(x.logp, torch.zeros(1, 3, device=device), x.mask, "k3", None), x, logp)
     assert values.isfinite().all() and slopes[0, :2].tolist() == [0, 0]
     torch.testing.assert_close(slopes[0, 2].item(), 1 - math.e, rtol=1e-5, atol=0)
 

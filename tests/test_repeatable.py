@@ -13,8 +13,7 @@ from calls import CALLS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern
-from rlkern.primitives import elbo
-from rlkern.losses.policy import nlpo
+from rlkern.primitives import elbo, kept
 
 PACKAGE = pathlib.Path(rlkern.__file__).parent
 UNORDERED = {"index_add", "scatter_add", "scatter_reduce", "index_reduce", "index_put", "put", "bincount", "histc", "_segment_reduce_backward"}
@@ -99,7 +98,7 @@ def test_weights_of_masks_are_rounded_once():
 
 def test_sequences_of_packed_rows_without_a_check(monkeypatch):
     """On a GPU nobody looks at seq_idx: a row of no sequence is left out, with gradient 0, and is not read by its index."""
-    monkeypatch.setattr(elbo, "values_at_hand", lambda x: False)
+    monkeypatch.setattr(elbo, "values_readable", lambda x: False)
     g = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(6, 7, generator=g, dtype=torch.float64), torch.randint(0, 7, (6,), generator=g)
     seq_idx = torch.tensor([-3, 0, 0, 2, 3, 10**6])
@@ -119,6 +118,6 @@ def test_ids_to_keep(monkeypatch):
     for bad in (-1, 4, 10**6):
         with pytest.raises(IndexError, match=f"always_keep holds the id {bad}, out of range for the 4 logits of a row of mask_logits"):
             rlkern.nlpo_keep_set(logits, top_k=1, always_keep=torch.tensor([0, bad]))
-    monkeypatch.setattr(nlpo, "values_at_hand", lambda x: False)
-    kept = rlkern.nlpo_keep_set(logits, top_k=1, always_keep=torch.tensor([1, -1, 4, 10**6, 3]))
-    assert kept.tolist() == [[False, True, True, False], [True, True, False, True]]
+    monkeypatch.setattr(kept, "values_readable", lambda x: False)
+    keep = rlkern.nlpo_keep_set(logits, top_k=1, always_keep=torch.tensor([1, -1, 4, 10**6, 3]))
+    assert keep.tolist() == [[False, True, True, False], [True, True, False, True]]

@@ -8,8 +8,8 @@ from calls import CALLS
 from torch.nn.functional import linear, log_softmax, softplus
 
 import rlkern
-from rlkern.primitives import moments
 from rlkern.backends import reference
+from rlkern.primitives import moments
 
 B, V = 4, 7
 G = torch.Generator().manual_seed(0)

@@ -6,8 +6,7 @@ from dpo_formulas import draw_logits
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlkern import sequence_logps
-from rlkern import next_tokens
+from rlkern import next_tokens, sequence_logps
 
 
 @pytest.mark.parametrize("average", [False, True])

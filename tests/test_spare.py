@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch
 
-from rlkern.backends import gradient_memory as spare
 from rlkern import token_stats
+from rlkern.backends import gradient_memory as spare
 
 LIKE = torch.empty(128, 70_001)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.primitives import moments
+from rlkern import layout
 from rlkern.losses.z_loss import lse_penalty, spherical_z_loss
 from rlkern.primitives.moments import row_moments
 
@@ -28,7 +28,7 @@ def naive(logits, targets, scale=1.0, offset=0.0):
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3, "offset": 1.5}, {"scale": 4.0, "offset": -0.5}], ids=str)
 def test_equals_formula(options, monkeypatch):
-    monkeypatch.setattr(moments, "rows_per_chunk", lambda rows: max(1, 25 // rows.shape[-1]))
+    monkeypatch.setattr(layout, "chunk_elements", lambda rows: 25)
     logits, targets = draw(2, 3, 11)
     leaf = logits.clone().requires_grad_()
     per_row = spherical_z_loss(leaf, targets, reduction="none", **options)

@@ -117,9 +117,7 @@ def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer
     return sequence_means.sum() / divisor(n_sequences if mode == "grpo" else (lengths > 0).sum(), normalizer)
 
 
-def aggregate_terms(
-    terms: TokenTerms, mask: Tensor, count: Tensor, mode: str = "token-mean", normalizer: float | Tensor | None = None
-) -> Tensor:
+def aggregate_terms(terms: TokenTerms, mask: Tensor, count: Tensor, mode: str = "token-mean", normalizer: float | Tensor | None = None) -> Tensor:
     """`aggregate` of terms, of which `count` count, at least 1."""
     if terms.one_pass and mode in TOKEN_MODES:
         return terms.sum_over(count if normalizer is None else divisor(0, normalizer))

@@ -73,9 +73,7 @@ def selected_tokens(selected: Tensor, x: PolicyInputs) -> Tensor:
     return x.mask & as_bool(selected)
 
 
-def with_preset(
-    presets: Mapping[str, Mapping[str, Any]], preset: str | None, default: str | None, **options: Any
-) -> dict[str, Any]:
+def with_preset(presets: Mapping[str, Mapping[str, Any]], preset: str | None, default: str | None, **options: Any) -> dict[str, Any]:
     """The options, with what is None taken from the preset of that name, or where that is None from the default's."""
     check_choice("preset", preset, (None, *presets))
     name = default if preset is None else preset

@@ -21,6 +21,7 @@ from .token_stats import (
     Results,
     TokenStats,
     compute,
+    mark_kept,
     new_results,
     row_options,
     write_gradient,
@@ -75,11 +76,11 @@ class _Rows:
         return None if x is None else x.reshape(self.lead.numel(), *x.shape[len(self.lead) :])
 
     def room(self, to: Tensor | None) -> Tensor | None:
-        """Where to write the rows of a contiguous tensor, before `put`."""
+        """Where to write the rows of a contiguous tensor, before `place`."""
         flat = self.flat(to)
         return flat if flat is None or self.counted is None else flat.new_empty((len(self.counted), *flat.shape[1:]))
 
-    def put(self, to: Tensor | None, value: Tensor | None) -> None:
+    def place(self, to: Tensor | None, value: Tensor | None) -> None:
         """What was written, where it belongs, and 0 for the rows that do not count."""
         if to is not None and value is not None and self.counted is not None:
             self.flat(to).zero_()[self.counted] = value
@@ -101,14 +102,14 @@ def _forward(hidden, weight, bias, targets, mask, row_temperature, *rest) -> Res
             if to is not None:
                 to[part] = value
     for to, value in zip(stats, results, strict=True):
-        rows.put(to, value)
+        rows.place(to, value)
+    mark_kept(stats)
     return stats
 
 
 def _new_gradients(hidden, weight, bias, *rest):
     return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if want else None
-        for x, want in zip((hidden, weight, bias), rest[-1], strict=True)
+        torch.empty_like(x, memory_format=torch.contiguous_format) if want else None for x, want in zip((hidden, weight, bias), rest[-1], strict=True)
     )
 
 
@@ -134,7 +135,7 @@ def _backward(hidden, weight, bias, targets, mask, row_temperature, *rest):
             weight_sum += torch.mm(logits.t(), hidden[part])
         if bias_sum is not None:
             bias_sum += logits.sum(0, dtype=acc)
-    rows.put(d_hidden, d_rows)
+    rows.place(d_hidden, d_rows)
     for to, value in ((d_weight, weight_sum), (d_bias, bias_sum)):
         if to is not None:
             to.copy_(value)
@@ -146,9 +147,7 @@ _linear_token_stats = differentiable(
     Operator(
         f"linear_token_stats({_ARGUMENTS}) -> {RESULTS}",
         _forward,
-        lambda hidden, weight, bias, targets, mask, row_temperature, *rest: new_results(
-            hidden, targets, Options(*rest[:-1])
-        ),
+        lambda hidden, weight, bias, targets, mask, row_temperature, *rest: new_results(hidden, targets, Options(*rest[:-1])),
     ),
     Operator(
         f"linear_token_stats_backward({_ARGUMENTS}, {GRADIENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",

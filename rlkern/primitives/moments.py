@@ -61,12 +61,9 @@ def _gradient(logits, targets, skipped, mean, g_target, g_variance):
 
 
 _row_moments = differentiable(
+    Operator("row_moments(Tensor logits, Tensor targets, Tensor skipped) -> (Tensor, Tensor, Tensor)", _moments, _new_moments),
     Operator(
-        "row_moments(Tensor logits, Tensor targets, Tensor skipped) -> (Tensor, Tensor, Tensor)", _moments, _new_moments
-    ),
-    Operator(
-        "row_moments_backward(Tensor logits, Tensor targets, Tensor skipped, Tensor mean, Tensor? g_target, "
-        "Tensor? g_variance) -> Tensor",
+        "row_moments_backward(Tensor logits, Tensor targets, Tensor skipped, Tensor mean, Tensor? g_target, Tensor? g_variance) -> Tensor",
         _gradient,
         lambda logits, *_: new_gradient(logits),
     ),

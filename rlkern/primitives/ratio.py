@@ -33,7 +33,7 @@ class PolicyInputs(NamedTuple):
 
     def weigh(self, terms: TokenTerms) -> TokenTerms:
         """Times the importance weights, if there are any."""
-        return terms if self.weights is None else terms * torch.where(self.mask, self.weights, 0)
+        return terms if self.weights is None else terms.scaled(torch.where(self.mask, self.weights, 0))
 
 
 class PolicyTokens(NamedTuple):

@@ -11,7 +11,7 @@ from ..checks import as_bool, check_count, check_fraction, check_generator, chec
 from ..layout import computing_dtype
 from ..operator import Operator
 
-__all__ = ["fraction_count", "select_bottom", "select_fraction", "select_random", "select_random_fraction", "select_top", "selected_means"]
+__all__ = ["fraction_count", "select_bottom", "select_random", "select_top"]
 
 
 def _as_count(count: Tensor | int, values: Tensor) -> Tensor:
@@ -34,8 +34,9 @@ def fraction_count(total: Tensor, fraction: float, minimum: int = 0) -> Tensor:
     """max(floor(total * fraction), minimum) as a 0-d int64 tensor on total's device; the product is that of float64, as in Python.
 
     Raises:
-        TypeError, ValueError: a fraction outside [0, 1], a minimum below 0.
+        TypeError, ValueError: a total that is no 0-d tensor, a fraction outside [0, 1], a minimum below 0.
     """
+    expect("total", total, "real", "0-d", shape=())
     check_fraction("fraction", fraction)
     check_count("minimum", minimum)
     return (total.to(torch.float64) * fraction).to(torch.int64).clamp(min=minimum)
@@ -133,17 +134,13 @@ _select_fraction = Operator(
 )
 
 
-def select_fraction(
-    values: Tensor, valid: Tensor, group: Tensor, fraction: float, *, minimum: int = 0, least: int = 0
-) -> Tensor:
+def select_fraction(values: Tensor, valid: Tensor, group: Tensor, fraction: float, *, minimum: int = 0, least: int = 0) -> Tensor:
     """`select_bottom` with count = max(floor(fraction * tokens of the group), minimum), and none where that makes fewer
     than `least`. values float32 or float64 [B, T], valid and group bool [B, T]."""
     return _select_fraction(values, valid, group, fraction, minimum, least)
 
 
-def select_random_fraction(
-    valid: Tensor, group: Tensor, fraction: float, *, minimum: int = 0, generator: torch.Generator | None = None
-) -> Tensor:
+def select_random_fraction(valid: Tensor, group: Tensor, fraction: float, *, minimum: int = 0, generator: torch.Generator | None = None) -> Tensor:
     """As `select_fraction`, uniformly drawn; `generator` as in `select_random`."""
     return select_fraction(_random_keys(valid, generator), valid, group, fraction, minimum=minimum)
 

@@ -116,10 +116,15 @@ def compute(logits, targets, mask, row_temperature, *options) -> Results:
     if y is not None and not backend.CHECKS_TARGETS and values_readable(logits):
         check_target_range(y, mask, o.ignore_index, logits.shape[-1])
     backend.token_stats_forward(as_rows(logits), y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, out)
-    if out.target_kept is not None:
-        threshold, shifted = out.state[..., State.THRESHOLD : State.TARGETS], out.state[..., State.TARGETS :]
-        torch.ge(shifted, threshold, out=out.target_kept.view(shifted.shape))
+    mark_kept(out)
     return out
+
+
+def mark_kept(results: Results) -> None:
+    """Fills in target_kept, True in a row that was not read."""
+    if results.target_kept is not None:
+        threshold, shifted = results.state[..., State.THRESHOLD : State.TARGETS], results.state[..., State.TARGETS :]
+        torch.ge(shifted, threshold, out=results.target_kept.view(shifted.shape))
 
 
 def write_gradient(out, logits, targets, mask, row_temperature, *rest) -> None:
@@ -166,9 +171,7 @@ _token_stats = differentiable(
 def check_kept(min_p: float | None, min_prob: float | None) -> tuple[int, float]:
     """(kept_kind, log_kept) of the kept set."""
     if min_p is not None and min_prob is not None:
-        raise ValueError(
-            f"give min_p (relative to the largest probability) or min_prob (absolute), not both: got {min_p} and {min_prob}"
-        )
+        raise ValueError(f"give min_p (relative to the largest probability) or min_prob (absolute), not both: got {min_p} and {min_prob}")
     for name, value, kind in (("min_p", min_p, KeptKind.MIN_P), ("min_prob", min_prob, KeptKind.MIN_PROB)):
         if value is not None:
             check_number(name, value)

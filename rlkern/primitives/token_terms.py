@@ -43,14 +43,14 @@ class TokenTerms:
         rows = self._rows / divisor
         return _Attached.apply(self._logp, rows, True) if self.one_pass else rows.sum()
 
-    def __add__(self, other: TokenTerms) -> TokenTerms:
+    # Methods, not operators: Dynamo does not trace those of an object and a tensor.
+
+    def plus(self, other: TokenTerms) -> TokenTerms:
         return TokenTerms(self._logp, self._rows + other._rows)
 
-    def __mul__(self, factor: float | Tensor) -> TokenTerms:
+    def scaled(self, factor: float | Tensor) -> TokenTerms:
         """Times a number or [B, T] without gradient."""
         return TokenTerms(self._logp, self._rows * factor)
-
-    __rmul__ = __mul__
 
     def times(self, other: TokenTerms) -> TokenTerms:
         """The product, with the gradient of both."""

@@ -16,8 +16,8 @@ from trl.trainer import utils  # noqa: E402
 
 import rlkern  # noqa: E402
 import rlkern.integrations.trl as integration  # noqa: E402
-from rlkern.primitives import token_stats as ops  # noqa: E402
 from rlkern.integrations.trl import versions  # noqa: E402
+from rlkern.primitives import token_stats as ops  # noqa: E402
 
 needs_fused_head = pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="DPOTrainer needs TRL 1.15")
 

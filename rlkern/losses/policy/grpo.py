@@ -77,9 +77,9 @@ def grpo_loss(
     if reference_logp is not None:
         kl = kl_penalty(logp, reference_logp, x.mask, kl_kind, kl_clamp)
         if kl_times_ratio:
-            kl = kl.times(ratio_terms(x)) if is_unbiased(kl_kind) else kl * ratio_terms(x).values
+            kl = kl.times(ratio_terms(x)) if is_unbiased(kl_kind) else kl.scaled(ratio_terms(x).values)
         metrics["kl"] = kl.values.sum() / ratio.count
         if kl_scale is not None:
-            kl = (kl * kl_scale).dropped(kl_scale == 0)  # a ratio times an estimate may overflow
-        terms = terms + kl_coef * kl
+            kl = kl.scaled(kl_scale).dropped(kl_scale == 0)  # a ratio times an estimate may overflow
+        terms = terms.plus(kl.scaled(kl_coef))
     return LossOutput(aggregate_terms(terms, x.mask, ratio.count, aggregation, normalizer), metrics)

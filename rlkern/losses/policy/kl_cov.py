@@ -80,6 +80,6 @@ def kl_cov_loss(
     else:  # the largest
         selected = select_fraction(-covariance, ratio.free, x.mask, o["select_ratio"], minimum=o["min_count"])
     distance = kl_penalty(logp, logp.detach() if old_logp is None else old_logp, selected, "abs", None)
-    terms = x.weigh(ratio.terms + o["kl_coef"] * distance)
+    terms = x.weigh(ratio.terms.plus(distance.scaled(o["kl_coef"])))
     metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
     return LossOutput(aggregate_terms(terms, x.mask, ratio.count, aggregation, normalizer), metrics)

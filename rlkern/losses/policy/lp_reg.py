@@ -134,5 +134,5 @@ def lp_reg_loss(
         kl = TokenTerms(logp, torch.where(selected, _full_kl(logp, kept_logmass, proxy_kl).to(own.dtype), 0))
     selected_fraction, _, proxy_kl = selected_means(kl.values, selected, x.mask)
     metrics = {"selected_fraction": selected_fraction, "proxy_kl": proxy_kl, **ratio.metrics}
-    terms = x.weigh(policy + kl_coef * kl)
+    terms = x.weigh(policy.plus(kl.scaled(kl_coef)))
     return LossOutput(aggregate_terms(terms, x.mask, ratio.count, aggregation, normalizer), metrics)
