@@ -114,14 +114,15 @@ class Operators:
         self.case = case
         x, self.y, self.grads = inputs(case)
         self.logits = [x] + [x.clone() for _ in range(rotation(case) - 1 if few_rows(case) else 0)]
+        self.options = (None, None, 1.0, -100, 0, 0.0, False, True)  # no mask, no kept set, the entropy
         self.state = self.forward()[-1]
 
     def forward(self, i: int = 0):
-        return torch.ops.rlkern.token_stats(self.logits[i], self.y, None, None, 1.0, -100, 0, 0.0, False)
+        return torch.ops.rlkern.token_stats(self.logits[i], self.y, *self.options)
 
     def backward(self, i: int = 0):
         return torch.ops.rlkern.token_stats_backward(
-            self.logits[i], self.y, None, None, 1.0, -100, self.state, *self.grads, None, None, None
+            self.logits[i], self.y, *self.options, self.state, *self.grads, None, None, None
         )  # fmt: skip
 
     def copy(self, i: int = 0):

@@ -130,7 +130,7 @@ def test_remedy_of_losses(name):
 def test_every_loss_of_one_pass_is_here():
     found = set()
     for call in CALLS:
-        if call.function.__module__.startswith("rlkern.losses") and call.wrt:
+        if call.function.__module__.startswith(("rlkern.losses", "rlkern.diffusion")) and call.wrt:
             leaves = {name: call.arguments[name].clone().requires_grad_() for name in call.wrt}
             gradients = torch.autograd.grad(battery.total(call(**leaves)), list(leaves.values()), create_graph=True, allow_unused=True)
             try:

@@ -39,7 +39,7 @@ def _strides(x):
 
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
-    *outputs, _, state = out
+    *outputs, state = out
     if outputs[1] is None:  # memory-bound as they are, the kernels always compute the entropy
         outputs[1] = torch.empty_like(outputs[2])
     pointers, temperature, options = _common(logits, targets, mask, temperature, state)

@@ -13,8 +13,8 @@ Rows of logits:
     mask         [N] bool contiguous, or None; a row is skipped where the mask is False or all its targets are ignored
     temperature  float, or [N] contiguous tensor of the accumulation dtype (float64 for float64 logits, else float32)
     kept_kind    a `KeptKind`; log_kept = log k
-    out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob, kept_logmass, any, state [.., State.TARGETS + K]),
-                 contiguous, N rows; all but logsumexp and state may be None; the sixth is not the backend's
+    out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob, kept_logmass, state [.., State.TARGETS + K]),
+                 contiguous, N rows; all but logsumexp and state may be None
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
     grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous, accumulation
                  dtype, each may be None

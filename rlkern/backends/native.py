@@ -44,7 +44,7 @@ def _rows(logits, targets, mask, temperature, ignore_index, state) -> tuple:
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
     """See `backends.py`. Raises IndexError for a target outside [0, V) that counts (its row is not skipped and it is not ignore_index)."""
-    logp, entropy, lse, sum_sq, kept, _, state = out
+    logp, entropy, lse, sum_sq, kept, state = out
     _cpu.token_stats_forward(
         *_rows(logits, targets, mask, temperature, ignore_index, state),
         kept_kind,

@@ -86,7 +86,7 @@ def _inverse_temperature(temperature: float | Tensor, rows: slice, acc: torch.dt
 
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
-    logp_out, entropy_out, lse_out, sum_sq_out, kept_out, _, state_out = out
+    logp_out, entropy_out, lse_out, sum_sq_out, kept_out, state_out = out
     state_out = state_out.view(-1, state_out.shape[-1])
     acc = state_out.dtype
     n, vocab = state_out.shape[0], logits.shape[-1]

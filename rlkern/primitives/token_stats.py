@@ -115,7 +115,8 @@ def compute(logits, targets, mask, row_temperature, *options) -> Results:
     y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, o.temperature)
     if y is not None and not backend.CHECKS_TARGETS and values_readable(logits):
         check_target_range(y, mask, o.ignore_index, logits.shape[-1])
-    backend.token_stats_forward(as_rows(logits), y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, out)
+    of_backend = (*out[:5], out.state)
+    backend.token_stats_forward(as_rows(logits), y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, of_backend)
     mark_kept(out)
     return out
 
