@@ -16,7 +16,7 @@ import sys
 import torch
 
 import rlkern
-from rlkern.backends import reference
+from rlkern import reference
 
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 

@@ -12,8 +12,8 @@ Token functions, primitives and losses have flat names. Beside them:
 
 __version__ = "0.1.0"
 
-from . import advantages, diffusion, losses, metrics, primitives
-from .backends import backend_info, reference, use_backend
+from . import advantages, diffusion, losses, metrics, primitives, reference, selection
+from .backends import backend_info, use_backend
 from .diffusion import (
     BGPOAccumulator,
     BGPOOutput,
@@ -29,7 +29,6 @@ from .diffusion import (
 )
 from .losses import *  # noqa: F403
 from .primitives import *  # noqa: F403
-from .primitives import selection
 
 __all__ = [
     *losses.__all__,

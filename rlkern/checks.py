@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # 
 FINITE = torch.finfo(torch.float32).max  # as an upper bound: anything but infinity
 
 Like = tuple[str, Tensor]  # a tensor that another one must go with, and its name
-Shape = Sequence[int]
 
 
 def shown(value: object) -> str:
@@ -43,7 +42,7 @@ def expect(
     layout: str,
     *,
     like: Like | None = None,
-    shape: Shape | Sequence[Shape] | None = None,
+    shape: Any = None,
     detached: bool = False,
 ) -> None:
     """Raises TypeError or ValueError unless x is a tensor of that kind, shape and device.
@@ -52,21 +51,21 @@ def expect(
         kind: "float", "real" (bool or any number), "integer" or "bool".
         layout: the shape in words: "[B, T]", "[B] or [B, 1]".
         like: a tensor whose device x must be on, and whose shape it must have unless `shape` says otherwise.
-        shape: the shape, or several of which one will do. Without `like` and `shape`, `layout` says how many dimensions.
+        shape: the shape, or a tuple of several of which one will do. Without `like` and `shape`, `layout` says how many dimensions.
         detached: x must not require grad.
     """
     words, fits = _KINDS[kind]
     if not isinstance(x, Tensor) or not fits(x.dtype):
         raise TypeError(f"{name} must be {words}{'' if layout == '[...]' else ' ' + layout}, got {shown(x)}")
-    if shape is None and like is None:
+    of = "" if like is None else f" for {like[0]} {tuple(like[1].shape)}"
+    if shape is None and like is not None:
+        if x.shape != like[1].shape:
+            raise ValueError(f"{name} must have the shape of {like[0]} {tuple(like[1].shape)}, got {tuple(x.shape)}")
+    elif shape is None:
         dims = layout.count(",") + 1
         if x.dim() < dims - 1 if "..." in layout else x.dim() != dims:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
-    elif shape is None:
-        if x.shape != like[1].shape:
-            raise ValueError(f"{name} must have the shape of {like[0]} {tuple(like[1].shape)}, got {tuple(x.shape)}")
     elif x.shape != shape and tuple(x.shape) not in shape:
-        of = "" if like is None else f" for {like[0]} {tuple(like[1].shape)}"
         several = len(shape) > 0 and not isinstance(shape[0], int)
         wanted = f"{layout}, here {' or '.join(str(tuple(s)) for s in shape)}" if several else f"{tuple(shape)}{layout.partition(']')[2]}"
         raise ValueError(f"{name} must be {wanted}{of}, got {tuple(x.shape)}")
@@ -81,7 +80,7 @@ def check_logp(logp: Tensor, name: str = "logp") -> None:
     expect(name, logp, "float", "[B, T]")
 
 
-def check_tokens(name: str, x: Tensor, logp: Tensor, kind: str = "float", of: str = "logp") -> None:
+def check_tokens(name: str, x: Any, logp: Tensor, kind: str = "float", of: str = "logp") -> None:
     """x has the shape and the device of logp [B, T]."""
     expect(name, x, kind, "[B, T]", like=(of, logp))
 

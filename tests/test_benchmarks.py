@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlkern.backends import reference
+from rlkern import reference
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.backends import reference
+from rlkern import reference
 from rlkern.primitives.selection import select_bottom
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

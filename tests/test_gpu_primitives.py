@@ -10,7 +10,7 @@ from test_gpu import check_entries, check_gradient, random_logits, random_target
 
 import rlkern
 from rlkern import advantages
-from rlkern.backends import reference
+from rlkern import reference
 from rlkern.primitives.moments import row_moments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

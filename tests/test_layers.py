@@ -11,11 +11,12 @@ PACKAGE = ROOT / "rlkern"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "triton_kernels" not in path.parts)
 # Each floor may import those named before it, and itself.
 FLOORS = (
-    {"layout"},
+    {"layout", "reference"},
     {"backends"},
     {"operator"},
     {"checks"},
     {"primitives", "advantages"},
+    {"selection"},
     {"losses"},
     {"diffusion", "metrics"},
     {"integrations"},

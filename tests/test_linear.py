@@ -8,7 +8,7 @@ from oracle import FIELDS, upstream
 from torch.nn.functional import linear
 
 from rlkern import linear_token_stats, token_stats
-from rlkern.backends import reference
+from rlkern import reference
 
 V, H = 37, 5
 

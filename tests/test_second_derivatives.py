@@ -8,7 +8,7 @@ from calls import CALLS
 from torch.nn.functional import linear, log_softmax, softplus
 
 import rlkern
-from rlkern.backends import reference
+from rlkern import reference
 from rlkern.primitives import moments
 
 B, V = 4, 7

@@ -22,7 +22,7 @@ def new_gradient(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return empty(x)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    if x.numel() < extent <= 1.125 * x.numel():
+    if x.dim() <= 3 and x.numel() < extent <= 1.125 * x.numel():  # with more, rows need not have a view
         return x.new_empty_strided(x.shape, x.stride())
     return empty(x)
 
@@ -37,7 +37,7 @@ def empty(like: Tensor) -> Tensor:
         storage = None  # gone before the new one is there
         storage = torch.UntypedStorage(size, device="cpu")
     _kept[:] = [storage]
-    return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, like.shape)
+    return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, like.shape)  # type: ignore[call-overload]
 
 
 def _take() -> torch.UntypedStorage | None:

@@ -117,7 +117,7 @@ def elbo_rows(
         if bad.any():
             got = weight[bad][0].item()
             raise ValueError(f"weight must be finite and not negative wherever mask counts, got {got} (1/t needs t > 0: draw t from (0, 1])")
-    if seq_idx is None:
+    if seq_idx is None or num_seqs is None:
         return ELBORows(targets, counted, weight, logits.shape[0])
     seq_idx = seq_idx.long()
     firsts = torch.arange(num_seqs + 1, device=seq_idx.device)

@@ -23,7 +23,7 @@ def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_
     ordered, order = x.sort(dim=-1, descending=True, stable=True)
     p = (ordered.softmax(-1) * 2.0**52).long()  # sums of integers have no order: on a GPU those of floats may change from run to run
     before = p.cumsum(-1) - p
-    kept = before <= int(top_p * 2**52)
+    kept = before <= int((top_p or 0) * 2**52)
     kept[:, :min_tokens_to_keep] = True
     return torch.empty_like(kept).scatter_(-1, order, kept) & (x > -math.inf)
 
@@ -122,10 +122,12 @@ def nlpo_stats(
     check_flags(renorm=renorm)
     check_logits(logits)
     expect("keep", keep, "bool", "[..., V]", like=("logits", logits))
-    options = {"temperature": temperature, "mask": mask, "ignore_index": ignore_index}
-    plain = token_stats(logits, targets, **options)
-    kept = token_stats(logits.masked_fill(~keep, -math.inf), targets, **options)
-    kept_logmass = kept.logsumexp - plain.logsumexp
+    plain, kept = (
+        token_stats(x, targets, temperature=temperature, mask=mask, ignore_index=ignore_index)
+        for x in (logits, logits.masked_fill(~keep, -math.inf))
+    )
+    entropy, kept_logmass = kept.entropy, kept.logsumexp - plain.logsumexp
+    assert entropy is not None  # it was asked for
     if renorm:
-        return NLPOStats(kept.logp, kept.entropy, kept_logmass)
-    return NLPOStats(plain.logp, kept.entropy - kept_logmass, kept_logmass)
+        return NLPOStats(kept.logp, entropy, kept_logmass)
+    return NLPOStats(plain.logp, entropy - kept_logmass, kept_logmass)

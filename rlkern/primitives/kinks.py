@@ -5,6 +5,8 @@ The bounds are numbers that a caller may change from step to step without torch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,9 +18,10 @@ def number(value: float, like: Tensor) -> Tensor:
 
 def clamped(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
     """x.clamp(low, high) without gradient; torch.compile would compile the call of clamp again for every new bound."""
+    bounds: list[Any] = [low, high]
     if torch.compiler.is_compiling():
-        low, high = (None if bound is None else number(bound, x) for bound in (low, high))
-    return x.detach().clamp(low, high)
+        bounds = [None if bound is None else number(bound, x) for bound in bounds]
+    return x.detach().clamp(*bounds)
 
 
 def bounded(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:

@@ -19,6 +19,7 @@ Names elsewhere: "kl" is k1, "low_var_kl" is k3. Estimates: Schulman, http://jos
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ def _k3(d: Tensor) -> Tensor:
     return torch.expm1(x) - x
 
 
-ESTIMATES = {"k1": lambda d: d, "abs": torch.abs, "k2": lambda d: 0.5 * d.square(), "k3": _k3}
+ESTIMATES: dict[str, Callable[[Tensor], Tensor]] = {"k1": lambda d: d, "abs": torch.abs, "k2": lambda d: 0.5 * d.square(), "k3": _k3}
 _ALIASES = {"mse": "k2", "kl": "k1", "low_var_kl": "k3"}
 KINDS = (*ESTIMATES, *_ALIASES, *(f"{name}+" for name in (*ESTIMATES, *_ALIASES)))
 

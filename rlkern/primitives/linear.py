@@ -7,6 +7,8 @@ logits twice, and the two of their gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,8 +84,9 @@ class _Rows:
 
     def place(self, to: Tensor | None, value: Tensor | None) -> None:
         """What was written, where it belongs, and 0 for the rows that do not count."""
-        if to is not None and value is not None and self.counted is not None:
-            self.flat(to).zero_()[self.counted] = value
+        flat = self.flat(to)
+        if flat is not None and self.counted is not None:
+            flat.zero_()[self.counted] = value
 
 
 def _forward(hidden, weight, bias, targets, mask, row_temperature, *rest) -> Results:
@@ -99,7 +102,7 @@ def _forward(hidden, weight, bias, targets, mask, row_temperature, *rest) -> Res
     results = [rows.room(x) for x in stats]
     for part, logits, *of_rows in _Chunks(rows.hidden, weight, bias, chunk_rows, *rows.others):
         for to, value in zip(results, compute(logits, *of_rows, *o), strict=True):
-            if to is not None:
+            if to is not None and value is not None:
                 to[part] = value
     for to, value in zip(stats, results, strict=True):
         rows.place(to, value)
@@ -161,22 +164,23 @@ _linear_token_stats = differentiable(
 )
 
 
-def _check_matrix(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def _check_matrix(hidden: Any, weight: Any, bias: Any) -> None:
     check_logits(hidden, "hidden")
     for name, x, layout in (("weight", weight, "[V, H]"), ("bias", bias, "[V]")):
         if name == "bias" and x is None:
             continue
-        if isinstance(x, Tensor) and x.dtype != hidden.dtype:
+        expect(name, x, "real", layout)
+        if x.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden {hidden.dtype} (or run under torch.autocast), got {x.dtype}")
-        expect(name, x, "float", layout)
-        expect(name, x, "float", layout, shape=x.shape, like=("hidden", hidden))
+        if x.device != hidden.device:
+            raise ValueError(f"{name} must be on the device of hidden {hidden.device}, got {x.device}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
         raise ValueError(f"weight must be [V, {hidden.shape[-1]}] with V >= 1 for hidden {tuple(hidden.shape)}, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [{weight.shape[0]}] for weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
 
 
-def _autocast(x: Tensor | None, device: str) -> Tensor | None:
+def _autocast(x: Any, device: str) -> Any:
     castable = isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
     return x.to(torch.get_autocast_dtype(device)) if castable else x
 
@@ -223,7 +227,7 @@ def linear_token_stats(
     if isinstance(hidden, Tensor) and not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight, bias = (_autocast(x, hidden.device.type) for x in (hidden, weight, bias))
     _check_matrix(hidden, weight, bias)
-    targets, mask, row_temperature, o = row_options(
+    y, counted, row_temperature, o = row_options(
         hidden,
         targets,
         of="hidden",
@@ -238,4 +242,4 @@ def linear_token_stats(
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(hidden, weight.shape[0])
     check_count("chunk_rows", chunk_rows, 1)
-    return TokenStats(*_linear_token_stats(hidden, weight, bias, targets, mask, row_temperature, *o, chunk_rows))
+    return TokenStats(*_linear_token_stats(hidden, weight, bias, y, counted, row_temperature, *o, chunk_rows))

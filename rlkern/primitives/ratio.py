@@ -100,7 +100,7 @@ def _clipped(ratio, advantages, low, high, dual):
 class ClippedRatio(NamedTuple):
     terms: TokenTerms  # -A r, clipped
     free: Tensor  # bool [B, T]: tokens that count, with a finite logp, and that the clip lets go
-    count: Tensor  # 0-d: the number of tokens, at least 1
+    tokens: Tensor  # 0-d: how many count, at least 1
     metrics: dict[str, Tensor]
 
 

@@ -11,8 +11,6 @@ from ..checks import as_bool, check_count, check_fraction, check_generator, chec
 from ..layout import computing_dtype
 from ..operator import Operator
 
-__all__ = ["fraction_count", "select_bottom", "select_random", "select_top"]
-
 
 def _as_count(count: Tensor | int, values: Tensor) -> Tensor:
     """0-d int64 on the device of values."""

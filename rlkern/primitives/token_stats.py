@@ -217,7 +217,7 @@ def _check_inplace(logits: Tensor) -> None:
             raise ValueError(f"inplace_backward needs leading dimensions that merge into one, got strides {logits.stride()}") from None
 
 
-def _stats(logits: Tensor, targets: Tensor | None, inplace_backward: bool = False, **options: Any) -> TokenStats:
+def _stats(logits: Tensor, targets: Tensor | None, inplace_backward: Any = False, **options: Any) -> TokenStats:
     check_logits(logits)
     check_flags(inplace_backward=inplace_backward)
     targets, mask, row_temperature, o = row_options(logits, targets, **options)
@@ -301,5 +301,7 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, ma
 
     Differentiable; `temperature` and `mask` as in `token_stats`. Entries at -inf count as probability 0.
     """
-    none = {"ignore_index": -100, "min_p": None, "min_prob": None, "with_sum_sq": False}
-    return _stats(logits, None, mask=mask, temperature=temperature, with_entropy=True, **none).entropy
+    nothing_else = {"ignore_index": -100, "min_p": None, "min_prob": None, "with_sum_sq": False}
+    entropy = _stats(logits, None, mask=mask, temperature=temperature, with_entropy=True, **nothing_else).entropy
+    assert entropy is not None  # it was asked for
+    return entropy

@@ -14,7 +14,7 @@ from ...primitives.selection import select_random_fraction, selected_means
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs, selected_tokens, with_preset
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"clip_low": None, "clip_high": None, "closed_band": True, "min_count": 0},
     "prime": {"clip_low": 1.0, "clip_high": 1.0, "closed_band": False, "min_count": 1},
     "verl": {"clip_low": 0.2, "clip_high": 0.2, "closed_band": False, "min_count": 1},
@@ -93,7 +93,7 @@ def clip_cov_loss(
         selected = select_random_fraction(ratio.free & inside, x.mask, select_ratio, minimum=rules["min_count"], generator=generator)
     terms = ratio.terms.held(selected) if keep_value else ratio.terms.dropped(selected)
     metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
-    return LossOutput(aggregate_terms(x.weigh(terms), x.mask, ratio.count, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_terms(x.weigh(terms), x.mask, ratio.tokens, aggregation, normalizer), metrics)
 
 
 def check_selection(bounds: dict[str, float | None], rules: dict[str, Any], select_ratio: float, cov_low: float, cov_high: float) -> None:
@@ -101,7 +101,7 @@ def check_selection(bounds: dict[str, float | None], rules: dict[str, Any], sele
     clip_low, clip_high = bounds["clip_low"], bounds["clip_high"]
     if (clip_low is None) != (clip_high is None):
         raise ValueError(f"clip_low and clip_high belong together, got {clip_low} and {clip_high}")
-    if clip_low is not None:
+    if clip_low is not None and clip_high is not None:
         check_clip(clip_low, clip_high)
     check_fraction("select_ratio", select_ratio)
     check_number("cov_low", cov_low)

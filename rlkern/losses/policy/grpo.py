@@ -78,8 +78,8 @@ def grpo_loss(
         kl = kl_penalty(logp, reference_logp, x.mask, kl_kind, kl_clamp)
         if kl_times_ratio:
             kl = kl.times(ratio_terms(x)) if is_unbiased(kl_kind) else kl.scaled(ratio_terms(x).values)
-        metrics["kl"] = kl.values.sum() / ratio.count
+        metrics["kl"] = kl.values.sum() / ratio.tokens
         if kl_scale is not None:
             kl = kl.scaled(kl_scale).dropped(kl_scale == 0)  # a ratio times an estimate may overflow
         terms = terms.plus(kl.scaled(kl_coef))
-    return LossOutput(aggregate_terms(terms, x.mask, ratio.count, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), metrics)

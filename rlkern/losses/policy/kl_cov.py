@@ -82,4 +82,4 @@ def kl_cov_loss(
     distance = kl_penalty(logp, logp.detach() if old_logp is None else old_logp, selected, "abs", None)
     terms = x.weigh(ratio.terms.plus(distance.scaled(o["kl_coef"])))
     metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
-    return LossOutput(aggregate_terms(terms, x.mask, ratio.count, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), metrics)

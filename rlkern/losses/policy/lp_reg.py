@@ -29,9 +29,11 @@ def _full_kl(logp: Tensor, kept_logmass: Tensor | None, proxy_kl: Tensor | None)
     """KL(proxy || policy) with its gradient, [B, T]."""
     if (kept_logmass is None) == (proxy_kl is None):
         raise ValueError("kl_term='full' needs exactly one of kept_logmass= (on-policy: KL = -log S) and proxy_kl= (from other logits), each [B, T]")
-    name, given = ("kept_logmass", kept_logmass) if proxy_kl is None else ("proxy_kl", proxy_kl)
-    check_tokens(name, given, logp)
-    return -given if proxy_kl is None else given
+    if proxy_kl is not None:
+        check_tokens("proxy_kl", proxy_kl, logp)
+        return proxy_kl
+    check_tokens("kept_logmass", kept_logmass, logp)
+    return -kept_logmass  # type: ignore[operator]  # checked
 
 
 def lp_reg_loss(
@@ -135,4 +137,4 @@ def lp_reg_loss(
     selected_fraction, _, proxy_kl = selected_means(kl.values, selected, x.mask)
     metrics = {"selected_fraction": selected_fraction, "proxy_kl": proxy_kl, **ratio.metrics}
     terms = x.weigh(policy.plus(kl.scaled(kl_coef)))
-    return LossOutput(aggregate_terms(terms, x.mask, ratio.count, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), metrics)

@@ -55,5 +55,5 @@ def ppo_loss(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
-    loss = aggregate_terms(x.weigh(ratio.terms), x.mask, ratio.count, aggregation, normalizer)
+    loss = aggregate_terms(x.weigh(ratio.terms), x.mask, ratio.tokens, aggregation, normalizer)
     return LossOutput(loss, ratio.metrics)

@@ -1,0 +1,67 @@
+"""The mathematics in plain PyTorch, written as the formulas are printed: the oracle of the tests.
+
+It differentiates through autograd, in any dtype, any number of times. The closed forms that run where no kernel does are
+in backends/reference.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Reference(NamedTuple):
+    logp: Tensor | None
+    entropy: Tensor
+    logsumexp: Tensor
+    sum_sq_prob: Tensor
+    kept_logmass: Tensor | None
+
+
+def token_stats(
+    logits: Tensor,
+    targets: Tensor | None,
+    temperature: float | Tensor = 1.0,
+    min_p: float | None = None,
+    min_prob: float | None = None,
+) -> Reference:
+    """Row statistics of `logits` [..., V], differentiable by autograd, in the logits' own precision. `targets` [..., K] or None."""
+    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    u = logits / scale
+    lse = u.logsumexp(-1)
+    log_p = u - lse.unsqueeze(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p > 0, p * log_p.masked_fill(p == 0, 0), 0 * p).sum(-1)
+    logp = None if targets is None else log_p.gather(-1, targets)
+    kept = None
+    if min_p is not None:
+        kept = u >= u.amax(-1, keepdim=True) + math.log(min_p)
+    elif min_prob is not None:
+        kept = u >= lse.unsqueeze(-1) + math.log(min_prob)
+    kept_logmass = None if kept is None else log_p.masked_fill(~kept.detach(), -math.inf).logsumexp(-1)
+    return Reference(logp, entropy, lse, (p * p).sum(-1), kept_logmass)
+
+
+def token_divergence(logits: Tensor, other: Tensor, kind: str = "reverse_kl", beta: float = 0.5, temperature: float | Tensor = 1.0) -> Tensor:
+    """The divergences of `rlkern.token_divergence` between rows of finite logits [..., V], differentiable by autograd any number of times."""
+    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
+    log_p, log_q = (logits / scale).log_softmax(-1), (other / scale).log_softmax(-1)
+
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if kind == "reverse_kl":
+        return kl(log_p, log_q)
+    if kind == "forward_kl":
+        return kl(log_q, log_p)
+    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
+    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+
+
+def row_moments(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(logit of the target minus the mean, variance) of rows [..., V] with targets [...], differentiable by autograd any number of times."""
+    centred = logits - logits.mean(-1, keepdim=True)
+    return centred.gather(-1, targets.unsqueeze(-1)).squeeze(-1), centred.square().mean(-1)
