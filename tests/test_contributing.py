@@ -1,4 +1,4 @@
-"""The skeletons of CONTRIBUTING.md, written where the page says, run."""
+"""The skeletons of CONTRIBUTING.md run, and what any page names or links to exists."""
 
 import importlib.util
 import re
@@ -9,7 +9,10 @@ import loss_battery as battery
 import pytest
 import torch
 
+import rlkern
+
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PLACES = ("rlkern.losses.policy.square_penalty", "rlkern.primitives.row_energy")
 
 
@@ -72,7 +75,30 @@ def test_the_primitive_is_its_formula(skeletons, compiled):
 def test_the_primitive_is_differentiated_once(skeletons):
     logits = torch.randn(3, 7, requires_grad=True)
     (gradient,) = torch.autograd.grad(skeletons[1].row_energy(logits).sum(), logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="use rlkern.reference.row_energy"):
+    with pytest.raises(RuntimeError, match=r"write logits\.square"):
         gradient.sum().backward()
     with pytest.raises(TypeError, match="logits must be float32"):
         skeletons[1].row_energy(torch.zeros(3, 7, dtype=torch.int64))
+
+
+def anchors(page):
+    """GitHub's: headings in lower case, spaces as hyphens, without punctuation."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)", page.read_text(), flags=re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_and_links_exist(page):
+    text = page.read_text()
+    for names in re.findall(r"\brlkern((?:\.[A-Za-z_]\w*)+)", text):
+        owner = rlkern
+        for name in names[1:].split("."):
+            if name == "integrations" or (owner is rlkern and name == "triton_kernels"):
+                break  # these ask for a trainer, or for Triton
+            assert hasattr(owner, name), f"rlkern{names}"
+            owner = getattr(owner, name)
+    for path in re.findall(r"`((?:rlkern|tests|examples|benchmarks|triton_kernels|csrc)/[\w/.-]*(?:/|\.\w+))`", text):
+        assert (ROOT / path).exists(), path
+    for link, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", text):
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), anchor
