@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from rlkern.backends import gradient_memory as spare
+from rlkern.backends import gradient_memory
 
 
 def _status_bytes(key: str) -> int:
@@ -20,7 +20,7 @@ def _status_bytes(key: str) -> int:
 
 def _reset_peak() -> int | None:
     """Resident bytes now, with the kernel's high-water mark set back to that; None off Linux."""
-    spare.release()  # the memory of the last gradient, kept for the next, counts as that gradient's
+    gradient_memory.release()  # the memory of the last gradient, kept for the next, counts as that gradient's
     try:
         with open("/proc/self/clear_refs", "w") as control:
             control.write("5")
