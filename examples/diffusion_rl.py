@@ -1,20 +1,16 @@
-"""Diffusion RL: a small masked-diffusion transformer learns 4x4 sudoku; memory and reward against the number of draws n.
+"""Diffusion RL: a small masked-diffusion model learns 4x4 sudoku; memory and reward against draws.
 
     python examples/diffusion_rl.py [--steps 30] [--quick] [--seed 0] [--out out]
 
-1. A bidirectional transformer learns, supervised by LLaDA's masked loss, to fill in the empty cells of puzzles, until its samples solve 20 %.
-2. The gradients of three objectives on one batch are compared in float64. All estimate the ELBO of a sampled answer from n draws of masks:
-       naive   the objective of arXiv 2510.11683, Eq. 6-7, through autograd: the graphs of all n draws are alive at once
+1. A bidirectional transformer learns, supervised by LLaDA's masked loss, until its samples solve 20 %.
+2. The gradients of three objectives are compared in float64, each from n draws of masks an answer:
+       naive   the objective of arXiv 2510.11683, Eq. 6-7, through autograd: the graphs of all n draws at once
        exact   the same gradient from two passes, one draw at a time: rlkern.elbo_coeff, rlkern.masked_elbo
        bound   BGPO's lower bound of it, one pass, one draw at a time: rlkern.bgpo_loss
 3. An update of each is measured for n = 1, 4, 16, 64, every pair in a process of its own.
-4. Reinforcement learning starts from the supervised model with each of them: groups of sampled answers, reward 1 for a solved puzzle, else 0.
+4. Reinforcement learning starts from there with each: groups of answers, reward 1 if solved, else 0.
 
-What it can show: what n costs in memory, that the gradients agree, that learning works and how it goes with n. What it cannot: whether the bound or
-the objective is better. Naive and exact are one run but for rounding; the bound's is another one, and with two updates a step and log ratios divided
-by the length it differs from them as seeds do: try --seed. At this learning rate n = 1 may not learn at all.
-Memory is measured with the vocabulary padded to 8,192 columns, because the five of the task would leave the logits out of the picture; naive then
-takes 2.7 GB at n = 64. It is that of the update, above parameters, gradients and the optimizer's state, which do not depend on n.
+docs/diffusion.md has the results, and what they show and do not show.
 """
 
 from __future__ import annotations

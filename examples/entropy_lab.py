@@ -2,14 +2,12 @@
 
     python examples/entropy_lab.py [--steps 200] [--seed 0] [--out out]
 
-1. A small transformer sees sums such as 48+75= and learns, supervised, until one sampled answer in five is right.
-2. From there reinforcement learning starts five times: groups of sampled answers, reward 1 if every digit is right, else 0. Only the loss
-   differs: GRPO, Clip-Cov, KL-Cov, Lp-Reg, NFT.
-3. Entropy and reward of every step are drawn side by side, and R = -a exp(H) + b is fitted to each run, as in arXiv 2505.22617.
+1. A small transformer learns sums such as 48+75=, supervised, until one sampled answer in five is right.
+2. From there reinforcement learning starts five times: groups of answers, reward 1 if every digit is right.
+   Only the loss differs: GRPO, Clip-Cov, KL-Cov, Lp-Reg, NFT.
+3. Entropy and reward of every step are drawn, and R = -a exp(H) + b is fitted to each run (arXiv 2505.22617).
 
-What it can show: that the losses run as written, move entropy differently, and how reward goes with entropy within a run. What it cannot:
-which loss is better for a language model. Twelve tokens, three decisions an answer and one right answer per prompt are far from the
-settings of the papers; here low entropy is what success looks like. One seed is an anecdote: try --seed.
+docs/entropy_lab.md has the results, and what they show and do not show.
 """
 
 from __future__ import annotations
@@ -27,8 +25,8 @@ from support.rollout import Batch, accuracy, train, warm_up
 
 import rlkern
 
-# --- the five losses -------------------------------------------------------------------------------------------------------------------------
-# The fractions are larger than the papers': a minibatch here has hundreds of tokens, theirs hundreds of thousands.
+# --- the five losses ----------------------------------------------------------------------------------------
+# The fractions are larger than the papers': a minibatch has hundreds of tokens, theirs hundreds of thousands.
 
 
 def grpo(new: rlkern.TokenStats, old: Batch) -> rlkern.LossOutput:
@@ -55,7 +53,7 @@ def nft(new: rlkern.TokenStats, old: Batch) -> rlkern.LossOutput:
 
 METHODS = {"GRPO": grpo, "Clip-Cov": clip_cov, "KL-Cov": kl_cov, "Lp-Reg": lp_reg, "NFT": nft}
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:

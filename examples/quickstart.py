@@ -1,13 +1,13 @@
-"""Quickstart: the same DPO training twice, with the usual PyTorch loss and with rlkern's, on text that is on every machine.
+"""Quickstart: the same DPO training on real text twice, with the usual PyTorch loss and with rlkern's.
 
     python examples/quickstart.py [--steps 32] [--seed 0] [--out out]
 
 1. A subword tokenizer of 32,768 entries is trained on the sources of Python's standard library.
-2. Preference pairs are cut from them: the true continuation of a prompt against a corrupted one. Some files are held out.
-3. A small transformer learns the text for a moment as a language model; a frozen copy of it is the reference model.
+2. Preference pairs are cut from them: the true continuation of a prompt against a corrupted one.
+3. A small transformer learns the text for a moment. A frozen copy of it is the reference model.
 4. DPO starts twice from that model, on the same batches: eager PyTorch, then `rlkern.dpo_loss_from_logits`.
 
-Prints both losses side by side, the reward accuracy on held-out pairs, seconds and peak memory of the loss, and draws them to a PNG.
+Prints both losses, the reward accuracy on held-out pairs, seconds and peak memory. Draws them to a PNG.
 Results repeat for the same seed, machine and thread count; seconds do not.
 """
 
@@ -29,7 +29,7 @@ from torch import Tensor
 
 import rlkern
 
-# --- the loss as it is usually written -------------------------------------------------------------------------------------------------------
+# --- the loss as it is usually written ----------------------------------------------------------------------
 
 
 def eager_sequence_logps(logits: Tensor, labels: Tensor) -> Tensor:
@@ -44,14 +44,14 @@ def eager_dpo(logits: Tensor, labels: Tensor, reference_logps: Tensor, beta: flo
     return -F.logsigmoid(beta * (chosen - rejected)).mean()
 
 
-# --- the loss with rlkern --------------------------------------------------------------------------------------------------------------------
+# --- the loss with rlkern -----------------------------------------------------------------------------------
 
 
 def rlkern_dpo(logits: Tensor, labels: Tensor, reference_logps: Tensor, beta: float) -> Tensor:
     return rlkern.dpo_loss_from_logits(logits, labels, reference_logps, beta=beta).losses.mean()
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 
 
 def parse_arguments() -> argparse.Namespace:

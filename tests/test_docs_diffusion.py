@@ -8,8 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-import rlkern
-
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "diffusion.md"
 VOCAB = 13
 FSDP2 = not torch.__version__.startswith("2.6.")  # whose fully_shard asks a CPU for streams
@@ -88,8 +86,3 @@ def test_the_page_runs(tmp_path):
     for got, want, bound in zip(two_passes, espo, loop, strict=True):  # both are PPO's clip on exp((B - B_old) / L)
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
         assert not torch.allclose(got, bound, rtol=1e-6, atol=1e-9)
-
-
-def test_names_of_the_page_exist():
-    for name in set(re.findall(r"rlkern\.(\w+)", PAGE.read_text())):
-        assert hasattr(rlkern, name), name

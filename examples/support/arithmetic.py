@@ -10,9 +10,9 @@ VOCAB = 12  # the digits, + and =
 
 
 class Addition:
-    """Prompts "123+456=" and answers with the lowest digit first, "9750": a carry then depends on digits already written.
+    """Prompts "123+456=", answers with the lowest digit first, "9750": a carry depends on digits before.
 
-    Every prompt and answer has one length, so there is no padding. Held-out pairs of numbers never occur in training.
+    Prompts and answers have one length each: no padding. Held-out pairs of numbers never occur in training.
     """
 
     def __init__(self, digits: int, held_out: int, seed: int):

@@ -1,4 +1,4 @@
-"""Real text that every machine with Python has: the standard library's own sources, and a subword tokenizer trained on them."""
+"""Real text of every machine with Python: the standard library's sources, and a tokenizer trained on them."""
 
 from __future__ import annotations
 

@@ -21,8 +21,8 @@ PADDED_VOCAB = 8192  # logits are the largest tensor of a language model; with t
 
 
 class Memory(NamedTuple):
-    """Bytes. `retained`: the most that autograd held for backward at any time, parameters left out. `peak`: the most that the process's resident set
-    rose above its size before the update; None off Linux."""
+    """Bytes. `retained`: the most that autograd held for backward at any time, parameters left out.
+    `peak`: the highest rise of the process's resident set in the update; None off Linux."""
 
     retained: int
     peak: int | None
@@ -65,7 +65,7 @@ class _Saved:
 
 
 def _allocate_from_the_system() -> None:
-    """Blocks of 64 kB or more come from the system and go back when freed, so that the resident set follows what is in use (glibc)."""
+    """Freed blocks of 64 kB or more go back to the system: resident is what is in use (glibc)."""
     mmap_threshold = -3
     if hasattr(_LIBC, "mallopt"):
         _LIBC.mallopt(mmap_threshold, 1 << 16)
@@ -78,7 +78,7 @@ def _return_freed_memory() -> None:
 
 
 def measure(objective: str, n: int) -> Memory:
-    """One update off-policy, on random answers, after a small one that makes the gradients and the optimizer's state.
+    """One update off-policy, on random answers, after a small one that makes gradients and optimizer state.
 
     It is everything from the draws of the masks to the optimizer's step.
     """

@@ -1,4 +1,4 @@
-"""Three ways to the gradient of one policy update of a masked-diffusion model (arXiv 2510.11683), each from n draws of masks a response.
+"""Three ways to the gradient of an update of a masked-diffusion model (arXiv 2510.11683), from n draws.
 
 All three add to the parameters' .grad. The first keeps the graphs of all n draws, the others that of one.
 """
@@ -35,20 +35,20 @@ class Answers(NamedTuple):
 
 
 def _draw(answers: Answers, n: int, j: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw j of n: the noisy ids and the masked places, [B, T], and their weight [B]. Drawn again it is the same, so nothing is stored."""
+    """Draw j of n: noisy ids and masked places, [B, T], and weight [B]. The same when drawn again."""
     mask, weight = rlkern.diffusion.count_masks(answers.response, n, seed=answers.seed, rollouts=answers.rows, draw=j)
     return torch.where(mask, MASK, answers.ids), mask, weight
 
 
 @torch.no_grad()
 def elbos(model: nn.Module, answers: Answers, n: int) -> Tensor:
-    """[B, n], of every draw: what an update compares with, once the policy is no longer the one that answered."""
+    """[B, n], of every draw: what an update compares with once the policy has moved on."""
     draws = (_draw(answers, n, j) for j in range(n))
     return torch.stack([rlkern.masked_elbo(model(noisy), answers.ids, weight, mask=mask) for noisy, mask, weight in draws], -1)
 
 
 def naive(model: nn.Module, answers: Answers, n: int, old_elbo: Tensor | None) -> None:
-    """mean of A exp(s (B - old B)) with B the mean ELBO over the draws, as autograd takes it: Eq. 6 and 7 in plain PyTorch."""
+    """mean of A exp(s (B - old B)), B the mean ELBO over the draws, by autograd: Eq. 6 and 7."""
     ell = []
     for j in range(n):
         noisy, mask, weight = _draw(answers, n, j)
@@ -60,7 +60,7 @@ def naive(model: nn.Module, answers: Answers, n: int, old_elbo: Tensor | None) -
 
 
 def exact(model: nn.Module, answers: Answers, n: int, old_elbo: Tensor | None) -> None:
-    """The same gradient: a pass without gradient finds the coefficient of each answer's ELBO, a second one backpropagates draw by draw."""
+    """The same gradient: one pass finds each answer's coefficient, a second backpropagates by draws."""
     slope = answers.advantages
     if old_elbo is not None:
         slope = rlkern.elbo_coeff(elbos(model, answers, n).mean(-1), old_elbo.mean(-1), answers.advantages, ratio_scale=answers.scale)

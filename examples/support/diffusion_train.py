@@ -1,4 +1,4 @@
-"""Reinforcement learning of the diffusion example: sample groups of answers, score them, update in minibatches."""
+"""Reinforcement learning of the diffusion example: sample groups of answers, score them, update in parts."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def update(model: nn.Module, optimizer: torch.optim.Optimizer, objective: str, a
 
 
 def train(objective: str, n: int, start: dict, settings: Settings) -> Run:
-    """One run from the parameters `start`, on one thread. Runs of one seed begin with the same random numbers.
+    """One run from the parameters `start`, on one thread. Runs of one seed begin with equal random numbers.
 
-    The learning rate takes five steps up, then straight down to zero. The first minibatch of a step is on-policy: it needs no old ELBO.
+    The learning rate rises for five steps, then falls to zero. A step's first minibatch is on-policy.
     """
     began = time.process_time()
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ class Differences(NamedTuple):
 
 
 def gradient_differences(model: nn.Module, task: Sudoku, settings: Settings, n: int) -> dict[str, Differences]:
-    """In float64, with random advantages; off-policy is one update later, with every objective at the same parameters."""
+    """In float64, with random advantages. Off-policy is one update later, all at the same parameters."""
     model = copy.deepcopy(model).double()
     answers, reward = roll_out(model, task, settings, seed=0)
     answers = answers._replace(advantages=torch.randn(len(reward), dtype=torch.float64))

@@ -77,7 +77,7 @@ def _smooth(values: list[float], window: int) -> list[float]:
 
 
 def draw(runs: dict[str, Run], path: Path) -> Path:
-    """Entropy and reward over the steps, reward over entropy with the fits, accuracy on held-out prompts. Returns the path written."""
+    """Entropy and reward over steps, reward over entropy with fits, held-out accuracy. Returns the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure, ((entropy, reward), (law, held_out)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for (name, run), colour in zip(runs.items(), _COLOURS, strict=True):

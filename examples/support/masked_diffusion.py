@@ -17,7 +17,7 @@ def new_model(vocab: int = VOCAB, width: int = 48, depth: int = 2) -> Transforme
 
 @torch.no_grad()
 def unmask(model: nn.Module, ids: Tensor, cells: int) -> Tensor:
-    """Fills every masked place of ids [N, T], `cells` a pass: of the tokens sampled for all of them those of the highest probability stay."""
+    """Fills the masked places of ids [N, T], `cells` a pass: the likeliest of the samples stay."""
     while (ids == MASK).any():  # rows may differ in the number of masked places
         probabilities = model(ids).index_fill(-1, torch.tensor(MASK), -torch.inf).softmax(-1)
         tokens = torch.multinomial(probabilities.flatten(0, 1), 1).view_as(ids)
@@ -33,7 +33,7 @@ def solved(model: nn.Module, puzzles: Tensor, cells: int) -> float:
 
 
 def pretrain(model: nn.Module, task: Sudoku, *, until: float, cells: int, max_steps: int, seed: int, batch: int = 128, lr: float = 3e-3) -> int:
-    """LLaDA's supervised loss, the negative ELBO of one draw a grid, until that share of 200 held-out puzzles is solved. Returns the steps taken."""
+    """LLaDA's loss, one draw a grid, until that share of 200 held-out puzzles is right. Returns the steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(1, max_steps + 1):
         puzzles, grids = task.draw(batch)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import median
 
-from rlkern.backends import gradient_memory as spare
+from rlkern.backends import gradient_memory
 
 
 def _status_bytes(key: str) -> int:
@@ -19,8 +19,8 @@ def _status_bytes(key: str) -> int:
 
 
 def _reset_peak() -> int | None:
-    """Resident bytes now, with the kernel's high-water mark set back to that; None where the system has no such thing (it takes Linux)."""
-    spare.release()  # the memory of the last gradient, kept for the next, counts as that gradient's
+    """Resident bytes now, with the kernel's high-water mark set back to that; None off Linux."""
+    gradient_memory.release()  # the memory of the last gradient, kept for the next, counts as that gradient's
     try:
         with open("/proc/self/clear_refs", "w") as control:
             control.write("5")
@@ -31,11 +31,11 @@ def _reset_peak() -> int | None:
 
 @dataclass
 class Meter:
-    """Collects what `with meter.measured():` blocks cost: the first one's time and memory, then in turns the time of one and the memory of the next.
+    """What `with meter.measured():` blocks cost: time and memory of the first, then time or memory in turns.
 
-    In turns, because a block whose memory is measured has to start without the memory that a training step finds kept from the step before.
-    Memory is the rise of the process's resident set above what it was when the block began, at its highest (Linux: VmHWM, reset before
-    each block). The kernel counts pages, so it sees the temporaries of any library: PyTorch's, C++'s and Python's alike.
+    In turns, because a block whose memory is measured must start without memory kept from before.
+    Memory is the highest rise of the process's resident set in a block (Linux: VmHWM, reset before each).
+    The kernel counts pages, so it sees the temporaries of any library.
     """
 
     seconds: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-"""A small transformer: pre-norm blocks, causal or bidirectional attention, input and output embeddings tied."""
+"""A small transformer: pre-norm blocks, causal or bidirectional attention, tied embeddings."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Preference pairs from real text: the true continuation of a prompt against a corrupted one.
 
-Layout of a batch, as preference trainers have it: rows [2B, T], the B chosen ones first; labels are the ids, -100 over the prompt.
+A batch is [2B, T] as in preference trainers: chosen rows first; labels are ids, -100 over the prompt.
 """
 
 from __future__ import annotations

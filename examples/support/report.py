@@ -21,7 +21,7 @@ def _differences(runs: dict[str, Run]) -> list[float]:
 
 
 def print_comparison(runs: dict[str, Run], lines: int = 10) -> None:
-    """The loss of about `lines` steps in each run and what they differ by; then what the held-out pairs say."""
+    """The loss of about `lines` steps in each run, and the difference; then what the held-out pairs say."""
     (name_a, a), (name_b, b) = runs.items()
     differences = _differences(runs)
     every = max(1, len(differences) // lines)

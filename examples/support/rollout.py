@@ -1,4 +1,4 @@
-"""The reinforcement-learning loop of the entropy lab: sample groups of answers, score them, update in minibatches."""
+"""The loop of the entropy lab: sample groups of answers, score them, update in minibatches."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sample(model: nn.Module, prompts: Tensor, count: int, greedy: bool = False) 
 
 
 def answer_stats(model: nn.Module, ids: Tensor, answer_length: int, **options) -> rlkern.TokenStats:
-    """Log-probability and entropy of every answer token, straight from the logits. Fields are [N, answer_length]."""
+    """Log-probability and entropy of every answer token from the logits. Fields are [N, answer_length]."""
     logits = model(ids[:, :-1])[:, -answer_length:]
     return rlkern.token_stats(logits, ids[:, -answer_length:], **options)
 
@@ -57,7 +57,7 @@ def accuracy(model: nn.Module, task: Addition, greedy: bool) -> float:
 
 
 def warm_up(model: nn.Module, task: Addition, *, until: float, batch: int, lr: float, max_steps: int) -> tuple[int, float]:
-    """Supervised learning until sampled answers to held-out prompts are right that often. Returns the steps and the accuracy."""
+    """Supervised until sampled answers to held-out prompts are that often right. Returns steps, accuracy."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     reached = 0.0
     for step in range(1, max_steps + 1):
@@ -95,7 +95,7 @@ class Run:
 
 
 def train(title: str, model: nn.Module, task: Addition, loss: Loss, *, steps, prompts, group, minibatches, lr, min_p, evaluate_every) -> Run:
-    """`steps` times: sample, then one pass over the answers in `minibatches` updates, of which all but the first are off-policy."""
+    """`steps` times: sample, then one pass over them in `minibatches`, all but the first off-policy."""
     run, progress = Run(), Progress(title, steps)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     run.held_out.append((0, accuracy(model, task, greedy=False), accuracy(model, task, greedy=True)))

@@ -1,4 +1,4 @@
-"""A task with a verifiable answer: 4x4 sudoku. A puzzle may have several solutions; every one of them is right."""
+"""A task with a verifiable answer: 4x4 sudoku. Of several solutions of a puzzle each is right."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def all_grids() -> Tensor:
 
 
 class Sudoku:
-    """Puzzles of 16 cells, some of them clues and the others MASK. A sixth of the grids is kept for held-out puzzles and never trained on."""
+    """Puzzles of 16 cells, clues or MASK. A sixth of the grids is held out and never trained on."""
 
     def __init__(self, clues: tuple[int, int], held_out: int, seed: int):
         self.clues = clues  # the fewest and the most of a puzzle

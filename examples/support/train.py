@@ -1,4 +1,4 @@
-"""The two training phases of the quickstart: a short language-model warm-up, and DPO with whichever loss it is handed."""
+"""The two phases of the quickstart: a short language-model warm-up, and DPO with a loss that it is handed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits [2B, T, V], 
 
 
 def run_model(model: nn.Module, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits of `dtype`: the matrix products run in bfloat16 under autocast, as trainers have them, or everything in float32."""
+    """Logits of `dtype`: matrix products in bfloat16 under autocast, as in trainers, or all in float32."""
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
         return model(ids)
 
@@ -43,7 +43,7 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def pretrain(
     model: nn.Module, files: list[list[int]], logps: LogpsFunction, *, steps: int, batch: int, length: int, lr: float, seed: int, dtype: torch.dtype
 ) -> list[float]:
-    """Next-token prediction on random windows of `files`; `logps` gives the sum over a row. Returns the loss per token of every step."""
+    """Next-token prediction on windows of `files`; `logps` sums over a row. Returns each step's loss."""
     rng, optimizer = random.Random(seed), _optimizer(model, lr)
     progress, losses = Progress("language model warm-up", steps), []
     for step in range(steps):
@@ -93,7 +93,7 @@ def _evaluate(step: int, policy_logps: Tensor, reference_logps: Tensor) -> Evalu
 
 
 def _loss_and_gradient(loss: LossFunction, logits: Tensor, labels: Tensor, reference: Tensor, meter: Meter) -> tuple[float, Tensor]:
-    """The loss and its gradient with respect to the logits. Cutting the graph at the logits is what lets the meter see the loss alone."""
+    """The loss and its gradient by the logits. The graph is cut there, so the meter sees the loss alone."""
     leaf = logits.detach().requires_grad_()
     with meter.measured():
         value = loss(leaf, labels, reference)
@@ -114,9 +114,9 @@ def train_dpo(
     dtype: torch.dtype,
     evaluations: int = 5,
 ) -> Run:
-    """One pass of DPO over the training pairs, `batch` of them a step. `train` and `held_out` come with their reference logps [P, 2].
+    """One pass of DPO over the pairs, `batch` a step. `train`, `held_out` come with reference logps [P, 2].
 
-    The held-out pairs are looked at after the last step, half-way, at a quarter, ...: most of the learning happens early.
+    Held-out pairs are looked at after the last step, half-way, at a quarter, ...: most is learned early.
     """
     pairs, reference = train
     steps = len(pairs) // batch

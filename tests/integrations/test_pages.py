@@ -1,11 +1,8 @@
-"""The pages about trainers: their plain PyTorch code runs, and every name of rlkern's that they mention exists."""
+"""The pages about trainers: their plain PyTorch code runs, and they list all losses and versions."""
 
 import re
 from pathlib import Path
 
-import pytest
-
-import rlkern
 from rlkern.integrations import openrlhf, prime_rl
 
 PAGES = Path(__file__).resolve().parents[2] / "docs" / "trainers"
@@ -16,16 +13,6 @@ def test_the_plain_pytorch_page_runs(capsys):
     assert len(blocks) == 5
     exec("\n".join(blocks), {"__name__": "page"})
     assert "effective_sample_size" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("page", ("trl", "verl", "openrlhf", "prime_rl", "plain_pytorch", "migration"))
-def test_names_exist(page):
-    text = (PAGES / f"{page}.md").read_text()
-    for owner, name in re.findall(r"\brlkern\.(advantages\.)?(\w+)", text):
-        if name not in ("integrations", "advantages"):
-            assert hasattr(rlkern.advantages if owner else rlkern, name), name
-    for link in re.findall(r"\]\(([\w./]+\.md)", text):
-        assert (PAGES / link).exists(), link
 
 
 def test_the_pages_list_all_losses():
