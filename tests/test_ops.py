@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rlkern
 from rlkern import backends
+from rlkern.primitives.moments import row_moments
 
 
 def inputs(*shape, dtype=torch.float32, seed=0):
@@ -128,6 +129,25 @@ def test_results_may_be_written_into(backend, device):
     (s.logp.sum() + s.entropy.sum()).backward()
     torch.testing.assert_close(leaf.grad, want, rtol=1e-5, atol=1e-6)
     assert len({t.data_ptr() for t in (s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass)}) == 5
+
+
+@pytest.mark.parametrize("cut", [lambda x: x[:, :9], lambda x: x[:, :, :2], lambda x: x[1:], lambda x: x.transpose(0, 1)])
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda x, y: rlkern.token_logprobs(x, y),
+        lambda x, y: rlkern.token_divergence(x, x.detach().flip(-1)),
+        lambda x, y: row_moments(x, y).variance,
+    ],
+)
+def test_gradients_of_slices_of_four_dimensions(backend, device, value, cut):
+    """Their rows need not have a view, and the gradient must reach its memory all the same."""
+    x = cut(torch.randn(2, 10, 3, 7, generator=torch.Generator().manual_seed(0)).to(device))
+    y = torch.arange(x[..., 0].numel(), device=device).view(x.shape[:-1]) % 7
+    leaf, dense = x.detach().requires_grad_(), x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
+    want = torch.autograd.grad(value(dense, y).sum(), dense)[0]
+    torch.full((1 << 16,), math.nan, device=device)  # what uninitialised memory may hold
+    assert torch.equal(torch.autograd.grad(value(leaf, y).sum(), leaf)[0], want)
 
 
 def test_no_grad_and_detached(backend, device):

@@ -85,7 +85,7 @@ class _Rows:
     def place(self, to: Tensor | None, value: Tensor | None) -> None:
         """What was written, where it belongs, and 0 for the rows that do not count."""
         flat = self.flat(to)
-        if flat is not None and self.counted is not None:
+        if flat is not None and value is not None and self.counted is not None:
             flat.zero_()[self.counted] = value
 
 
