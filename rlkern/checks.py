@@ -12,7 +12,6 @@ from torch import Tensor
 from .layout import computing_dtype, counted_rows
 from .operator import values_readable
 
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that kernels take
 FINITE = torch.finfo(torch.float32).max  # as an upper bound: anything but infinity
 
 Like = tuple[str, Tensor]  # a tensor that another one must go with, and its name
@@ -27,11 +26,13 @@ def shown(value: object) -> str:
 
 # --- tensors -------------------------------------------------------------------------------------------------------
 
-_KINDS = {  # kind: what the error calls it, and which dtypes it has
-    "float": ("a float tensor", lambda dtype: dtype.is_floating_point),
-    "real": ("a bool or number tensor", lambda dtype: not dtype.is_complex),
-    "integer": ("an integer tensor", lambda dtype: not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)),
-    "bool": ("a bool tensor", lambda dtype: dtype == torch.bool),
+_FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
+_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+_KINDS: dict[str, tuple[str, frozenset[torch.dtype]]] = {  # what an error calls it, and the dtypes that it has
+    "float": ("a float tensor", frozenset(_FLOATS)),
+    "real": ("a bool or number tensor", frozenset((*_FLOATS, *_INTEGERS, torch.bool))),
+    "integer": ("an integer tensor", frozenset(_INTEGERS)),
+    "bool": ("a bool tensor", frozenset((torch.bool,))),
 }
 
 
@@ -54,10 +55,9 @@ def expect(
         shape: the shape, or a tuple of several of which one will do. Without `like` and `shape`, `layout` says how many dimensions.
         detached: x must not require grad.
     """
-    words, fits = _KINDS[kind]
-    if not isinstance(x, Tensor) or not fits(x.dtype):
+    words, dtypes = _KINDS[kind]
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
         raise TypeError(f"{name} must be {words}{'' if layout == '[...]' else ' ' + layout}, got {shown(x)}")
-    of = "" if like is None else f" for {like[0]} {tuple(like[1].shape)}"
     if shape is None and like is not None:
         if x.shape != like[1].shape:
             raise ValueError(f"{name} must have the shape of {like[0]} {tuple(like[1].shape)}, got {tuple(x.shape)}")
@@ -66,6 +66,7 @@ def expect(
         if x.dim() < dims - 1 if "..." in layout else x.dim() != dims:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
     elif x.shape != shape and tuple(x.shape) not in shape:
+        of = "" if like is None else f" for {like[0]} {tuple(like[1].shape)}"
         several = len(shape) > 0 and not isinstance(shape[0], int)
         wanted = f"{layout}, here {' or '.join(str(tuple(s)) for s in shape)}" if several else f"{tuple(shape)}{layout.partition(']')[2]}"
         raise ValueError(f"{name} must be {wanted}{of}, got {tuple(x.shape)}")
@@ -112,7 +113,7 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
     """[..., V] of a dtype that kernels take."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor [..., V], got {type(logits).__name__}")
-    if logits.dtype not in FLOAT_DTYPES:
+    if logits.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
@@ -121,10 +122,12 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
 def check_targets(targets: Tensor, logits: Tensor, of: str = "logits", *, several: bool = True) -> Tensor:
     """Token ids [...] or, with `several`, [..., K] for rows [..., V], as int64."""
     rows = logits.shape[:-1]
-    k = targets.shape[-1] if isinstance(targets, Tensor) and targets.dim() == logits.dim() else 0
-    shape = (rows, (*rows, k or "K")) if several else rows
-    layout = "[...] or [..., K] with K >= 1" if several else "[...], one a row"
-    expect("targets", targets, "integer", layout, shape=shape, like=(of, logits))
+    if several and isinstance(targets, Tensor) and targets.shape != rows:
+        k = targets.shape[-1] if targets.dim() == logits.dim() else 0
+        shapes = (rows, (*rows, k or "K"))
+        expect("targets", targets, "integer", "[...] or [..., K] with K >= 1", shape=shapes, like=(of, logits))
+    else:
+        expect("targets", targets, "integer", "[...], one a row", shape=rows, like=(of, logits))
     return targets.long()
 
 

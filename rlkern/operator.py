@@ -148,47 +148,49 @@ def differentiable(
 
     class Function(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, in_place, *args):
-            results = run(forward, args)
+        def forward(ctx, options, in_place, *tensors):
+            results = run(forward, (*tensors, *options))
             results = results if isinstance(results, tuple) else (results,)
-            ctx.save_for_backward(*args[:n], *results[shown:])
-            ctx.options, ctx.in_place = args[n:], in_place
+            ctx.save_for_backward(*tensors, *results[shown:])
+            ctx.options, ctx.in_place = options, in_place
             ctx.set_materialize_grads(False)
             results = results[:shown]
-            if constants:
-                ctx.mark_non_differentiable(*(x for x in results[outputs:] if x is not None))
+            fixed = [x for x in results[outputs:] if x is not None]
+            if fixed:
+                ctx.mark_non_differentiable(*fixed)
             if torch.compiler.is_compiling():  # Dynamo of torch 2.6 has no place for a None among the results
                 ctx.absent = [x.shape == _ABSENT for x in results]
             return results
 
         @staticmethod
         def backward(ctx, *grads):
-            saved, compiling, nothing = ctx.saved_tensors, torch.compiler.is_compiling(), [None] * (n + len(ctx.options))
-            if all(g is None for g in grads):
-                return (None, *nothing)
-            if compiling:  # it hands zeros to the results that were not asked for
-                grads = [None if absent else g for g, absent in zip(grads, ctx.absent, strict=True)]
-            args = [*saved[:n], *ctx.options, *saved[n:], *grads[:outputs]]
-            if compiling or not torch.is_grad_enabled():
-                gradients = derivative(ctx, args)
+            saved = ctx.saved_tensors
+            if torch.compiler.is_compiling():  # it hands zeros to the results that were not asked for
+                grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
+                gradients = derivative(ctx, saved, grads)
+            elif grads[0] is None and all(g is None for g in grads):
+                gradients = ()
+            elif torch.is_grad_enabled():  # create_graph=True
+                with torch.no_grad():
+                    gradients = derivative(ctx, saved, grads)
+                gradients = tuple(None if g is None else once(g, x, instead) for g, x in zip(gradients, saved, strict=False))
             else:
-                with torch.no_grad():  # create_graph=True
-                    gradients = derivative(ctx, args)
-                gradients = [None if g is None else once(g, x, instead) for g, x in zip(gradients, saved, strict=False)]
-            return (None, *gradients, *nothing[wrt:])
+                gradients = derivative(ctx, saved, grads)
+            return (None, None, *gradients, *(None,) * (n - len(gradients)))
 
-    def derivative(ctx, args: list) -> Sequence[Tensor | None]:
+    def derivative(ctx, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
+        args = (*saved[:n], *ctx.options, *saved[n:], *grads[:outputs])
         if wrt > 1:
-            wanted = list(ctx.needs_input_grad[1 : wrt + 1])
-            return [g if want else None for g, want in zip(run(backward, [*args, wanted]), wanted, strict=True)]
+            wanted = list(ctx.needs_input_grad[2 : wrt + 2])
+            return tuple(g if want else None for g, want in zip(run(backward, (*args, wanted)), wanted, strict=True))
         if overwrite is None or not ctx.in_place or torch.compiler.is_compiling():
-            return [run(backward, args)]
+            return (run(backward, args),)
         run(overwrite, args)
         torch.autograd.graph.increment_version(args[0])
-        return [args[0].detach()]
+        return (args[0].detach(),)
 
     def apply(*args: Any, in_place: bool = False) -> Any:
-        results = Function.apply(in_place, *args)
+        results = Function.apply(args[n:], in_place, *args[:n])
         results = _with_none(results) if torch.compiler.is_compiling() else results
         return results if shown > 1 else results[0]
 

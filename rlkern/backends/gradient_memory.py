@@ -31,7 +31,7 @@ def empty(like: Tensor) -> Tensor:
     """An uninitialised contiguous tensor of like's shape, dtype and device, in kept memory if there is some of a fitting size."""
     size = like.numel() * like.element_size()
     if size < _SMALLEST or like.device.type != "cpu" or type(like) not in (Tensor, torch.nn.Parameter):
-        return like.new_empty(like.shape)
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
     storage = _take()
     if storage is None or not size <= storage.nbytes() <= 2 * size:
         storage = None  # gone before the new one is there

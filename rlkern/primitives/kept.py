@@ -123,8 +123,7 @@ def nlpo_stats(
     check_logits(logits)
     expect("keep", keep, "bool", "[..., V]", like=("logits", logits))
     plain, kept = (
-        token_stats(x, targets, temperature=temperature, mask=mask, ignore_index=ignore_index)
-        for x in (logits, logits.masked_fill(~keep, -math.inf))
+        token_stats(x, targets, temperature=temperature, mask=mask, ignore_index=ignore_index) for x in (logits, logits.masked_fill(~keep, -math.inf))
     )
     entropy, kept_logmass = kept.entropy, kept.logsumexp - plain.logsumexp
     assert entropy is not None  # it was asked for

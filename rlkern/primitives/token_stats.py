@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,21 +76,21 @@ class Results(NamedTuple):
 
 def new_results(x: Tensor, targets: Tensor | None, options: Options) -> Results:
     """Uninitialised results for rows x [..., anything]."""
-    rows, acc = x.shape[:-1], computing_dtype(x)
-    n_targets = 0 if targets is None else targets.shape[-1] if targets.dim() == x.dim() else 1
-
-    def row(asked: object) -> Tensor | None:
-        return x.new_empty(rows, dtype=acc) if asked else None
-
+    rows = x.shape[:-1]
+    lse = x.new_empty(rows, dtype=computing_dtype(x))
+    logp, n_targets = None, 0
+    if targets is not None:
+        single = targets.dim() < x.dim()
+        logp, n_targets = torch.empty_like(lse) if single else lse.new_empty(targets.shape), 1 if single else targets.shape[-1]
     kept = options.kept_kind != KeptKind.NONE
     return Results(
-        logp=None if targets is None else x.new_empty(targets.shape, dtype=acc),
-        entropy=row(options.with_entropy),
-        logsumexp=x.new_empty(rows, dtype=acc),
-        sum_sq_prob=row(options.with_sum_sq),
-        kept_logmass=row(kept),
-        target_kept=None if targets is None or not kept else x.new_empty(targets.shape, dtype=torch.bool),
-        state=x.new_empty((*rows, State.TARGETS + n_targets), dtype=acc),
+        logp,
+        torch.empty_like(lse) if options.with_entropy else None,
+        lse,
+        torch.empty_like(lse) if options.with_sum_sq else None,
+        torch.empty_like(lse) if kept else None,
+        torch.empty_like(logp, dtype=torch.bool) if kept and logp is not None else None,
+        lse.new_empty((*rows, State.TARGETS + n_targets)),
     )
 
 
@@ -117,7 +117,8 @@ def compute(logits, targets, mask, row_temperature, *options) -> Results:
         check_target_range(y, mask, o.ignore_index, logits.shape[-1])
     of_backend = (*out[:5], out.state)
     backend.token_stats_forward(as_rows(logits), y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, of_backend)
-    mark_kept(out)
+    if out.target_kept is not None:
+        mark_kept(out)
     return out
 
 
@@ -128,17 +129,18 @@ def mark_kept(results: Results) -> None:
         torch.ge(shifted, threshold, out=results.target_kept.view(shifted.shape))
 
 
-def write_gradient(out, logits, targets, mask, row_temperature, *rest) -> None:
-    """The backward, into out, which may be the logits."""
-    o, (state, *grads) = Options(*rest[: len(Options._fields)]), rest[len(Options._fields) :]
+def write_gradient(
+    out, logits, targets, mask, row_temperature, temperature, ignore_index, kept_kind, log_kept, sum_sq, entropy, state, *grads
+) -> None:
+    """The backward, into out, which may be the logits. Of the options only two are of interest here."""
     if logits.numel() == 0:
         return
-    y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, o.temperature)
+    y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, temperature)
     grads = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
     rows = as_rows(logits)
     rows_of_out = rows if out is logits else as_rows(out)
     backend = backends.select(logits.device)
-    backend.token_stats_backward(rows, y, mask, temperature, o.ignore_index, state, grads, rows_of_out)
+    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, state, grads, rows_of_out)
 
 
 def _backward(logits, *args):
@@ -217,15 +219,6 @@ def _check_inplace(logits: Tensor) -> None:
             raise ValueError(f"inplace_backward needs leading dimensions that merge into one, got strides {logits.stride()}") from None
 
 
-def _stats(logits: Tensor, targets: Tensor | None, inplace_backward: Any = False, **options: Any) -> TokenStats:
-    check_logits(logits)
-    check_flags(inplace_backward=inplace_backward)
-    targets, mask, row_temperature, o = row_options(logits, targets, **options)
-    if inplace_backward:
-        _check_inplace(logits)
-    return TokenStats(*_token_stats(logits, targets, mask, row_temperature, *o, in_place=bool(inplace_backward)))
-
-
 def token_stats(
     logits: Tensor,
     targets: Tensor,
@@ -274,10 +267,13 @@ def token_stats(
         raise ValueError("group: vocabulary-parallel logits are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
-    return _stats(
+    check_logits(logits)
+    check_flags(inplace_backward=inplace_backward)
+    if inplace_backward:
+        _check_inplace(logits)
+    y, counted, row_temperature, o = row_options(
         logits,
         targets,
-        inplace_backward,
         mask=mask,
         temperature=temperature,
         ignore_index=ignore_index,
@@ -286,6 +282,7 @@ def token_stats(
         with_sum_sq=with_sum_sq,
         with_entropy=with_entropy,
     )
+    return TokenStats(*_token_stats(logits, y, counted, row_temperature, *o, in_place=bool(inplace_backward)))
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, **options) -> Tensor:
@@ -301,7 +298,8 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, ma
 
     Differentiable; `temperature` and `mask` as in `token_stats`. Entries at -inf count as probability 0.
     """
-    nothing_else = {"ignore_index": -100, "min_p": None, "min_prob": None, "with_sum_sq": False}
-    entropy = _stats(logits, None, mask=mask, temperature=temperature, with_entropy=True, **nothing_else).entropy
-    assert entropy is not None  # it was asked for
-    return entropy
+    check_logits(logits)
+    mask = check_mask(mask, logits)
+    row_temperature, number = check_temperature(temperature, logits, mask=mask)
+    options = Options(number, ignore_index=-100, kept_kind=KeptKind.NONE, log_kept=0.0, with_sum_sq=False, with_entropy=True)
+    return TokenStats(*_token_stats(logits, None, mask, row_temperature, *options)).entropy  # type: ignore[return-value]
