@@ -21,28 +21,20 @@ _ABSENT = (0,) * 6  # the shape that stands for None among an operator's results
 _library = torch.library.Library("rlkern", "DEF")
 
 
+_ORDINARY = (Tensor, torch.nn.Parameter)
+_is_compiling, _dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
+_transform = torch._C._functorch.peek_interpreter_stack  # torch.func's, or None
+
+
 def watched(x: Tensor) -> bool:
     """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode, or
     only the shapes of meta tensors. Else dispatch is pure overhead."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter) or x.is_meta or torch._C._len_torch_dispatch_stack() > 0
+    return _is_compiling() or type(x) not in _ORDINARY or x.is_meta or _dispatch_modes() > 0
 
 
 def values_readable(x: Tensor) -> bool:
     """Whether the host may read numbers of x: they are there, or RLKERN_DEBUG=1 asks to wait for them."""
     return not watched(x) and (DEBUG or x.device.type == "cpu")
-
-
-def transformed() -> bool:
-    """Whether torch.func is at work."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def one_pass(x: Tensor) -> bool:
-    """Whether a kernel does in one pass what is otherwise plain PyTorch. torch.compile fuses the plain form, torch.func
-    transforms it, and the reference backend differentiates it any number of times."""
-    if torch.compiler.is_compiling() or x.is_meta or transformed():
-        return False
-    return backends.select(x.device) is not backends.reference
 
 
 def _without_none(x: Tensor, results: Any) -> Any:
@@ -65,7 +57,8 @@ class Operator:
         schema: PyTorch's, such as "name(Tensor x, Tensor? mask, float scale) -> (Tensor, Tensor)". Tensors come first.
         run: the implementation. It may return None for a result that was not asked for.
         fake: the results' shapes and dtypes: new tensors, nothing computed.
-        plain: the same in PyTorch's own operations, with gradient. It runs where `one_pass` says so.
+        plain: the same in PyTorch's own operations, with gradient. It runs in place of the kernels where somebody wants
+            to see through them.
     """
 
     def __init__(self, schema: str, run: Callable, fake: Callable, plain: Callable | None = None):
@@ -77,12 +70,16 @@ class Operator:
         self.op = getattr(torch.ops.rlkern, self.name).default
 
     def __call__(self, x: Tensor, *args: Any) -> Any:
-        if self.plain is not None and not one_pass(x):
+        if watched(x) or _transform() is not None:
+            # torch.compile fuses the plain form, and torch.func transforms it.
+            if self.plain is not None and (_is_compiling() or x.is_meta or _transform() is not None):
+                return self.plain(x, *args)
+            with torch.no_grad():
+                return _with_none(self.op(x, *args))
+        # The reference backend differentiates the plain form any number of times.
+        if self.plain is not None and backends.select(x.device) is backends.reference:
             return self.plain(x, *args)
-        if not watched(x) and not transformed():
-            return self.run(x, *args)
-        with torch.no_grad():
-            return _with_none(self.op(x, *args))
+        return self.run(x, *args)
 
 
 class _Once(torch.autograd.Function):
@@ -144,7 +141,7 @@ def differentiable(
         if not watched(args[0]):
             return operator.run(*args)
         results = operator.op(*args)
-        return results if torch.compiler.is_compiling() else _with_none(results)
+        return results if _is_compiling() else _with_none(results)
 
     class Function(torch.autograd.Function):
         @staticmethod
@@ -158,14 +155,14 @@ def differentiable(
             fixed = [x for x in results[outputs:] if x is not None]
             if fixed:
                 ctx.mark_non_differentiable(*fixed)
-            if torch.compiler.is_compiling():  # Dynamo of torch 2.6 has no place for a None among the results
+            if _is_compiling():  # Dynamo of torch 2.6 has no place for a None among the results
                 ctx.absent = [x.shape == _ABSENT for x in results]
             return results
 
         @staticmethod
         def backward(ctx, *grads):
             saved = ctx.saved_tensors
-            if torch.compiler.is_compiling():  # it hands zeros to the results that were not asked for
+            if _is_compiling():  # it hands zeros to the results that were not asked for
                 grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
                 gradients = derivative(ctx, saved, grads)
             elif grads[0] is None and all(g is None for g in grads):
@@ -183,7 +180,7 @@ def differentiable(
         if wrt > 1:
             wanted = list(ctx.needs_input_grad[2 : wrt + 2])
             return tuple(g if want else None for g, want in zip(run(backward, (*args, wanted)), wanted, strict=True))
-        if overwrite is None or not ctx.in_place or torch.compiler.is_compiling():
+        if overwrite is None or not ctx.in_place or _is_compiling():
             return (run(backward, args),)
         run(overwrite, args)
         torch.autograd.graph.increment_version(args[0])
@@ -191,7 +188,7 @@ def differentiable(
 
     def apply(*args: Any, in_place: bool = False) -> Any:
         results = Function.apply(args[n:], in_place, *args[:n])
-        results = _with_none(results) if torch.compiler.is_compiling() else results
+        results = _with_none(results) if _is_compiling() else results
         return results if shown > 1 else results[0]
 
     return apply
