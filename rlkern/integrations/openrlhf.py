@@ -28,27 +28,22 @@ from .versions import Releases
 __all__ = ["SUPPORTED_VERSIONS", "PolicyLoss", "compute_entropy", "log_probs_from_logits", "patch"]
 
 SUPPORTED_VERSIONS = ("0.11.2",)  # releases before it have other options in PolicyLoss
-_RELEASES = Releases(
-    "OpenRLHF",
-    lambda: metadata.version("openrlhf"),
-    "rlkern.integrations.openrlhf.patch",
-    SUPPORTED_VERSIONS,
-    f"openrlhf=={SUPPORTED_VERSIONS[-1]}",
-)
+_USER, _INSTALL = "rlkern.integrations.openrlhf.patch", f"openrlhf=={SUPPORTED_VERSIONS[-1]}"
+_RELEASES = Releases("OpenRLHF", lambda: metadata.version("openrlhf"), _USER, SUPPORTED_VERSIONS, _INSTALL)
 _LARGEST_LOG_RATIO = 20.0  # OpenRLHF's, of "ppo"
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """openrlhf.models.utils.log_probs_from_logits: logits [..., V], labels [...] -> [...].
 
-    The result is float32, whatever the dtype of the logits. OpenRLHF's divides the logits by the temperature in
-    place; this leaves them as they are.
+    The result is float32, whatever the dtype of the logits. OpenRLHF's divides the logits by the temperature
+    in place; this leaves them as they are.
     """
     return primitives.token_logprobs(logits, labels, temperature=temperature)
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    """openrlhf.models.utils.compute_entropy: [..., V] -> [...], in nats, float32. Logits at -inf have probability 0."""
+    """openrlhf.models.utils.compute_entropy: [..., V] -> [...], in nats, float32; probability 0 at -inf."""
     return primitives.entropy_from_logits(logits)
 
 
@@ -56,21 +51,20 @@ class PolicyLoss(nn.Module):
     """openrlhf.models.PolicyLoss: its arguments, its five results.
 
     Args:
-        clip_eps_low, clip_eps_high: the ratio stops mattering below 1 - low (A < 0) and above 1 + high (A > 0).
+        clip_eps_low, clip_eps_high: the ratio stops mattering below 1 - low (A < 0), above 1 + high (A > 0).
         dual_clip: c > 1 bounds the ratio of tokens with A < 0; None does not.
         token_level_loss: the mean over tokens; False: the mean over sequences of their means.
-        policy_loss_type: "ppo"; or "gspo", PPO on the sequence's mean log-probability. "gspo" is always a mean over
-            sequences.
-        is_correction_level: "off", "token" or "seq": whose loss is corrected for the rollout engine's
-            log-probabilities. With "gspo" any level but "off" takes the ratio to the rollout policy, and the next
-            three are not used.
+        policy_loss_type: "ppo"; or "gspo", PPO on the sequence's mean log-probability. "gspo" is always a
+            mean over sequences.
+        is_correction_level: "off", "token" or "seq": whose loss is corrected for the rollout's
+            log-probabilities. With "gspo" any level but "off" takes the ratio to the rollout policy.
         is_correction_mode: "mask" drops what is outside of the threshold and weighs the rest by
             pi_train / pi_rollout; "clip" clamps the weight to the threshold.
         is_correction_gating: what is compared with the threshold: "ratio", "binary_kl" or "tv".
         is_correction_threshold: (low, high).
 
-    A weight can be so large that the losses of the batch would overflow. It is bounded then, so that their sum stays
-    finite; OpenRLHF's loss is infinite there.
+    A weight can be so large that the losses of the batch would overflow. It is bounded then, so that their
+    sum stays finite; OpenRLHF's loss is infinite there.
 
     Raises:
         TypeError, ValueError: for options other than these.
@@ -136,9 +130,9 @@ class PolicyLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
         """All [B, T] -> (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio).
 
-        The last two are None without a correction. The last four are means over the tokens, 0 without any; OpenRLHF
-        weighs them by the tokens of the micro-batch. At level "seq" is_filter_ratio is a mean over sequences, and
-        OpenRLHF weighs it by tokens all the same.
+        The last two are None without a correction. The last four are means over the tokens, 0 without any;
+        OpenRLHF weighs them by the tokens of the micro-batch. At level "seq" is_filter_ratio is a mean over
+        sequences, and OpenRLHF weighs it by tokens all the same.
 
         Args:
             batch_num_tokens, global_batch_size: counts of the whole batch; None takes this batch's.
@@ -184,8 +178,7 @@ class PolicyLoss(nn.Module):
         return loss, metrics["clip_fraction_low"] + metrics["clip_fraction_high"], ppo_kl, vllm_kl, is_filter_ratio
 
     def _largest_weights(self, logp: Tensor, old_logp: Tensor, advantages: Tensor, normalizer: float | None) -> Tensor:
-        """[B, T]: up to these weights the losses of all tokens, over the normalizer, add up to at most half of the
-        largest number."""
+        """[B, T]: with weights up to these, the losses add up to at most half of the largest number."""
         logp, old_logp, advantages = (x.detach().to(computing_dtype(logp)) for x in (logp, old_logp, advantages))
         ratio = (logp - old_logp).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
         size = clipped_surrogate(ratio, advantages, self.clip_eps_low, self.clip_eps_high, self.dual_clip).abs()
@@ -195,7 +188,7 @@ class PolicyLoss(nn.Module):
         return largest * torch.as_tensor(normalizer, dtype=size.dtype, device=size.device).clamp(max=1)
 
     def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight [B, T] of each token's loss, and what is outside of the threshold, [B, T] or for sequences [B, 1]."""
+        """The weight [B, T] of each token's loss; what is outside of the threshold, [B, T] or [B, 1]."""
         low, high = self.is_correction_threshold
         log_ratio = old - rollout
         if self.is_correction_gating == "ratio":
@@ -218,10 +211,10 @@ class PolicyLoss(nn.Module):
 
 
 def patch() -> Patch:
-    """Replaces OpenRLHF's log_probs_from_logits, compute_entropy and PolicyLoss wherever it imports them, now or later.
+    """Replaces OpenRLHF's log_probs_from_logits, compute_entropy and PolicyLoss.
 
-    The patch holds in all threads of this process, until `undo()` on the result or the end of its `with` block.
-    Patches nest. A trainer that was built meanwhile keeps its PolicyLoss.
+    They are replaced wherever OpenRLHF imports them, now or later, until the `Patch` is undone. A trainer
+    that was built meanwhile keeps its PolicyLoss.
 
     Raises:
         ImportError: OpenRLHF is not there, or not one of SUPPORTED_VERSIONS.

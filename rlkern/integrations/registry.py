@@ -1,11 +1,10 @@
-"""The policy losses by name, what a trainer must give each of them, and how one is tried out before training starts."""
+"""The policy losses by name, what each needs from a trainer, and trying one out before training starts."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,103 +15,73 @@ from ..losses.aggregate import SEQUENCE_MODES, own_aggregation
 TOKENS = ("logp", "old_logp", "advantages", "mask")  # what every trainer has
 
 
-@dataclass(frozen=True)
-class RegisteredLoss:
-    """A policy loss, and what a trainer must know of it.
-
-    Args:
-        function: rlkern's.
-        compares_sequences: it selects among the tokens of many sequences, so one sequence at a time makes no sense.
-        beside: what it needs beside TOKENS, in words, where its positional arguments do not tell.
-    """
-
+class RegisteredLoss(NamedTuple):
     function: Callable[..., losses.LossOutput]
-    compares_sequences: bool = False
-    beside: str | None = None
+    arguments: tuple[str, ...]  # the positional ones, in order
+    needs: tuple[str, ...]  # what it needs beside TOKENS
+    compares_sequences: bool  # it selects among the tokens of many sequences: one at a time makes no sense
+    averages_sequences: bool  # it is a mean over sequences by definition
+    takes_weights: bool  # importance weights can multiply the loss of each token
 
-    @property
-    def parameters(self) -> Mapping[str, inspect.Parameter]:
-        return inspect.signature(self.function).parameters
 
-    @property
-    def arguments(self) -> tuple[str, ...]:
-        """The positional ones, in order."""
-        return tuple(name for name, p in self.parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        """What it needs beside TOKENS, such as proxy_logp."""
-        return tuple(name for name in self.arguments if name not in TOKENS) if self.beside is None else (self.beside,)
-
-    @property
-    def averages_sequences(self) -> bool:
-        """Whether it is a mean over sequences by definition."""
-        return own_aggregation(self.function) in SEQUENCE_MODES
-
-    @property
-    def takes_weights(self) -> bool:
-        """Whether importance weights can multiply the loss of each token."""
-        return "weights" in self.parameters
+def _describe(function: Callable[..., losses.LossOutput], *needs: str, compares_sequences: bool = False) -> RegisteredLoss:
+    parameters = inspect.signature(function).parameters
+    arguments = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
+    needs += tuple(name for name in arguments if name not in TOKENS)
+    averages = own_aggregation(function) in SEQUENCE_MODES
+    return RegisteredLoss(function, arguments, needs, compares_sequences, averages, "weights" in parameters)
 
 
 REGISTRY = {
-    "ppo": RegisteredLoss(losses.ppo_loss),
-    "grpo": RegisteredLoss(losses.grpo_loss),
-    "gspo": RegisteredLoss(losses.gspo_loss),
-    "cispo": RegisteredLoss(losses.cispo_loss),
-    "sapo": RegisteredLoss(losses.sapo_loss),
-    "gmpo": RegisteredLoss(losses.gmpo_loss),
-    "vespo": RegisteredLoss(losses.vespo_loss),
-    "tis": RegisteredLoss(losses.tis_loss),
-    "topr": RegisteredLoss(losses.topr_loss),
-    "reinforce": RegisteredLoss(losses.reinforce_loss),
-    "clip_cov": RegisteredLoss(losses.clip_cov_loss, compares_sequences=True),
-    "kl_cov": RegisteredLoss(losses.kl_cov_loss, compares_sequences=True),
-    "lp_reg": RegisteredLoss(losses.lp_reg_loss, compares_sequences=True),
-    "nft": RegisteredLoss(losses.nft_loss),
-    "kdrl": RegisteredLoss(losses.kdrl_loss),
-    "epo": RegisteredLoss(losses.epo_loss),
-    "nlpo": RegisteredLoss(losses.nlpo_loss, beside="the keep-set's mass"),
-    "nash_md": RegisteredLoss(losses.nash_md_loss),
-    "nash_mp": RegisteredLoss(losses.nash_mp_loss),
+    "ppo": _describe(losses.ppo_loss),
+    "grpo": _describe(losses.grpo_loss),
+    "gspo": _describe(losses.gspo_loss),
+    "cispo": _describe(losses.cispo_loss),
+    "sapo": _describe(losses.sapo_loss),
+    "gmpo": _describe(losses.gmpo_loss),
+    "vespo": _describe(losses.vespo_loss),
+    "tis": _describe(losses.tis_loss),
+    "topr": _describe(losses.topr_loss),
+    "reinforce": _describe(losses.reinforce_loss),
+    "clip_cov": _describe(losses.clip_cov_loss, compares_sequences=True),
+    "kl_cov": _describe(losses.kl_cov_loss, compares_sequences=True),
+    "lp_reg": _describe(losses.lp_reg_loss, compares_sequences=True),
+    "nft": _describe(losses.nft_loss),
+    "kdrl": _describe(losses.kdrl_loss),
+    "epo": _describe(losses.epo_loss),
+    "nlpo": _describe(losses.nlpo_loss, "the keep-set's mass"),
+    "nash_md": _describe(losses.nash_md_loss),
+    "nash_mp": _describe(losses.nash_mp_loss),
 }
 
 
-def check_offered(what: str, name: str, offered: Collection[str], trainer: str, *, single_sequences: bool = False) -> None:
-    """Raises ValueError unless a trainer offers the loss. Of a loss of rlkern's the error says what stands against it.
+def check_offered(what: str, name: str, offered: Collection[str], trainer: str, *, one_by_one: bool = False) -> None:
+    """Raises ValueError unless the trainer offers the loss, with the reason where it is one of rlkern's.
 
-    Args:
-        what: what the trainer calls a loss, for the error.
-        single_sequences: the trainer calls a loss with one sequence at a time.
+    one_by_one: the trainer calls a loss with one sequence at a time.
     """
-    known = REGISTRY.get(name) if isinstance(name, str) and name not in offered else None
-    if known is not None and known.compares_sequences and single_sequences:
-        raise ValueError(
-            f"{what} {name!r} compares tokens of many sequences, and {trainer} calls a custom loss with one sequence at a "
-            f"time; expected one of {', '.join(map(repr, offered))}"
-        )
-    if known is not None and known.needs:
-        raise ValueError(
-            f"{name}_loss needs {' and '.join(known.needs)}, which {trainer} does not hand to a policy loss: call it from a loss of your own"
-        )
+    loss = REGISTRY.get(name) if isinstance(name, str) and name not in offered else None
+    if loss and loss.compares_sequences and one_by_one:
+        why = f"compares tokens of many sequences, and {trainer} calls a custom loss with one sequence at a time"
+        raise ValueError(f"{what} {name!r} {why}; expected one of {', '.join(map(repr, offered))}")
+    if loss and loss.needs:
+        why = f"needs {' and '.join(loss.needs)}, which {trainer} does not hand to a policy loss"
+        raise ValueError(f"{name}_loss {why}: call it from a loss of your own")
     check_choice(what, name, offered)
 
 
-def check_options(what: str, function: Callable, options: Iterable[str], given: Collection[str], *, more: Iterable[str] = ()) -> None:
-    """Raises TypeError for an option that the function does not take or the trainer gives itself; `more` are allowed too."""
+def check_options(what: str, function: Callable, options: Iterable[str], given: Collection[str], *more: str) -> None:
+    """Raises TypeError for an option that is neither the function's nor `more`, or that the trainer gives."""
     allowed = [name for name in inspect.signature(function).parameters if name not in given]
-    unknown = [name for name in options if name not in allowed]
+    unknown = ", ".join(repr(name) for name in options if name not in allowed)
     if unknown:
-        expected = ", ".join(map(repr, [*allowed, *more]))
-        raise TypeError(f"{what} has no option {', '.join(map(repr, unknown))}, expected one of {expected}")
+        raise TypeError(f"{what} has no option {unknown}, expected one of {', '.join(map(repr, [*allowed, *more]))}")
 
 
 def check_effect(config: Any, on: str, advice: Mapping[str, tuple[bool, str]]) -> None:
-    """Raises ValueError for an option of a trainer's config that would have no effect: whoever sets one means it.
+    """Raises ValueError for an option of a trainer's config that would have no effect.
 
-    Args:
-        on: what it would have no effect on.
-        advice: option -> (whether it has its default, what to do otherwise).
+    advice: option -> (whether it has its default, what to do otherwise).
     """
     for option, (default, what) in advice.items():
         if not default:
@@ -121,12 +90,11 @@ def check_effect(config: Any, on: str, advice: Mapping[str, tuple[bool, str]]) -
 
 
 def dry_run(loss: Callable, arguments: Iterable[str] = TOKENS, /, **options: Any) -> None:
-    """Calls the loss once, on two sequences of two tokens: what it says against its options, it says before training.
+    """Calls a loss once, on two sequences of two tokens: it refuses bad options before training starts.
 
-    arguments: names of rlkern's for what it takes, in order. "response" is the sum and "length" the number of a
-    response's tokens; whatever is not known is one number a token.
+    arguments: rlkern's names for what it takes, in order; "response" is a response's log-probability and
+        "length" its length.
     """
-    tokens, sequences = torch.zeros(2, 2), torch.ones(2)
-    known = {"mask": tokens == 0, "correct": sequences, "success_rate": sequences}
-    known |= {"response": torch.zeros(2), "length": torch.ones(2, dtype=torch.long)}
+    tokens, ones = torch.zeros(2, 2), torch.ones(2)
+    known = {"mask": tokens == 0, "correct": ones, "success_rate": ones, "response": tokens[0], "length": ones.long()}
     loss(*(known.get(name, tokens) for name in arguments), **options)

@@ -35,7 +35,7 @@ def calls(monkeypatch) -> list[int]:
     return seen
 
 
-# --- stock against patched --------------------------------------------------------------------------------------------------------------------
+# --- stock against patched ----------------------------------------------------------------------------------
 
 VARIANTS = {
     "dpo": (trl_runs.dpo, {}),
@@ -108,7 +108,7 @@ def test_the_page_runs_and_names_what_exists(calls, monkeypatch):
     assert all(f"| {major}.{minor}" in page for major, minor in versions.REPLACEMENTS)
 
 
-# --- GRPOTrainer ------------------------------------------------------------------------------------------------------------------------------
+# --- GRPOTrainer --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
@@ -306,7 +306,7 @@ def test_evaluation_takes_the_whole_batch_as_one_window(tiny_model):
     assert math.isclose(*results, rel_tol=1e-4, abs_tol=1e-6)
 
 
-# --- DPOTrainer -------------------------------------------------------------------------------------------------------------------------------
+# --- DPOTrainer ---------------------------------------------------------------------------------------------
 
 
 @needs_fused_head

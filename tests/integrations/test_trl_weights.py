@@ -170,7 +170,7 @@ def test_a_weight_that_overflows_leaves_vespo_finite():
     assert ours[0].isfinite()
 
 
-# --- averages of losses that are defined over sequences ---------------------------------------------------------------------------------------
+# --- averages of losses that are defined over sequences -----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gspo", "gmpo", "sapo"])

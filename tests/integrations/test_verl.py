@@ -78,7 +78,7 @@ def assert_equal(name, inputs, **call):
     return theirs[2], ours[2]
 
 
-# --- losses ------------------------------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -170,7 +170,7 @@ def test_without_tokens_the_loss_is_0(name):
         assert run(name, inputs, config=config())[0].isnan()
 
 
-# --- importance weights ------------------------------------------------------------------------------------------------------------------------
+# --- importance weights -------------------------------------------------------------------------------------
 
 
 def small_batch(seed, level):
@@ -243,7 +243,7 @@ def test_own_options_win_over_verls_config():
     torch.testing.assert_close(run("rlkern_tis", inputs, config=config())[0], values[mask].mean())
 
 
-# --- verl's own training loss ------------------------------------------------------------------------------------------------------------------
+# --- verl's own training loss -------------------------------------------------------------------------------
 
 
 def jagged(rows):
@@ -329,7 +329,7 @@ def test_other_aggregations_stay_verls():
     assert Metric.aggregate_dp(ranks) == pytest.approx(0.75)
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", (rlkern_verl.register, rlkern_verl.patch, rlkern_verl.unregister, lambda: rlkern_verl.check_config(config())))
@@ -385,7 +385,7 @@ def test_options_that_do_not_fit(name, actor, message):
 
 def test_unknown_aggregation():
     inputs, _ = batch()
-    with pytest.raises(ValueError, match="unknown loss_agg_mode 'mean', expected 'token-mean'"):
+    with pytest.raises(ValueError, match="unknown loss_agg_mode 'mean', expected one of 'token-mean'"):
         run("rlkern_vanilla", inputs, config=config(), loss_agg_mode="mean")
 
 
@@ -402,7 +402,7 @@ def test_check_config():
         rlkern_verl.check_config(fused)
 
 
-# --- log-probabilities and entropy -------------------------------------------------------------------------------------------------------------
+# --- log-probabilities and entropy --------------------------------------------------------------------------
 
 
 def logits_and_labels(dtype=torch.float32, rows=7, vocabulary=301):
