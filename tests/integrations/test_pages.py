@@ -1,4 +1,4 @@
-"""The pages about trainers: their plain PyTorch code runs, and every name of rlkern's that they mention exists."""
+"""The pages about trainers: their plain PyTorch code runs, and all of rlkern's names in them exist."""
 
 import re
 from pathlib import Path

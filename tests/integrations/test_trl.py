@@ -1,4 +1,4 @@
-"""What stands in for TRL's functions, against float64 formulas; what patch() replaces and gives back; what is refused, and when."""
+"""What stands in for TRL's functions, against float64; what patch() replaces and restores; refusals."""
 
 import importlib
 import math
@@ -210,7 +210,7 @@ ORIGINALS = [getattr(utils, name) for name in NAMES]
 
 
 def bindings() -> dict[tuple[str, str], object]:
-    """Everything that modules of TRL bind, under any name, to one of the replaced functions or to something of ours."""
+    """All that modules of TRL bind, under any name, to a replaced function or to something of ours."""
     found = {}
     for module_name, module in list(sys.modules.items()):
         if module_name == "trl" or module_name.startswith("trl."):

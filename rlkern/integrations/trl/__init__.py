@@ -26,8 +26,8 @@ def patch() -> Patch:
     already are patched as well: they look the functions up when they call them.
 
     Returns:
-        The Patch, in force in the whole process, all threads included, until `.undo()` or the end of its `with`
-        block. Patches nest and overlap in any order. For good: drop the result.
+        The Patch, in force in all threads of the process until `.undo()` or the end of its `with` block.
+        Patches nest and overlap in any order. For good: drop the result.
 
     Raises:
         UnknownTRLError: (an ImportError) for a release that has not been tested; nothing changes then.
