@@ -112,10 +112,8 @@ class PolicyLoss(nn.Module):
         self.clip_eps_low, self.clip_eps_high, self.dual_clip = clip_eps_low, clip_eps_high, dual_clip
         self.token_level_loss = token_level_loss and policy_loss_type != "gspo"
         self.policy_loss_type = policy_loss_type
-        self.is_correction_level = is_correction_level
-        self.is_correction_mode = is_correction_mode
-        self.is_correction_gating = is_correction_gating
-        self.is_correction_threshold = threshold
+        self.is_correction_level, self.is_correction_mode = is_correction_level, is_correction_mode
+        self.is_correction_gating, self.is_correction_threshold = is_correction_gating, threshold
 
     def forward(
         self,

@@ -16,6 +16,8 @@ TOKENS = ("logp", "old_logp", "advantages", "mask")  # what every trainer has
 
 
 class RegisteredLoss(NamedTuple):
+    """A policy loss, and what a trainer must know of it."""
+
     function: Callable[..., losses.LossOutput]
     arguments: tuple[str, ...]  # the positional ones, in order
     needs: tuple[str, ...]  # what it needs beside TOKENS
@@ -24,35 +26,23 @@ class RegisteredLoss(NamedTuple):
     takes_weights: bool  # importance weights can multiply the loss of each token
 
 
-def _describe(function: Callable[..., losses.LossOutput], *needs: str, compares_sequences: bool = False) -> RegisteredLoss:
+def _describe(function: Callable[..., losses.LossOutput]) -> RegisteredLoss:
     parameters = inspect.signature(function).parameters
     arguments = tuple(name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD)
-    needs += tuple(name for name in arguments if name not in TOKENS)
+    needs = tuple(name for name in arguments if name not in TOKENS)
+    if function is losses.nlpo_loss:
+        needs = ("the keep-set's mass",)  # it is in the log-probabilities
     averages = own_aggregation(function) in SEQUENCE_MODES
-    return RegisteredLoss(function, arguments, needs, compares_sequences, averages, "weights" in parameters)
+    return RegisteredLoss(function, arguments, needs, function in _SELECTING, averages, "weights" in parameters)
 
 
-REGISTRY = {
-    "ppo": _describe(losses.ppo_loss),
-    "grpo": _describe(losses.grpo_loss),
-    "gspo": _describe(losses.gspo_loss),
-    "cispo": _describe(losses.cispo_loss),
-    "sapo": _describe(losses.sapo_loss),
-    "gmpo": _describe(losses.gmpo_loss),
-    "vespo": _describe(losses.vespo_loss),
-    "tis": _describe(losses.tis_loss),
-    "topr": _describe(losses.topr_loss),
-    "reinforce": _describe(losses.reinforce_loss),
-    "clip_cov": _describe(losses.clip_cov_loss, compares_sequences=True),
-    "kl_cov": _describe(losses.kl_cov_loss, compares_sequences=True),
-    "lp_reg": _describe(losses.lp_reg_loss, compares_sequences=True),
-    "nft": _describe(losses.nft_loss),
-    "kdrl": _describe(losses.kdrl_loss),
-    "epo": _describe(losses.epo_loss),
-    "nlpo": _describe(losses.nlpo_loss, "the keep-set's mass"),
-    "nash_md": _describe(losses.nash_md_loss),
-    "nash_mp": _describe(losses.nash_mp_loss),
-}
+_SELECTING = (losses.clip_cov_loss, losses.kl_cov_loss, losses.lp_reg_loss)
+_LOSSES = (
+    *(losses.ppo_loss, losses.grpo_loss, losses.gspo_loss, losses.cispo_loss, losses.sapo_loss, losses.gmpo_loss),
+    *(losses.vespo_loss, losses.tis_loss, losses.topr_loss, losses.reinforce_loss, *_SELECTING, losses.nft_loss),
+    *(losses.kdrl_loss, losses.epo_loss, losses.nlpo_loss, losses.nash_md_loss, losses.nash_mp_loss),
+)
+REGISTRY = {function.__name__.removesuffix("_loss"): _describe(function) for function in _LOSSES}
 
 
 def check_offered(what: str, name: str, offered: Collection[str], trainer: str, *, one_by_one: bool = False) -> None:

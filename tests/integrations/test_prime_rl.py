@@ -158,6 +158,7 @@ def test_inputs_of_older_versions_have_no_weights():
     "kwargs, error, message",
     (
         (dict(loss="clip_cov"), ValueError, "'clip_cov' compares tokens of many sequences"),
+        (dict(loss="nft"), ValueError, "nft_loss needs success_rate and correct, which prime-rl does not hand to a policy loss"),
         (dict(loss="pppo"), ValueError, "unknown policy loss 'pppo', expected one of 'ppo'"),
         (dict(loss="ppo", clip=0.1), TypeError, "unexpected keyword argument 'clip'"),
         (dict(loss="ppo", clip_low=2.0), ValueError, "clip_low must be in"),

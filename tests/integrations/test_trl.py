@@ -349,6 +349,8 @@ def test_grpo_options_without_effect_are_refused(config, message):
     "loss, options, error, message",
     [
         ("clipcov", {}, ValueError, "unknown policy_loss 'clipcov', expected one of 'ppo'.*'clip_cov'"),
+        ("kdrl", {}, ValueError, "kdrl_loss needs teacher_logp, which TRL does not hand to a policy loss"),
+        (["ppo"], {}, ValueError, "unknown policy_loss list, expected one of 'ppo'"),
         ("clip_cov", {"ratio": 0.1}, TypeError, "'clip_cov' has no option 'ratio', expected one of 'select_ratio'"),
         ("clip_cov", {"weights": None}, TypeError, "no option 'weights'"),
         ("clip_cov", {"select_ratio": 3}, ValueError, "select_ratio"),
