@@ -1,1 +1,1 @@
-"""The only files that know a trainer. Nothing is imported here: `import rlkern.integrations.trl` needs TRL, rlkern does not."""
+"""The only files that know a trainer. rlkern imports none of them: rlkern.integrations.trl needs TRL."""

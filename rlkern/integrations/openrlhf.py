@@ -1,10 +1,11 @@
-"""OpenRLHF: log_probs_from_logits, compute_entropy and PolicyLoss under its names and signatures. See docs/trainers/openrlhf.md.
+"""OpenRLHF: its log_probs_from_logits, compute_entropy and PolicyLoss, by name and signature.
 
     import rlkern.integrations.openrlhf
 
-    patch = rlkern.integrations.openrlhf.patch()     # in every process that trains; patch.undo(), or with ...patch(): ...
+    patch = rlkern.integrations.openrlhf.patch()     # in every process that trains
+    patch.undo()                                     # or: with rlkern.integrations.openrlhf.patch(): ...
 
-Each can also be imported and called without OpenRLHF.
+Each can also be imported and called without OpenRLHF. See docs/trainers/openrlhf.md.
 """
 
 from __future__ import annotations
@@ -16,49 +17,54 @@ import torch
 from torch import Tensor, nn
 
 from .. import primitives
-from ..checks import check_choice, check_flags, check_number, shown
+from ..checks import as_bool, check_choice, check_flags, check_number, shown
 from ..layout import computing_dtype
 from ..losses import aggregate, ppo_loss
 from ..primitives.ratio import clipped_surrogate
+from ..primitives.reductions import sequence_mean
 from .patching import Patch
+from .versions import Releases
 
 __all__ = ["SUPPORTED_VERSIONS", "PolicyLoss", "compute_entropy", "log_probs_from_logits", "patch"]
 
 SUPPORTED_VERSIONS = ("0.11.2",)  # releases before it have other options in PolicyLoss
-_LARGEST_LOG_RATIO = 20.0  # of "ppo", OpenRLHF's
+_USER, _INSTALL = "rlkern.integrations.openrlhf.patch", f"openrlhf=={SUPPORTED_VERSIONS[-1]}"
+_RELEASES = Releases("OpenRLHF", lambda: metadata.version("openrlhf"), _USER, SUPPORTED_VERSIONS, _INSTALL)
+_LARGEST_LOG_RATIO = 20.0  # OpenRLHF's, of "ppo"
 
 
 def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
-    """openrlhf.models.utils.log_probs_from_logits: logits [..., V], labels [...] -> [...], float32 whatever the dtype of the logits.
+    """openrlhf.models.utils.log_probs_from_logits: logits [..., V], labels [...] -> [...].
 
-    OpenRLHF's divides the logits by the temperature in place; this leaves them as they are.
+    The result is float32, whatever the dtype of the logits. OpenRLHF's divides the logits by the temperature
+    in place; this leaves them as they are.
     """
     return primitives.token_logprobs(logits, labels, temperature=temperature)
 
 
 def compute_entropy(logits: Tensor) -> Tensor:
-    """openrlhf.models.utils.compute_entropy: [..., V] -> [...], in nats, float32; logits at -inf have probability 0."""
+    """openrlhf.models.utils.compute_entropy: [..., V] -> [...], in nats, float32; probability 0 at -inf."""
     return primitives.entropy_from_logits(logits)
-
-
-def _sequence_means(values: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] -> [B, 1]: over the mask; NaN where it is empty, as in OpenRLHF, which makes an empty sequence one outside of the gate."""
-    return torch.where(mask, values, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True)
 
 
 class PolicyLoss(nn.Module):
     """openrlhf.models.PolicyLoss: its arguments, its five results.
 
     Args:
-        clip_eps_low, clip_eps_high: the ratio stops mattering below 1 - low (A < 0) and above 1 + high (A > 0).
+        clip_eps_low, clip_eps_high: the ratio stops mattering below 1 - low (A < 0), above 1 + high (A > 0).
         dual_clip: c > 1 bounds the ratio of tokens with A < 0; None does not.
         token_level_loss: the mean over tokens; False: the mean over sequences of their means.
-        policy_loss_type: "ppo", or "gspo": PPO on the sequence's mean log-probability, always with the mean over sequences.
-        is_correction_level, is_correction_mode, is_correction_gating, is_correction_threshold: for "ppo", what the mismatch of training and rollout
-            log-probabilities does to a token's or ("seq") a sequence's loss: outside of the threshold (low, high) it is dropped ("mask", the
-            others are weighted by pi_train / pi_rollout) or its weight clamped ("clip"). gating: what is compared with the threshold, "ratio",
-            "binary_kl" or "tv". For "gspo", any level but "off" takes the ratio to the rollout policy. A weight that is so large that the
-            losses of the batch would overflow is bounded to what leaves their sum finite; OpenRLHF's loss is infinite there.
+        policy_loss_type: "ppo"; or "gspo", PPO on the sequence's mean log-probability. "gspo" is always a
+            mean over sequences.
+        is_correction_level: "off", "token" or "seq": whose loss is corrected for the rollout's
+            log-probabilities. With "gspo" any level but "off" takes the ratio to the rollout policy.
+        is_correction_mode: "mask" drops what is outside of the threshold and weighs the rest by
+            pi_train / pi_rollout; "clip" clamps the weight to the threshold.
+        is_correction_gating: what is compared with the threshold: "ratio", "binary_kl" or "tv".
+        is_correction_threshold: (low, high).
+
+    A weight can be so large that the losses of the batch would overflow. It is bounded then, so that their
+    sum stays finite; OpenRLHF's loss is infinite there.
 
     Raises:
         TypeError, ValueError: for options other than these.
@@ -88,27 +94,26 @@ class PolicyLoss(nn.Module):
         check_choice("is_correction_level", is_correction_level, ("off", "token", "seq"))
         check_choice("is_correction_mode", is_correction_mode, ("mask", "clip"))
         check_choice("is_correction_gating", is_correction_gating, ("ratio", "binary_kl", "tv"))
-        if not isinstance(is_correction_threshold, Sequence) or len(is_correction_threshold) != 2 or isinstance(is_correction_threshold, str):
-            raise TypeError(f"is_correction_threshold must be a pair (low, high), got {shown(is_correction_threshold)}")
-        for bound in is_correction_threshold:
+        threshold = is_correction_threshold
+        if not isinstance(threshold, Sequence) or len(threshold) != 2 or isinstance(threshold, str):
+            raise TypeError(f"is_correction_threshold must be a pair (low, high), got {shown(threshold)}")
+        for bound in threshold:
             check_number("is_correction_threshold", bound, 0)
-        if is_correction_mode == "clip" and (is_correction_level, is_correction_gating) not in (("token", "ratio"), ("off", "ratio")):
+        if is_correction_mode == "clip" and (is_correction_level == "seq" or is_correction_gating != "ratio"):
             raise ValueError(
-                "is_correction_mode 'clip' bounds the ratio of a token: it needs is_correction_level 'token' and is_correction_gating 'ratio', "
-                f"got {is_correction_level!r} and {is_correction_gating!r}"
+                "is_correction_mode 'clip' bounds the ratio of a token: it needs is_correction_level 'token' and "
+                f"is_correction_gating 'ratio', got {is_correction_level!r} and {is_correction_gating!r}"
             )
-        if is_correction_gating != "ratio" and is_correction_level != "off" and is_correction_threshold[0] > 0:
+        if is_correction_gating != "ratio" and is_correction_level != "off" and threshold[0] > 0:
             raise ValueError(
-                f"is_correction_gating {is_correction_gating!r} has an upper bound only: is_correction_threshold must be (0, bound), "
-                f"got {tuple(is_correction_threshold)}"
+                f"is_correction_gating {is_correction_gating!r} has an upper bound only: is_correction_threshold must "
+                f"be (0, bound), got {tuple(threshold)}"
             )
         self.clip_eps_low, self.clip_eps_high, self.dual_clip = clip_eps_low, clip_eps_high, dual_clip
         self.token_level_loss = token_level_loss and policy_loss_type != "gspo"
         self.policy_loss_type = policy_loss_type
-        self.is_correction_level = is_correction_level
-        self.is_correction_mode = is_correction_mode
-        self.is_correction_gating = is_correction_gating
-        self.is_correction_threshold = is_correction_threshold
+        self.is_correction_level, self.is_correction_mode = is_correction_level, is_correction_mode
+        self.is_correction_gating, self.is_correction_threshold = is_correction_gating, threshold
 
     def forward(
         self,
@@ -121,15 +126,17 @@ class PolicyLoss(nn.Module):
         batch_num_tokens: float | None = None,
         global_batch_size: float | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
-        """All [B, T] -> (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio); the last two are None without a correction.
+        """All [B, T] -> (loss, clip_ratio, ppo_kl, vllm_kl, is_filter_ratio).
 
-        The four are means over the tokens, 0 without any, which OpenRLHF weighs by the tokens of the micro-batch; is_filter_ratio of level "seq" is
-        one over sequences, and OpenRLHF weighs it by tokens all the same.
+        The last two are None without a correction. The last four are means over the tokens, 0 without any;
+        OpenRLHF weighs them by the tokens of the micro-batch. At level "seq" is_filter_ratio is a mean over
+        sequences, and OpenRLHF weighs it by tokens all the same.
 
-        batch_num_tokens, global_batch_size: counts of the whole batch, and dp_size the processes that gradients are averaged over; None takes
-        this batch's.
+        Args:
+            batch_num_tokens, global_batch_size: counts of the whole batch; None takes this batch's.
+            dp_size: so many processes average their gradients.
         """
-        mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else action_mask != 0
+        mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else as_bool(action_mask)
         correct = self.is_correction_level != "off"
         if correct and rollout_log_probs is None:
             raise ValueError(f"is_correction_level {self.is_correction_level!r} needs rollout_log_probs= [B, T], got None")
@@ -140,14 +147,16 @@ class PolicyLoss(nn.Module):
         logp, old_logp, weights = log_probs, old_log_probs, None
         vllm_kl = is_filter_ratio = None
         if self.policy_loss_type == "gspo":
-            # A sequence's ratio is exp(mean log ratio): PPO, where each token stands for the mean of its sequence.
-            logp = self._sequence_mean(log_probs, mask)
-            old_logp = self._sequence_mean(rollout_log_probs if correct else old_log_probs, mask)
+            # A sequence's ratio is exp(mean log ratio): PPO in which each token has the mean of its sequence.
+            logp = sequence_mean(log_probs, mask).expand_as(log_probs)
+            old_logp = sequence_mean(rollout_log_probs if correct else old_log_probs, mask).expand_as(log_probs)
         elif correct:
             dtype = computing_dtype(log_probs)  # an exponential of float16 overflows at 11
-            weights, outside = self._correction(old_log_probs.detach().to(dtype), rollout_log_probs.detach().to(dtype), mask)
+            old, rollout = (x.detach().to(dtype) for x in (old_log_probs, rollout_log_probs))
+            weights, outside = self._correction(old, rollout, mask)
             weights = torch.minimum(weights, self._largest_weights(log_probs, old_log_probs, advantages, normalizer))
-            is_filter_ratio = outside.float().mean() if self.is_correction_level == "seq" else aggregate(outside.float(), mask)
+            by_sequence, outside = self.is_correction_level == "seq", outside.float()
+            is_filter_ratio = outside.mean() if by_sequence else aggregate(outside, mask)
             vllm_kl = aggregate((rollout_log_probs - old_log_probs).detach(), mask)
 
         loss, metrics = ppo_loss(
@@ -167,55 +176,48 @@ class PolicyLoss(nn.Module):
         return loss, metrics["clip_fraction_low"] + metrics["clip_fraction_high"], ppo_kl, vllm_kl, is_filter_ratio
 
     def _largest_weights(self, logp: Tensor, old_logp: Tensor, advantages: Tensor, normalizer: float | None) -> Tensor:
-        """[B, T]: with weights up to these, the losses of all tokens over the normalizer add up to at most half of the largest number."""
+        """[B, T]: with weights up to these, the losses add up to at most half of the largest number."""
         logp, old_logp, advantages = (x.detach().to(computing_dtype(logp)) for x in (logp, old_logp, advantages))
         ratio = (logp - old_logp).clamp(-_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO).exp()
         size = clipped_surrogate(ratio, advantages, self.clip_eps_low, self.clip_eps_high, self.dual_clip).abs()
         largest = torch.finfo(size.dtype).max / (2 * max(size.numel(), 1)) / size.clamp(min=1)
-        return largest if normalizer is None else largest * torch.as_tensor(normalizer, dtype=size.dtype, device=size.device).clamp(max=1)
-
-    @staticmethod
-    def _sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-        return (torch.where(mask, values, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)).expand_as(values)
+        if normalizer is None:
+            return largest
+        return largest * torch.as_tensor(normalizer, dtype=size.dtype, device=size.device).clamp(max=1)
 
     def _correction(self, old: Tensor, rollout: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """The weight [B, T] of each token's loss, and what is outside of the threshold, [B, T] or for sequences [B, 1]."""
+        """The weight [B, T] of each token's loss; what is outside of the threshold, [B, T] or [B, 1]."""
         low, high = self.is_correction_threshold
-        sequences = self.is_correction_level == "seq"
         log_ratio = old - rollout
         if self.is_correction_gating == "ratio":
             statistic = log_ratio
         else:
             p, q = (x.exp().clamp(1e-6, 1 - 1e-6) for x in (rollout, old))
-            statistic = (p - q).abs() if self.is_correction_gating == "tv" else p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
-        if sequences:
-            statistic = _sequence_means(statistic, mask)
+            if self.is_correction_gating == "tv":
+                statistic = (p - q).abs()
+            else:
+                statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
+        if self.is_correction_level == "seq":
+            # NaN for an empty sequence, as in OpenRLHF: it is outside of the threshold
+            statistic = torch.where(mask.any(-1, keepdim=True), sequence_mean(statistic, mask), torch.nan)
         if self.is_correction_gating == "ratio":
             statistic = statistic.exp()
-        inside = (statistic >= low) & (statistic <= high)  # False for the NaN of an empty sequence
+        inside = (statistic >= low) & (statistic <= high)
         if self.is_correction_mode == "clip":
             return statistic.clamp(low, high), ~inside
         return torch.where(inside, log_ratio.exp(), 0), ~inside
 
 
 def patch() -> Patch:
-    """Replaces OpenRLHF's log_probs_from_logits, compute_entropy and PolicyLoss wherever it has imported or will import them.
+    """Replaces OpenRLHF's log_probs_from_logits, compute_entropy and PolicyLoss.
 
-    From here on in all threads of this process, until `undo()` on the result or the end of its `with` block; patches nest. A trainer that was built
-    while it stood keeps its PolicyLoss.
+    They are replaced wherever OpenRLHF imports them, now or later, until the `Patch` is undone. A trainer
+    that was built meanwhile keeps its PolicyLoss.
 
     Raises:
         ImportError: OpenRLHF is not there, or not one of SUPPORTED_VERSIONS.
     """
-    try:
-        version = metadata.version("openrlhf")
-    except metadata.PackageNotFoundError:
-        raise ImportError("rlkern.integrations.openrlhf.patch needs OpenRLHF: pip install openrlhf") from None
-    if version not in SUPPORTED_VERSIONS:
-        raise ImportError(
-            f"OpenRLHF {version} is not supported by this rlkern, which knows {', '.join(SUPPORTED_VERSIONS)}: install one of these, or a newer "
-            "rlkern, or train without rlkern.integrations.openrlhf.patch"
-        )
+    _RELEASES.check()
     from openrlhf.models import loss, utils
 
     replacements = (

@@ -1,10 +1,10 @@
-"""Replacing attributes of modules and classes for a while, or for good, and putting back exactly what stood there.
+"""Replacing attributes for a while, or for good, and putting back exactly what stood there.
 
     patch = Patch([(module, "function", replacement), ...])    # from here on, in every thread
     patch.undo()                                               # or: with Patch([...]): ...
 
-Patches nest and overlap in any order, from any thread: the last one that still stands is the one in force, and when the last is undone the attribute
-is again the very object, or the absence, that the first one found.
+Patches nest and overlap in any order, from any thread. The last one that still stands is in force. When the
+last is undone, the attribute is again the very object, or the absence, that the first one found.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MISSING = object()  # the owner has no such attribute of its own; a class may i
 _lock = threading.RLock()
 _sites: dict[tuple[int, str], _Site] = {}  # only attributes that some patch has replaced
 
-# A fork while another thread holds the lock would leave the child with a lock that nobody releases.
+# If another thread held the lock at a fork, nobody would release the child's copy of it.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 
@@ -46,6 +46,7 @@ class _Site:
 
 
 def _where(owner: Any, name: str) -> str:
+    owner = owner if isinstance(owner, (type, ModuleType)) else type(owner)
     return f"{getattr(owner, '__qualname__', owner.__name__)}.{name}"
 
 
@@ -53,9 +54,10 @@ class Patch:
     """Attributes replaced from construction until `undo()`, or the end of a `with` block.
 
     Args:
-        replacements: (module or class, attribute name, new value). The attribute must exist; a class may inherit it.
-        package: name of a package. A module of it that is imported while the patch stands may copy a replacement
-            (`from .utils import function`); `undo` gives those copies back the original too.
+        replacements: (module, class or other object, attribute name, new value). The attribute must exist; it
+            may be inherited.
+        package: name of a package. A module of it that is imported while the patch stands may copy a
+            replacement (`from .utils import function`); `undo` gives those copies back the original too.
 
     Raises:
         AttributeError: an attribute to replace does not exist; nothing has been replaced then.
@@ -86,26 +88,29 @@ class Patch:
 
     @classmethod
     def everywhere(cls, package: str, replacements: Iterable[tuple[Any, str, Any]]) -> Patch:
-        """As the constructor, and wherever else a loaded module of the package is bound to what the attribute holds.
+        """As the constructor, and wherever else in the package's loaded modules the same object is bound.
 
-        The bindings are found and replaced in one piece: meanwhile no other thread patches, so none is met half way.
+        No other thread patches while the bindings are found and replaced.
         """
         with _lock:
-            sites = [(module, bound, new) for owner, name, new in replacements for module, bound in holders(package, getattr(owner, name))]
-            return cls(sites, package=package)
+            found = [(holders(package, getattr(owner, name)), new) for owner, name, new in replacements]
+            return cls([(module, bound, new) for sites, new in found for module, bound in sites], package=package)
 
     def undo(self) -> None:
-        """Takes this patch back; does nothing the second time. What somebody else has put over it meanwhile stays, with a RuntimeWarning."""
+        """Takes this patch back; does nothing the second time.
+
+        What somebody else has put over it meanwhile stays, with a RuntimeWarning.
+        """
         with _lock:
-            successors = {}  # id of a replacement -> what now stands in its place
+            successors: dict[int, Any] = {}  # id of a replacement -> what now stands in its place
             for site, value in reversed(self._replaced):
                 untouched = vars(site.owner).get(site.name, _MISSING) is site.current
                 site.values.remove((self, value))
                 if untouched:
                     site.store()
                 else:
-                    message = f"{_where(site.owner, site.name)} was changed by others while it was patched, and is left as they made it"
-                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+                    changed = f"{_where(site.owner, site.name)} was changed by others while it was patched"
+                    warnings.warn(f"{changed}, and is left as they made it", RuntimeWarning, stacklevel=2)
                 if not site.values:
                     _sites.pop((id(site.owner), site.name), None)
                 successors[id(value)] = site.current
@@ -120,7 +125,7 @@ class Patch:
     def __enter__(self) -> Patch:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self.undo()
 
 
@@ -131,5 +136,5 @@ def loaded_modules(package: str) -> list[ModuleType]:
 
 
 def holders(package: str, value: Any) -> list[tuple[ModuleType, str]]:
-    """(module, name) for every loaded module of the package, and every name in it, that is bound to this very object."""
+    """(module, name) of every binding to this very object in a loaded module of the package."""
     return [(m, name) for m in loaded_modules(package) for name, v in list(vars(m).items()) if v is value]

@@ -1,177 +1,150 @@
-"""verl: rlkern's policy losses through verl's registry, its log-probabilities and entropy in place of verl's. See docs/trainers/verl.md.
+"""verl: rlkern's policy losses in verl's registry, and its log-probabilities and entropy in place of verl's.
 
     from rlkern.integrations import verl as rlkern_verl
 
     rlkern_verl.register()              # actor.policy_loss.loss_mode=rlkern_clip_cov, and so on
-    patch = rlkern_verl.patch()         # fused logprobs_from_logits and entropy_from_logits; patch.undo(), or with rlkern_verl.patch(): ...
+    patch = rlkern_verl.patch()         # logprobs_from_logits and entropy_from_logits
+    patch.undo()                        # or: with rlkern_verl.patch(): ...
 
-verl trains in Ray workers, so both must run in each of them: `verl_plugin` does so when it is imported, which verl's own
-actor_rollout_ref.model.external_lib=rlkern.integrations.verl_plugin brings about.
+verl trains in Ray workers, so both must run in each of them. Importing `verl_plugin` does so; verl imports it
+when told actor_rollout_ref.model.external_lib=rlkern.integrations.verl_plugin. See docs/trainers/verl.md.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import primitives
-from ..checks import check_choice, check_flags, check_logits
-from ..losses import (
-    LossOutput,
-    aggregate,
-    cispo_loss,
-    clip_cov_loss,
-    gmpo_loss,
-    gspo_loss,
-    kl_cov_loss,
-    ppo_loss,
-    reinforce_loss,
-    sapo_loss,
-    tis_loss,
-    topr_loss,
-    vespo_loss,
-)
+from .. import losses, primitives
+from ..checks import as_bool, check_choice, check_flags, check_logits
+from ..losses import LossOutput
 from ..metrics.merge import merge_rows
+from ..primitives.reductions import sequence_mean
 from .patching import Patch
+from .registry import check_offered, dry_run
+from .versions import Releases
 
 __all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
 
 SUPPORTED_VERSIONS = ("0.8.0", "0.9.0", "0.9.1")
 PREFIX = "rlkern_"
+_RELEASES = Releases("verl", lambda: import_module("verl").__version__, "rlkern.integrations.verl", SUPPORTED_VERSIONS, "rlkern[verl]")
+_MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 _GSPO_OWN_AGGREGATION = ("0.8.0", "0.9.0")  # there verl's gspo ignores loss_agg_mode
 
-# --- verl's options, as those of rlkern's losses -----------------------------------------------------------------------------------------------
-
-
-def _get(config: Mapping, key: str, default: Any = None) -> Any:
-    value = config.get(key)
-    return default if value is None else value
-
-
-def _policy_option(config: Mapping, key: str, default: Any = None) -> Any:
-    return _get(_get(config, "policy_loss", {}), key, default)
-
-
-def _clip(config: Mapping) -> dict[str, float]:
-    bounds = {}
-    for name in ("clip_low", "clip_high"):
-        verl_name = name.replace("clip", "clip_ratio")
-        bounds[name] = _get(config, verl_name, config.get("clip_ratio"))
-        if bounds[name] is None:
-            raise ValueError(f"verl's actor config must have {verl_name} or clip_ratio, got neither")
-    return bounds
-
-
-def _vanilla(config: Mapping) -> dict[str, Any]:
-    dual_clip = _get(config, "clip_ratio_c", 3.0)
-    if not dual_clip > 1:
-        raise ValueError(f"verl's clip_ratio_c must be above 1, got {dual_clip}")
-    return _clip(config) | {"dual_clip": dual_clip}
-
-
-def _ratio(config: Mapping, key: str) -> float:
-    ratio = _policy_option(config, key, 2e-4)
-    if not 0 < ratio <= 1:
-        raise ValueError(f"verl's policy_loss.{key} is a fraction of the tokens in (0, 1], got {ratio}")
-    return ratio
-
-
-def _clip_cov(config: Mapping) -> dict[str, Any]:
-    return _clip(config) | {
-        "preset": "verl",
-        "select_ratio": _ratio(config, "clip_cov_ratio"),
-        "cov_low": _policy_option(config, "clip_cov_lb", 1.0),
-        "cov_high": _policy_option(config, "clip_cov_ub", 5.0),
-    }
-
-
-def _kl_cov(config: Mapping) -> dict[str, Any]:
-    return {"preset": "verl", "select_ratio": _ratio(config, "kl_cov_ratio"), "kl_coef": _policy_option(config, "ppo_kl_coef", 1.0)}
-
-
-def _sapo(config: Mapping) -> dict[str, Any]:
-    return {"tau_positive": _get(config, "tau_pos", 1.0), "tau_negative": _get(config, "tau_neg", 1.05), "log_ratio_clamp": 20.0}
-
-
-def _dro(config: Mapping) -> dict[str, Any]:
-    beta = _policy_option(config, "dro_beta")
-    if beta is None or not beta > 0:
-        raise ValueError(f"rlkern_dro needs verl's policy_loss.dro_beta above 0, got {beta}")
-    return {"beta": beta}
-
-
-def _dro_loss(logp, old_logp, advantages, mask, *, beta, weights=None, aggregation, normalizer) -> LossOutput:
-    """`reinforce_loss` with its quadratic penalty, which verl puts under the importance weights as well."""
-    out = reinforce_loss(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
-    kept = mask != 0
-    penalty = 0.5 * beta * torch.where(kept, logp - old_logp.detach(), 0).square()
-    if weights is not None:
-        penalty = penalty * torch.where(kept, weights.detach(), 0)
-    return LossOutput(out.loss + aggregate(penalty, mask, aggregation, normalizer), out.metrics)
-
-
-def _geo_mean_loss(logp, old_logp, advantages, mask, *, weights=None, **options) -> LossOutput:
-    """`gmpo_loss`, a sequence times the geometric mean of its importance weights."""
-    if weights is not None:
-        kept = mask != 0
-        logs = torch.where(kept, (weights + 1e-10).log(), 0)
-        weights = (logs.sum(-1, keepdim=True) / kept.sum(-1, keepdim=True).clamp(min=1)).exp()
-    return gmpo_loss(logp, old_logp, advantages, mask, weights=weights, **options)
-
-
-def _vespo_loss(logp, old_logp, advantages, mask, *, weights=None, rollout_is=None, **options) -> LossOutput:
-    """`vespo_loss` with the importance weights in W. verl hands over [B, T] whether a weight is a token's or its sequence's, so it must be told."""
-    check_choice("rollout_is", rollout_is, (None, "token", "sequence"))
-    if weights is not None and rollout_is is None:
-        raise ValueError(
-            f"{PREFIX}vespo takes verl's rollout_is_weights into a sequence's ratio, and has to know whether they are of tokens or of sequences: "
-            "register(options={'vespo': {'rollout_is': ...}}) with what algorithm.rollout_correction.rollout_is says, 'token' or 'sequence'"
-        )
-    if weights is not None and rollout_is == "sequence":
-        weights = torch.where(mask != 0, weights, 0).amax(-1, keepdim=True)  # the same in all tokens, and verl's 0 outside of the mask
-    return vespo_loss(logp, old_logp, advantages, mask, rollout_is_weights=weights, **options)
-
-
-_CLIPPED = ("clip_fraction_low", "clip_fraction_high")
-_KL = {"actor/ppo_kl": ("approx_kl_k1",)}
+# --- verl's options and metrics, as those of rlkern's losses ------------------------------------------------
 
 
 class _Loss(NamedTuple):
     function: Callable[..., LossOutput]
-    options: Callable[[Mapping], dict[str, Any]]  # verl's config -> keyword options of the function
-    metrics: dict[str, tuple[str, ...]]  # verl's name -> the sum of these of ours
+    metrics: dict[str, tuple[str, ...]]  # verl's name, after "actor/" -> the sum of these of ours
+    options: dict[str, tuple[str, Any]] = {}  # ours -> verl's, and its default or the name of one that stands in
+    fixed: dict[str, Any] = {}
 
 
+_LIMITS: dict[str, tuple[Callable[[Any], bool], str]] = {  # verl's for some of our options, and how to say so
+    "clip_low": (lambda x: x is not None, "verl's actor config must have {} or clip_ratio, got neither"),
+    "clip_high": (lambda x: x is not None, "verl's actor config must have {} or clip_ratio, got neither"),
+    "dual_clip": (lambda x: x > 1, "verl's {} must be above 1, got {}"),
+    "select_ratio": (lambda x: 0 < x <= 1, "verl's {} is a fraction of the tokens in (0, 1], got {}"),
+    "beta": (lambda x: x is not None and x > 0, "rlkern_dro needs verl's {} above 0, got {}"),
+}
+
+
+def _get(config: Any, key: str, default: Any = None) -> Any:
+    """The value under a key such as "policy_loss.dro_beta"; the default where that is missing or None."""
+    for part in key.split("."):
+        config = None if config is None else config.get(part)
+    return default if config is None else config
+
+
+def _options(loss: _Loss, config: Mapping) -> dict[str, Any]:
+    options = dict(loss.fixed)
+    for name, (key, default) in loss.options.items():
+        options[name] = _get(config, key, _get(config, default) if isinstance(default, str) else default)
+        fits, message = _LIMITS.get(name, (lambda x: True, ""))
+        if not fits(options[name]):
+            raise ValueError(message.format(key, options[name]))
+    return options
+
+
+def _dro_loss(logp, old_logp, advantages, mask, *, beta, weights=None, aggregation, normalizer) -> LossOutput:
+    """`reinforce_loss` and a quadratic penalty, which verl puts under the importance weights as well."""
+    options = {"aggregation": aggregation, "normalizer": normalizer}
+    out = losses.reinforce_loss(logp, old_logp, advantages, mask, weights=weights, **options)
+    kept = as_bool(mask)
+    penalty = 0.5 * beta * torch.where(kept, logp - old_logp.detach(), 0).square()
+    if weights is not None:
+        penalty = penalty * torch.where(kept, weights.detach(), 0)
+    return LossOutput(out.loss + losses.aggregate(penalty, mask, aggregation, normalizer), out.metrics)
+
+
+def _geo_mean_loss(logp, old_logp, advantages, mask, *, weights=None, **options) -> LossOutput:
+    """`gmpo_loss`, where a sequence is weighed by the geometric mean of its importance weights."""
+    if weights is not None:
+        weights = sequence_mean((weights + 1e-10).log(), as_bool(mask)).exp()
+    return losses.gmpo_loss(logp, old_logp, advantages, mask, weights=weights, **options)
+
+
+def _vespo_loss(logp, old_logp, advantages, mask, *, weights=None, rollout_is=None, **options) -> LossOutput:
+    """`vespo_loss` with the importance weights inside of W.
+
+    verl hands over [B, T] whether a weight is a token's or its sequence's, so rollout_is must tell.
+    """
+    check_choice("rollout_is", rollout_is, (None, "token", "sequence"))
+    if weights is not None and rollout_is is None:
+        raise ValueError(
+            f"{PREFIX}vespo takes verl's rollout_is_weights into a sequence's ratio, and has to know whether they are of "
+            "tokens or of sequences: register(options={'vespo': {'rollout_is': ...}}) with what "
+            "algorithm.rollout_correction.rollout_is says, 'token' or 'sequence'"
+        )
+    if weights is not None and rollout_is == "sequence":
+        # the same in all tokens, and 0 outside of the mask
+        weights = torch.where(as_bool(mask), weights, 0).amax(-1, keepdim=True)
+    return losses.vespo_loss(logp, old_logp, advantages, mask, rollout_is_weights=weights, **options)
+
+
+_KL = {"ppo_kl": ("approx_kl_k1",)}
+_CAPPED = _KL | {"pg_clipfrac": ("clip_fraction_high",)}
+_CLIPPED = _KL | {"pg_clipfrac": ("clip_fraction_low", "clip_fraction_high"), "pg_clipfrac_lower": ()}
+_DUAL = _CLIPPED | {"pg_clipfrac_lower": ("clip_fraction_dual",)}
+_BAND = {"cov_low": ("policy_loss.clip_cov_lb", 1.0), "cov_high": ("policy_loss.clip_cov_ub", 5.0)}
+_CLIP = {"clip_low": ("clip_ratio_low", "clip_ratio"), "clip_high": ("clip_ratio_high", "clip_ratio")}
 _TABLE = {
-    "vanilla": _Loss(ppo_loss, _vanilla, _KL | {"actor/pg_clipfrac": _CLIPPED, "actor/pg_clipfrac_lower": ("clip_fraction_dual",)}),
-    "gspo": _Loss(gspo_loss, _clip, _KL | {"actor/pg_clipfrac": _CLIPPED, "actor/pg_clipfrac_lower": ()}),
-    "sapo": _Loss(sapo_loss, _sapo, _KL | {"actor/pg_clipfrac": (), "actor/pg_clipfrac_lower": ()}),
-    "gpg": _Loss(reinforce_loss, lambda config: {}, _KL),
-    "clip_cov": _Loss(clip_cov_loss, _clip_cov, _KL | {"actor/pg_clipfrac": ("selected_fraction",)}),
-    "kl_cov": _Loss(kl_cov_loss, _kl_cov, {"actor/ppo_kl": ("abs_log_ratio",)}),
-    "geo_mean": _Loss(_geo_mean_loss, _clip, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",), "actor/pg_clipfrac_lower": ("clip_fraction_low",)}),
-    "dro": _Loss(_dro_loss, _dro, _KL),
-    "cispo": _Loss(
-        cispo_loss, lambda config: _clip(config) | {"log_ratio_clamp": 20.0}, _KL | {"actor/pg_clipfrac": _CLIPPED, "actor/pg_clipfrac_lower": ()}
+    "vanilla": _Loss(losses.ppo_loss, _DUAL, _CLIP | {"dual_clip": ("clip_ratio_c", 3.0)}),
+    "gspo": _Loss(losses.gspo_loss, _CLIPPED, _CLIP),
+    "sapo": _Loss(
+        losses.sapo_loss,
+        _CLIPPED | {"pg_clipfrac": ()},
+        {"tau_positive": ("tau_pos", 1.0), "tau_negative": ("tau_neg", 1.05)},
+        {"log_ratio_clamp": 20.0},
     ),
+    "gpg": _Loss(losses.reinforce_loss, _KL),
+    "clip_cov": _Loss(
+        losses.clip_cov_loss,
+        _KL | {"pg_clipfrac": ("selected_fraction",)},
+        _CLIP | _BAND | {"select_ratio": ("policy_loss.clip_cov_ratio", 2e-4)},
+        {"preset": "verl"},
+    ),
+    "kl_cov": _Loss(
+        losses.kl_cov_loss,
+        {"ppo_kl": ("abs_log_ratio",)},
+        {"select_ratio": ("policy_loss.kl_cov_ratio", 2e-4), "kl_coef": ("policy_loss.ppo_kl_coef", 1.0)},
+        {"preset": "verl"},
+    ),
+    "geo_mean": _Loss(_geo_mean_loss, _CAPPED | {"pg_clipfrac_lower": ("clip_fraction_low",)}, _CLIP),
+    "dro": _Loss(_dro_loss, _KL, {"beta": ("policy_loss.dro_beta", None)}),
+    "cispo": _Loss(losses.cispo_loss, _CLIPPED, _CLIP, {"log_ratio_clamp": 20.0}),
     # losses that verl does not have; their own options come from register(options=...)
-    "tis": _Loss(tis_loss, lambda config: {}, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",)}),
-    "topr": _Loss(topr_loss, lambda config: {}, _KL | {"actor/pg_clipfrac": ("clip_fraction_high",)}),
-    "vespo": _Loss(_vespo_loss, lambda config: {}, _KL),
+    "tis": _Loss(losses.tis_loss, _CAPPED),
+    "topr": _Loss(losses.topr_loss, _CAPPED),
+    "vespo": _Loss(_vespo_loss, _KL),
 }
 LOSSES = tuple(_TABLE)
-_NEEDS_MORE = {
-    "lp_reg": "proxy_logp",
-    "nft": "success_rate and correct",
-    "kdrl": "teacher_logp",
-    "epo": "entropy",
-    "nlpo": "the keep-set's mass",
-    "nash_md": "win probabilities",
-    "nash_mp": "win probabilities",
-}
 
 
 def _aggregation(name: str, version: str, mode: str, length: int, info: Mapping) -> tuple[str, float | Tensor | None, float]:
@@ -180,45 +153,46 @@ def _aggregation(name: str, version: str, mode: str, length: int, info: Mapping)
         return "grpo", None, 1  # verl's own: the mean over all rows, with no global counts
     if name == "sapo" or (name == "gspo" and version in _GSPO_OWN_AGGREGATION):
         mode = "seq-mean-token-mean"
+    check_choice("loss_agg_mode", mode, _MODES)
     dp_size = _get(info, "dp_size", 1)
     if mode == "token-sum":
         return "token-mean", 1 / dp_size, 1
-    count_name = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
-    count = info.get(count_name)
+    counted = "batch_num_tokens" if mode == "token-mean" else "global_batch_size"
+    count = info.get(counted)
     if count is None and dp_size > 1:
-        raise ValueError(f"loss_agg_mode {mode!r} with dp_size={dp_size} needs {count_name} in verl's global_batch_info, got None")
+        needs = f"needs {counted} in verl's global_batch_info, got None"
+        raise ValueError(f"loss_agg_mode {mode!r} with dp_size={dp_size} {needs}")
     normalizer = None if count is None else count / dp_size
-    if mode == "seq-mean-token-sum-norm":  # verl >= 0.8 divides by the sequences and by the scale, `aggregate` by the scale alone
+    if mode == "seq-mean-token-sum-norm":  # verl >= 0.8 divides by the sequences and the scale, `aggregate` by the scale
         return "seq-mean-token-sum", normalizer, _get(info, "loss_scale_factor", length)
-    if mode not in ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean"):
-        raise ValueError(
-            f"unknown loss_agg_mode {mode!r}, expected 'token-mean', 'token-sum', 'seq-mean-token-sum', 'seq-mean-token-mean' "
-            "or 'seq-mean-token-sum-norm'"
-        )
     return mode, normalizer, 1
 
 
 class _Metric(float):
-    """A metric of some tokens: the sum of those that `of` names, of all that `row` has under `names`."""
+    """The sum of some metrics of a batch: of those that `of` names, where `row` has all by `names`."""
+
+    of: tuple[str, ...]
+    names: tuple[str, ...]
+    row: tuple[float, ...]
 
     def __new__(cls, of: tuple[str, ...], names: tuple[str, ...], row: tuple[float, ...]) -> _Metric:
         self = super().__new__(cls, sum(value for name, value in zip(names, row, strict=True) if name in of))
         self.of, self.names, self.row = of, names, row
         return self
 
-    def __getnewargs__(self):
+    def __getnewargs__(self) -> tuple:
         return self.of, self.names, self.row
 
 
 def _metrics(out: LossOutput, names: dict[str, tuple[str, ...]]) -> dict[str, float]:
-    """verl's metrics, and rlkern's own behind actor/rlkern/: floats, as verl's losses return; read from the device all at once."""
+    """verl's metrics, and rlkern's own as actor/rlkern/...: floats, read from the device all at once."""
     row = tuple(torch.stack([m.double() for m in out.metrics.values()]).tolist())
-    names = names | {f"actor/rlkern/{name}": (name,) for name in out.metrics}
-    return {name: _Metric(of, tuple(out.metrics), row) for name, of in names.items()}
+    names = names | {f"rlkern/{name}": (name,) for name in out.metrics}
+    return {f"actor/{name}": _Metric(of, tuple(out.metrics), row) for name, of in names.items()}
 
 
-def _merging(metric_class: type) -> Patch:
-    """Lets verl's Metric merge ours by their tokens, over micro-batches and processes, where it takes the mean of all others."""
+def _merging(metric_class: Any) -> Patch:
+    """Lets verl's Metric merge ours by their tokens, over micro-batches and processes. Others stay means."""
     aggregate_own, aggregate_dp = metric_class.aggregate, metric_class.aggregate_dp
 
     def merged(values: list) -> _Metric | None:
@@ -236,7 +210,8 @@ def _merging(metric_class: type) -> Patch:
         result = merged([value for metric in metric_lists for value in metric.values]) if means else None
         return aggregate_dp(metric_lists) if result is None else result
 
-    return Patch([(metric_class, "aggregate", aggregate), (metric_class, "aggregate_dp", staticmethod(aggregate_processes))])
+    merging = {"aggregate": aggregate, "aggregate_dp": staticmethod(aggregate_processes)}
+    return Patch([(metric_class, name, method) for name, method in merging.items()])
 
 
 def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
@@ -256,95 +231,64 @@ def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
             raise ValueError(f"{PREFIX}{name} needs verl's actor config, got {type(config).__name__}")
         info = _get(config, "global_batch_info", {})
         aggregation, normalizer, divisor = _aggregation(name, version, loss_agg_mode, log_prob.shape[-1], info)
-        out = spec.function(
-            log_prob,
-            old_log_prob,
-            advantages,
-            response_mask,
-            **(spec.options(config) | extra),
-            weights=rollout_is_weights,
-            aggregation=aggregation,
-            normalizer=normalizer,
-        )
+        given = {"weights": rollout_is_weights, "aggregation": aggregation, "normalizer": normalizer}
+        options = _options(spec, config) | extra
+        out = spec.function(log_prob, old_log_prob, advantages, response_mask, **options, **given)
         return out.loss / divisor, _metrics(out, spec.metrics)
 
     loss_fn.__name__ = loss_fn.__qualname__ = f"{PREFIX}{name}"
     return loss_fn
 
 
-# --- registration ------------------------------------------------------------------------------------------------------------------------------
+# --- registration -------------------------------------------------------------------------------------------
 
-
-def _check_version() -> str:
-    """verl's version. Raises ImportError without verl, and for a version that rlkern was not tested with."""
-    try:
-        import verl
-    except ModuleNotFoundError as error:
-        if error.name != "verl":
-            raise
-        raise ImportError("rlkern.integrations.verl needs verl: pip install 'rlkern[verl]'") from None
-    if verl.__version__ not in SUPPORTED_VERSIONS:
-        raise ImportError(
-            f"verl {verl.__version__} is not supported by this rlkern, which knows {', '.join(SUPPORTED_VERSIONS)}: install one of these, "
-            "or a newer rlkern, or train without rlkern.integrations.verl"
-        )
-    return verl.__version__
-
-
-def _dry_run(loss_fn: Callable, config: Mapping, mode: str = "token-mean") -> None:
-    """Lets the loss check its options, on four tokens."""
-    tokens = torch.zeros(2, 2)
-    loss_fn(tokens, tokens, tokens, tokens == 0, loss_agg_mode=mode, config=config, rollout_is_weights=None)
-
-
-_merge: list[Patch] = []  # what stands of `_merging`: at most one
 _ANY_CONFIG = {"clip_ratio": 0.2, "policy_loss": {"dro_beta": 1.0}}  # to try out the options of `register`
+_merge: list[Patch] = []  # what stands of `_merging`: at most one
 
 
 def register(*names: str, options: Mapping[str, Mapping[str, Any]] | None = None) -> tuple[str, ...]:
-    """Puts rlkern's losses into verl's registry, as "rlkern_" and verl's own name for it: rlkern_vanilla, rlkern_clip_cov, rlkern_geo_mean, ...
+    """Puts rlkern's losses into verl's registry, as "rlkern_" and verl's name for it, such as rlkern_vanilla.
 
-    They read verl's config (clip_ratio*, policy_loss.*, tau_*, loss_agg_mode, global_batch_info, rollout_is_weights) and return verl's metrics as
-    floats, which verl's `Metric` then merges by their tokens over micro-batches and processes. Registering again replaces. It adds names and changes
-    none of verl's; `unregister` takes everything back.
+    They read verl's config (clip_ratio*, policy_loss.*, tau_*, loss_agg_mode, global_batch_info) and
+    rollout_is_weights, and return verl's metrics as floats. verl's `Metric` then merges these by their tokens
+    over micro-batches and processes. Registering again replaces. verl's own names do not change, and
+    `unregister` takes everything back.
 
     Args:
         names: some of `LOSSES`; none stands for all of them.
-        options: name -> keyword options of rlkern's function, which win over verl's config and are the only way to options that verl's config
-            has no place for: {"tis": {"cap": 2.0}, "clip_cov": {"keep_value": True}}. "vespo" also takes rollout_is, "token" or "sequence", which it
-            needs where verl corrects for the rollout.
+        options: name -> keyword options of rlkern's function, such as {"tis": {"cap": 2.0}}. They win over
+            verl's config, which has no place for some of them. "vespo" also takes rollout_is, "token" or
+            "sequence", and needs it where verl corrects for the rollout.
 
     Returns:
         The names that verl now knows.
 
     Raises:
         ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
-        TypeError, ValueError: names or options that do not exist or do not fit; nothing has been registered then.
+        TypeError, ValueError: names or options that do not exist or do not fit. Nothing is registered then.
     """
-    version = _check_version()
+    version = _RELEASES.check()
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
     from verl.utils.metric import Metric
 
     options = dict(options or {})
     for name in (*names, *options):
-        if name in _NEEDS_MORE:
-            raise ValueError(f"{name}_loss needs {_NEEDS_MORE[name]}, which verl does not hand to a policy loss: call it from a loss of your own")
-        if name not in _TABLE:
-            raise ValueError(f"unknown policy loss {name!r}, expected one of {', '.join(map(repr, LOSSES))}")
+        check_offered("policy loss", name, LOSSES, "verl")
         if names and name not in names:
-            raise ValueError(f"options of {name!r} would have no effect, for only {', '.join(map(repr, names))} would be registered")
-    losses = {f"{PREFIX}{name}": _policy_loss(name, options.get(name, {}), version) for name in names or LOSSES}
-    for loss_fn in losses.values():
-        _dry_run(loss_fn, _ANY_CONFIG)
-    POLICY_LOSS_REGISTRY.update(losses)
+            only = ", ".join(map(repr, names))
+            raise ValueError(f"options of {name!r} would have no effect, for only {only} would be registered")
+    made = {f"{PREFIX}{name}": _policy_loss(name, options.get(name, {}), version) for name in names or LOSSES}
+    for loss_fn in made.values():
+        dry_run(loss_fn, config=_ANY_CONFIG, loss_agg_mode="token-mean")
+    POLICY_LOSS_REGISTRY.update(made)
     if not _merge:
         _merge.append(_merging(Metric))
-    return tuple(losses)
+    return tuple(made)
 
 
 def unregister() -> None:
     """Takes all of rlkern's losses out of verl's registry, and verl's Metric is its own again."""
-    _check_version()
+    _RELEASES.check()
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
 
     for name in LOSSES:
@@ -353,13 +297,16 @@ def unregister() -> None:
         _merge.pop().undo()
 
 
-# --- log-probabilities and entropy -------------------------------------------------------------------------------------------------------------
+# --- log-probabilities and entropy --------------------------------------------------------------------------
 
 
 def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
-    """verl.utils.torch_functional.logprobs_from_logits: logits [..., V], labels [...] -> [...], float32 whatever the dtype of the logits.
+    """verl.utils.torch_functional.logprobs_from_logits: logits [..., V], labels [...] -> [...].
 
-    inplace_backward: verl's argument, not followed: verl's engines pass True without knowing who else saved the logits. See `patch`.
+    The result is float32, whatever the dtype of the logits.
+
+    inplace_backward: verl's argument. It is not followed, since verl's engines pass True without knowing who
+        else saved the logits. See `patch`.
     """
     check_logits(logits)
     check_flags(inplace_backward=inplace_backward)
@@ -371,7 +318,10 @@ def _logprobs_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = 
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """verl.utils.torch_functional.entropy_from_logits: [..., V] -> [...], in nats, float32; logits at -inf have probability 0."""
+    """verl.utils.torch_functional.entropy_from_logits: [..., V] -> [...], in nats, float32.
+
+    Logits at -inf have probability 0.
+    """
     return primitives.entropy_from_logits(logits)
 
 
@@ -380,21 +330,22 @@ def _entropy_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
 
 
 def patch(*, inplace_backward: bool = False) -> Patch:
-    """Replaces verl's logprobs_from_logits, entropy_from_logits and entropy_from_logits_with_chunking wherever verl has imported or will import them.
+    """Replaces verl's logprobs_from_logits, entropy_from_logits and entropy_from_logits_with_chunking.
 
-    From here on in all threads of this process, until `undo()` on the result or the end of its `with` block; patches nest. An engine that was built
-    while it stood keeps the entropy function that it took then.
+    They are replaced wherever verl imports them, now or later, until the `Patch` is undone. An engine that
+    was built meanwhile keeps the entropy function that it took then.
 
     Args:
-        inplace_backward: True lets the gradient overwrite the logits wherever verl's engines pass inplace_backward=True, as flash-attn does: the
-            memory of one gradient less. It is a promise of yours that nothing else has saved these logits for its backward. verl's engines keep
-            it unless they distill with use_chunked_topk beside a policy gradient, or train on the sum of squared probabilities; code of yours
-            may break it too. Who has saved them raises "modified by an inplace operation" in its backward.
+        inplace_backward: True lets the gradient overwrite the logits wherever verl's engines pass
+            inplace_backward=True, as flash-attn does. That saves the memory of one gradient. You promise that
+            nothing else has saved these logits for its backward, or that backward raises "modified by an
+            inplace operation". verl's engines keep the promise unless they distill with use_chunked_topk
+            with a policy gradient, or train on the sum of squared probabilities. Your code may break it.
 
     Raises:
         ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
     """
-    _check_version()
+    _RELEASES.check()
     from verl.utils import torch_functional
 
     replacements = {
@@ -402,7 +353,7 @@ def patch(*, inplace_backward: bool = False) -> Patch:
         "entropy_from_logits": entropy_from_logits,
         "entropy_from_logits_with_chunking": _entropy_with_chunking,
     }
-    return Patch.everywhere("verl", [(torch_functional, name, replacement) for name, replacement in replacements.items()])
+    return Patch.everywhere("verl", [(torch_functional, name, new) for name, new in replacements.items()])
 
 
 def check_config(config: Mapping) -> None:
@@ -413,19 +364,21 @@ def check_config(config: Mapping) -> None:
 
     Raises:
         ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
-        ValueError, TypeError: policy_loss.loss_mode names a loss of rlkern's that is not registered, or one with options that it does not take;
-            or `patch` stands in this process, and the config has verl compute log-probabilities elsewhere (Megatron, fused kernels).
+        ValueError, TypeError: policy_loss.loss_mode names a loss of rlkern's that is not registered, or one
+            with options that it does not take. Or `patch` stands in this process, and the config has verl
+            compute log-probabilities elsewhere (Megatron, fused kernels).
     """
-    _check_version()
+    _RELEASES.check()
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
     from verl.utils import torch_functional
 
-    mode = _policy_option(config, "loss_mode", "vanilla")
+    mode = _get(config, "policy_loss.loss_mode", "vanilla")
     if mode.startswith(PREFIX):
         if mode not in POLICY_LOSS_REGISTRY:
             known = [name for name in POLICY_LOSS_REGISTRY if name.startswith(PREFIX)]
             raise ValueError(f"policy_loss.loss_mode {mode!r} is not registered in this process; call register() there. Registered: {known}")
-        _dry_run(POLICY_LOSS_REGISTRY[mode], dict(config) | {"global_batch_info": {}}, _get(config, "loss_agg_mode", "token-mean"))
+        own = {"config": dict(config) | {"global_batch_info": {}}}
+        dry_run(POLICY_LOSS_REGISTRY[mode], **own, loss_agg_mode=_get(config, "loss_agg_mode", "token-mean"))
     if torch_functional.entropy_from_logits is entropy_from_logits:
         for key, refused in (("strategy", "megatron"), ("use_fused_kernels", True)):
             if config.get(key) == refused:

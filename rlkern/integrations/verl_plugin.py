@@ -1,15 +1,18 @@
-"""Importing this registers rlkern's losses with verl and patches it: actor_rollout_ref.model.external_lib=rlkern.integrations.verl_plugin.
+"""Importing this registers rlkern's losses with verl and patches it.
 
-The environment of the process says what `register` and `patch` are given; docs/trainers/verl.md shows how it reaches verl's Ray workers.
+verl imports it when told actor_rollout_ref.model.external_lib=rlkern.integrations.verl_plugin. Variables say
+what `register` and `patch` are given; docs/trainers/verl.md shows how they reach verl's Ray workers.
 
-    RLKERN_VERL_LOSSES              names, comma-separated: "clip_cov,tis"; "none" registers nothing; unset, all
+    RLKERN_VERL_LOSSES              names, comma-separated: "clip_cov,tis"; "none": no loss; unset, all
     RLKERN_VERL_OPTIONS             JSON, name -> options: {"tis": {"cap": 2.0}}
     RLKERN_VERL_PATCH               "0" leaves verl's log-probabilities and entropy alone; unset, "1"
-    RLKERN_VERL_INPLACE_BACKWARD    "1" is patch(inplace_backward=True), a promise that its docstring spells out; unset, "0"
+    RLKERN_VERL_INPLACE_BACKWARD    "1" is patch(inplace_backward=True), a promise: see there; unset, "0"
 
-Raises ValueError for another variable of that prefix, a value that is none of these, and one that would have no effect; TypeError and ValueError as
-`register` does.
+Raises ValueError for another variable of that prefix, a value that is none of these, and one that would have
+no effect; TypeError and ValueError as `register` does.
 """
+
+from __future__ import annotations
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A tiny causal LM from a config, with random weights and a tokenizer trained here: nothing comes from a hub."""
+"""A tiny causal LM with random weights and a tokenizer trained here: nothing comes from a hub."""
 
 import os
 

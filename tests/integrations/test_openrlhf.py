@@ -1,7 +1,7 @@
 """rlkern under OpenRLHF's names, against OpenRLHF's own functions.
 
-OpenRLHF as a whole does not import without a GPU: its models need flash-attn and DeepSpeed. Its models/loss.py and models/utils.py need one name of
-these at import, which neither PolicyLoss nor the functions of logits use; so the installed files are imported with an empty stand-in for it.
+OpenRLHF as a whole does not import without a GPU: its models need flash-attn and DeepSpeed. models/loss.py
+and models/utils.py need one name of these at import. Nothing tested here uses it, so it gets a stand-in.
 """
 
 import importlib
@@ -91,7 +91,7 @@ WIDE = ({}, *(c for c in CORRECTIONS if c.get("is_correction_mode") != "clip"), 
 @needs_openrlhf
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64))
 def test_weights_that_overflow_leave_the_loss_finite(theirs, dtype):
-    """Log ratios to the rollout policy that cancel in a sequence's mean, so that the gate lets them through. OpenRLHF's value where it is finite."""
+    """Log ratios to the rollout that cancel in a sequence's mean: the gate lets them through."""
     infinite = 0
     for size, correction, kind, dual_clip in itertools.product((60, 84, 100, 1e4), WIDE, ("ppo", "gspo"), (None, 2.0)):
         logp = torch.tensor([[-3.0, -3.0, -2.0], [-1.0, -3.0, -0.5]], dtype=dtype)
@@ -114,7 +114,7 @@ def test_weights_that_overflow_leave_the_loss_finite(theirs, dtype):
 
 @pytest.mark.parametrize("level", ["token", "seq"])
 def test_weights_of_half_precision_and_of_few_tokens(level):
-    """The bound on a weight is that of float32, whatever the dtype given, and knows what the sum is divided by."""
+    """The bound on a weight is float32's, whatever the dtype given, and knows what the sum is divided by."""
     zeros = torch.zeros(8, 1024, dtype=torch.float16)
     loss = rlkern_openrlhf.PolicyLoss(is_correction_level=level)(zeros, zeros, zeros + 1, zeros + 1, zeros - 1.5)[0]
     assert loss.item() == pytest.approx(-math.exp(1.5), rel=1e-5)
@@ -146,7 +146,7 @@ def test_functions_of_logits(theirs):
 
 
 def test_results_merge_as_openrlhf_weighs_them():
-    """Its trainer weighs what is 0-d by the tokens of each micro-batch: 6 of 16 clipped, and nothing of one without tokens."""
+    """Its trainer weighs what is 0-d by the tokens of each micro-batch: 6 of 16, one without tokens."""
     sums, total = torch.zeros(4), 0
     for count, tokens in ((3, 12), (3, 4), (2, 0)):
         d = torch.zeros(1, 12)

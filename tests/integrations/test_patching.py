@@ -1,4 +1,4 @@
-"""Attributes come back exactly: after errors, in any order, from any thread, across a fork, and in modules that copied them meanwhile."""
+"""Attributes come back exactly: after errors, in any order, from any thread, across a fork, in copies."""
 
 import os
 import signal

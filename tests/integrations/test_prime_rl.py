@@ -1,7 +1,7 @@
-"""rlkern under prime-rl's names. prime-rl is not on the package index: its interface is restated here (its trainer/rl/loss.py).
+"""rlkern under prime-rl's names. It is not on the package index: its trainer/rl/loss.py is restated here.
 
-LossInputs, the sum over sequences divided by the batch's tokens, and the signatures of the functions that `patch` replaces are
-those of public copies of it in autumn 2026.
+LossInputs, the sum over sequences divided by the batch's tokens, and the signatures of the functions that
+`patch` replaces are those of public copies of it in autumn 2026.
 """
 
 import math
@@ -71,7 +71,7 @@ def naive(x, kwargs):
 
 
 def test_what_prime_rl_makes_of_metrics():
-    """Its statistics over the sequences of all micro-batches and processes: the extremes are those of all tokens, a mean counts sequences alike."""
+    """Statistics over all sequences: the extremes are those of all tokens, a mean counts sequences alike."""
     outputs = []
     for tokens, largest in ((12, 0.5), (4, 1.0)):
         d = torch.zeros(tokens)
@@ -122,7 +122,7 @@ def sequence_losses(x, name):
 @pytest.mark.parametrize("weighted", (False, True))
 @pytest.mark.parametrize("name", ("gspo", "gmpo", "sapo"))
 def test_sequences_weigh_alike_in_losses_that_are_means_over_them(name, weighted):
-    """As prime-rl's own sequence ratio does: a sequence's mean, of which it divides the sum by the batch's tokens. mean_length makes a mean of it."""
+    """Sequence means, whose sum prime-rl divides by the batch's tokens; mean_length makes a mean of it."""
     inputs = sequences(weighted=weighted)
     leaves = [x.trainer_logprobs for x in inputs]
     means = [(sequence_losses(x, name) * (1 if x.loss_weights is None else x.loss_weights))[x.loss_mask].mean() for x in inputs]
@@ -158,6 +158,7 @@ def test_inputs_of_older_versions_have_no_weights():
     "kwargs, error, message",
     (
         (dict(loss="clip_cov"), ValueError, "'clip_cov' compares tokens of many sequences"),
+        (dict(loss="nft"), ValueError, "nft_loss needs success_rate and correct, which prime-rl does not hand to a policy loss"),
         (dict(loss="pppo"), ValueError, "unknown policy loss 'pppo', expected one of 'ppo'"),
         (dict(loss="ppo", clip=0.1), TypeError, "unexpected keyword argument 'clip'"),
         (dict(loss="ppo", clip_low=2.0), ValueError, "clip_low must be in"),

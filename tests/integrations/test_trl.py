@@ -1,4 +1,4 @@
-"""What stands in for TRL's functions, against float64 formulas; what patch() replaces and gives back; what is refused, and when."""
+"""What stands in for TRL's functions, against float64; what patch() replaces and restores; refusals."""
 
 import importlib
 import math
@@ -22,7 +22,7 @@ from rlkern.integrations.trl import functions, lm_head, versions  # noqa: E402
 NAMES = ("selective_log_softmax", "entropy_from_logits", "selective_log_softmax_and_entropy", "_ChunkedLogProbFunction")
 
 
-# --- the functions of logits ------------------------------------------------------------------------------------------------------------------
+# --- the functions of logits --------------------------------------------------------------------------------
 
 
 def oracle(logits, index, temperature=1.0):
@@ -76,7 +76,7 @@ def test_the_functions_take_what_trl_calls_them_with():
         torch.testing.assert_close(getattr(functions, name)(*arguments), getattr(utils, name)(*arguments))
 
 
-# --- the fused LM head ------------------------------------------------------------------------------------------------------------------------
+# --- the fused LM head --------------------------------------------------------------------------------------
 
 
 def head_oracle(hidden, weight, bias, targets, temperature, softcap, scale):
@@ -203,14 +203,14 @@ def test_head_refuses_a_target_that_is_no_token(bad):
         lm_head.FusedLMHead.apply(torch.randn(3, 4), torch.randn(20, 4), None, torch.tensor([0, bad, 1]), 1.0, 8)
 
 
-# --- patch ------------------------------------------------------------------------------------------------------------------------------------
+# --- patch --------------------------------------------------------------------------------------------------
 
 
 ORIGINALS = [getattr(utils, name) for name in NAMES]
 
 
 def bindings() -> dict[tuple[str, str], object]:
-    """Everything that modules of TRL bind, under any name, to one of the replaced functions or to something of ours."""
+    """All that modules of TRL bind, under any name, to a replaced function or to something of ours."""
     found = {}
     for module_name, module in list(sys.modules.items()):
         if module_name == "trl" or module_name.startswith("trl."):
@@ -276,7 +276,7 @@ def test_patch_from_many_threads():
 def test_an_unknown_release_is_refused_by_name(monkeypatch, version):
     before = bindings()
     monkeypatch.setattr(trl, "__version__", version)
-    with pytest.raises(ImportError, match=rf"does not know TRL {version}.*1\.14, 1\.15, 1\.16.*nothing has been changed.*pip install"):
+    with pytest.raises(ImportError, match=rf"TRL {version} is not supported.*1\.14, 1\.15, 1\.16.*nothing has been changed.*pip install"):
         integration.patch()
     for trainer, options in ((integration.GRPOTrainer, {"policy_loss": "ppo"}), (integration.DPOTrainer, {"rlkern_loss": "ipo"})):
         with pytest.raises(ImportError, match=f"TRL {version}"):
@@ -318,7 +318,7 @@ def test_replacements_pickle_and_children_inherit_them():
     assert pickle.loads(pickle.dumps(utils.selective_log_softmax)) is utils.selective_log_softmax
 
 
-# --- what the trainers refuse, before a model is loaded ---------------------------------------------------------------------------------------
+# --- what the trainers refuse, before a model is loaded -----------------------------------------------------
 
 NO_MODEL = "there is no such model"
 
@@ -335,7 +335,7 @@ def grpo(policy_loss="clip_cov", policy_loss_options=None, **config):
         ({"epsilon": 0.1}, "epsilon=0.1 .*clip_low"),
         ({"epsilon_high": 0.28}, "epsilon_high=0.28 .*clip_high"),
         ({"delta": 4.0}, "delta=4.0 .*dual_clip"),
-        ({"importance_sampling_level": "sequence"}, "importance_sampling_level=sequence .*gspo"),
+        ({"importance_sampling_level": "sequence"}, "importance_sampling_level='sequence' .*gspo"),
         ({"top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2 .*not supported"),
         ({"off_policy_mask_threshold": 0.5}, "off_policy_mask_threshold=0.5 .*not supported"),
     ],
@@ -349,6 +349,8 @@ def test_grpo_options_without_effect_are_refused(config, message):
     "loss, options, error, message",
     [
         ("clipcov", {}, ValueError, "unknown policy_loss 'clipcov', expected one of 'ppo'.*'clip_cov'"),
+        ("kdrl", {}, ValueError, "kdrl_loss needs teacher_logp, which TRL does not hand to a policy loss"),
+        (["ppo"], {}, ValueError, "unknown policy_loss list, expected one of 'ppo'"),
         ("clip_cov", {"ratio": 0.1}, TypeError, "'clip_cov' has no option 'ratio', expected one of 'select_ratio'"),
         ("clip_cov", {"weights": None}, TypeError, "no option 'weights'"),
         ("clip_cov", {"select_ratio": 3}, ValueError, "select_ratio"),

@@ -1,6 +1,7 @@
-"""TRL's trainers for 20 steps, stock against patched; and with losses of rlkern, against TRL's own or a formula."""
+"""TRL's trainers for 20 steps, stock against patched; rlkern's losses against TRL's own or a formula."""
 
 import functools
+import importlib
 import math
 import re
 from pathlib import Path
@@ -17,25 +18,25 @@ from trl.trainer import utils  # noqa: E402
 import rlkern  # noqa: E402
 import rlkern.integrations.trl as integration  # noqa: E402
 from rlkern.integrations.trl import versions  # noqa: E402
-from rlkern.primitives import token_stats as ops  # noqa: E402
 
+ops = importlib.import_module("rlkern.primitives.token_stats")  # the package has a function of that name
 needs_fused_head = pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="DPOTrainer needs TRL 1.15")
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """The rows that go through rlkern's kernels, call by call."""
-    seen, original = [], ops._stats
+    seen, original = [], ops._token_stats
 
-    def counting(logits, *args):
+    def counting(logits, *args, **options):
         seen.append(logits.shape[:-1].numel())
-        return original(logits, *args)
+        return original(logits, *args, **options)
 
-    monkeypatch.setattr(ops, "_stats", counting)
+    monkeypatch.setattr(ops, "_token_stats", counting)
     return seen
 
 
-# --- stock against patched --------------------------------------------------------------------------------------------------------------------
+# --- stock against patched ----------------------------------------------------------------------------------
 
 VARIANTS = {
     "dpo": (trl_runs.dpo, {}),
@@ -108,12 +109,12 @@ def test_the_page_runs_and_names_what_exists(calls, monkeypatch):
     assert all(f"| {major}.{minor}" in page for major, minor in versions.REPLACEMENTS)
 
 
-# --- GRPOTrainer ------------------------------------------------------------------------------------------------------------------------------
+# --- GRPOTrainer --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_grpo_loss_equals_trls_own(tiny_model, loss_type):
-    """With accumulation, old policies, a KL term and an entropy bonus, so that every normalisation matters."""
+    """With accumulation, old policies, KL term and entropy bonus, so that every normalisation matters."""
     options = {"max_steps": 4, "num_iterations": 2, "gradient_accumulation_steps": 2, "steps_per_generation": 4, "beta": 0.05, "entropy_coef": 0.01}
     options["loss_type"] = loss_type
     stock = trl_runs.grpo(tiny_model, **options)
@@ -127,7 +128,7 @@ def test_grpo_loss_equals_trls_own(tiny_model, loss_type):
 
 
 def test_metrics_are_those_of_all_micro_batches(tiny_model, monkeypatch):
-    """3 of 12 tokens clipped in one micro-batch and 3 of 4 in the other: 6 of 16, and the largest ratio of both; the next step starts anew."""
+    """3 of 12 and 3 of 4 clipped: 6 of 16, the largest ratio; the next step starts anew."""
     loss = rlkern.ppo_loss
 
     def clipped(count, tokens, largest):
@@ -279,7 +280,7 @@ def test_nft_refuses_rewards_that_are_no_probabilities(tiny_model):
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dr_grpo"])
 def test_importance_weights_and_tool_masks_reach_the_loss(tiny_model, monkeypatch, loss_type):
-    """As vLLM's correction and tool calls put them into a batch; neither runs here. The completions are shorter than the longest allowed."""
+    """As vLLM's correction and tool calls put them into a batch. The completions are shorter than allowed."""
     trainer, inputs = stepped(tiny_model, "ppo", loss_type=loss_type)
     for key in ("completion_ids", "completion_mask", "old_per_token_logps"):
         inputs[key] = inputs[key][:, :6]
@@ -306,7 +307,7 @@ def test_evaluation_takes_the_whole_batch_as_one_window(tiny_model):
     assert math.isclose(*results, rel_tol=1e-4, abs_tol=1e-6)
 
 
-# --- DPOTrainer -------------------------------------------------------------------------------------------------------------------------------
+# --- DPOTrainer ---------------------------------------------------------------------------------------------
 
 
 @needs_fused_head

@@ -1,4 +1,4 @@
-"""Importance weights and averages of GRPOTrainer's policy losses, against TRL's own `_compute_loss`, executed on tensors without a model."""
+"""Importance weights and averages of GRPOTrainer's losses, against TRL's `_compute_loss`, without a model."""
 
 import math
 from collections import defaultdict
@@ -20,7 +20,7 @@ STEPS = 3  # of gradient accumulation
 
 @pytest.fixture(autouse=True)
 def without_model(monkeypatch):
-    """TRL's GRPOTrainer as far as `_compute_loss` needs it: a configuration, one process, and log-probabilities that the test gives."""
+    """TRL's GRPOTrainer as far as `_compute_loss` needs it: a configuration, one process, the test's logp."""
 
     def init(self, model=None, reward_funcs=None, args=None, **kwargs):
         self.args, self.model = args, SimpleNamespace(training=True, forward=lambda: None)
@@ -74,7 +74,7 @@ def batch(seed, weights=None):
 
 
 WITH_WEIGHTS = {"use_vllm": True}
-# name -> options here, and the configuration that makes TRL's trainer compute it; both take the aggregation of TRL's
+# name -> options here, and the configuration with which TRL computes it; both take TRL's aggregation
 SAME_IN_TRL = {
     "grpo": ({"dual_clip": 3.0}, {"delta": 3.0}),
     "ppo": ({"clip_high": 0.28}, {"epsilon_high": 0.28}),
@@ -112,7 +112,7 @@ def test_gspo_under_every_average_that_it_is_told(loss_type):
 
 
 def test_gmpo_is_trls_experimental_one():
-    """Under the default loss_type; it is averaged over sequences and divided over gradient accumulation. TRL's takes no weights."""
+    """A mean over sequences under the default loss_type, divided over accumulation, without weights."""
     for seed in range(3):
         theirs = trained(GMPOTrainer, {}, batch(seed), GMPOConfig)
         torch.testing.assert_close(trained(integration.GRPOTrainer, {}, batch(seed), policy_loss="gmpo"), theirs, rtol=2e-5, atol=1e-6)
@@ -170,12 +170,12 @@ def test_a_weight_that_overflows_leaves_vespo_finite():
     assert ours[0].isfinite()
 
 
-# --- averages of losses that are defined over sequences ---------------------------------------------------------------------------------------
+# --- averages of losses that are defined over sequences -----------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["gspo", "gmpo", "sapo"])
 def test_sequences_weigh_alike_under_the_default_loss_type(name):
-    """The loss is the mean of the sequences' losses, each computed alone; told to take another average, it does."""
+    """The mean of the sequences' losses, each computed alone; told to take another average, it does."""
     inputs = batch(3)
     rows = [{k: v[i : i + 1] if v.dim() else v for k, v in inputs.items()} for i in range(4)]
     alone = [trained(integration.GRPOTrainer, {}, row, policy_loss=name)[0] for row in rows]

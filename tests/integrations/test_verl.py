@@ -1,4 +1,4 @@
-"""rlkern in verl: the registered losses against verl's own, in value, gradient and metrics; the patched functions against float64; refusals."""
+"""rlkern in verl: losses against verl's own, with gradient and metrics; patched functions against float64."""
 
 import importlib.util
 import json
@@ -51,7 +51,7 @@ def config(info=None, policy=None, **options):
 
 
 def batch(seed=0, n=6, length=11):
-    """Rare tokens (so that some covariances reach the band), ratios beyond every clip, tokens with A = 0, a sequence without tokens."""
+    """Covariances in the band, ratios beyond every clip, tokens with A = 0, a sequence without tokens."""
     g = torch.Generator().manual_seed(seed)
     logp = -torch.rand(n, length, generator=g, dtype=torch.float64).pow(4) * 12 - 0.01
     old = logp + 0.5 * torch.randn(n, length, generator=g, dtype=torch.float64)
@@ -78,7 +78,7 @@ def assert_equal(name, inputs, **call):
     return theirs[2], ours[2]
 
 
-# --- losses ------------------------------------------------------------------------------------------------------------------------------------
+# --- losses -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -170,11 +170,11 @@ def test_without_tokens_the_loss_is_0(name):
         assert run(name, inputs, config=config())[0].isnan()
 
 
-# --- importance weights ------------------------------------------------------------------------------------------------------------------------
+# --- importance weights -------------------------------------------------------------------------------------
 
 
 def small_batch(seed, level):
-    """Old log-probabilities off by 0.3, weights in [0.5, 1.5] as verl has them: 0 outside of the mask, a sequence's in all its tokens."""
+    """Weights in [0.5, 1.5] as verl has them: 0 outside of the mask, a sequence's in all its tokens."""
     g = torch.Generator().manual_seed(seed)
     logp = -2 * torch.rand(4, 8, generator=g, dtype=torch.float64) - 0.05
     old = logp + 0.3 * torch.randn(4, 8, generator=g, dtype=torch.float64)
@@ -195,7 +195,7 @@ def test_weights_are_used_as_verl_uses_them(level):
 
 @pytest.mark.parametrize("level", ("token", "sequence"))
 def test_weights_of_the_losses_that_verl_lacks(level):
-    """Times the loss of each token; in vespo inside of W, where verl has to be asked what they are weights of."""
+    """Times the loss of each token; in vespo inside of W, where options say what they are weights of."""
     rlkern_verl.register("tis", "topr", "vespo", options={"vespo": {"rollout_is": level}})
     for seed in range(3):
         inputs, weights = small_batch(seed, level)
@@ -243,7 +243,7 @@ def test_own_options_win_over_verls_config():
     torch.testing.assert_close(run("rlkern_tis", inputs, config=config())[0], values[mask].mean())
 
 
-# --- verl's own training loss ------------------------------------------------------------------------------------------------------------------
+# --- verl's own training loss -------------------------------------------------------------------------------
 
 
 def jagged(rows):
@@ -252,7 +252,7 @@ def jagged(rows):
 
 @pytest.mark.parametrize("name", ("vanilla", "geo_mean", "kl_cov"))
 def test_inside_verls_ppo_loss(name):
-    """With verl's entropy bonus and KL penalty, which it adds to the returned loss in place, and its metric objects."""
+    """With verl's entropy bonus and KL penalty, which it adds in place, and its metric objects."""
     g = torch.Generator().manual_seed(1)
     prompts, responses = (2, 3, 1), (4, 2, 5)
 
@@ -285,14 +285,14 @@ def test_inside_verls_ppo_loss(name):
 
 
 def clipped(count, tokens, largest):
-    """verl's arguments of a micro-batch with `count` of its tokens clipped and the largest log ratio `largest`."""
+    """verl's arguments of a micro-batch with `count` tokens clipped and the largest log ratio `largest`."""
     d = torch.zeros(1, tokens)
     d[:, :count] = largest
     return {"old_log_prob": torch.full_like(d, -2.0), "log_prob": d - 2, "advantages": torch.ones_like(d), "response_mask": torch.ones_like(d)}
 
 
 def as_verl_merges(ranks):
-    """What verl's engine makes of the metrics of micro-batches on each rank, and its trainer of what the workers send it."""
+    """What verl's engine makes of the micro-batches' metrics on each rank, and its trainer of these."""
     gathered = []
     for micro_batches in ranks:
         metrics = {}
@@ -307,7 +307,7 @@ def as_verl_merges(ranks):
 
 
 def test_verls_averages_merge():
-    """Over micro-batches, over ranks, over both: 6 of 16 tokens clipped, and 6 of 30 with two micro-batches more."""
+    """Over micro-batches, over ranks, over both: 6 of 16 tokens clipped, 6 of 30 with two parts more."""
     a, b, c, nothing = clipped(3, 12, 0.5), clipped(3, 4, 1.0), clipped(0, 14, 0.0), clipped(1, 1, 5.0) | {"response_mask": torch.zeros(1, 1)}
     for ranks, tokens in (([[a]], 12), ([[a, b]], 16), ([[a], [b]], 16), ([[a, nothing], [c, b]], 30)):
         metrics = as_verl_merges(ranks)
@@ -329,7 +329,7 @@ def test_other_aggregations_stay_verls():
     assert Metric.aggregate_dp(ranks) == pytest.approx(0.75)
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------------------------------
+# --- refusals -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("call", (rlkern_verl.register, rlkern_verl.patch, rlkern_verl.unregister, lambda: rlkern_verl.check_config(config())))
@@ -385,7 +385,7 @@ def test_options_that_do_not_fit(name, actor, message):
 
 def test_unknown_aggregation():
     inputs, _ = batch()
-    with pytest.raises(ValueError, match="unknown loss_agg_mode 'mean', expected 'token-mean'"):
+    with pytest.raises(ValueError, match="unknown loss_agg_mode 'mean', expected one of 'token-mean'"):
         run("rlkern_vanilla", inputs, config=config(), loss_agg_mode="mean")
 
 
@@ -402,7 +402,7 @@ def test_check_config():
         rlkern_verl.check_config(fused)
 
 
-# --- log-probabilities and entropy -------------------------------------------------------------------------------------------------------------
+# --- log-probabilities and entropy --------------------------------------------------------------------------
 
 
 def logits_and_labels(dtype=torch.float32, rows=7, vocabulary=301):
@@ -411,7 +411,7 @@ def logits_and_labels(dtype=torch.float32, rows=7, vocabulary=301):
 
 
 def oracle(logits, labels):
-    """log-probabilities and entropies of the logits as they are, in float64, with the gradient of sum(logp) + 2 sum(H)."""
+    """float64 log-probabilities and entropies of the logits, and the gradient of sum(logp) + 2 sum(H)."""
     exact = logits.double().requires_grad_()
     log_p = exact.log_softmax(-1)
     logp = log_p.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -468,7 +468,7 @@ def test_gradient_in_place_only_where_patch_was_told_so():
 
 
 def engine_gradient(**flags):
-    """verl's FSDP engine on one packed batch: a policy gradient on the logits that the top-k distillation, in chunks, saves for its backward."""
+    """verl's FSDP engine on a packed batch: a policy gradient on logits that top-k distillation saves."""
     g = torch.Generator().manual_seed(0)
     lengths, vocabulary = (4, 3), 31
     n = sum(lengths)

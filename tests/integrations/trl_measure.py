@@ -1,9 +1,11 @@
-"""Loss time, step time and peak memory of a DPO step, stock against patched; docs/trainers/trl.md has the results. No test.
+"""Loss time, step time and peak memory of a DPO step, stock against patched. No test; see trl.md.
 
-    python tests/integrations/trl_measure.py [--vocab 49152] [--width 256] [--pairs 4] [--length 128] [--dtype float32]
+    python tests/integrations/trl_measure.py [--vocab 49152] [--width 256] [--pairs 4] [--length 128]
+        [--dtype float32]
 
-The model is a Llama with two layers and random weights, on a CPU. The loss is forward and backward of the fused head alone, on what the trainer gives
-it, the two in turn; the step is forward, reference and backward. Memory is the rise of the process's resident set over what it was before.
+The model is a Llama with two layers and random weights, on a CPU. The loss is forward and backward of the
+fused head alone, on what the trainer gives it, the two in turn. The step is forward, reference and backward.
+Memory is the rise of the process's resident set over what it was before.
 """
 
 import argparse

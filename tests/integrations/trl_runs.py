@@ -1,4 +1,4 @@
-"""Short runs of TRL's trainers that keep every step's loss and gradient. Imports TRL: only for tests that need it."""
+"""Short runs of TRL's trainers that keep every step's loss and gradient. Imports TRL."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The TRL tests with each release that the integration knows: `make trl-versions`. Prints the table of docs/trainers/trl.md.
+"""The TRL tests with each known release: `make trl-versions`. Prints the table of docs/trainers/trl.md.
 
-Every release is installed without its dependencies into a folder of its own, thrown away afterwards, and goes before the installed one.
+Every release is installed without its dependencies into a folder that goes before the installed one, and is
+thrown away afterwards.
 """
 
 import importlib.metadata

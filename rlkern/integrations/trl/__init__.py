@@ -1,9 +1,11 @@
 """TRL on rlkern's kernels.
 
     import rlkern.integrations.trl
-    rlkern.integrations.trl.patch()          # before or after the trainer is made; or: with rlkern.integrations.trl.patch(): trainer.train()
 
-and trainers with losses that TRL does not have: `GRPOTrainer(policy_loss="clip_cov", ...)`, `DPOTrainer(rlkern_loss="ipo", ...)`.
+    rlkern.integrations.trl.patch()                         # before or after the trainer is made
+    with rlkern.integrations.trl.patch(): trainer.train()   # or so
+
+and trainers with losses that TRL lacks: `GRPOTrainer(policy_loss=...)`, `DPOTrainer(rlkern_loss=...)`.
 """
 
 from trl.trainer import utils as _utils
@@ -17,18 +19,18 @@ __all__ = ["POLICY_LOSSES", "DPOTrainer", "GRPOTrainer", "UnknownTRLError", "pat
 
 
 def patch() -> Patch:
-    """Replaces TRL's log-probabilities, entropies and fused LM head by rlkern's, in every module of TRL that uses them.
+    """Replaces TRL's log-probabilities, entropies and fused LM head by rlkern's, in all modules of TRL.
 
-    Replaced are `selective_log_softmax`, `entropy_from_logits`, `selective_log_softmax_and_entropy` and the autograd function behind
-    `add_fused_lm_head`, wherever TRL imported them; a module that TRL imports later gets the replacements too. Trainers that exist already are
-    patched as well: they look the functions up when they call them.
+    Replaced are `selective_log_softmax`, `entropy_from_logits`, `selective_log_softmax_and_entropy` and the
+    autograd function behind `add_fused_lm_head`, wherever TRL imports them, now or later. Trainers that exist
+    already are patched as well: they look the functions up when they call them.
 
     Returns:
-        the Patch: `with patch(): ...` or `.undo()` puts back exactly what stood there, nested and overlapping patches in any order. It is in force in
-        the whole process, all threads included, until every one of them is undone. For good: call it and drop the result.
+        The Patch, in force in all threads of the process until `.undo()` or the end of its `with` block.
+        Patches nest and overlap in any order. For good: drop the result.
 
     Raises:
-        UnknownTRLError: (an ImportError) for a release of TRL that has not been tested; nothing has been changed then.
+        UnknownTRLError: (an ImportError) for a release that has not been tested; nothing changes then.
     """
     replacements = known_replacements()
     return Patch.everywhere("trl", [(_utils, name, new) for name, new in replacements.items()])

@@ -1,7 +1,7 @@
 """TRL's functions of logits, under TRL's names and arguments, on rlkern's kernels.
 
-Results are float32 whatever the dtype of the logits (float64 for float64), as those of TRL's own GPU kernel are; TRL's PyTorch path returns the
-logits' dtype, and a bfloat16 log-probability is off by up to 0.4 %.
+Results are float32 whatever the dtype of the logits (float64 for float64), as those of TRL's own GPU kernel
+are; TRL's PyTorch path returns the logits' dtype, and a bfloat16 log-probability is off by up to 0.4 %.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _IGNORED = -100
 
 
 def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None) -> Tensor:
-    """log softmax(logits / temperature) at the indices: logits [..., V], index [...] or [..., K] -> float32, shaped like index.
+    """log softmax(logits / temperature): logits [..., V], index [...] or [..., K] -> shaped like index.
 
     row_mask: shaped like index; entries where it is 0 are 0.
     """
@@ -25,7 +25,7 @@ def selective_log_softmax(logits: Tensor, index: Tensor, temperature: float = 1.
 
 
 def entropy_from_logits(logits: Tensor, chunk_size: int = 128) -> Tensor:
-    """Entropy in nats over the last dimension: [..., V] -> float32 [...]. chunk_size is TRL's; no chunk is needed here."""
+    """Entropy in nats: [..., V] -> float32 [...]. chunk_size is TRL's, and not needed here."""
     return primitives.entropy_from_logits(logits)
 
 

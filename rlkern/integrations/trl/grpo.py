@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,68 +10,59 @@ from torch import Tensor
 from trl import GRPOConfig
 from trl import GRPOTrainer as _GRPOTrainer
 
-from ... import losses
-from ...losses.aggregate import SEQUENCE_MODES, own_aggregation
+from ...losses import LossOutput
 from ...metrics.merge import merge_metrics
 from ...primitives.reductions import sequence_mean
-from ...primitives.token_stats import token_stats
+from ...primitives.token_stats import check_kept, token_stats
+from ..patching import Patch
+from ..registry import REGISTRY, TOKENS, check_effect, check_offered, check_options, dry_run
 from .versions import known_replacements
 
-POLICY_LOSSES: dict[str, Callable] = {
-    "ppo": losses.ppo_loss,
-    "grpo": losses.grpo_loss,
-    "gspo": losses.gspo_loss,
-    "cispo": losses.cispo_loss,
-    "sapo": losses.sapo_loss,
-    "gmpo": losses.gmpo_loss,
-    "vespo": losses.vespo_loss,
-    "tis": losses.tis_loss,
-    "topr": losses.topr_loss,
-    "reinforce": losses.reinforce_loss,
-    "clip_cov": losses.clip_cov_loss,
-    "kl_cov": losses.kl_cov_loss,
-    "lp_reg": losses.lp_reg_loss,
-    "nft": losses.nft_loss,
-}
+_COMPUTED = ("proxy_logp", "success_rate", "correct")  # what the trainer has beside TOKENS, where a loss needs it
+POLICY_LOSSES = {name: loss.function for name, loss in REGISTRY.items() if set(loss.needs) <= set(_COMPUTED)}
 _AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")  # of `aggregate`, under TRL's loss_type
 # Arguments that the trainer gives, and so not options
-_GIVEN = (
-    *("logp", "old_logp", "advantages", "mask", "weights", "rollout_is_weights", "aggregation", "normalizer"),
-    *("proxy_logp", "kept_logmass", "success_rate", "correct"),
-)
-_NO_WEIGHTS = ("gmpo", "nft")  # TRL's own GMPO leaves its importance weights out
+_GIVEN = (*TOKENS, *_COMPUTED, "weights", "rollout_is_weights", "aggregation", "normalizer", "kept_logmass")
 _MIN_P = 0.02  # Lp-Reg's paper
 
 
 class GRPOTrainer(_GRPOTrainer):
-    """TRL's GRPOTrainer whose policy loss is one of rlkern's; all else, the KL term, entropy bonus, auxiliary loss and metrics, is TRL's.
+    """TRL's GRPOTrainer whose policy loss is one of rlkern's.
+
+    All else is TRL's: the KL term, entropy bonus, auxiliary loss and metrics.
 
     Args:
-        policy_loss: a name of `POLICY_LOSSES`. `args.loss_type` then says how the token losses are averaged: "grpo", "bnpo", "dr_grpo" or "dapo".
-            "gspo", "gmpo" and "sapo" are means over sequences by definition: they, and TRL's KL term with them, take "grpo" for the default "dapo".
-            "lp_reg" reads whole rows of logits once more than TRL's fused head does, [batch, completion, V], to know each token's kept set; its
-            proxy is the old policy's, or the current one's where TRL is on-policy. "nft" takes the rewards, in [0, 1], for the chance of being
-            correct, and a group's mean for its success rate; the advantages go unused.
-        policy_loss_options: the loss's own keyword options; for "lp_reg" also min_p (0.02); for "gspo", "gmpo" and "sapo" also aggregation, one of
-            the four names, which wins over `args.loss_type`.
+        policy_loss: a name of `POLICY_LOSSES`. `args.loss_type` says how its token losses are averaged:
+            "grpo", "bnpo", "dr_grpo" or "dapo".
+        policy_loss_options: the loss's own keyword options; for "lp_reg" also min_p (0.02); for "gspo",
+            "gmpo" and "sapo" also aggregation, one of the four names, which wins over `args.loss_type`.
         *args, **kwargs: TRL's.
 
-    vLLM's importance weights multiply the loss of each token, as in TRL, but for "gspo" (a sequence's loss by the mean of its weights, as at TRL's
-    sequence level) and "vespo" (they go into the sequence's ratio, as in TRL's). "gmpo" and "nft" refuse them.
+    "gspo", "gmpo" and "sapo" are means over sequences by definition. They, and TRL's KL term with them, take
+    "grpo" for the default "dapo". "lp_reg" needs each token's kept set, so it reads whole rows of logits,
+    [batch, completion, V], once more than TRL's fused head does. Its proxy is the old policy's, or the
+    current one's where TRL is on-policy. "nft" takes the rewards, in [0, 1], for the chance of being correct,
+    and a group's mean for its success rate. The advantages go unused.
 
-    Metrics of the loss are logged as "rlkern/<name>", those of all tokens of all micro-batches and processes since the last log (`merge_metrics`).
-    Selections (clip_cov, kl_cov, lp_reg) and their statistics are taken over the micro-batch.
+    vLLM's importance weights multiply the loss of each token, as in TRL. "gspo" multiplies a sequence's loss
+    by the mean of its weights, as at TRL's sequence level. "vespo" takes them into the sequence's ratio, as
+    TRL's. "gmpo" and "nft" refuse them.
+
+    Metrics of the loss are logged as "rlkern/<name>": those of all tokens of all micro-batches and processes
+    since the last log (`merge_metrics`). clip_cov, kl_cov and lp_reg select within the micro-batch.
 
     Raises:
         UnknownTRLError: for a release of TRL that has not been tested.
-        TypeError, ValueError: for an unknown loss, options that it does not take, or a GRPOConfig with an option that would have no effect on it.
+        TypeError, ValueError: for an unknown loss, options that it does not take, or a GRPOConfig with an
+            option that would have no effect on it.
         ValueError: in training with "nft", for a reward outside [0, 1].
     """
 
-    def __init__(self, *args, policy_loss: str, policy_loss_options: dict[str, Any] | None = None, **kwargs):
+    def __init__(self, *args: Any, policy_loss: str, policy_loss_options: dict[str, Any] | None = None, **kwargs: Any) -> None:
         known_replacements()
         options = dict(policy_loss_options or {})
         self._rlkern_min_p = options.pop("min_p", _MIN_P) if policy_loss == "lp_reg" else None
+        check_offered("policy_loss", policy_loss, POLICY_LOSSES, "TRL")
         aggregation = _own_aggregation(policy_loss, options)
         _check_loss(policy_loss, options, self._rlkern_min_p)
         config = inspect.signature(_GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments.get("args")
@@ -81,7 +71,8 @@ class GRPOTrainer(_GRPOTrainer):
         self._rlkern_loss, self._rlkern_options = policy_loss, options
         self._rlkern_scored: list[dict[str, Tensor]] = []
         self._rlkern_rewards: Tensor | None = None
-        self._rlkern_metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}  # since the last log, merged already
+        # since the last log, merged already
+        self._rlkern_metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)
         if config is None:
             _check_config(policy_loss, self.args, aggregation)
@@ -99,19 +90,20 @@ class GRPOTrainer(_GRPOTrainer):
         self._rlkern_keeps_logits = "logits_to_keep" in inspect.signature(base.forward).parameters
         if self._rlkern_options.get("kl_term") == "full" and self._rlkern_off_policy():
             raise ValueError(
-                "policy_loss 'lp_reg' with kl_term='full' needs the kept set of the current policy, so steps_per_generation * num_iterations must "
-                "divide gradient_accumulation_steps and vLLM's importance sampling correction must be off; or use kl_term='sampled'"
+                "policy_loss 'lp_reg' with kl_term='full' needs the kept set of the current policy, so steps_per_generation "
+                "* num_iterations must divide gradient_accumulation_steps and vLLM's importance sampling correction must "
+                "be off; or use kl_term='sampled'"
             )
 
     def _rlkern_off_policy(self) -> bool:
         """Whether TRL scores the completions with the old policy before it trains on them."""
-        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0 or (
-            self.use_vllm and self.vllm_importance_sampling_correction
-        )
+        steps = self.args.steps_per_generation * self.num_iterations
+        corrects = self.use_vllm and self.vllm_importance_sampling_correction
+        return self.args.gradient_accumulation_steps % steps != 0 or corrects
 
-    # --- what the losses need besides log-probabilities ------------------------------------------------------------------------------------
+    # --- what the losses need besides log-probabilities -----------------------------------------------------
 
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self._rlkern_min_p is None or model is self.ref_model:
             result = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
             self._rlkern_scored.append({"logp": result[0]})
@@ -120,29 +112,28 @@ class GRPOTrainer(_GRPOTrainer):
         self._rlkern_scored.append(stats)
         return stats["logp"], stats["entropy"], None
 
-    def _rlkern_full_rows(self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, **_) -> dict[str, Tensor]:
+    def _rlkern_full_rows(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, logits_to_keep: int, batch_size: int | None = None, **_: Any
+    ) -> dict[str, Tensor]:
         """logp, entropy, kept_logmass and proxy_logp [B, T] of the completion tokens."""
-        parts = []
-        for ids, mask in zip(input_ids.split(batch_size or len(input_ids)), attention_mask.split(batch_size or len(input_ids)), strict=True):
+        parts, size = [], batch_size or len(input_ids)
+        for ids, mask in zip(input_ids.split(size), attention_mask.split(size), strict=True):
             # one more than the completion's: the last row predicts what comes after it
             keep = {"logits_to_keep": logits_to_keep + 1} if self._rlkern_keeps_logits else {}
             with self.accelerator.autocast():
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **keep).logits
-            stats = token_stats(
-                logits[:, -logits_to_keep - 1 : -1],
-                ids[:, -logits_to_keep:],
-                mask=mask[:, -logits_to_keep:],
-                temperature=self.temperature,
-                min_p=self._rlkern_min_p,
-            )
+            rows, n = logits[:, -logits_to_keep - 1 : -1], logits_to_keep
+            options = {"temperature": self.temperature, "min_p": self._rlkern_min_p}
+            stats = token_stats(rows, ids[:, -n:], mask=mask[:, -n:], **options)
             parts.append((stats.logp, stats.entropy, stats.kept_logmass, stats.proxy_logp.detach()))
-        return dict(zip(("logp", "entropy", "kept_logmass", "proxy_logp"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+        names = ("logp", "entropy", "kept_logmass", "proxy_logp")
+        return dict(zip(names, map(torch.cat, zip(*parts, strict=True)), strict=True))
 
-    def _calculate_rewards(self, *args, **kwargs):
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
         self._rlkern_rewards = super()._calculate_rewards(*args, **kwargs)
         return self._rlkern_rewards
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         self._rlkern_scored.clear()
         output = super()._generate_and_score_completions(inputs)
         if self._rlkern_loss == "lp_reg" and "old_per_token_logps" in output:
@@ -152,47 +143,46 @@ class GRPOTrainer(_GRPOTrainer):
             correct = self._rlkern_correctness()
             size = self.num_generations if self.model.training else self.num_generations_eval
             success_rate = correct.view(-1, size).nanmean(1).repeat_interleave(size)
-            mine = slice(self.accelerator.process_index * len(inputs), (self.accelerator.process_index + 1) * len(inputs))
+            start = self.accelerator.process_index * len(inputs)
+            mine = slice(start, start + len(inputs))
             output["rlkern_correct"], output["rlkern_success_rate"] = correct[mine], success_rate[mine]
         self._rlkern_scored.clear()
         return output
 
     def _rlkern_correctness(self) -> Tensor:
-        """The weighted sum of the rewards of all processes' completions; NaN where no reward function gave one."""
+        """The weighted sum of the rewards of all processes' completions; NaN where there is none."""
         rewards = self._rlkern_rewards
         total = (rewards * self.reward_weights.to(rewards.device)).nansum(1)
         if ((total < 0) | (total > 1)).any():
             raise ValueError(
-                f"policy_loss 'nft' takes the reward for the chance of being correct, in [0, 1], got {total.min().item():g} to "
-                f"{total.max().item():g}: let the reward functions return 0 or 1, or set reward_weights in GRPOConfig"
+                "policy_loss 'nft' takes the reward for the chance of being correct, in [0, 1], got "
+                f"{total.min().item():g} to {total.max().item():g}: let the reward functions return 0 or 1, or set "
+                "reward_weights in GRPOConfig"
             )
         return total.masked_fill(rewards.isnan().all(1), torch.nan)
 
-    # --- the loss --------------------------------------------------------------------------------------------------------------------------
+    # --- the loss -------------------------------------------------------------------------------------------
 
-    def _compute_loss(self, model, inputs):
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
         metrics = self._metrics[mode]
         before = {key: len(values) for key, values in metrics.items()}
-        # With no advantage TRL's own policy loss is 0 and has no gradient; what remains is what it adds to it.
+        # With no advantage TRL's own policy loss is 0 and has no gradient. What remains is what it adds.
         stock = inputs | {"advantages": torch.zeros_like(inputs["advantages"])}
         if self.beta == 0 or not self.args.use_bias_correction_kl:
             stock.pop("old_per_token_logps", None)  # a ratio that overflows times 0 would be NaN
         if "importance_sampling_ratio" in stock:
             stock["importance_sampling_ratio"] = torch.ones_like(stock["importance_sampling_ratio"])  # for the same reason
         self._rlkern_scored.clear()
-        level = self.importance_sampling_level
-        if self._rlkern_loss == "gspo":  # TRL's KL term is then times the ratio of the sequence
-            self.importance_sampling_level = "sequence"
-        try:
+        # TRL's KL term is then times the ratio of the sequence
+        level = [(self, "importance_sampling_level", "sequence")] if self._rlkern_loss == "gspo" else []
+        with Patch(level):
             loss = super()._compute_loss(model, stock)
-        finally:
-            self.importance_sampling_level = level
         (scored,) = self._rlkern_scored
         self._rlkern_scored.clear()
 
         policy_loss, extra = self._rlkern_policy_loss(scored, inputs, mode)
-        for key in [key for key in metrics if key.startswith("clip_ratio/") and len(metrics[key]) > before.get(key, 0)]:
+        for key in [key for key in metrics if key.startswith("clip_ratio/")]:
             del metrics[key][before.get(key, 0) :]  # those of the loss that was not used
             if not metrics[key]:
                 del metrics[key]
@@ -202,12 +192,13 @@ class GRPOTrainer(_GRPOTrainer):
         accumulates = self.loss_type != "dapo" and mode == "train"
         return loss + (policy_loss / self.current_gradient_accumulation_steps if accumulates else policy_loss)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """TRL's, which averages what was appended to its metrics: this appends one number each, of all micro-batches and processes."""
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's, which averages what was appended to a metric: one number, of all processes."""
         mode = "train" if self.model.training else "eval"
         parts, self._rlkern_metrics[mode] = self._rlkern_metrics[mode], []
         if parts:
-            merged = merge_metrics(parts, group=torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None)
+            group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+            merged = merge_metrics(parts, group=group)
             values = dict(zip(merged, torch.stack(list(merged.values())).tolist(), strict=True))
             for name, value in values.items():
                 self._metrics[mode][f"rlkern/{name}"].append(value)
@@ -217,21 +208,21 @@ class GRPOTrainer(_GRPOTrainer):
                     self._metrics[mode][f"clip_ratio/{name}_mean"].append(value)
         super().log(logs, *args, **kwargs)
 
-    def _rlkern_policy_loss(self, scored: dict[str, Tensor], inputs: dict[str, Any], mode: str) -> losses.LossOutput:
+    def _rlkern_policy_loss(self, scored: dict[str, Tensor], inputs: dict[str, Any], mode: str) -> LossOutput:
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        options = self._rlkern_options | {"aggregation": self.loss_type, "normalizer": self._rlkern_normalizer(inputs, mode)}
+        given = scored | {"old_logp": inputs.get("old_per_token_logps"), "advantages": inputs["advantages"]}
         if self._rlkern_loss == "nft":
-            known = ~inputs["rlkern_correct"].isnan()
-            mask = mask * known[:, None]
-            arguments = [inputs[f"rlkern_{key}"].nan_to_num(0.0) for key in ("success_rate", "correct")]
-        else:
-            arguments = [inputs["advantages"]]
+            mask = mask * ~inputs["rlkern_correct"].isnan()[:, None]
+            given |= {key: inputs[f"rlkern_{key}"].nan_to_num(0.0) for key in ("success_rate", "correct")}
+        if "rlkern_old_proxy_logp" in inputs:
+            given["proxy_logp"] = inputs["rlkern_old_proxy_logp"]
+        given["mask"] = mask
+        options = self._rlkern_options | {"aggregation": self.loss_type, "normalizer": self._rlkern_normalizer(inputs, mode)}
         options |= _weights(self._rlkern_loss, inputs.get("importance_sampling_ratio"), mask)
-        if self._rlkern_loss == "lp_reg":
-            arguments.insert(0, inputs.get("rlkern_old_proxy_logp", scored["proxy_logp"]))
-            if options.get("kl_term") == "full":
-                options["kept_logmass"] = scored["kept_logmass"]
-        return POLICY_LOSSES[self._rlkern_loss](scored["logp"], inputs.get("old_per_token_logps"), *arguments, mask, **options)
+        if options.get("kl_term") == "full":
+            options["kept_logmass"] = scored["kept_logmass"]
+        arguments = REGISTRY[self._rlkern_loss].arguments
+        return POLICY_LOSSES[self._rlkern_loss](*(given[name] for name in arguments), **options)
 
     def _rlkern_normalizer(self, inputs: dict[str, Any], mode: str) -> float | Tensor | None:
         if self.loss_type == "dr_grpo":
@@ -239,82 +230,76 @@ class GRPOTrainer(_GRPOTrainer):
         if self.loss_type != "dapo":
             return None
         tokens = inputs["num_items_in_batch"].float() / self.accelerator.num_processes  # of the generation batch
-        return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation if mode == "train" else tokens
+        if mode != "train":
+            return tokens
+        return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
 
 
 def _weights(name: str, weights: Tensor | None, mask: Tensor) -> dict[str, Tensor]:
-    """TRL's importance weights, [B, T] or one a sequence [B, 1], as the argument that makes of the loss what TRL makes of its own."""
+    """TRL's importance weights, [B, T] or of sequences [B, 1], as the argument that has TRL's effect."""
     if weights is None:
         return {}
-    if name in _NO_WEIGHTS:
-        raise ValueError(_takes_no_weights(name))
+    _check_weights(name)
     if name == "vespo":
         return {"rollout_is_weights": weights}
-    if name == "gspo":  # TRL's loss of a sequence is one number, whose gradient all tokens share, under whatever weights they have
+    if name == "gspo":
+        # TRL's loss of a sequence is one number: all tokens share its gradient, whatever weights they have
         return {"weights": sequence_mean(weights.expand_as(mask), mask != 0)}
     return {"weights": weights}
 
 
-def _takes_no_weights(name: str) -> str:
-    why = "as TRL's own GMPO leaves them out" if name == "gmpo" else "for it has no advantages that they could correct"
-    return f"policy_loss={name!r} takes no importance weights, {why}: set vllm_importance_sampling_correction=False in GRPOConfig"
+def _check_weights(name: str) -> None:
+    """Raises ValueError for a loss that takes no importance weights."""
+    if name == "gmpo" or not REGISTRY[name].takes_weights:
+        why = "as TRL's own GMPO leaves them out" if name == "gmpo" else "for it has no advantages that they could correct"
+        raise ValueError(f"policy_loss={name!r} takes no importance weights, {why}: set vllm_importance_sampling_correction=False in GRPOConfig")
 
 
 def _own_aggregation(name: str, options: dict[str, Any]) -> str | None:
-    """How a loss that is defined over sequences is averaged, and takes it out of the options; None for the others: `loss_type` says it."""
-    if name not in POLICY_LOSSES or own_aggregation(POLICY_LOSSES[name]) not in SEQUENCE_MODES:
+    """Takes from the options how a mean over sequences is averaged; None for other losses."""
+    if not REGISTRY[name].averages_sequences:
         return None
     aggregation = options.pop("aggregation", "grpo")  # as TRL does it for its sapo and experimental GMPO
     if aggregation not in _AGGREGATIONS:
-        raise ValueError(f"unknown aggregation {aggregation!r} for policy_loss {name!r}, expected one of {', '.join(map(repr, _AGGREGATIONS))}")
+        expected = ", ".join(map(repr, _AGGREGATIONS))
+        raise ValueError(f"unknown aggregation {aggregation!r} for policy_loss {name!r}, expected one of {expected}")
     return aggregation
 
 
 def _check_loss(name: str, options: dict[str, Any], min_p: float | None) -> None:
-    """Runs the loss once on two tokens: what it has to say against the options, it says before a model is loaded."""
-    if name not in POLICY_LOSSES:
-        raise ValueError(f"unknown policy_loss {name!r}, expected one of {', '.join(map(repr, POLICY_LOSSES))}")
-    function = POLICY_LOSSES[name]
-    allowed = [p for p in inspect.signature(function).parameters if p not in _GIVEN]
-    unknown = [option for option in options if option not in allowed]
-    if unknown:
-        allowed += ["min_p"] if name == "lp_reg" else []
-        allowed += ["aggregation"] if own_aggregation(function) in SEQUENCE_MODES else []
-        raise TypeError(f"policy_loss {name!r} has no option {', '.join(map(repr, unknown))}, expected one of {', '.join(map(repr, allowed))}")
+    """Refuses options that the loss does not take, before a model is loaded."""
+    loss = REGISTRY[name]
+    more = ("min_p",) * (name == "lp_reg") + ("aggregation",) * loss.averages_sequences
+    check_options(f"policy_loss {name!r}", loss.function, options, _GIVEN, *more)
+    check_kept(min_p, None)
     if name == "nft" and options.get("ratio_type") == "sequence":
         raise ValueError("policy_loss 'nft' averages over tokens here, as loss_type in GRPOConfig says: ratio_type must be 'token', got 'sequence'")
-    x, mask, advantages = torch.zeros(1, 2), torch.ones(1, 2), torch.ones(1)
-    arguments = [advantages, advantages] if name == "nft" else [advantages]
-    options = dict(options, aggregation="grpo")
-    if name == "lp_reg":
-        arguments = [token_stats(torch.zeros(1, 2, 2), torch.zeros(1, 2, dtype=torch.long), min_p=min_p).proxy_logp, *arguments]
-        if options.get("kl_term") == "full":
-            options["kept_logmass"] = x
-    function(x, None, *arguments, mask, **options)
+    kept = {"kept_logmass": torch.zeros(2, 2)} if options.get("kl_term") == "full" else {}
+    dry_run(loss.function, loss.arguments, **options, **kept, aggregation="grpo")
 
 
-def _check_config(name: str, config, aggregation: str | None) -> None:
-    """Options of GRPOConfig that act on TRL's own policy loss: whoever sets one means it. aggregation: the loss's own, if it has one."""
+def _check_config(name: str, config: Any, aggregation: str | None) -> None:
+    """Refuses options of GRPOConfig that act on TRL's policy loss. aggregation: the loss's own, if any."""
     if config.loss_type not in _AGGREGATIONS:
         raise ValueError(
-            f"policy_loss={name!r} takes the place of a loss, and loss_type then only says how its tokens are averaged: expected one of "
-            f"{', '.join(map(repr, _AGGREGATIONS))} in GRPOConfig, got {config.loss_type!r}"
+            f"policy_loss={name!r} takes the place of a loss, and loss_type then only says how its tokens are averaged: "
+            f"expected one of {', '.join(map(repr, _AGGREGATIONS))} in GRPOConfig, got {config.loss_type!r}"
         )
     if aggregation is not None and config.loss_type not in (GRPOConfig.loss_type, aggregation):
         raise ValueError(
-            f"loss_type={config.loss_type!r} in GRPOConfig has no effect on policy_loss={name!r}, whose own average is {aggregation!r}: "
-            f"give policy_loss_options={{'aggregation': {config.loss_type!r}}} if you mean it"
+            f"loss_type={config.loss_type!r} in GRPOConfig has no effect on policy_loss={name!r}, whose own average is "
+            f"{aggregation!r}: give policy_loss_options={{'aggregation': {config.loss_type!r}}} if you mean it"
         )
+    elsewhere = "it is not supported here: use TRL's own trainer"
+    sequences = "policy_loss='gspo' or 'gmpo' have ratios of sequences"
     advice = {
         "epsilon": (config.epsilon == 0.2, "give clip_low in policy_loss_options"),
         "epsilon_high": (config.epsilon_high in (None, config.epsilon), "give clip_high in policy_loss_options"),
         "delta": (config.delta is None, "give dual_clip in policy_loss_options, for the losses that have one"),
-        "importance_sampling_level": (config.importance_sampling_level == "token", "policy_loss='gspo' or 'gmpo' have ratios of sequences"),
-        "top_entropy_quantile": (config.top_entropy_quantile == 1.0, "it is not supported here: use TRL's own trainer"),
-        "off_policy_mask_threshold": (config.off_policy_mask_threshold is None, "it is not supported here: use TRL's own trainer"),
+        "importance_sampling_level": (config.importance_sampling_level == "token", sequences),
+        "top_entropy_quantile": (config.top_entropy_quantile == 1.0, elsewhere),
+        "off_policy_mask_threshold": (config.off_policy_mask_threshold is None, elsewhere),
     }
-    for option, (default, what) in advice.items():
-        if not default:
-            raise ValueError(f"{option}={getattr(config, option)} in GRPOConfig has no effect on policy_loss={name!r}: {what}")
-    if name in _NO_WEIGHTS and config.use_vllm and config.vllm_importance_sampling_correction:
-        raise ValueError(_takes_no_weights(name))
+    check_effect(config, f"policy_loss={name!r}", advice)
+    if config.use_vllm and config.vllm_importance_sampling_correction:
+        _check_weights(name)

@@ -1,11 +1,12 @@
-"""TRL's fused LM head on rlkern's kernels: hidden states and the head's weight in, log-probabilities and entropies out, never all the logits.
+"""TRL's fused LM head on rlkern's kernels: log-probabilities from hidden states, never with all the logits.
 
-Tiles of logits, [tokens, vocabulary], are projected one after the other into one buffer; `token_stats` reads each, and what the tiles of one token
-say is merged: with w_r the mass of tile r, log p = log p_r + log w_r and H = sum w_r (H_r - log w_r). The backward projects each tile again and
-writes its gradient over it.
+Tiles of logits, [tokens, vocabulary], are projected one after the other into one buffer. `token_stats` reads
+each. What the tiles of one token say is merged: with w_r the mass of tile r, log p = log p_r + log w_r and
+H = sum w_r (H_r - log w_r). The backward projects each tile again and writes its gradient over it.
 
-Not `rlkern.linear_token_stats`, because TRL's callers need more: softcaps and scales of the logits, a mean logit and the first choice, a weight that
-ZeRO-3 has taken away by the time of the backward, and tiles that also cut the vocabulary, as long as TRL's own.
+`rlkern.linear_token_stats` lacks what TRL's callers need: softcaps and scales of the logits, a mean logit and
+the first choice, a weight that ZeRO-3 has taken away by the time of the backward, and tiles that also cut the
+vocabulary, as long as TRL's own.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from ...primitives.token_stats import token_stats
 
 _TILE_BYTES = 1 << 28  # TRL's own tile, 4096 x 32768 in bfloat16
 _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_MM_INTO_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")  # torch 2.8: on CUDA, bf16 @ bf16 without rounding the product to bf16
+# torch 2.8: on CUDA, bf16 @ bf16 without rounding the product to bf16
+_MM_INTO_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 class _Head:
-    """The projection of one call, its tiles, and the way back through what lies between the projection and the softmax."""
+    """One call's projection in tiles, and what lies between it and the softmax, with its gradient."""
 
-    def __init__(self, hidden, weight, bias, targets, dtype, temperature, chunk_size, softcap, scale):
+    def __init__(self, hidden, weight, bias, targets, dtype, temperature, chunk_size, softcap, scale) -> None:
         self.hidden, self.weight, self.bias, self.targets, self.dtype = hidden, weight, bias, targets, dtype
         self.softcap, self.scale = softcap, scale
         # z = scale * x / temperature: a positive scale needs no pass of its own
@@ -65,17 +67,18 @@ class _Head:
         return (d_z * self.scale).to(self.dtype)
 
     def local(self, tokens: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """The targets counted from the tile's first column, and whether they are in it; those that are not, as some column that is."""
+        """The targets counted from the tile's first column, 0 outside of it, and whether they are inside."""
         targets = self.targets[tokens] - columns.start
         inside = (targets >= 0) & (targets < columns.stop - columns.start)
         return torch.where(inside, targets, 0), inside
 
 
 class FusedLMHead(torch.autograd.Function):
-    """(log p, entropy, log sum p^2, mean logit, is_top1), each [N] or None if `outputs` does not name it; log p always.
+    """(log p, entropy, log sum p^2, mean logit, is_top1), each [N]. All but log p only if among `outputs`.
 
-    hidden [N, H], weight [V, H], bias [V] or None, targets [N]. Logits are softcap * tanh(scale * x / softcap) / temperature with
-    x = hidden @ weight.T + bias; without a softcap scale * x / temperature. The first two carry gradients to hidden, weight and bias.
+    hidden [N, H], weight [V, H], bias [V] or None, targets [N]. With x = hidden @ weight.T + bias, logits are
+    softcap * tanh(scale * x / softcap) / temperature; without a softcap scale * x / temperature. The first
+    two carry gradients to hidden, weight and bias.
     """
 
     @staticmethod
@@ -181,7 +184,10 @@ def _tile_backward(head, tokens, columns, r, merged, g_logp, g_entropy, d_hidden
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool) -> None:
-    """total += a @ b. Only the sum is rounded to a's dtype, later: the rounding of many products adds up to a bias. One that is alone is the sum."""
+    """total += a @ b; total = a @ b if that is alone.
+
+    Products are not rounded to a's dtype, only their sum, later: the rounding of many adds up to a bias.
+    """
     if alone:
         total.copy_(a @ b)
     elif a.dtype != total.dtype and a.is_cuda and _MM_INTO_FLOAT32:
