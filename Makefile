@@ -50,9 +50,10 @@ test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS=
 fuzz: $(VENV)/.built  ## random calls of the public functions, to find bare errors, crashes and NaN (ARGS="--calls 20000 --seed 1")
 	$(PY) tests/fuzz.py $(ARGS)
 
-lint: $(VENV)/.deps  ## ruff and clang-format, changing nothing
+lint: $(VENV)/.deps  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(PY) -m mypy
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
 
 format: $(VENV)/.deps  ## ruff and clang-format, in place
@@ -91,7 +92,7 @@ package: $(VENV)/.deps  ## sdist and wheel in dist/
 	$(PY) -m build
 
 clean:  ## remove everything that make made
-	rm -rf $(VENV) build dist out *.egg-info rlkern/*.so .benchmarks .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .editable build dist out *.egg-info rlkern/*.so .benchmarks .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(PY):

@@ -66,11 +66,18 @@ class CMakeBuild(build_ext):
 
 native = os.environ.get("RLKERN_NATIVE", "1") != "0"
 packages = find_packages(include=["rlkern", "rlkern.*"], exclude=["rlkern.triton_kernels"])
+# Installed inside rlkern: a top-level triton_kernels would shadow the Triton project's package of that name.
+package_dir = {"rlkern": "rlkern", "rlkern.triton_kernels": "triton_kernels"}
+if "editable_wheel" in sys.argv:
+    # One path with nothing but a link to the package in it: type checkers and editors follow paths, not import hooks.
+    link = ROOT / ".editable" / "rlkern"
+    link.parent.mkdir(exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(Path("..", "rlkern"), target_is_directory=True)
+    package_dir = {"": ".editable"}
 setup(
     packages=[*packages, "rlkern.triton_kernels"],
-    # Installed inside rlkern: a top-level triton_kernels would shadow the Triton project's package of that name. The link rlkern/triton_kernels
-    # says the same to a Python that runs from the source tree.
-    package_dir={"rlkern": "rlkern", "rlkern.triton_kernels": "triton_kernels"},
+    package_dir=package_dir,
     ext_modules=[Extension("rlkern._cpu", sources=[])] if native else [],
     cmdclass={"build_ext": CMakeBuild},
 )

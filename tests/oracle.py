@@ -2,8 +2,7 @@
 
 import torch
 
-from rlkern import token_stats
-from rlkern import reference
+from rlkern import reference, token_stats
 
 FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}

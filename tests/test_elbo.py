@@ -247,7 +247,7 @@ def packing(**changes):
 @pytest.mark.parametrize(
     "shape, changes, error, words",
     [((2, 3, 5), {"weight": torch.ones(3)}, ValueError, r"weight must be \[B, S\], \[B\] or \[B, 1\], here \(2, 3\) or \(2,\) or \(2, 1\)"),
-     ((2, 3, 5), {"weight": torch.ones(2, 3, dtype=torch.long)}, TypeError, r"weight must be a float tensor \[B, S\], \[B\] or \[B, 1\], got torch.int64"),
+     ((2, 3, 5), {"weight": torch.ones(2, 3, dtype=torch.long)}, TypeError, r"weight must be a float tensor .*, got torch.int64"),
      ((2, 3, 5), {"weight": torch.tensor([1.0, -1.0])}, ValueError, "finite and not negative wherever mask counts, got -1"),
      ((2, 3, 5), {"weight": 1 / torch.tensor([1.0, 0.0])}, ValueError, "got inf .1/t needs t > 0"),
      ((2, 3, 5), {"weight": torch.tensor([1.0, math.nan])}, ValueError, "got nan"),

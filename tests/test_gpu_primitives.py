@@ -9,8 +9,7 @@ from test_diffusion_masks import SAMPLERS
 from test_gpu import check_entries, check_gradient, random_logits, random_targets, upstream
 
 import rlkern
-from rlkern import advantages
-from rlkern import reference
+from rlkern import advantages, reference
 from rlkern.primitives.moments import row_moments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -7,8 +7,7 @@ import torch
 from oracle import FIELDS, upstream
 from torch.nn.functional import linear
 
-from rlkern import linear_token_stats, token_stats
-from rlkern import reference
+from rlkern import linear_token_stats, reference, token_stats
 
 V, H = 37, 5
 

@@ -137,9 +137,11 @@ class PolicyLoss(nn.Module):
             dp_size: so many processes average their gradients.
         """
         mask = torch.ones_like(log_probs, dtype=torch.bool) if action_mask is None else as_bool(action_mask)
-        correct = self.is_correction_level != "off"
-        if correct and rollout_log_probs is None:
-            raise ValueError(f"is_correction_level {self.is_correction_level!r} needs rollout_log_probs= [B, T], got None")
+        rollout = None
+        if self.is_correction_level != "off":
+            if rollout_log_probs is None:
+                raise ValueError(f"is_correction_level {self.is_correction_level!r} needs rollout_log_probs= [B, T], got None")
+            rollout = rollout_log_probs
 
         count = batch_num_tokens if self.token_level_loss else global_batch_size
         normalizer = None if count is None else count / dp_size
@@ -149,15 +151,14 @@ class PolicyLoss(nn.Module):
         if self.policy_loss_type == "gspo":
             # A sequence's ratio is exp(mean log ratio): PPO in which each token has the mean of its sequence.
             logp = sequence_mean(log_probs, mask).expand_as(log_probs)
-            old_logp = sequence_mean(rollout_log_probs if correct else old_log_probs, mask).expand_as(log_probs)
-        elif correct:
+            old_logp = sequence_mean(old_log_probs if rollout is None else rollout, mask).expand_as(log_probs)
+        elif rollout is not None:
             dtype = computing_dtype(log_probs)  # an exponential of float16 overflows at 11
-            old, rollout = (x.detach().to(dtype) for x in (old_log_probs, rollout_log_probs))
-            weights, outside = self._correction(old, rollout, mask)
+            weights, outside = self._correction(old_log_probs.detach().to(dtype), rollout.detach().to(dtype), mask)
             weights = torch.minimum(weights, self._largest_weights(log_probs, old_log_probs, advantages, normalizer))
             by_sequence, outside = self.is_correction_level == "seq", outside.float()
             is_filter_ratio = outside.mean() if by_sequence else aggregate(outside, mask)
-            vllm_kl = aggregate((rollout_log_probs - old_log_probs).detach(), mask)
+            vllm_kl = aggregate((rollout - old_log_probs).detach(), mask)
 
         loss, metrics = ppo_loss(
             logp,

@@ -108,7 +108,7 @@ def _vespo_loss(logp, old_logp, advantages, mask, *, weights=None, rollout_is=No
     return losses.vespo_loss(logp, old_logp, advantages, mask, rollout_is_weights=weights, **options)
 
 
-_KL = {"ppo_kl": ("approx_kl_k1",)}
+_KL: dict[str, tuple[str, ...]] = {"ppo_kl": ("approx_kl_k1",)}
 _CAPPED = _KL | {"pg_clipfrac": ("clip_fraction_high",)}
 _CLIPPED = _KL | {"pg_clipfrac": ("clip_fraction_low", "clip_fraction_high"), "pg_clipfrac_lower": ()}
 _DUAL = _CLIPPED | {"pg_clipfrac_lower": ("clip_fraction_dual",)}
@@ -232,7 +232,7 @@ def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
         info = _get(config, "global_batch_info", {})
         aggregation, normalizer, divisor = _aggregation(name, version, loss_agg_mode, log_prob.shape[-1], info)
         given = {"weights": rollout_is_weights, "aggregation": aggregation, "normalizer": normalizer}
-        options = _options(spec, config) | extra
+        options = {**_options(spec, config), **extra}
         out = spec.function(log_prob, old_log_prob, advantages, response_mask, **options, **given)
         return out.loss / divisor, _metrics(out, spec.metrics)
 

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Releases(NamedTuple):
     """The releases of a trainer that an integration was tested with."""
@@ -40,7 +42,7 @@ class Releases(NamedTuple):
 
 def _arguments(function: Any) -> list[str] | int:
     """What a caller may rely on: a function's argument names; an autograd.Function is called by position."""
-    if isinstance(function, type):
+    if isinstance(function, type) and issubclass(function, torch.autograd.Function):
         return len(inspect.signature(function.forward).parameters) - 1
     return list(inspect.signature(function).parameters)
 

@@ -15,8 +15,10 @@ from ..registry import check_effect, check_options, dry_run
 from .versions import UnknownTRLError, known_replacements
 
 # Arguments of `dpo_loss` that the trainer gives
-_GIVEN = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
-_GIVEN += ("beta", "ipo", "loss_type", "chosen_lengths", "rejected_lengths", "weights")
+_GIVEN = (
+    *("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps"),
+    *("beta", "ipo", "loss_type", "chosen_lengths", "rejected_lengths", "weights"),
+)
 
 
 class DPOTrainer(_DPOTrainer):
@@ -71,9 +73,9 @@ class DPOTrainer(_DPOTrainer):
 
         mask = inputs["completion_mask"][:, 1:]
         chosen, rejected = outputs[0].log_probs[:, -mask.shape[1] :].sum(1).chunk(2)
-        reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        lengths = dict(zip(("chosen_lengths", "rejected_lengths"), mask.sum(1).chunk(2), strict=True))
-        losses = dpo_loss(chosen, rejected, *reference, self.beta, **lengths, **self._rlkern_options).losses
+        options = dict(zip(("chosen_lengths", "rejected_lengths"), mask.sum(1).chunk(2), strict=True)) | self._rlkern_options
+        logps = chosen, rejected, inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        losses = dpo_loss(*logps, self.beta, **options).losses
         return (result[0] + losses.mean(), result[1]) if return_outputs else result + losses.mean()
 
 

@@ -70,7 +70,7 @@ class GRPOTrainer(_GRPOTrainer):
             _check_config(policy_loss, config, aggregation)
         self._rlkern_loss, self._rlkern_options = policy_loss, options
         self._rlkern_scored: list[dict[str, Tensor]] = []
-        self._rlkern_rewards: Tensor | None = None
+        self._rlkern_rewards = torch.empty(0)  # of the last generation
         # since the last log, merged already
         self._rlkern_metrics: dict[str, list[dict[str, Tensor]]] = {"train": [], "eval": []}
         super().__init__(*args, **kwargs)

@@ -12,6 +12,7 @@ vocabulary, as long as TRL's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,15 +126,18 @@ def _check_targets(targets: Tensor, vocab: int) -> None:
 
 def _token_block(head: _Head, tokens: slice, outputs: tuple[str, ...]) -> tuple[Tensor | None, ...]:
     """For these tokens: log mass and entropy of each tile [R, n], then the five outputs [n]."""
-    lse, entropy, logp, sum_sq, total, top = [], [], None, [], 0, None
+    lse, entropies, sum_sq = [], [], []
+    logp: Any = 0
+    total: Any = 0
+    top: tuple[Tensor, Tensor] | None = None
     for columns in head.column_ranges():
         z = head.transform(head.project(tokens, columns))
         local, inside = head.local(tokens, columns)
         stats = token_stats(z, local, temperature=head.temperature, with_sum_sq="log_sum_sq_probs" in outputs)
         lse.append(stats.logsumexp)
-        entropy.append(stats.entropy)
+        entropies.append(stats.entropy)
         sum_sq.append(stats.sum_sq_prob)
-        logp = torch.where(inside, stats.logp, 0 if logp is None else logp)
+        logp = torch.where(inside, stats.logp, logp)
         if "mean_logits" in outputs:
             total = total + z.sum(-1, dtype=stats.logp.dtype)
         if "is_top1" in outputs and len(local):
@@ -144,10 +148,13 @@ def _token_block(head: _Head, tokens: slice, outputs: tuple[str, ...]) -> tuple[
     log_mass = torch.log_softmax(torch.stack(lse), 0)
     mass = log_mass.exp()
     inside = torch.stack([head.local(tokens, columns)[1] for columns in head.column_ranges()])
-    entropy = torch.stack(entropy)
+    entropy = torch.stack(entropies)  # type: ignore[arg-type]  # asked for
     h = torch.where(mass > 0, mass * (entropy - log_mass), 0).sum(0)
     logp = logp + torch.where(inside, log_mass, 0).sum(0)
-    log_sum_sq = torch.where(mass > 0, mass.square() * torch.stack(sum_sq), 0).sum(0).log() if "log_sum_sq_probs" in outputs else None
+    log_sum_sq = None
+    if "log_sum_sq_probs" in outputs:
+        squares = torch.stack(sum_sq)  # type: ignore[arg-type]  # asked for
+        log_sum_sq = torch.where(mass > 0, mass.square() * squares, 0).sum(0).log()
     mean = total / (len(head.weight) * head.temperature) if "mean_logits" in outputs else None
     is_top1 = (logp.new_zeros(0, dtype=torch.bool) if top is None else top[1]) if "is_top1" in outputs else None
     return log_mass, entropy, logp, h, log_sum_sq, mean, is_top1
@@ -171,8 +178,8 @@ def _tile_backward(head, tokens, columns, r, merged, g_logp, g_entropy, d_hidden
     z = head.transform(head.project(tokens, columns)).requires_grad_()
     with torch.enable_grad():
         stats = token_stats(z, local, temperature=head.temperature, inplace_backward=head.softcap is None)
-        pairs = [(stats.logp, to_logp), (stats.entropy, to_entropy), (stats.logsumexp, to_lse if len(merged[0]) > 1 else None)]
-        pairs = [(out, g) for out, g in pairs if g is not None]
+        upstream = (to_logp, to_entropy, to_lse if len(merged[0]) > 1 else None)
+        pairs = [(out, g) for out, g in zip(stats[:3], upstream, strict=True) if out is not None and g is not None]
         (d_z,) = torch.autograd.grad([out for out, _ in pairs], z, [g for _, g in pairs])
     d_tile = head.transform_backward(z.detach(), d_z)
     if d_hidden is not None:
