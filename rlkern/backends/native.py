@@ -1,8 +1,6 @@
 """The C++ kernels on CPU tensors: the convention of `contract.py`, as `rlkern._cpu` takes it.
-
-`_cpu` takes dicts whose keys are the fields of its structures, so that no two arguments can change places. It asks a
-tensor for its address itself, and takes None for an absent one.
-"""
+ `_cpu` takes dicts whose keys are the fields of its structures, so that no two arguments can change places.
+It asks a tensor for its address itself, and takes None for an absent one."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ CHECKS_TARGETS = True  # token_stats_forward raises IndexError itself, before an
 
 isa = _cpu.isa  # the instruction set in use, RLKERN_CPU_ISA where that is set
 isas = _cpu.isas  # those that were built and that this processor runs, best first
-use_isa = _cpu.use_isa  # switches the whole process to another of them (for tests); ValueError for one that cannot run here
+use_isa = _cpu.use_isa  # switches the process to another of them, for tests; ValueError if it cannot run here
 
 _DTYPES = {getattr(torch, name): code for code, name in enumerate(_cpu.constants["DType"])}
 
@@ -41,7 +39,8 @@ def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
 
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
-    """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not ignore_index."""
+    """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not
+    ignore_index."""
     logp, entropy, logsumexp, sum_sq_prob, kept_logmass, _, state = out
     own = {
         "kept_kind": kept_kind,
