@@ -28,14 +28,12 @@ struct Field {
 PyObject* interned(const char* name) { return PyUnicode_InternFromString(name); }
 
 // `call.name`, to be filled from the argument of that name.
-#define FIELD(name)                                                                               \
-  Field<decltype(call.name)> {                                                                    \
-    [] {                                                                                          \
-      static PyObject* const key = interned(#name); /* made once: it would cost most of a call */ \
-      return key;                                                                                 \
-    }(),                                                                                          \
-        call.name                                                                                 \
-  }
+#define FIELD(name) field([] { return interned(#name); }, call.name)
+template <class Name, class T>
+Field<T> field(Name name, T& value) {
+  static PyObject* const key = name();  // each lambda is a type of its own: every name is made once
+  return {key, value};
+}
 
 template <class T>
 void convert(py::handle from, T& to) {
@@ -87,19 +85,16 @@ void define_rows(py::module_& m, const char* name, void (*function)(Call), Read 
   });
 }
 
-template <class Call, class Read>
-void run_tokens(const py::dict& arguments, Read read) {
-  Call call;
-  read(arguments, call);
-  const py::gil_scoped_release release;
-  call.run();
-}
-
 // A function over tokens takes the dtype and one dict.
 template <template <class> class Call, class Read>
 void define_tokens(py::module_& m, const char* name, Read read) {
   m.def(name, [=](int dtype, const py::dict& arguments) {
-    dtype == DType::float64 ? run_tokens<Call<double>>(arguments, read) : run_tokens<Call<float>>(arguments, read);
+    const auto run = [&](auto call) {
+      read(arguments, call);
+      const py::gil_scoped_release release;
+      call.run();
+    };
+    dtype == DType::float64 ? run(Call<double>{}) : run(Call<float>{});
   });
 }
 

@@ -65,18 +65,8 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         token_stats_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, **split, **sums, **tile)
         if kept_kind:
             token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
-        token_stats_merge_kernel[(rows,)](
-            *pointers,
-            parts,
-            *outputs,
-            state,
-            *row_args,
-            log_kept,
-            **split,
-            SUM_SQ=with_sum_sq,
-            KEPT=kept_kind,
-            num_warps=target_warps(options["K_BLOCK"]),
-        )
+        split |= dict(SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
+        token_stats_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, log_kept, **split)
 
 
 def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
@@ -89,38 +79,19 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
     upstream = (state, *(logits if g is None else g for g in grads), out, inner)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}
     at_targets = options["HAS_LOGP"] and options["K"] <= FEW_TARGETS
+    tile = dict(
+        AT_TARGETS=at_targets,
+        ALIGN=align,
+        ALIGNED=aligned,
+        EDGES=not aligned or vocab % align != 0,
+        SAME_LEAD=all((a - b) % align == 0 for a, b in zip(_strides(logits), _strides(out), strict=True)),
+        **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
+    )
     with device_of(logits):
-        token_stats_backward_kernel[(outer * inner * groups,)](
-            *pointers,
-            *upstream,
-            *_strides(logits),
-            *_strides(out),
-            vocab,
-            groups,
-            temperature,
-            ignore_index,
-            **options,
-            AT_TARGETS=at_targets,
-            ALIGN=align,
-            ALIGNED=aligned,
-            EDGES=not aligned or vocab % align != 0,
-            SAME_LEAD=all((a - b) % align == 0 for a, b in zip(_strides(logits), _strides(out), strict=True)),
-            BLOCK=shape.block,
-            TILES=shape.tiles,
-            STAGES=shape.stages,
-            num_warps=shape.warps,
-        )
+        row_args = (*upstream, *_strides(logits), *_strides(out), vocab, groups, temperature, ignore_index)
+        token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)
         if options["HAS_LOGP"] and not at_targets:
             in_order, order = targets.sort(dim=-1, stable=True)
-            token_stats_backward_targets_kernel[(outer * inner,)](
-                in_order,
-                order,
-                *pointers[1:],
-                *upstream,
-                *_strides(out),
-                vocab,
-                temperature,
-                ignore_index,
-                **options,
-                num_warps=target_warps(options["K_BLOCK"]),
-            )
+            row_args = (*upstream, *_strides(out), vocab, temperature, ignore_index)
+            options["num_warps"] = target_warps(options["K_BLOCK"])
+            token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, *pointers[1:], *row_args, **options)
