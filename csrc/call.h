@@ -1,11 +1,12 @@
-// One call of token_stats, forward or backward, as plain addresses and sizes; rlkern/backends.py says what each field means.
+// One call of token_stats, forward or backward, as plain addresses and sizes.
+// rlkern/backends/contract.py says what each field means.
 #pragma once
 
 #include <cstdint>
 
-namespace rlkern {
+#include "constants.h"
 
-enum class DType { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+namespace rlkern {
 
 struct Matrix {  // [rows / inner, inner, vocab], last stride 1; the other strides count elements
   void* data;
@@ -14,7 +15,7 @@ struct Matrix {  // [rows / inner, inner, vocab], last stride 1; the other strid
 
 // What both halves need. `Acc` below is float, and double for float64 logits.
 struct Rows {
-  DType dtype;
+  int dtype;  // a DType
   Matrix logits;
   int64_t rows, inner, vocab;
   const int64_t* targets;  // [rows, n_targets]
@@ -23,23 +24,24 @@ struct Rows {
   double temperature;        // where `temperatures` is null
   const void* temperatures;  // Acc [rows] or null
   int64_t ignore_index;
-  void* state;  // Acc [rows, 6 + n_targets], written by the forward
+  void* state;  // Acc [rows, State::TARGETS + n_targets], written by the forward
+  int64_t threads;
 };
 
 struct Forward : Rows {
-  enum { kept_none = 0, kept_relative = 1, kept_absolute = 2 };
-  int kept_kind;
+  int kept_kind;  // a KeptKind
   double log_kept;
-  void *logp, *entropy, *logsumexp, *sum_sq_prob, *kept_logmass;  // Acc; any but entropy and logsumexp may be null
+  void *logp, *entropy, *logsumexp, *sum_sq_prob, *kept_logmass;  // Acc; any but logsumexp may be null
 };
 
 struct Backward : Rows {
-  const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;  // Acc, each may be null
-  Matrix out;                                                                     // may be the logits themselves
-  bool stream;                                                                    // past the caches; not in place
+  // Acc, each may be null
+  const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;
+  Matrix out;   // may be the logits
+  bool stream;  // past the caches; not in place
 };
 
-// The kernels compiled for one instruction set. Each call computes the rows [begin, end) on the calling thread.
+// The kernels compiled for one instruction set. They compute the rows [begin, end) on the calling thread.
 struct Kernels {
   void (*forward)(const Forward&, int64_t begin, int64_t end);
   void (*backward)(const Backward&, int64_t begin, int64_t end);

@@ -1,5 +1,5 @@
-// Covariance of every token's log-probability with its advantage. Tokens that do not count are taken out by masking bits, which compilers
-// turn into vector code without leave to reorder additions.
+// Covariance of every token's log-probability with its advantage. Tokens that do not count are taken out by
+// masking bits: compilers turn that into vector code without leave to reorder additions.
 
 #include <cstring>
 
@@ -43,7 +43,7 @@ A keep(A x, typename Bits<A>::Int where) {
 }  // namespace
 
 template <class A>
-void covariance_sums(const A* logp, const A* advantages, const bool* mask, int64_t n, double* sums) {
+void CovarianceSums<A>::run() const {
   constexpr int64_t lanes = 16;
   double x[lanes] = {}, a[lanes] = {};
   int64_t count[lanes] = {};
@@ -66,18 +66,21 @@ void covariance_sums(const A* logp, const A* advantages, const bool* mask, int64
 }
 
 template <class A>
-void covariance(const A* logp, const A* advantages, const bool* mask, int64_t n, const double* sums, A* out) {
-  const double count = sums[0] < 1 ? 1 : sums[0];
-  const A mean_logp = A(sums[1] / count), mean_advantage = A(sums[2] / count);
+void TokenCovariance<A>::run() const {
+  double own[3];
+  if (!sums) CovarianceSums<A>{n, logp, advantages, mask, own}.run();
+  const double* const of = sums ? sums : own;
+  const double count = of[0] < 1 ? 1 : of[0];
+  const A mean_logp = A(of[1] / count), mean_advantage = A(of[2] / count);
   for (int64_t i = 0; i < n; ++i) {
     const A product = (advantages[i] - mean_advantage) * (logp[i] - mean_logp);
     out[i] = keep(product, counted(logp[i], mask[i]));
   }
 }
 
-template void covariance_sums(const float*, const float*, const bool*, int64_t, double*);
-template void covariance_sums(const double*, const double*, const bool*, int64_t, double*);
-template void covariance(const float*, const float*, const bool*, int64_t, const double*, float*);
-template void covariance(const double*, const double*, const bool*, int64_t, const double*, double*);
+template struct CovarianceSums<float>;
+template struct CovarianceSums<double>;
+template struct TokenCovariance<float>;
+template struct TokenCovariance<double>;
 
 }  // namespace rlkern

@@ -34,7 +34,7 @@ const Isa isas[] = {
 #endif
 #ifdef RLKERN_X86
     {"avx512", &kernels_avx512, runs_avx512},
-    // Every processor with AVX2 has F16C, which has no name of its own in older compilers' __builtin_cpu_supports.
+    // Every processor with AVX2 has F16C. Older compilers' __builtin_cpu_supports does not know its name.
     {"avx2", &kernels_avx2,
      [] {
        __builtin_cpu_init();
@@ -43,6 +43,7 @@ const Isa isas[] = {
 #endif
     {"baseline", &kernels_baseline, [] { return true; }},
 };
+const Isa* active;
 
 std::string joined(const std::vector<std::string>& names) {
   std::string all;
@@ -59,11 +60,17 @@ std::vector<std::string> available_isas() {
   return names;
 }
 
-Chosen choose(const std::string& name) {
+void use_isa(const std::string& name) {
   for (const Isa& isa : isas)
-    if ((name.empty() || name == isa.name) && isa.runs()) return {isa.name, isa.kernels};
+    if ((name.empty() || name == isa.name) && isa.runs()) {
+      active = &isa;
+      return;
+    }
   throw std::invalid_argument("RLKERN_CPU_ISA: '" + name + "' is unknown or not supported by this processor, expected one of " +
                               joined(available_isas()));
 }
+
+std::string active_isa() { return active->name; }
+const Kernels& active_kernels() { return *active->kernels; }
 
 }  // namespace rlkern

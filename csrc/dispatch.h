@@ -1,4 +1,4 @@
-// Which instruction set runs: the best that was built and that the processor has, or the one that RLKERN_CPU_ISA names.
+// The instruction set that runs: the best one built that the processor has, or the one that was asked for.
 #pragma once
 
 #include <string>
@@ -10,11 +10,10 @@ namespace rlkern {
 
 std::vector<std::string> available_isas();  // built and runnable here, best first
 
-// The kernels for `isa`; for an empty string the best ones. Throws std::invalid_argument for one that is unknown or cannot run here.
-struct Chosen {
-  std::string isa;
-  const Kernels* kernels;
-};
-Chosen choose(const std::string& isa);
+// Takes the kernels for `isa`, the best ones for an empty string.
+// Throws std::invalid_argument for one that is unknown or cannot run here.
+void use_isa(const std::string& isa);
+std::string active_isa();
+const Kernels& active_kernels();
 
 }  // namespace rlkern

@@ -1,5 +1,5 @@
-// What a token adds to a policy loss, and its derivative by the token's log-probability, in one pass. Ratios and their sums are double for
-// either type: r - 1 - log r keeps its accuracy near r = 1, and no square overflows.
+// What a token adds to a policy loss, and its derivative by the token's log-probability, in one pass. Ratios
+// and their sums are double for either type: r - 1 - log r is accurate near r = 1, and no square overflows.
 
 #include <algorithm>
 #include <cmath>
@@ -10,9 +10,10 @@
 namespace rlkern {
 
 template <class A>
-void ratio_terms(const A* logp, const A* old_logp, const A* advantages, const bool* mask, const bool* unclipped, int64_t n,
-                 const RatioBounds& bounds, A* values, A* slopes, bool* free, A* summary) {
-  const A low = A(bounds.low), high = A(bounds.high), dual = A(bounds.dual), least = A(bounds.least), most = A(bounds.most);
+void RatioTerms<A>::run() const {
+  const A low = A(this->low), high = A(this->high), dual = A(this->dual);
+  const A least = A(this->least), most = A(this->most);
+  A *const values = terms, *const slopes = terms + n;
   constexpr double infinity = std::numeric_limits<double>::infinity();
   const A* const old = old_logp ? old_logp : logp;
   int64_t tokens = 0;
@@ -26,7 +27,7 @@ void ratio_terms(const A* logp, const A* old_logp, const A* advantages, const bo
     largest = std::max(largest, d);
     smallest = std::min(smallest, d);
   }
-  // The effective sample size does not depend on the scale of the ratios: one where squares neither overflow nor vanish.
+  // The effective sample size does not depend on the scale. At this one no square overflows or vanishes.
   const double shift = std::fabs(largest) < 300 || std::isinf(largest) ? 0 : largest;
   int64_t below = 0, above = 0, beyond = 0;
   double k3 = 0, weights = 0, squares = 0;
@@ -53,40 +54,39 @@ void ratio_terms(const A* logp, const A* old_logp, const A* advantages, const bo
     squares += ratio * ratio;
   }
   const double total = double(std::max<int64_t>(tokens, 1));
-  summary[0] = A(total);
-  summary[1] = A(below / total);
-  summary[2] = A(above / total);
-  summary[3] = A(beyond / total);
-  summary[4] = A(-sum / total);
-  summary[5] = A(k3 / total);
-  summary[6] = tokens ? A(std::exp(largest)) : 1;
-  summary[7] = tokens ? A(std::exp(smallest)) : 1;
-  summary[8] = tokens ? A(weights * weights / (total * squares)) : 1;
-  summary[9] = A(tokens);
-  summary[10] = tokens ? A(shift + std::log(weights / total)) : 0;
-  summary[11] = A(distance / total);
+  summary[Summary::count] = A(total);
+  summary[Summary::clip_fraction_low] = A(below / total);
+  summary[Summary::clip_fraction_high] = A(above / total);
+  summary[Summary::clip_fraction_dual] = A(beyond / total);
+  summary[Summary::approx_kl_k1] = A(-sum / total);
+  summary[Summary::approx_kl_k3] = A(k3 / total);
+  summary[Summary::ratio_max] = tokens ? A(std::exp(largest)) : 1;
+  summary[Summary::ratio_min] = tokens ? A(std::exp(smallest)) : 1;
+  summary[Summary::effective_sample_size] = tokens ? A(weights * weights / (total * squares)) : 1;
+  summary[Summary::tokens] = A(tokens);
+  summary[Summary::log_mean_ratio] = tokens ? A(shift + std::log(weights / total)) : 0;
+  summary[Summary::abs_log_ratio] = A(distance / total);
 }
 
 template <class A>
-void kl_terms(const A* logp, const A* reference, const bool* where, int64_t n, int kind, bool straight_through, double clamp, A* values,
-              A* slopes) {
-  constexpr double largest_exponent = 80;
+void KLTerms<A>::run() const {
+  A *const values = terms, *const slopes = terms + n;
   const A bound = A(clamp);
   for (int64_t i = 0; i < n; ++i) {
     values[i] = slopes[i] = 0;
-    if (!where[i]) continue;
+    if (!mask[i]) continue;
     const A d = logp[i] - reference[i];
     A value = d, slope = 1;
-    if (kind == 1) {
+    if (kind == KLKind::ABS) {
       value = std::fabs(d);
       slope = A((d > 0) - (d < 0));
-    } else if (kind == 2) {
+    } else if (kind == KLKind::K2) {
       value = A(0.5) * d * d;
       slope = d;
-    } else if (kind == 3) {
-      const double x = std::min(-double(d), largest_exponent), e = std::expm1(x);
+    } else if (kind == KLKind::K3) {
+      const double x = std::min(-double(d), LARGEST_EXPONENT), e = std::expm1(x);
       value = A(e - x);
-      slope = -d > A(largest_exponent) ? 0 : A(-e);
+      slope = -d > A(LARGEST_EXPONENT) ? 0 : A(-e);
     }
     if (value > bound || value < -bound) slope = 0;
     values[i] = value > bound ? bound : value < -bound ? -bound : value;
@@ -94,11 +94,9 @@ void kl_terms(const A* logp, const A* reference, const bool* where, int64_t n, i
   }
 }
 
-template void ratio_terms(const float*, const float*, const float*, const bool*, const bool*, int64_t, const RatioBounds&, float*, float*,
-                          bool*, float*);
-template void ratio_terms(const double*, const double*, const double*, const bool*, const bool*, int64_t, const RatioBounds&, double*,
-                          double*, bool*, double*);
-template void kl_terms(const float*, const float*, const bool*, int64_t, int, bool, double, float*, float*);
-template void kl_terms(const double*, const double*, const bool*, int64_t, int, bool, double, double*, double*);
+template struct RatioTerms<float>;
+template struct RatioTerms<double>;
+template struct KLTerms<float>;
+template struct KLTerms<double>;
 
 }  // namespace rlkern

@@ -1,5 +1,5 @@
-// Exactly K of the smallest: the K-th key is found among integers that order as the values do, then one pass in flat order marks what lies
-// below it and as many of its equals as are still wanted.
+// Exactly K of the smallest values. The K-th key is found among integers that order as the values do. One
+// pass in flat order then marks what lies below it, and as many of its equals as are still wanted.
 
 #include <algorithm>
 #include <cstring>
@@ -25,7 +25,13 @@ Key<A> key_of(A x) {
   return x != x ? ~Key<A>(0) : bits;
 }
 
-}  // namespace
+// 1 or 0, whatever the byte holds: memory that was never written may hold a bool that is neither, and a sum of such
+// must not pass the end of an array.
+int64_t counted(const bool& flag) {
+  unsigned char byte;
+  std::memcpy(&byte, &flag, 1);
+  return byte != 0;
+}
 
 template <class A>
 void select_bottom(const A* values, const bool* valid, int64_t n, int64_t count, bool* out) {
@@ -33,7 +39,7 @@ void select_bottom(const A* values, const bool* valid, int64_t n, int64_t count,
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) {
     keys[total] = key_of(values[i]);
-    total += valid[i];
+    total += counted(valid[i]);
   }
   count = std::min(count, total);
   if (count <= 0) {
@@ -52,13 +58,22 @@ void select_bottom(const A* values, const bool* valid, int64_t n, int64_t count,
   }
 }
 
-int64_t fraction_count(const bool* group, int64_t n, double fraction, int64_t minimum, int64_t least) {
-  const int64_t count = std::max(int64_t(double(std::count(group, group + n, true)) * fraction), minimum);
-  return count < least ? 0 : count;
+}  // namespace
+
+template <class A>
+void SelectBottom<A>::run() const {
+  select_bottom(values, valid, n, *count, out);
 }
 
 template <class A>
-void selected_means(const A* values, const bool* selected, const bool* mask, int64_t n, A* means) {
+void SelectFraction<A>::run() const {
+  const int64_t tokens = std::count(group, group + n, true);
+  const int64_t count = std::max(int64_t(double(tokens) * fraction), minimum);
+  select_bottom(values, valid, n, count < least ? 0 : count, out);
+}
+
+template <class A>
+void SelectedMeans<A>::run() const {
   int64_t tokens = 0, chosen = 0;
   double sum = 0, chosen_sum = 0;
   for (int64_t i = 0; i < n; ++i) {
@@ -68,14 +83,16 @@ void selected_means(const A* values, const bool* selected, const bool* mask, int
     chosen_sum += selected[i] ? values[i] : 0;
   }
   const double total = double(std::max<int64_t>(tokens, 1));
-  means[0] = A(chosen / total);
-  means[1] = A(sum / total);
-  means[2] = A(chosen_sum / double(std::max<int64_t>(chosen, 1)));
+  out[0] = A(chosen / total);
+  out[1] = A(sum / total);
+  out[2] = A(chosen_sum / double(std::max<int64_t>(chosen, 1)));
 }
 
-template void selected_means(const float*, const bool*, const bool*, int64_t, float*);
-template void selected_means(const double*, const bool*, const bool*, int64_t, double*);
-template void select_bottom(const float*, const bool*, int64_t, int64_t, bool*);
-template void select_bottom(const double*, const bool*, int64_t, int64_t, bool*);
+template struct SelectBottom<float>;
+template struct SelectBottom<double>;
+template struct SelectFraction<float>;
+template struct SelectFraction<double>;
+template struct SelectedMeans<float>;
+template struct SelectedMeans<double>;
 
 }  // namespace rlkern

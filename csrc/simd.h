@@ -1,4 +1,4 @@
-// Vectors by the compilers' vector extension: the arithmetic is spelled once and compiled for every instruction set.
+// Vectors by the compilers' vector extension. The arithmetic is written once, for every instruction set.
 // A vector is as wide as the registers of the instruction set that the including file is compiled for.
 #pragma once
 
@@ -50,7 +50,7 @@ inline V load_raw(const void* from) {
   return v;
 }
 
-// Streamed, a vector goes to memory past the caches: for what nobody reads soon, and aligned to the vector's size.
+// Streamed, a vector goes to memory past the caches. It must be aligned to its size, and not be read soon.
 template <bool Stream, class V>
 inline void store_raw(void* to, const V& v) {
 #if defined(__SSE2__)
@@ -64,14 +64,14 @@ inline void store_raw(void* to, const V& v) {
 #endif
   std::memcpy(to, &v, sizeof v);
 }
-// Streamed stores are ordered with nothing: before other threads may read them.
+// Nothing orders streamed stores. Call this before other threads may read them.
 inline void finish_stream() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
 }
 
-// --- what a logit's type means: the type it is computed in, and conversions of one vector ------------------------------------------------
+// --- what a logit's type means: the type it is computed in, and conversions of one vector ------------------
 
 template <class T>
 struct Element;
@@ -119,7 +119,7 @@ struct Element<Float16> {
   using Halves = Vec<uint16_t, kVectorBytes / 2>;
   static Vec<float> load(const Float16* from) {
     const Words h = __builtin_convertvector(load_raw<Halves>(from), Words);
-    // The exponent moves from bias 15 to bias 127 by a product, which also normalises what is subnormal in half precision.
+    // A product moves the exponent from bias 15 to bias 127. It also normalises subnormals of half precision.
     const Words magnitude = bit_cast<Words>(bit_cast<Vec<float>>((h & 0x7fff) << 13) * 0x1p112f);
     const Words not_finite = (h & 0x7c00) == 0x7c00 ? Words{} + 0x7f800000u : Words{};
     return bit_cast<Vec<float>>(magnitude | not_finite | (h & 0x8000) << 16);
@@ -128,7 +128,7 @@ struct Element<Float16> {
   static void store(Float16* to, Vec<float> v) {
     const Words w = bit_cast<Words>(v), magnitude = w & 0x7fffffff;
     const Words normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-    // Adding 0.5 leaves multiples of 2^-24, the subnormals' unit, in the low bits, rounded to nearest even by the addition itself.
+    // Adding 0.5 leaves multiples of 2^-24, the subnormals' unit, in the low bits, rounded to even.
     const Words subnormal = bit_cast<Words>(bit_cast<Vec<float>>(magnitude) + 0.5f) - 0x3f000000;
     const Words large = magnitude > 0x7f800000 ? Words{} + 0x7e00u : Words{} + 0x7c00u;
     Words h = magnitude < 0x38800000 ? subnormal : normal;
@@ -138,7 +138,7 @@ struct Element<Float16> {
 #endif
 };
 
-// --- packs: several vectors side by side -----------------------------------------------------------------------------------------------
+// --- packs: several vectors side by side -------------------------------------------------------------------
 
 // One vector at a time would leave the processor waiting on the exponential's chain of products.
 constexpr int kPackVectors = 2;
@@ -201,7 +201,7 @@ inline Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T>& b) {
   return each<Pack<T>>([&](int i) { return mask.v[i] ? a.v[i] : b.v[i]; });
 }
 
-// The larger of the two, and `b` where either is NaN: the order in which the hardware's own instruction compares.
+// The larger of the two, and `b` where either is NaN, as the hardware's own instruction has it.
 inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   return bit_cast<Vec<float>>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -241,8 +241,8 @@ inline void store(T* to, const Pack<typename Element<T>::Acc>& p) {
   for (int i = 0; i < kPackVectors; ++i) Element<T>::template store<Stream>(to + i * (p.lanes / kPackVectors), p.v[i]);
 }
 
-// A 32-bit word holds two bfloat16, and each is a float but for its low bits: a shift makes one vector of the first of each pair, a mask
-// another of the second. Cheaper than widening in order, and nothing here asks which lane an element stands in.
+// A 32-bit word holds two bfloat16, and each is a float but for its low bits. A shift makes one vector of the
+// first of each pair, a mask another of the second. Cheaper than widening in order, which nobody needs.
 inline Pack<float> load(const BFloat16* from) {
   Pack<float> p;
   for (int i = 0; i < kPackVectors; i += 2) {
@@ -254,7 +254,7 @@ inline Pack<float> load(const BFloat16* from) {
 }
 // To nearest even. A NaN stays one: those that come here have payloads of a bfloat16 or of the hardware.
 #if defined(__AVX512BF16__)
-inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {  // its own instruction, which takes subnormal numbers for 0
+inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {  // takes subnormal numbers for 0
   const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
   const auto lanes = [](int i) { return uint32_t(i) | uint32_t(i + 16) << 16; };
   const Words pairs = {lanes(0), lanes(1), lanes(2),  lanes(3),  lanes(4),  lanes(5),  lanes(6),  lanes(7),
@@ -302,8 +302,8 @@ inline T max_lanes(const Pack<T>& p) {
   return fold<T, kVectorBytes>(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// The polynomials minimise the relative error of 2^f over [-1/2, 1/2]: 2e-9 before rounding for float, 2e-17 for double, and 7e-8, one term
-// less, where the logits have 16 bits and their own rounding is far above that.
+// The polynomials minimise the relative error of 2^f over [-1/2, 1/2]. Before rounding it is 2e-9 for float
+// and 2e-17 for double. Logits of 16 bits round far above the 7e-8 of one term less.
 template <class T, bool Short = false>
 struct Exp2;
 template <>
@@ -334,7 +334,7 @@ struct Exp2<double> {
                                             7.0725704128144235096e-9,
                                             4.078071929588336665e-10};
 };
-// Over [0, 1], as exact.
+// The same over [0, 1].
 template <bool Short>
 struct Exp2FromFloor {
   static constexpr float coefficients[] = {0.999999925065f,  0.6931530731742f, 0.2401536171586f,
@@ -368,7 +368,8 @@ inline Pack<T> finite_exponent(const Pack<T>& t) {
 template <bool Short = false, class T>
 inline Pack<T> power_of_two(const Pack<T>& exponent) {
   using E = Exp2<T, Short>;
-  constexpr T round = T(int64_t(3) << (E::mantissa - 1)) + E::bias;  // adding it leaves the biased exponent in the lowest bits
+  // Adding `round` leaves the biased exponent in the lowest bits.
+  constexpr T round = T(int64_t(3) << (E::mantissa - 1)) + E::bias;
   const Pack<T> t = finite_exponent(exponent), rounded = t + round;
   const Pack<T> f = t - (rounded - round);
   // A product, not an addition to the exponent's bits: a NaN survives it, and 2^lowest is 0.

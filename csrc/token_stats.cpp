@@ -1,8 +1,8 @@
-// token_stats for one instruction set: forward reads a row once (a second time, from cache, for a kept set), backward reads and writes it
-// once.
+// token_stats for one instruction set. The forward reads a row once (a second time, from cache, for a kept
+// set). The backward reads and writes it once.
 //
-// Tiles of 2048 logits stay in the first-level cache: their maximum is found first, then exp, sum and entropy terms follow in one go.
-// How a row is reduced depends on its length alone, so its result has the same bits in any batch, on any thread.
+// Tiles of 2048 logits stay in the first-level cache. A tile's maximum is found first, then its sums.
+// How a row is reduced depends on its length alone: it has the same bits in any batch, on any thread.
 
 #include <algorithm>
 #include <cmath>
@@ -20,7 +20,6 @@ using namespace rlkern;
 constexpr int64_t kTile = 2048;
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
-enum StateColumn { kMax, kRest, kMeanU, kSumSq, kKept, kThreshold, kTargets };
 
 template <class T>
 using Acc = typename Element<T>::Acc;
@@ -29,7 +28,7 @@ using AccPack = Pack<Acc<T>>;
 template <class T>
 constexpr int kLanes = AccPack<T>::lanes;
 
-// Calls f(tile, count) along the row; count is a multiple of the lanes, the last tile padded with -inf where it is not.
+// Calls f(tile, count) along the row. -inf pads the last tile: count is a multiple of the lanes.
 template <class T, class F>
 inline void for_each_tile(const T* x, int64_t vocab, F f) {
   constexpr int64_t lanes = kLanes<T>;
@@ -52,20 +51,20 @@ Acc<T> load_one(const T* x) {
   if constexpr (sizeof(T) == sizeof(Acc<T>)) {
     return *x;
   } else {
-    const Vec<uint16_t> first{x->bits};  // not by way of memory, where the load would wait for the narrower store
+    const Vec<uint16_t> first{x->bits};  // through memory, the load would wait for the store
     return load(reinterpret_cast<const T*>(&first)).v[0][0];
   }
 }
 
 template <class T>
 void store_one(T* x, double value) {
-  // Through Acc first, as every other element of the row; NaN in the hardware's own form, see round_to_bfloat16.
+  // Through Acc first, as every other element of the row. NaN in the hardware's own form, see bfloat16_pairs.
   T padded[kLanes<T>];
   store(padded, broadcast(std::isnan(value) ? Acc<T>(kNaN) : Acc<T>(value)));
   std::memcpy(x, padded, sizeof(T));
 }
 
-// --- forward -------------------------------------------------------------------------------------------------------------------------
+// --- forward -----------------------------------------------------------------------------------------------
 
 template <class T>
 Acc<T> tile_max(const T* x, int64_t n) {
@@ -74,7 +73,7 @@ Acc<T> tile_max(const T* x, int64_t n) {
   return max_lanes(top);
 }
 
-// The bits of 16-bit floats order as signed integers where one is not negative; else as those with the magnitude turned over.
+// The bits of 16-bit floats order as signed integers if one is not negative. Else the magnitude is inverted.
 template <class T>
 Acc<T> tile_max_by_bits(const T* x, int64_t n) {
   static_assert(sizeof(T) == 2 && kLanes<T> == kVectorBytes / 2, "one vector of bits is one pack");
@@ -97,15 +96,15 @@ float tile_max(const Float16* x, int64_t n) {
   return tile_max_by_bits(x, n);
 }
 
-// The tile after the one that is being summed: with its arithmetic in the way the processor would ask for it too late.
+// The tile after the one that is being summed. Behind its arithmetic the processor would ask for it too late.
 template <class T>
 void prefetch_next_tile(const T* x) {
   for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + kTile) + byte);
 }
 
-// With t = (x - top) log2(e) / T over some logits. A NaN among them, whether the maximum has seen it or not, makes s0 and s1 NaN.
+// With t = (x - top) log2(e) / T over some logits. Any NaN makes s0 and s1 NaN, even one the maximum missed.
 struct Sums {
-  double s0 = 0, s1 = 0, s2 = 0;  // of 2^t, 2^t t, 2^2t, without the logits that equal the maximum where it is excluded
+  double s0 = 0, s1 = 0, s2 = 0;  // of 2^t, 2^t t, 2^2t; without the logits equal to an excluded maximum
   double ties = 0;                // how many those are
 };
 
@@ -129,8 +128,8 @@ Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
   return {sum_lanes(s0), Entropy ? sum_lanes(s1) : 0, Squares ? sum_lanes(s2) : 0, ExcludeMax ? -double(sum_lanes(ties)) : 0};
 }
 
-// The whole row's maximum and sums. One logit equal to the maximum stays out of s0, so that sum 2^t = 1 + s0 and log1p(s0) keeps the
-// relative accuracy of a row that is all but certain; s1 and s2 are complete.
+// The whole row's maximum and sums. One logit equal to the maximum stays out of s0: sum 2^t = 1 + s0, and
+// log1p(s0) keeps the relative accuracy of a row that is all but certain. s1 and s2 are complete.
 template <class T, bool Squares, bool Entropy>
 Sums row_sums(const T* x, int64_t vocab, Acc<T> scale, Acc<T>& top) {
   Sums row;
@@ -200,7 +199,7 @@ template <class T>
 void forward_row(const Forward& call, int64_t row) {
   using A = Acc<T>;
   const T* x = row_of<T>(call, call.logits, row);
-  A* state = static_cast<A*>(call.state) + row * (kTargets + call.n_targets);
+  A* state = static_cast<A*>(call.state) + row * (State::TARGETS + call.n_targets);
   const A inv_t = inverse_temperature<A>(call, row), scale = A(kLog2E * inv_t);
 
   A top;
@@ -213,23 +212,23 @@ void forward_row(const Forward& call, int64_t row) {
 
   const double log_s0 = undefined ? kNaN : std::log1p(sums.s0), mass = 1 + sums.s0;
   const double mean_u = kLn2 * sums.s1 / mass, entropy = log_s0 - mean_u;
-  state[kMax] = top;
-  state[kRest] = undefined ? A(kNaN) : A(sums.s0);
-  state[kMeanU] = undefined ? A(kNaN) : A(mean_u);
-  state[kSumSq] = state[kKept] = state[kThreshold] = 0;
+  state[State::MAX] = top;
+  state[State::REST] = undefined ? A(kNaN) : A(sums.s0);
+  state[State::MEAN_U] = undefined ? A(kNaN) : A(mean_u);
+  state[State::SUM_SQ] = state[State::KEPT] = state[State::THRESHOLD] = 0;
   put<A>(call.entropy, row, entropy);
   put<A>(call.logsumexp, row, top == -kInfinity ? -kInfinity : double(top) * inv_t + log_s0);
   if (call.sum_sq_prob) {
     const double sum_sq = undefined ? kNaN : sums.s2 / (mass * mass);
-    state[kSumSq] = A(sum_sq);
+    state[State::SUM_SQ] = A(sum_sq);
     put<A>(call.sum_sq_prob, row, sum_sq);
   }
-  if (call.kept_kind != Forward::kept_none) {
+  if (call.kept_kind != KeptKind::NONE) {
     // In the accumulation type, as the other backends compute it: the same logits are kept.
-    const A log_kept = A(call.log_kept), threshold = (call.kept_kind == Forward::kept_relative ? log_kept : log_kept + A(log_s0)) / inv_t;
+    const A log_kept = A(call.log_kept), threshold = (call.kept_kind == KeptKind::MIN_P ? log_kept : log_kept + A(log_s0)) / inv_t;
     const double kept = undefined ? kNaN : kept_logmass(x, call.vocab, top, scale, threshold);
-    state[kKept] = A(kept);
-    state[kThreshold] = threshold;
+    state[State::KEPT] = A(kept);
+    state[State::THRESHOLD] = threshold;
     put<A>(call.kept_logmass, row, kept);
   }
   for (int64_t k = 0; k < call.n_targets; ++k) {
@@ -239,7 +238,7 @@ void forward_row(const Forward& call, int64_t row) {
       const A at_y = load_one(x + y);
       shifted = at_y == -kInfinity ? at_y : at_y - top;
     }
-    state[kTargets + k] = shifted;
+    state[State::TARGETS + k] = shifted;
     put<A>(call.logp, row * call.n_targets + k, y == call.ignore_index ? 0 : double(shifted) * inv_t - log_s0);
   }
 }
@@ -252,16 +251,17 @@ void forward_rows(const Forward& call, int64_t begin, int64_t end) {
       forward_row<T>(call, row);
       continue;
     }
-    const int64_t width = kTargets + call.n_targets;
+    const int64_t width = State::TARGETS + call.n_targets;
     for (int64_t i = 0; i < width; ++i) put<A>(call.state, row * width + i, 0);
     for (int64_t k = 0; k < call.n_targets; ++k) put<A>(call.logp, row * call.n_targets + k, 0);
     for (void* out : {call.entropy, call.logsumexp, call.sum_sq_prob, call.kept_logmass}) put<A>(out, row, 0);
   }
 }
 
-// --- backward ------------------------------------------------------------------------------------------------------------------------
+// --- backward ----------------------------------------------------------------------------------------------
 
-// dz = 2^t (constant + linear t + square 2^t + [kept] inside), t as in the forward: the row's scalars, 1 / T and 1 / sum 2^t folded in.
+// dz = 2^t (constant + linear t + square 2^t + [kept] inside), t as in the forward: the row's scalars.
+// 1 / T and 1 / sum 2^t are folded in.
 template <class A>
 struct Coefficients {
   A top, scale, constant, linear, square, inside, threshold;
@@ -339,7 +339,8 @@ class Targets {
     std::memset(slots_.data(), 0, slots_.size() * sizeof(Slot));
   }
   void add(const Target& target) {
-    size_t i = uint64_t(target.id) * 0x9e3779b97f4a7c15 >> (64 - bits_);  // the golden ratio spreads neighbours and multiples alike
+    // The golden ratio spreads neighbours and multiples alike.
+    size_t i = uint64_t(target.id) * 0x9e3779b97f4a7c15 >> (64 - bits_);
     while (slots_[i].place && list_[slots_[i].place - 1].id != target.id) i = (i + 1) & (slots_.size() - 1);
     if (slots_[i].place) {
       list_[slots_[i].place - 1].upstream += target.upstream;
@@ -355,7 +356,7 @@ class Targets {
   struct Slot {
     uint32_t place;  // in the list, from 1 on; 0: free
   };
-  // Vectors of this file's own types: what they instantiate stays in it, as all code for one instruction set must.
+  // Vectors of this file's own types: what they instantiate, code for one instruction set, must stay in it.
   std::vector<Target> list_;
   std::vector<Slot> slots_;
   int bits_ = 1;
@@ -381,7 +382,7 @@ template <class T>
 [[gnu::noinline]] void write_targets(const Backward& call, int64_t row, T* out, Targets& targets, AtTarget at_target) {
   using A = Acc<T>;
   const int64_t first = row * call.n_targets, *y = call.targets + first;
-  const A* shifted = static_cast<const A*>(call.state) + row * (kTargets + call.n_targets) + kTargets;
+  const A* shifted = static_cast<const A*>(call.state) + row * (State::TARGETS + call.n_targets) + State::TARGETS;
   targets.clear();
   for (int64_t k = 0; k < call.n_targets; ++k)
     if (y[k] != call.ignore_index) targets.add({y[k], get<A>(call.g_logp, first + k), shifted[k]});
@@ -402,15 +403,17 @@ template <class T>
 void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
   using A = Acc<T>;
   const T* x = row_of<T>(call, call.logits, row);
-  const A* state = static_cast<const A*>(call.state) + row * (kTargets + call.n_targets);
+  const A* state = static_cast<const A*>(call.state) + row * (State::TARGETS + call.n_targets);
   const int64_t *y = call.targets ? call.targets + row * call.n_targets : nullptr, first = row * call.n_targets;
   const A inv_t = inverse_temperature<A>(call, row);
-  const double rest = state[kRest], log_s0 = std::log1p(rest), mean_u = state[kMeanU], sum_sq = state[kSumSq], kept = state[kKept];
+  const double rest = state[State::REST], log_s0 = std::log1p(rest), mean_u = state[State::MEAN_U], sum_sq = state[State::SUM_SQ],
+               kept = state[State::KEPT];
   const double g_h = get<A>(call.g_entropy, row), g_z = get<A>(call.g_logsumexp, row), g_s2 = get<A>(call.g_sum_sq_prob, row);
-  const double g_k = kept == -kInfinity ? 0 : get<A>(call.g_kept_logmass, row);  // an empty kept set is a constant
+  const double g_k = kept == -kInfinity ? 0 : get<A>(call.g_kept_logmass, row);  // an empty set is a constant
   const double inside = g_k != 0 ? g_k * std::exp(-kept) : 0;
 
-  double common = g_z;  // what multiplies p in every logit; terms without an upstream gradient are left out: 0 * (-inf) would be NaN
+  // What multiplies p in every logit. Terms without upstream gradient are left out: 0 * (-inf) is NaN.
+  double common = g_z;
   if (g_h != 0) common += g_h * mean_u;
   if (g_s2 != 0) common -= 2 * g_s2 * sum_sq;
   if (g_k != 0) common -= g_k;
@@ -422,13 +425,13 @@ void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
 
   const double weight = inv_t / (1 + rest);
   Coefficients<A> c{};
-  c.top = state[kMax];
+  c.top = state[State::MAX];
   c.scale = A(kLog2E * inv_t);
   c.constant = A(std::isnan(common) ? kNaN : weight * common);
   c.linear = A(-weight * g_h * kLn2);
   c.square = A(2 * weight * g_s2 / (1 + rest));
   c.inside = A(weight * inside);
-  c.threshold = state[kThreshold];
+  c.threshold = state[State::THRESHOLD];
   if (g_s2 != 0 || g_k != 0)
     write_gradient<T, Terms::all>(call, x, out, c);
   else if (g_h != 0)
@@ -437,14 +440,14 @@ void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
     write_gradient<T, Terms::constant>(call, x, out, c);
 
   if (!call.g_logp || std::isnan(common)) return;
-  const AtTarget at_target{inv_t, log_s0, common, g_h, g_s2, g_k, inside, state[kThreshold]};
+  const AtTarget at_target{inv_t, log_s0, common, g_h, g_s2, g_k, inside, state[State::THRESHOLD]};
   if (call.n_targets > kFewTargets) return write_targets<T>(call, row, out, targets, at_target);
   for (int64_t k = 0; k < call.n_targets; ++k) {
     if (y[k] == call.ignore_index) continue;
     double at_y = 0;  // a repeated target collects the gradients of all its entries
     for (int64_t j = 0; j < call.n_targets; ++j)
       if (y[j] == y[k]) at_y += get<A>(call.g_logp, first + j);
-    const double shifted = state[kTargets + k], logp = at_target.logp(shifted);
+    const double shifted = state[State::TARGETS + k], logp = at_target.logp(shifted);
     store_one(out + y[k], at_target.gradient(shifted, at_y, std::exp(logp), std::expm1(logp)));
   }
 }
@@ -462,32 +465,23 @@ void backward_rows(const Backward& call, int64_t begin, int64_t end) {
   if (call.stream) finish_stream();
 }
 
-// --- entry points --------------------------------------------------------------------------------------------------------------------
+// --- entry points ------------------------------------------------------------------------------------------
+
+// Calls f with a value of the logits' type.
+template <class F>
+void with_type(int dtype, F f) {
+  if (dtype == DType::float32) return f(float{});
+  if (dtype == DType::float64) return f(double{});
+  if (dtype == DType::bfloat16) return f(BFloat16{});
+  f(Float16{});
+}
 
 void forward(const Forward& call, int64_t begin, int64_t end) {
-  switch (call.dtype) {
-    case DType::float32:
-      return forward_rows<float>(call, begin, end);
-    case DType::float64:
-      return forward_rows<double>(call, begin, end);
-    case DType::bfloat16:
-      return forward_rows<BFloat16>(call, begin, end);
-    case DType::float16:
-      return forward_rows<Float16>(call, begin, end);
-  }
+  with_type(call.dtype, [&](auto logit) { forward_rows<decltype(logit)>(call, begin, end); });
 }
 
 void backward(const Backward& call, int64_t begin, int64_t end) {
-  switch (call.dtype) {
-    case DType::float32:
-      return backward_rows<float>(call, begin, end);
-    case DType::float64:
-      return backward_rows<double>(call, begin, end);
-    case DType::bfloat16:
-      return backward_rows<BFloat16>(call, begin, end);
-    case DType::float16:
-      return backward_rows<Float16>(call, begin, end);
-  }
+  with_type(call.dtype, [&](auto logit) { backward_rows<decltype(logit)>(call, begin, end); });
 }
 
 }  // namespace

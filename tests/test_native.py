@@ -1,4 +1,4 @@
-"""The C++ kernels, every instruction set that runs here, against the reference in float64 on the same rounded inputs."""
+"""The C++ kernels, on every instruction set here, against the reference in float64 on the same inputs."""
 
 import math
 import os
@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from rlkern.backends import reference
+from rlkern.backends.contract import State
 
-native = pytest.importorskip("rlkern.native", reason="built without the CPU kernels")
+native = pytest.importorskip("rlkern.backends.native", reason="built without the CPU kernels")
+_cpu = pytest.importorskip("rlkern._cpu")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF = math.inf
@@ -32,7 +34,7 @@ def empty(shape, dtype):
 
 
 def run(backend, logits, targets=None, mask=None, temperature=1.0, ignore_index=-100, kept=(0, 0.0), sum_sq=False, grads=(), out=None):
-    """Forward, and backward where `grads` names upstream gradients, into NaN-filled memory. logits [A, B, V]."""
+    """Forward, and backward if `grads` names upstream gradients, into NaN-filled memory. logits [A, B, V]."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     n, k = logits.shape[0] * logits.shape[1], 0 if targets is None else targets.shape[1]
     result = {
@@ -41,14 +43,14 @@ def run(backend, logits, targets=None, mask=None, temperature=1.0, ignore_index=
         "logsumexp": empty((n,), acc),
         "sum_sq_prob": empty((n,), acc) if sum_sq else None,
         "kept_logmass": empty((n,), acc) if kept[0] else None,
-        "state": empty((n, 6 + k), acc),
+        "state": empty((n, State.TARGETS + k), acc),
     }
     if isinstance(temperature, torch.Tensor):
         temperature = temperature.to(acc)
     args = (targets, mask, temperature, ignore_index)
     backend.token_stats_forward(logits, *args, *kept, tuple(result.values()))
     if grads:
-        upstream = [grads[name].to(acc) if name in grads else None for name in list(result)[:5]]
+        upstream = [grads[name].to(acc) if name in grads else None for name in result if name != "state"]
         result["gradient"] = torch.full(logits.shape, math.nan, dtype=logits.dtype) if out is None else out
         backend.token_stats_backward(logits, *args, result["state"], upstream, result["gradient"])
     return result
@@ -230,7 +232,8 @@ def test_confident_rows_keep_relative_accuracy(isa, dtype, position):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scale", [0.1, 3.0, 12.0])
 def test_statistics_are_as_exact_as_float32(isa, dtype, scale):
-    """Largest error over the largest value; eager PyTorch's logp of float32 logits is off by 6e-8 to 7e-8, its entropy by 1e-7 to 5e-7."""
+    """Largest error over the largest value. Eager PyTorch's logp of float32 logits is off by 6e-8 to 7e-8,
+    its entropy by 1e-7 to 5e-7."""
     logits = torch.randn(1, 16, 9001, generator=torch.Generator().manual_seed(0)).mul_(scale).to(dtype)
     options = dict(targets=torch.arange(16).unsqueeze(-1) * 500, sum_sq=True, grads={"logp": torch.ones(16, 1), "entropy": torch.ones(16)})
     got, exact = run(native, logits, **options), run(reference, logits.double(), **options)
@@ -279,7 +282,8 @@ def test_a_gradient_too_large_for_the_caches_has_the_same_bits(isa, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_is_rounded_to_nearest_even(isa, dtype):
-    """Upstream gradients over the whole range of the dtype, subnormals included, against torch's own conversion."""
+    """Upstream gradients over the dtype's whole range, subnormals included, against torch's own
+    conversion."""
     logits = torch.zeros(1, 512, 2, dtype=dtype)
     g = torch.randn(512, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).exp().mul(2.0 ** torch.linspace(-30, 17, 512)).float()
     got = run(native, logits, grads={"logsumexp": g})["gradient"]
@@ -318,7 +322,8 @@ def test_target_out_of_range(isa):
             run(native, logits, targets=bad)
         mask = torch.arange(6) != 4
         assert run(native, logits, targets=bad, mask=mask)["logp"][4] == 0
-    untouched = (empty((6, 1), torch.float32), *(empty((6,), torch.float32) for _ in range(2)), None, None, empty((6, 7), torch.float32))
+    row, state = [empty((6,), torch.float32) for _ in range(2)], empty((6, State.TARGETS + 1), torch.float32)
+    untouched = (empty((6, 1), torch.float32), *row, None, None, state)
     bad = targets.clone()
     bad[5] = 50
     with pytest.raises(IndexError, match="target 50 of row 5 is out of range for 50 logits"):
@@ -342,9 +347,8 @@ def test_state_is_interchangeable_with_the_reference(isa):
 def test_the_environment_chooses_the_instruction_set():
     def ask(name):
         env = {**os.environ, "RLKERN_CPU_ISA": name}
-        return subprocess.run(
-            [sys.executable, "-c", "from rlkern.backends import native; print(native.isa())"], env=env, capture_output=True, text=True
-        )
+        command = [sys.executable, "-c", "from rlkern.backends import native; print(native.isa())"]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
 
     for name in native.isas():
         assert ask(name).stdout.strip() == name
@@ -352,3 +356,19 @@ def test_the_environment_chooses_the_instruction_set():
     assert wrong.returncode != 0 and "'mmx' is unknown or not supported" in wrong.stderr and "baseline" in wrong.stderr
     with pytest.raises(ValueError, match="'mmx' is unknown"):
         native.use_isa("mmx")
+
+
+def test_arguments_have_names():
+    values, valid, out = torch.zeros(3), torch.ones(3, dtype=torch.bool), torch.zeros(3, dtype=torch.bool)
+    call = {"n": 3, "values": values, "valid": valid, "count": torch.tensor(1), "out": out}
+    dtype = _cpu.constants["DType"].index("float32")
+    _cpu.select_bottom(dtype, dict(reversed(call.items())))
+    assert out.tolist() == [True, False, False]
+    for name in call:
+        with pytest.raises(TypeError, match=f"missing argument: {name}"):
+            _cpu.select_bottom(dtype, {key: value for key, value in call.items() if key != name})
+    with pytest.raises(TypeError, match="expected 5 arguments, got .*'mask'"):
+        _cpu.select_bottom(dtype, {**call, "mask": valid})
+    for wrong in ({"n": "3"}, {"n": 2.5}, {"values": 17}):
+        with pytest.raises((TypeError, RuntimeError, AttributeError)):
+            _cpu.select_bottom(dtype, {**call, **wrong})

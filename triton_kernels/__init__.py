@@ -1,4 +1,4 @@
-"""Triton kernels, one file per primitive. They import torch and triton only; `rlkern.backends` holds the calling convention."""
+"""Triton kernels, one file per primitive, with torch and triton only. See rlkern/backends/contract.py."""
 
 from .covariance import covariance_sums, token_covariance
 from .ratio import kl_terms, ratio_terms

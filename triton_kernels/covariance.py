@@ -1,9 +1,9 @@
-"""Covariance of every token's log-probability with its advantage: one launch for the sums, one for the products.
+"""Covariance of each token's log-probability with its advantage: a launch for the sums, one for the products.
 
-Each program adds up its own stretch of the tokens and leaves its sums in memory; each program of the second launch adds those up, all in the same
-order. No atomics: the same bits every time.
+Each program adds up its own stretch of the tokens and leaves its sums in memory. Each program of the second
+launch adds those up, all in the same order. No atomics: the same bits every time.
 
-Calling convention: rlkern/backends.py.
+Calling convention: rlkern/backends/contract.py.
 """
 
 import torch
@@ -27,14 +27,11 @@ def _load(logp_ptr, advantages_ptr, mask_ptr, at, inside):
 
 @triton.jit
 def _covariance_sums_kernel(
-    logp_ptr,  # [N]
-    advantages_ptr,  # [N]
-    mask_ptr,  # [N]
+    logp_ptr, advantages_ptr, mask_ptr,  # [N]
     sums_ptr,  # [programs, 3]
-    n,
-    blocks,  # that a program adds up
+    n, blocks,  # that a program adds up
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -53,17 +50,12 @@ def _covariance_sums_kernel(
 
 @triton.jit
 def _covariance_kernel(
-    logp_ptr,  # [N]
-    advantages_ptr,  # [N]
-    mask_ptr,  # [N]
+    logp_ptr, advantages_ptr, mask_ptr,  # [N]
     sums_ptr,  # [parts, 3]
     out_ptr,  # [N]
-    n,
-    blocks,  # that a program writes
-    parts,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n, blocks,  # that a program writes
+    parts, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     p = tl.arange(0, PARTS)
     count = tl.sum(tl.load(sums_ptr + p * 3, mask=p < parts, other=0.0), axis=0)
     count = tl.maximum(count, 1.0)

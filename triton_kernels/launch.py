@@ -1,4 +1,4 @@
-"""Launch shapes, from a table: autotuning would make results depend on timing, and stall the first steps of a run."""
+"""Launch shapes, from a table. Autotuning would make results depend on timing, and slow a run's start."""
 
 import contextlib
 import functools
@@ -47,20 +47,21 @@ def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
     return block, warps
 
 
-# Hopper's shapes are measured on an H100: benchmarks/variants.py times what is beside them, docs/performance.md says what it found.
-# The others follow from `make report`: 64 bytes a thread are four 16-byte loads in flight, and registers for five to nine programs an SM.
-# Stages: NVIDIA's asynchronous copies pass by the registers; AMD's pipeline is made of registers, and costs more programs than it is worth.
+# Hopper's shapes are measured on an H100: see benchmarks/variants.py, docs/performance.md.
+# The others follow from `make report`: 64 bytes a thread are four 16-byte loads in
+# flight, and registers for five to nine programs an SM. NVIDIA's asynchronous copies use no registers. AMD's
+# pipeline stages do: they cost more programs than they are worth.
 
 
 def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> ForwardShape:
     """aligned: every row starts on a 16-byte boundary"""
     hopper, blackwell = card.capability[0] == 9, card.capability >= (10, 0)
-    # Parts of 64 KB and more. A part meets new maxima that the row does not, and Blackwell has few issue slots to spare for them.
+    # Parts of 64 KB and more. A part meets new maxima that the row does not: Blackwell lacks issue slots.
     splits, least = (2, 62) if blackwell else (4, 31)
     splits = splits if vocab * element_size > least * 8192 else 1
     if hopper and aligned:
         return ForwardShape(*_fit(vocab, 16384 // element_size, 4), 3, splits)
-    if hopper and element_size == 2:  # a shifted tile takes two buffers, the second nearly empty: of smaller ones more fit
+    if hopper and element_size == 2:  # a shifted tile takes two buffers, one nearly empty: smaller ones fit better
         return ForwardShape(*_fit(vocab, 2048, 2), 4, splits)
     stages = 1 if card.amd else 4 if hopper else 3 if aligned or blackwell else 2
     return ForwardShape(*_fit(vocab, 8192 // element_size, 4), stages, splits)

@@ -1,4 +1,4 @@
-"""What Triton lacks on every target (and its interpreter has no libdevice). Used once a row, so a plain series will do."""
+"""What Triton lacks on every target (its interpreter has no libdevice). Used once a row: a series will do."""
 
 import triton
 import triton.language as tl

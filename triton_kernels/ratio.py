@@ -1,21 +1,40 @@
-"""What a token adds to a policy loss, and its derivative by the token's log-probability: one launch for the tokens, one for what is reported of them.
+"""What a token adds to a policy loss, and its derivative by the token's log-probability.
 
-Each program leaves the sums over its own stretch in memory, and one program adds those up, always in the same order. No atomics: the same bits every
-time. Sums of ratios are kept relative to the largest so far, as a log-sum-exp is, so that no square overflows or vanishes.
+One launch computes the tokens, one what is reported of them. Each program leaves the sums over its own
+stretch in memory. One program adds those up, always in the same order. No atomics: the same bits every time.
+Sums of ratios are kept relative to the largest so far, as in a log-sum-exp: no square overflows or vanishes.
 
-Calling convention: rlkern/backends.py.
+Calling convention: rlkern/backends/contract.py.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from .constants import (
+    KL_ABS,
+    KL_K1,
+    KL_K2,
+    LARGEST_EXPONENT,
+    SUMMARY_ABS_LOG_RATIO,
+    SUMMARY_APPROX_KL_K1,
+    SUMMARY_APPROX_KL_K3,
+    SUMMARY_CLIP_FRACTION_LOW,
+    SUMMARY_COUNT,
+    SUMMARY_EFFECTIVE_SAMPLE_SIZE,
+    SUMMARY_LOG_MEAN_RATIO,
+    SUMMARY_RATIO_MAX,
+    SUMMARY_RATIO_MIN,
+    SUMMARY_TOKENS,
+)
 from .launch import device_of
 
 BLOCK, WARPS = 1024, 4
 MOST_PROGRAMS = 1024  # as many parts as the second launch reads at once
-COLUMNS = tl.constexpr(11)  # that a program leaves
-LARGEST_EXPONENT = tl.constexpr(80.0)
+# What a program leaves, in this order; COLUMNS is how many these are.
+TOKENS, BELOW, ABOVE, BEYOND, D_SUM, DISTANCE, K3, LARGEST, SMALLEST, WEIGHTS, SQUARES, COLUMNS = (
+    tl.constexpr(column) for column in range(12)
+)  # fmt: skip
 MINUS_INF = tl.constexpr(-float("inf"))
 
 
@@ -36,24 +55,13 @@ def _relative(d, largest):
 
 @triton.jit
 def _ratio_terms_kernel(
-    logp_ptr,  # [N]
-    old_logp_ptr,  # [N]
-    advantages_ptr,  # [N]
-    mask_ptr,  # [N]
-    unclipped_ptr,  # [N], read if UNCLIPPED
-    terms_ptr,  # [2, N]
-    free_ptr,  # [N]
+    logp_ptr, old_logp_ptr, advantages_ptr, mask_ptr, unclipped_ptr,  # [N], unclipped is read if UNCLIPPED
+    terms_ptr, free_ptr,  # [2, N], [N]
     sums_ptr,  # [programs, COLUMNS]
-    n,
-    blocks,  # that a program takes
-    low: tl.float64,
-    high: tl.float64,
-    dual: tl.float64,
-    least: tl.float64,
-    most: tl.float64,
-    UNCLIPPED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n, blocks,  # that a program takes
+    low: tl.float64, high: tl.float64, dual: tl.float64, least: tl.float64, most: tl.float64,
+    UNCLIPPED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     dtype = logp_ptr.dtype.element_ty
     low = tl.full((), low, dtype)
     high = tl.full((), high, dtype)
@@ -109,17 +117,17 @@ def _ratio_terms_kernel(
     top = tl.max(largest, axis=0)
     scale = _relative(largest, top)
     row = sums_ptr + pid * COLUMNS
-    tl.store(row, tl.sum(tokens, axis=0).to(tl.float64))
-    tl.store(row + 1, tl.sum(below, axis=0).to(tl.float64))
-    tl.store(row + 2, tl.sum(above, axis=0).to(tl.float64))
-    tl.store(row + 3, tl.sum(beyond, axis=0).to(tl.float64))
-    tl.store(row + 4, tl.sum(d_sum, axis=0).to(tl.float64))
-    tl.store(row + 5, tl.sum(distance, axis=0).to(tl.float64))
-    tl.store(row + 6, tl.sum(k3, axis=0).to(tl.float64))
-    tl.store(row + 7, top.to(tl.float64))
-    tl.store(row + 8, tl.min(smallest, axis=0).to(tl.float64))
-    tl.store(row + 9, tl.sum(weights * scale, axis=0).to(tl.float64))
-    tl.store(row + 10, tl.sum(squares * scale * scale, axis=0).to(tl.float64))
+    tl.store(row + TOKENS, tl.sum(tokens, axis=0).to(tl.float64))
+    tl.store(row + BELOW, tl.sum(below, axis=0).to(tl.float64))
+    tl.store(row + ABOVE, tl.sum(above, axis=0).to(tl.float64))
+    tl.store(row + BEYOND, tl.sum(beyond, axis=0).to(tl.float64))
+    tl.store(row + D_SUM, tl.sum(d_sum, axis=0).to(tl.float64))
+    tl.store(row + DISTANCE, tl.sum(distance, axis=0).to(tl.float64))
+    tl.store(row + K3, tl.sum(k3, axis=0).to(tl.float64))
+    tl.store(row + LARGEST, top.to(tl.float64))
+    tl.store(row + SMALLEST, tl.min(smallest, axis=0).to(tl.float64))
+    tl.store(row + WEIGHTS, tl.sum(weights * scale, axis=0).to(tl.float64))
+    tl.store(row + SQUARES, tl.sum(squares * scale * scale, axis=0).to(tl.float64))
 
 
 @triton.jit
@@ -128,62 +136,62 @@ def _column(sums_ptr, part, parts, column, other):
 
 
 @triton.jit
+def _total(sums_ptr, part, parts, column):
+    return tl.sum(_column(sums_ptr, part, parts, column, 0.0), axis=0)
+
+
+@triton.jit
 def _ratio_summary_kernel(
     sums_ptr,  # [parts, COLUMNS]
-    summary_ptr,  # [12]
+    summary_ptr,  # one for each SUMMARY_
     parts,
     PARTS: tl.constexpr,
 ):
     dtype = summary_ptr.dtype.element_ty
     part = tl.arange(0, PARTS)
-    tokens = tl.sum(_column(sums_ptr, part, parts, 0, 0.0), axis=0)
+    tokens = _total(sums_ptr, part, parts, TOKENS)
     count = tl.maximum(tokens, 1.0)
-    tl.store(summary_ptr, count.to(dtype))
-    for i in tl.static_range(3):
-        tl.store(summary_ptr + 1 + i, (tl.sum(_column(sums_ptr, part, parts, 1 + i, 0.0), axis=0) / count).to(dtype))
-    tl.store(summary_ptr + 4, (-tl.sum(_column(sums_ptr, part, parts, 4, 0.0), axis=0) / count).to(dtype))
-    tl.store(summary_ptr + 5, (tl.sum(_column(sums_ptr, part, parts, 6, 0.0), axis=0) / count).to(dtype))
-    tops = _column(sums_ptr, part, parts, 7, MINUS_INF)
+    tl.store(summary_ptr + SUMMARY_COUNT, count.to(dtype))
+    for i in tl.static_range(3):  # below, above, beyond
+        tl.store(summary_ptr + SUMMARY_CLIP_FRACTION_LOW + i, (_total(sums_ptr, part, parts, BELOW + i) / count).to(dtype))
+    tl.store(summary_ptr + SUMMARY_APPROX_KL_K1, (-_total(sums_ptr, part, parts, D_SUM) / count).to(dtype))
+    tl.store(summary_ptr + SUMMARY_APPROX_KL_K3, (_total(sums_ptr, part, parts, K3) / count).to(dtype))
+    tops = _column(sums_ptr, part, parts, LARGEST, MINUS_INF)
     top = tl.max(tops, axis=0)
-    bottom = tl.min(_column(sums_ptr, part, parts, 8, float("inf")), axis=0)
-    tl.store(summary_ptr + 6, tl.where(tokens > 0, tl.exp(top), 1.0).to(dtype))
-    tl.store(summary_ptr + 7, tl.where(tokens > 0, tl.exp(bottom), 1.0).to(dtype))
+    bottom = tl.min(_column(sums_ptr, part, parts, SMALLEST, float("inf")), axis=0)
+    tl.store(summary_ptr + SUMMARY_RATIO_MAX, tl.where(tokens > 0, tl.exp(top), 1.0).to(dtype))
+    tl.store(summary_ptr + SUMMARY_RATIO_MIN, tl.where(tokens > 0, tl.exp(bottom), 1.0).to(dtype))
     scale = _relative(tops, top)
-    weights = tl.sum(_column(sums_ptr, part, parts, 9, 0.0) * scale, axis=0)
-    squares = tl.sum(_column(sums_ptr, part, parts, 10, 0.0) * scale * scale, axis=0)
-    tl.store(summary_ptr + 8, tl.where(tokens > 0, weights * weights / (count * squares), 1.0).to(dtype))
-    tl.store(summary_ptr + 9, tokens.to(dtype))
-    # The logarithm in the result's own precision: that of a double spills. The mean, of ratios scaled by the largest, is between 1 / count and 1.
+    weights = tl.sum(_column(sums_ptr, part, parts, WEIGHTS, 0.0) * scale, axis=0)
+    squares = tl.sum(_column(sums_ptr, part, parts, SQUARES, 0.0) * scale * scale, axis=0)
+    tl.store(summary_ptr + SUMMARY_EFFECTIVE_SAMPLE_SIZE, tl.where(tokens > 0, weights * weights / (count * squares), 1.0).to(dtype))
+    tl.store(summary_ptr + SUMMARY_TOKENS, tokens.to(dtype))
+    # The logarithm in the result's own precision: that of a double spills. Scaled by the largest ratio, the
+    # mean is between 1 / count and 1.
     log_mean = tl.where(top == float("inf"), top, top + tl.log(weights.to(dtype) / count.to(dtype)))
-    tl.store(summary_ptr + 10, tl.where(tokens > 0, log_mean, 0.0).to(dtype))
-    tl.store(summary_ptr + 11, (tl.sum(_column(sums_ptr, part, parts, 5, 0.0), axis=0) / count).to(dtype))
+    tl.store(summary_ptr + SUMMARY_LOG_MEAN_RATIO, tl.where(tokens > 0, log_mean, 0.0).to(dtype))
+    tl.store(summary_ptr + SUMMARY_ABS_LOG_RATIO, (_total(sums_ptr, part, parts, DISTANCE) / count).to(dtype))
 
 
 @triton.jit
 def _kl_terms_kernel(
-    logp_ptr,  # [N]
-    reference_ptr,  # [N]
-    mask_ptr,  # [N]
-    terms_ptr,  # [2, N]
-    n,
-    clamp: tl.float64,
-    KIND: tl.constexpr,
-    STRAIGHT_THROUGH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logp_ptr, reference_ptr, mask_ptr, terms_ptr,  # [N], terms [2, N]
+    n, clamp: tl.float64,
+    KIND: tl.constexpr, STRAIGHT_THROUGH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     dtype = logp_ptr.dtype.element_ty
     clamp = tl.full((), clamp, dtype)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     counts = inside & (tl.load(mask_ptr + at, mask=inside, other=0) != 0)
     d = tl.load(logp_ptr + at, mask=counts, other=0.0) - tl.load(reference_ptr + at, mask=counts, other=0.0)
-    if KIND == 0:
+    if KIND == KL_K1:
         value = d
         slope = tl.zeros_like(d) + 1.0
-    elif KIND == 1:
+    elif KIND == KL_ABS:
         value = tl.abs(d)
         slope = (d > 0).to(dtype) - (d < 0).to(dtype)
-    elif KIND == 2:
+    elif KIND == KL_K2:
         value = 0.5 * d * d
         slope = d
     else:

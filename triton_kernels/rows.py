@@ -8,13 +8,14 @@ LN2 = tl.constexpr(0.6931471805599453)
 NEG_INF = tl.constexpr(float("-inf"))
 FLOOR = tl.constexpr(-2000.0)  # 2^FLOOR is 0 in float32 and float64, and unlike -inf it can be multiplied by 0
 
-# Arguments that change with the batch: code that depends on one being 1, or a multiple of 16, would be compiled again in the middle of a run.
+# Arguments that change with the batch. Code that depends on one being 1, or a multiple of 16, would be
+# compiled again in the middle of a run.
 BATCH_SHAPE = ("inner", "stride_a", "out_stride_a")
 
 
 @triton.jit
 def row_start(row, inner, stride_a, stride_b, DIVISOR: tl.constexpr = 1):
-    """Offset of a row, a multiple of DIVISOR. It may pass 2^31; the row number does not, and divides in 32 bits."""
+    """Offset of a row, a multiple of DIVISOR. It may pass 2^31. The row number does not: 32-bit division."""
     return tl.multiple_of((row // inner).to(tl.int64) * stride_a + (row % inner).to(tl.int64) * stride_b, DIVISOR)
 
 
@@ -42,5 +43,6 @@ def row_targets(row, targets_ptr, mask_ptr, ignore_index, K: tl.constexpr, K_BLO
 
 @triton.jit
 def exponent(x, m, scale):
-    """(x - m) * scale, -inf clamped to FLOOR; NaN stays NaN. Not x * scale - m * scale: that loses rows with a large common offset."""
+    """(x - m) * scale, -inf clamped to FLOOR; NaN stays NaN. Not x * scale - m * scale: that
+    loses rows with a large common offset."""
     return tl.maximum((x - m) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)

@@ -1,10 +1,10 @@
-"""Exactly K of the smallest values, K read from the device: a radix select, eight bits of the keys a launch, the highest first.
+"""Exactly K of the smallest values, K read from the device: a radix select, eight bits a launch, high to low.
 
-A launch counts, among the keys that begin as the K-th smallest does, the next eight bits. Counts are integers, so atomics leave no doubt about the
-sum; from them the next launch knows eight bits more of the K-th key. The last launch marks every smaller key, and of the equal ones as many as are
-still wanted, in order of their index.
+A launch counts the next eight bits of the keys that begin as the K-th smallest does. From the counts the
+next launch knows eight bits more of the K-th key. Counts are integers, so atomics cannot change their sum.
+The last launch marks every smaller key, and of the equal ones as many as are still wanted, by their index.
 
-Calling convention: rlkern/backends.py.
+Calling convention: rlkern/backends/contract.py.
 """
 
 import torch
@@ -19,7 +19,7 @@ BINS = tl.constexpr(256)
 
 @triton.jit
 def _load_keys(values_ptr, valid_ptr, at, n, BITS: tl.constexpr):
-    """Signed integers in the order of the values, both zeros alike and NaN last; and which of them are valid."""
+    """(signed integers in the order of the values, both zeros alike and NaN last; which of them are valid)"""
     x = tl.load(values_ptr + at, mask=at < n, other=0.0)
     if BITS == 64:
         bits = tl.where(x == 0, 0, x.to(tl.int64, bitcast=True))
@@ -32,7 +32,7 @@ def _load_keys(values_ptr, valid_ptr, at, n, BITS: tl.constexpr):
 
 @triton.jit
 def _threshold(counts_ptr, count_ptr, digits):
-    """The first `digits` digits of the K-th smallest key, and how many of the keys that begin so are among the K."""
+    """(the first digits of the K-th smallest key, how many of the keys that begin so are among the K)"""
     bins = tl.arange(0, BINS)
     wanted = tl.load(count_ptr)
     prefix = tl.zeros((), tl.int64)
@@ -47,16 +47,12 @@ def _threshold(counts_ptr, count_ptr, digits):
 
 @triton.jit(do_not_specialize=["digit"])
 def _count_digits_kernel(
-    values_ptr,  # [N]
-    valid_ptr,  # [N]
-    count_ptr,  # []
+    values_ptr, valid_ptr, count_ptr,  # [N], [N], []
     counts_ptr,  # [BITS / 8, BINS], those of digits that are yet to come 0
     of_block_ptr,  # [blocks, BINS]
-    n,
-    digit,  # which one to count
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    n, digit,  # which one to count
+    BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0).to(tl.int64)
     key, valid = _load_keys(values_ptr, valid_ptr, pid * BLOCK + tl.arange(0, BLOCK), n, BITS)
     prefix, _ = _threshold(counts_ptr, count_ptr, digit)
@@ -74,16 +70,10 @@ def _count_digits_kernel(
 
 @triton.jit
 def _select_kernel(
-    values_ptr,  # [N]
-    valid_ptr,  # [N]
-    count_ptr,  # []
-    counts_ptr,  # [BITS / 8, BINS]
-    of_block_ptr,  # [blocks, BINS]
-    out_ptr,  # [N]
-    n,
-    BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    values_ptr, valid_ptr, count_ptr,  # [N], [N], []
+    counts_ptr, of_block_ptr, out_ptr,  # [BITS / 8, BINS], [blocks, BINS], [N]
+    n, BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     at = pid.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     key, valid = _load_keys(values_ptr, valid_ptr, at, n, BITS)
@@ -100,14 +90,9 @@ def _select_kernel(
 
 @triton.jit(do_not_specialize=["minimum", "least"])
 def _fraction_count_kernel(
-    group_ptr,  # [N]
-    count_ptr,  # []
-    n,
-    fraction: tl.float64,
-    minimum,
-    least,
-    BLOCK: tl.constexpr,
-):
+    group_ptr, count_ptr,  # [N], []
+    n, fraction: tl.float64, minimum, least, BLOCK: tl.constexpr,
+):  # fmt: skip
     cols = tl.arange(0, BLOCK)
     tokens = tl.zeros((BLOCK,), tl.int64)
     for i in range(0, n, BLOCK):
@@ -119,13 +104,9 @@ def _fraction_count_kernel(
 
 @triton.jit
 def _selected_means_kernel(
-    values_ptr,  # [N]
-    selected_ptr,  # [N]
-    mask_ptr,  # [N]
-    means_ptr,  # [3]
-    n,
-    BLOCK: tl.constexpr,
-):
+    values_ptr, selected_ptr, mask_ptr, means_ptr,  # [N], means [3]
+    n, BLOCK: tl.constexpr,
+):  # fmt: skip
     dtype = values_ptr.dtype.element_ty
     cols = tl.arange(0, BLOCK)
     tokens = tl.zeros((BLOCK,), tl.int32)

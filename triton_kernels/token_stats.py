@@ -1,4 +1,4 @@
-"""Row statistics of logits on a GPU: the launchers. Calling convention: rlkern/backends.py.
+"""Row statistics of logits on a GPU: the launchers. Calling convention: rlkern/backends/contract.py.
 
 token_stats_forward.py     one program a row
 token_stats_split.py       several programs a row, for long rows
@@ -16,14 +16,14 @@ from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_k
 
 
 def _common(logits, targets, mask, temperature, state):
-    """Pointers and specialisations that all kernels share; an absent tensor is passed as the logits, and never read."""
+    """Pointers and specialisations that all kernels share. The logits stand for an absent tensor."""
     acc = state.dtype
     if acc == torch.float64 and not isinstance(temperature, torch.Tensor):
         # a Python float reaches a kernel as float32
         temperature = torch.full((logits.shape[0] * logits.shape[1],), temperature, dtype=acc, device=logits.device)
     row_temperature = isinstance(temperature, torch.Tensor)
     n_targets = 0 if targets is None else targets.shape[1]
-    pointers = (logits, logits if targets is None else targets, logits if mask is None else mask, temperature if row_temperature else logits)
+    pointers = (logits, *(logits if x is None else x for x in (targets, mask)), temperature if row_temperature else logits)
     options = dict(
         K=n_targets,
         K_BLOCK=triton.next_power_of_2(max(1, n_targets)),
@@ -40,7 +40,7 @@ def _strides(x):
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
     *outputs, state = out
-    if outputs[1] is None:  # memory-bound as they are, the kernels always compute the entropy
+    if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
         outputs[1] = torch.empty_like(outputs[2])
     pointers, temperature, options = _common(logits, targets, mask, temperature, state)
     with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
@@ -65,18 +65,8 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         token_stats_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, **split, **sums, **tile)
         if kept_kind:
             token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
-        token_stats_merge_kernel[(rows,)](
-            *pointers,
-            parts,
-            *outputs,
-            state,
-            *row_args,
-            log_kept,
-            **split,
-            SUM_SQ=with_sum_sq,
-            KEPT=kept_kind,
-            num_warps=target_warps(options["K_BLOCK"]),
-        )
+        split |= dict(SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
+        token_stats_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, log_kept, **split)
 
 
 def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
@@ -89,38 +79,19 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
     upstream = (state, *(logits if g is None else g for g in grads), out, inner)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}
     at_targets = options["HAS_LOGP"] and options["K"] <= FEW_TARGETS
+    tile = dict(
+        AT_TARGETS=at_targets,
+        ALIGN=align,
+        ALIGNED=aligned,
+        EDGES=not aligned or vocab % align != 0,
+        SAME_LEAD=all((a - b) % align == 0 for a, b in zip(_strides(logits), _strides(out), strict=True)),
+        **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
+    )
     with device_of(logits):
-        token_stats_backward_kernel[(outer * inner * groups,)](
-            *pointers,
-            *upstream,
-            *_strides(logits),
-            *_strides(out),
-            vocab,
-            groups,
-            temperature,
-            ignore_index,
-            **options,
-            AT_TARGETS=at_targets,
-            ALIGN=align,
-            ALIGNED=aligned,
-            EDGES=not aligned or vocab % align != 0,
-            SAME_LEAD=all((a - b) % align == 0 for a, b in zip(_strides(logits), _strides(out), strict=True)),
-            BLOCK=shape.block,
-            TILES=shape.tiles,
-            STAGES=shape.stages,
-            num_warps=shape.warps,
-        )
+        row_args = (*upstream, *_strides(logits), *_strides(out), vocab, groups, temperature, ignore_index)
+        token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)
         if options["HAS_LOGP"] and not at_targets:
             in_order, order = targets.sort(dim=-1, stable=True)
-            token_stats_backward_targets_kernel[(outer * inner,)](
-                in_order,
-                order,
-                *pointers[1:],
-                *upstream,
-                *_strides(out),
-                vocab,
-                temperature,
-                ignore_index,
-                **options,
-                num_warps=target_warps(options["K_BLOCK"]),
-            )
+            row_args = (*upstream, *_strides(out), vocab, temperature, ignore_index)
+            options["num_warps"] = target_warps(options["K_BLOCK"])
+            token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, *pointers[1:], *row_args, **options)

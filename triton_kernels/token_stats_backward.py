@@ -1,14 +1,15 @@
-"""Gradient of the row statistics: a program reads and writes TILES tiles of one row, after fetching the row's scalars once.
+"""Gradient of the row statistics: a program fetches a row's scalars, then reads and writes TILES tiles.
 
-It sums nothing, so 16 bytes move at once from any address, and how a row is cut into tiles leaves its bits alone.
+It sums nothing: 16 bytes move at once from any address, and a row's bits do not depend on its tiles.
 
-A few targets are set in the tile that holds them. Each tile looks at each of them; where there are many (FEW_TARGETS, launch.py) the tiles leave
-them out, and a second kernel writes them when the first is done, one program a row.
+A few targets are set in the tile that holds them: each tile looks at each of them. Where there are many
+(FEW_TARGETS, launch.py) the tiles leave them out. A second kernel then writes them, one program a row.
 """
 
 import triton
 import triton.language as tl
 
+from .constants import STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_SUM_SQ, STATE_TARGETS, STATE_THRESHOLD
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
 
 
@@ -44,9 +45,11 @@ def _at_target(
     shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta,
     HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """The gradient at a target whose entries have upstream gradients of at_y together, all of the row's targets g_sum."""
-    # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2. Of a single target at_y - g_sum is 0. Of the products with
-    # weight the compiler makes an FMA, and what that leaves, 6e-8, is more than a confident row's 1 - p.
+    """The gradient at a target whose entries have upstream gradients of at_y together, all of the row's
+    targets g_sum."""
+    # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2. Of a single target
+    # at_y - g_sum is 0. The compiler makes an FMA of the products with weight. What that leaves, 6e-8,
+    # is more than a confident row's 1 - p.
     t_y = tl.maximum(shifted_y * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e_y = tl.exp2(t_y)
     c_y = _coefficient(t_y, e_y, shifted_y, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
@@ -60,7 +63,7 @@ def _gradient_tile(
     targets_ptr, state_row, ignore_index,
     K: tl.constexpr, AT_TARGETS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient at the columns `cols` that are `valid`, all in [low, high), from their logits; what the others hold is never stored."""
+    """Writes the gradient at the `valid` of `cols`, all in [low, high), from their logits; no others."""
     shifted = x - m
     t = shifted * scale
     if HAS_ENTROPY:  # the one term that multiplies by t
@@ -72,7 +75,7 @@ def _gradient_tile(
             y_j = tl.sum(y, axis=0) if K == 1 else tl.load(targets_ptr + row * K + j)
             if (y_j + lead >= low) & (y_j + lead < high) & (y_j != ignore_index) & (y_j >= 0):
                 at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
-                shifted_y = tl.load(state_row + 6 + j)
+                shifted_y = tl.load(state_row + STATE_TARGETS + j)
                 g_sum = tl.sum(g_logp, axis=0)
                 dz_y = _at_target(
                     shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT
@@ -87,7 +90,8 @@ def _upstream(
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(whether anything flows back into the row, its targets [K_BLOCK], the upstream gradients: of logp [K_BLOCK], of each statistic)"""
+    """(whether anything flows back into the row, its targets [K_BLOCK], upstream gradients: logp's [K_BLOCK],
+    each statistic's)"""
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     g_entropy = _load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
     g_lse = _load_grad(g_lse_ptr, row, HAS_LSE, ACC)
@@ -108,21 +112,21 @@ def _row_coefficients(
     K: tl.constexpr, K_BLOCK: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(rest, weight, others, c0, c1, c2, inside, delta) of dz = e * c: what turns e into p, and the chain rule's 1/T, are in them. others: c0 without
-    what comes from the targets."""
-    rest = tl.load(state_row + 1)
+    """(rest, weight, others, c0, c1, c2, inside, delta) of dz = e * c. What turns e into p, and the chain
+    rule's 1/T, are in them. others: c0 without what comes from the targets."""
+    rest = tl.load(state_row + STATE_REST)
     c0 = g_lse
     c1 = -g_entropy * LN2  # t is in base 2
     c2 = 2.0 * g_sum_sq
     inside = tl.zeros((), ACC)
     delta = tl.zeros((), ACC)
     if HAS_ENTROPY:
-        c0 += g_entropy * tl.load(state_row + 2)
+        c0 += g_entropy * tl.load(state_row + STATE_MEAN_U)
     if HAS_SUM_SQ:
-        c0 -= c2 * tl.load(state_row + 3)
+        c0 -= c2 * tl.load(state_row + STATE_SUM_SQ)
     if HAS_KEPT:
-        log_mass = tl.load(state_row + 4)
-        delta = tl.load(state_row + 5)
+        log_mass = tl.load(state_row + STATE_KEPT)
+        delta = tl.load(state_row + STATE_THRESHOLD)
         g_kept = tl.where(log_mass == NEG_INF, 0.0, g_kept)  # an empty kept set is a constant
         inside = tl.where(g_kept == 0, 0.0, g_kept * tl.exp(-log_mass))
         c0 -= g_kept
@@ -137,54 +141,30 @@ def _row_coefficients(
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_backward_kernel(
-    logits_ptr,  # [A, B, V]
-    targets_ptr,  # [N, K]
-    mask_ptr,  # [N]
-    temperature_ptr,  # [N]
-    state_ptr,  # [N, 6 + K]
-    g_logp_ptr,  # [N, K]
-    g_entropy_ptr,  # [N]
-    g_lse_ptr,  # [N]
-    g_sum_sq_ptr,  # [N]
-    g_kept_ptr,  # [N]
-    out_ptr,  # [A, B, V]
-    inner,
-    stride_a,
-    stride_b,
-    out_stride_a,
-    out_stride_b,
-    vocab,
-    groups,
-    temperature,
-    ignore_index,
-    K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr,
-    HAS_LOGP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_SUM_SQ: tl.constexpr,
-    HAS_KEPT: tl.constexpr,
+    logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
+    state_ptr,  # [N, STATE_TARGETS + K]
+    g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, out_ptr,  # [N, K], [N] four times, [A, B, V]
+    inner, stride_a, stride_b, out_stride_a, out_stride_b, vocab, groups, temperature, ignore_index,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
     ACC: tl.constexpr,
     AT_TARGETS: tl.constexpr,  # the tiles write the targets
     ALIGN: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
     SAME_LEAD: tl.constexpr,  # or at least equally far from one in logits and out
     EDGES: tl.constexpr,  # some row starts or ends off one
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    BLOCK: tl.constexpr, TILES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     pid = tl.program_id(0)
     row = pid // groups
     first = (pid - row * groups) * (TILES * BLOCK)
     start = row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
     out_start = row_start(row, inner, out_stride_a, out_stride_b, ALIGN if ALIGNED else 1)
     row = row.to(tl.int64)
-    state_row = state_ptr + row * (6 + K)
+    state_row = state_ptr + row * (STATE_TARGETS + K)
     lead = tl.zeros((), tl.int32) if ALIGNED else (out_start % ALIGN).to(tl.int32)
-    # Columns count from the 16-byte boundary before the row. The body lies between boundaries, so even its masked tiles move 16 bytes at a time.
+    # Columns count from the 16-byte boundary before the row. The body lies between boundaries: even its
+    # masked tiles move 16 bytes at a time.
     end = vocab + lead
     body = 0 if ALIGNED else ALIGN
     body_end = tl.multiple_of(end // ALIGN * ALIGN, ALIGN)
@@ -208,7 +188,7 @@ def token_stats_backward_kernel(
         return
 
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
-    m = tl.load(state_row)
+    m = tl.load(state_row + STATE_MAX)
     rest, weight, others, c0, c1, c2, inside, delta = _row_coefficients(
         state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
         K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
@@ -237,36 +217,16 @@ def _add_equals(y_a, g_a, y_b, g_b):
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_backward_targets_kernel(
-    sorted_ptr,  # [N, K] the targets of each row, sorted
-    order_ptr,  # [N, K] where each of them stands in targets
-    targets_ptr,  # [N, K]
-    mask_ptr,  # [N]
-    temperature_ptr,  # [N]
-    state_ptr,  # [N, 6 + K]
-    g_logp_ptr,  # [N, K]
-    g_entropy_ptr,  # [N]
-    g_lse_ptr,  # [N]
-    g_sum_sq_ptr,  # [N]
-    g_kept_ptr,  # [N]
-    out_ptr,  # [A, B, V]
-    inner,
-    out_stride_a,
-    out_stride_b,
-    vocab,
-    temperature,
-    ignore_index,
-    K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr,
-    HAS_LOGP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    HAS_SUM_SQ: tl.constexpr,
-    HAS_KEPT: tl.constexpr,
+    sorted_ptr, order_ptr,  # [N, K], the targets of each row, sorted; where each of them stands in targets
+    targets_ptr, mask_ptr, temperature_ptr,  # [N, K], [N], [N]
+    state_ptr,  # [N, STATE_TARGETS + K]
+    g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, out_ptr,  # [N, K], [N] four times, [A, B, V]
+    inner, out_stride_a, out_stride_b, vocab, temperature, ignore_index,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
     ACC: tl.constexpr,
-):
-    """Writes the gradient at one row's targets. Equal ones stand side by side, and the last of them has their sum."""
+):  # fmt: skip
+    """Writes the gradient at a row's targets. Equal ones stand side by side; the last of them has the sum."""
     row = tl.program_id(0)
     out_start = row_start(row, inner, out_stride_a, out_stride_b)
     row = row.to(tl.int64)
@@ -277,7 +237,7 @@ def token_stats_backward_targets_kernel(
     if not flows:
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
-    state_row = state_ptr + row * (6 + K)
+    state_row = state_ptr + row * (STATE_TARGETS + K)
     rest, weight, others, _c0, c1, c2, inside, delta = _row_coefficients(
         state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
         K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
@@ -288,7 +248,7 @@ def token_stats_backward_targets_kernel(
     at = tl.load(order_ptr + row * K + k, mask=k < K, other=0)
     in_vocab = (y != ignore_index) & (y >= 0) & (y < vocab)
     g = tl.load(g_logp_ptr + row * K + at, mask=in_vocab, other=0.0)
-    shifted_y = tl.load(state_row + 6 + at, mask=in_vocab, other=0.0)
+    shifted_y = tl.load(state_row + STATE_TARGETS + at, mask=in_vocab, other=0.0)
     _y, at_y = tl.associative_scan((y, g), 0, _add_equals)
     # The sum of all in the same order: of targets that are all the same their difference is 0.
     _y, running = tl.associative_scan((tl.zeros_like(y), g), 0, _add_equals)

@@ -1,18 +1,31 @@
-"""Row statistics of logits, forward: a row is read once, by one program; token_stats_split.py spreads long rows over several.
+"""Row statistics of logits, forward: one program reads a row once. Long rows: token_stats_split.py.
 
-Per thread and element it keeps S0 = sum 2^t and S1 = sum t 2^t with t = (x - m) log2(e) / T and m the running maximum. Only one block-wide
-reduction a tile is needed, its maximum; a tile that raises the maximum takes a uniform branch, where the sums are rescaled and the entries
-equal to the maximum are counted and taken out, so that S0 never holds the maximum's own 1 (a confident row keeps its relative accuracy).
+Per thread and element it keeps S0 = sum 2^t and S1 = sum t 2^t with t = (x - m) log2(e) / T and m the
+running maximum. A tile needs one block-wide reduction, its maximum. A tile that raises the maximum takes a
+uniform branch: the sums are rescaled, and the entries equal to the maximum are counted and taken out. So S0
+never holds the maximum's own 1, and a confident row keeps its relative accuracy.
 
-Which element meets which in a sum depends on its column alone, never on the row's address or number: a row has the same bits in any batch. To load
-16 bytes at once from rows that do not start on a 16-byte boundary, the lines of a tile are rotated: with `lead` elements between the boundary and
-the row, lane e of a line holds its column e - lead, and the first `lead` lanes its last columns, which stand where the next line begins. A tile has
-the same columns and a lane's sum the same terms as without a lead; at the end the lanes' sums are put in order.
+Which element meets which in a sum depends on its column alone, never on the row's address or number: a row
+has the same bits in any batch. Rows may start off a 16-byte boundary. To load 16 bytes at once, the lines of
+a tile are then rotated. With `lead` elements between the boundary and the row, lane e of a line holds its
+column e - lead. The first `lead` lanes hold its last columns, which stand where the next line begins. A tile
+has the same columns, and a lane's sum the same terms, as without a lead. At the end the lanes' sums are put
+in order.
 """
 
 import triton
 import triton.language as tl
 
+from .constants import (
+    KEPT_MIN_P,
+    STATE_KEPT,
+    STATE_MAX,
+    STATE_MEAN_U,
+    STATE_REST,
+    STATE_SUM_SQ,
+    STATE_TARGETS,
+    STATE_THRESHOLD,
+)
 from .math import log1p
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 
@@ -23,7 +36,8 @@ def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
     tile_max = tl.max(tl.max(x, axis=0), axis=0)
     if tile_max >= m:
         if tile_max > m:
-            d = tl.where(m == NEG_INF, 0.0, tl.maximum((m - tile_max) * scale, FLOOR))  # the lowest float masks as -inf does, and overflows here
+            # The lowest float is used as a mask like -inf, and overflows here.
+            d = tl.where(m == NEG_INF, 0.0, tl.maximum((m - tile_max) * scale, FLOOR))
             shrink = tl.exp2(d)
             r1 = shrink * (r1 + d * (r0 + ties))
             r0 = shrink * (r0 + ties)
@@ -53,12 +67,12 @@ def _kept_tile(x, m, delta, scale, kept, dropped):
     return kept + tl.sum(tl.where(inside, e, 0.0), axis=0), dropped + tl.sum(tl.where(inside, 0.0, e), axis=0)
 
 
-# A tile is [BLOCK / LANES, LANES], every thread holding whole loads of a line: sums over axis 0 stay inside a thread.
+# A tile is [BLOCK / LANES, LANES]. A thread holds whole loads of a line: sums over axis 0 stay inside it.
 
 
 @triton.jit
 def _row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
-    """(what loads count from, where it is shifted the 16-byte boundary before the row; elements from there to the start of the row)"""
+    """(what loads count from: the row, if SHIFTED the 16-byte boundary before it; elements between them)"""
     lead = tl.zeros((), tl.int32)
     if SHIFTED:
         lead = (row_ptr.to(tl.int64) % 16 // (16 // ALIGN)).to(tl.int32)
@@ -90,8 +104,9 @@ def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, B
 
 @triton.jit
 def _last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """The same, element by element: nothing outside of the row is read. Both loads are contiguous along a line; if they were not, Triton 3.6 would
-    keep every sum in several threads, and all of them would write it to shared memory at once."""
+    """The same, element by element: nothing outside of the row is read. Both loads are contiguous along a
+    line. If they were not, Triton 3.6 would keep each sum in several threads, which all write it to shared
+    memory at once."""
     lane = tl.arange(0, LANES)[None, :]
     at = i + tl.arange(0, BLOCK // LANES)[:, None] * LANES + lane
     x = tl.load(boundary + at, mask=(lane >= lead) & (at - lead < end), other=NEG_INF)
@@ -103,11 +118,12 @@ def _last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexp
 
 @triton.jit
 def _end_of_whole_tiles(begin, end, vocab, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr):
-    """A shifted tile loads up to ALIGN - 1 elements behind its last column: they must be the row's. So what is left may be more than one tile."""
+    """A shifted tile loads up to ALIGN - 1 elements behind its last column: they must be the row's. More than
+    one tile may be left."""
     return tl.maximum(begin, (tl.minimum(end, vocab - (ALIGN - 1)) if SHIFTED else end) // BLOCK * BLOCK)
 
 
-CAN_SHIFT = hasattr(tl, "gather")  # Triton 3.2 has none: there, rows that start off a boundary are read element by element
+CAN_SHIFT = hasattr(tl, "gather")  # Triton 3.2 has none: rows that start off a boundary are read by elements
 
 if CAN_SHIFT:
 
@@ -134,7 +150,8 @@ def sweep(
     SUM_SQ: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums over the columns [begin, end), begin a whole number of tiles: (m, how many are equal to m, S0, S1, S2 of the others)."""
+    """Sums over the columns [begin, end), begin a whole number of tiles: (m, how many are equal to m, S0, S1,
+    S2 of the others)."""
     boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
     m = tl.full((), NEG_INF, ACC)
     ties = tl.zeros((), ACC)
@@ -166,7 +183,7 @@ def kept_sweep(
     row_ptr, begin, end, vocab, m, delta, scale,
     ACC: tl.constexpr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), begin a whole number of tiles."""
+    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`."""
     boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
     kept = tl.zeros((LANES,), ACC)
     dropped = tl.zeros((LANES,), ACC)
@@ -199,7 +216,7 @@ def log_total(m, ties, s0):
 def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexpr):
     """x is kept where x - m reaches it."""
     log_kept = tl.full((), log_kept, ACC)
-    return (log_kept if KEPT == 1 else log_kept + log_s0) / inv_t
+    return (log_kept if KEPT == KEPT_MIN_P else log_kept + log_s0) / inv_t
 
 
 @triton.jit
@@ -214,16 +231,16 @@ def write_row(
     lse = tl.where(nothing, NEG_INF, m * inv_t + log_s0)
     tl.store(entropy_ptr + row, entropy)
     tl.store(lse_ptr + row, lse)
-    state_row = state_ptr + row * (6 + K)
-    tl.store(state_row, m)
-    tl.store(state_row + 1, rest)
-    tl.store(state_row + 2, mean_u)
+    state_row = state_ptr + row * (STATE_TARGETS + K)
+    tl.store(state_row + STATE_MAX, m)
+    tl.store(state_row + STATE_REST, rest)
+    tl.store(state_row + STATE_MEAN_U, mean_u)
     sum_sq = tl.zeros((), ACC)
     if SUM_SQ:
         total = 1.0 + rest
         sum_sq = (s2 + ties) / (total * total)
         tl.store(sum_sq_ptr + row, sum_sq)
-    tl.store(state_row + 3, sum_sq)
+    tl.store(state_row + STATE_SUM_SQ, sum_sq)
     log_mass = tl.zeros((), ACC)
     delta = tl.zeros((), ACC)
     if KEPT:
@@ -231,8 +248,8 @@ def write_row(
         log_mass = tl.where(log_s0 == log_s0, log_mass, log_s0)
         delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         tl.store(kept_ptr + row, log_mass)
-    tl.store(state_row + 4, log_mass)
-    tl.store(state_row + 5, delta)
+    tl.store(state_row + STATE_KEPT, log_mass)
+    tl.store(state_row + STATE_THRESHOLD, delta)
     if K > 0:
         k = tl.arange(0, K_BLOCK)
         in_vocab = (k < K) & (y >= 0) & (y < vocab)
@@ -240,7 +257,7 @@ def write_row(
         shifted = x_y - m
         logp = tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0)
         tl.store(logp_ptr + row * K + k, logp, mask=k < K)
-        tl.store(state_row + 6 + k, shifted, mask=k < K)
+        tl.store(state_row + STATE_TARGETS + k, shifted, mask=k < K)
 
 
 @triton.jit
@@ -249,54 +266,32 @@ def write_zeros(
     K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     zero = tl.zeros((), ACC)
-    state_row = state_ptr + row * (6 + K)
+    state_row = state_ptr + row * (STATE_TARGETS + K)
     tl.store(entropy_ptr + row, zero)
     tl.store(lse_ptr + row, zero)
     if SUM_SQ:
         tl.store(sum_sq_ptr + row, zero)
     if KEPT:
         tl.store(kept_ptr + row, zero)
-    for i in tl.static_range(6):
+    for i in tl.static_range(STATE_TARGETS):
         tl.store(state_row + i, zero)
     if K > 0:
         k = tl.arange(0, K_BLOCK)
         tl.store(logp_ptr + row * K + k, tl.zeros((K_BLOCK,), ACC), mask=k < K)
-        tl.store(state_row + 6 + k, tl.zeros((K_BLOCK,), ACC), mask=k < K)
+        tl.store(state_row + STATE_TARGETS + k, tl.zeros((K_BLOCK,), ACC), mask=k < K)
 
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_forward_kernel(
-    logits_ptr,  # [A, B, V]
-    targets_ptr,  # [N, K]
-    mask_ptr,  # [N]
-    temperature_ptr,  # [N]
-    logp_ptr,  # [N, K]
-    entropy_ptr,  # [N]
-    lse_ptr,  # [N]
-    sum_sq_ptr,  # [N]
-    kept_ptr,  # [N]
-    state_ptr,  # [N, 6 + K]
-    inner,
-    stride_a,
-    stride_b,
-    vocab,
-    temperature,
-    ignore_index,
-    log_kept: tl.float64,
-    K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr,
-    SUM_SQ: tl.constexpr,
-    KEPT: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
+    logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
+    logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,  # [N, K], [N] four times, [N, STATE_TARGETS + K]
+    inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
     SHIFTED: tl.constexpr,  # rows start anywhere, and are loaded from the boundary before them
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """One row a program."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)

@@ -1,10 +1,11 @@
-"""Row statistics of long rows, forward: SPLITS programs sum a run of whole tiles each, then one program a row merges their sums in a fixed order.
+"""Row statistics of long rows, forward: SPLITS programs sum a run of whole tiles each, then one merges them.
 
-For batches too small to fill the card, and so that the last rows of a large one do not keep it waiting. SPLITS is a function of V (launch.py),
-never of the number of rows: a row has the same bits in any batch. With a kept set the parts are swept once more, when all of them are summed.
+This fills the card in small batches, and the last rows of a large one do not keep it waiting. SPLITS is a
+function of V (launch.py), never of the number of rows: a row has the same bits in any batch. With a kept set
+the parts are swept once more, when all of them are summed.
 
-A row's parts are [7, SPLITS] in the accumulation dtype: the maximum, how many are equal to it, S0, S1 and S2 of the others, S0 of the kept
-entries and of the others.
+A row's parts are [7, SPLITS] in the accumulation dtype: the maximum, how many are equal to it, S0, S1 and S2
+of the others, S0 of the kept entries and of the others.
 """
 
 import triton
@@ -41,31 +42,13 @@ def _merge(parts_row, scale, SUM_SQ: tl.constexpr, SPLITS: tl.constexpr):
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_part_kernel(
-    logits_ptr,  # [A, B, V]
-    targets_ptr,  # [N, K]
-    mask_ptr,  # [N]
-    temperature_ptr,  # [N]
+    logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     parts_ptr,  # [N, 7, SPLITS]
-    inner,
-    stride_a,
-    stride_b,
-    vocab,
-    temperature,
-    ignore_index,
-    K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr,
-    SUM_SQ: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    STAGES: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    inner, stride_a, stride_b, vocab, temperature, ignore_index,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SUM_SQ: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """The sums of one part of a row."""
     row = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
@@ -88,31 +71,13 @@ def token_stats_part_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_kept_part_kernel(
-    logits_ptr,  # [A, B, V]
-    targets_ptr,  # [N, K]
-    mask_ptr,  # [N]
-    temperature_ptr,  # [N]
+    logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     parts_ptr,  # [N, 7, SPLITS]
-    inner,
-    stride_a,
-    stride_b,
-    vocab,
-    temperature,
-    ignore_index,
-    log_kept: tl.float64,
-    K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr,
-    KEPT: tl.constexpr,
-    ACC: tl.constexpr,
-    ALIGN: tl.constexpr,
-    ALIGNED: tl.constexpr,
-    SHIFTED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    LANES: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, KEPT: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """The kept and the other mass of one part, once the row's maximum and sum are known."""
     row = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
@@ -136,33 +101,13 @@ def token_stats_kept_part_kernel(
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_merge_kernel(
-    logits_ptr,  # [A, B, V]
-    targets_ptr,  # [N, K]
-    mask_ptr,  # [N]
-    temperature_ptr,  # [N]
+    logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     parts_ptr,  # [N, 7, SPLITS]
-    logp_ptr,  # [N, K]
-    entropy_ptr,  # [N]
-    lse_ptr,  # [N]
-    sum_sq_ptr,  # [N]
-    kept_ptr,  # [N]
-    state_ptr,  # [N, 6 + K]
-    inner,
-    stride_a,
-    stride_b,
-    vocab,
-    temperature,
-    ignore_index,
-    log_kept: tl.float64,
-    K: tl.constexpr,
-    K_BLOCK: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr,
-    SUM_SQ: tl.constexpr,
-    KEPT: tl.constexpr,
-    ACC: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+    logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,  # [N, K], [N] four times, [N, STATE_TARGETS + K]
+    inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
     """Outputs and state of one row, from its parts."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b)

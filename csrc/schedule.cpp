@@ -1,0 +1,72 @@
+#include "schedule.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "dispatch.h"
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+namespace rlkern {
+namespace {
+
+// Before any row is computed: a wrong target must not leave half of the outputs written.
+void check_targets(const Rows& call) {
+  if (!call.targets) return;
+  for (int64_t row = 0; row < call.rows; ++row)
+    for (int64_t k = 0; k < call.n_targets; ++k) {
+      const int64_t y = call.targets[row * call.n_targets + k];
+      if ((y >= 0 && y < call.vocab) || y == call.ignore_index || is_skipped(call, row)) continue;
+      throw std::out_of_range("target " + std::to_string(y) + " of row " + std::to_string(row) + " is out of range for " +
+                              std::to_string(call.vocab) + " logits (and is not ignore_index=" + std::to_string(call.ignore_index) + ")");
+    }
+}
+
+// Hands ranges of rows to the threads as they become free: masked rows cost next to nothing and come in runs.
+// A row is computed by one thread, in one way: neither the ranges nor the threads can change a result.
+template <class Call>
+void run(void (*rows)(const Call&, int64_t, int64_t), const Call& call) {
+  constexpr int64_t worth_a_thread = 1 << 15;  // logits; waking a thread costs more than computing fewer
+  const int64_t threads = std::min({call.threads, call.rows, 1 + call.rows * call.vocab / worth_a_thread});
+  if (threads <= 1) return rows(call, 0, call.rows);
+  const int64_t ranges = std::min(call.rows, 8 * threads);
+#pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 1)
+  for (int64_t i = 0; i < ranges; ++i) rows(call, call.rows * i / ranges, call.rows * (i + 1) / ranges);
+}
+
+// Asks for huge pages behind a gradient that is about to be written. It is mostly fresh memory, whose page
+// faults, 4 KiB at a time, would cost several times what the arithmetic does.
+void advise_huge_pages(const Matrix& out, int64_t rows, int64_t inner, int64_t row_bytes, int64_t element) {
+#if defined(__linux__)
+  constexpr uintptr_t huge = uintptr_t(1) << 21;
+  const bool dense = out.stride_inner * element == row_bytes && out.stride_outer * element == inner * row_bytes;
+  if (!dense || uintptr_t(rows * row_bytes) < 2 * huge) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(out.data), end = begin + rows * row_bytes;
+  const uintptr_t first = (begin + huge - 1) / huge * huge, last = end / huge * huge;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: a refusal changes nothing
+#endif
+}
+
+}  // namespace
+
+void token_stats_forward(const Forward& call) {
+  check_targets(call);
+  run(active_kernels().forward, call);
+}
+
+void token_stats_backward(Backward call) {
+  // Bytes of a gradient, of which a reader would find little in the caches.
+  constexpr int64_t beyond_caches = 1 << 25;
+  // Bytes of a row. Each target is written once more, and waits for what went past the caches.
+  constexpr int64_t worth_a_target = 1 << 12;
+  const int64_t element = call.dtype == DType::float64 ? 8 : call.dtype == DType::float32 ? 4 : 2;
+  const int64_t row_bytes = call.vocab * element;
+  const bool in_place = call.out.data == call.logits.data;
+  call.stream = !in_place && call.rows * row_bytes >= beyond_caches && row_bytes > call.n_targets * worth_a_target;
+  if (!in_place) advise_huge_pages(call.out, call.rows, call.inner, row_bytes, element);
+  run(active_kernels().backward, call);
+}
+
+}  // namespace rlkern

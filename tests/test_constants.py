@@ -1,0 +1,39 @@
+"""The numbers of rlkern/backends/contract.py, in C++ and in Triton."""
+
+import importlib
+
+import pytest
+
+from rlkern.backends import contract
+
+CODES = {name: {k: v for k, v in vars(getattr(contract, name)).items() if k.isupper()} for name in ("State", "KeptKind", "KLKind")}
+CODES["SUMMARY"] = {name: column for column, name in enumerate(contract.SUMMARY)}
+TRITON = {"State": "STATE_", "KeptKind": "KEPT_", "KLKind": "KL_", "SUMMARY": "SUMMARY_"}
+
+
+@pytest.fixture
+def cpp():
+    return pytest.importorskip("rlkern._cpu", reason="built without the CPU kernels").constants
+
+
+@pytest.fixture
+def triton():
+    pytest.importorskip("triton")
+    found = vars(importlib.import_module("rlkern.triton_kernels.constants"))
+    return {name: value.value for name, value in found.items() if name.isupper()}
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes_in_cpp(cpp, name):
+    assert {key: code for code, key in enumerate(cpp[name])} == CODES[name]
+
+
+@pytest.mark.parametrize("name", CODES)
+def test_codes_in_triton(triton, name):
+    prefix = TRITON[name]
+    found = {key.removeprefix(prefix): code for key, code in triton.items() if key.startswith(prefix)}
+    assert found == {key.upper(): code for key, code in CODES[name].items()}
+
+
+def test_the_largest_exponent(cpp, triton):
+    assert cpp["LARGEST_EXPONENT"] == triton["LARGEST_EXPONENT"] == contract.LARGEST_EXPONENT

@@ -1,0 +1,18 @@
+"""The numbers that kernels share with the other backends. rlkern/backends/contract.py says what they mean."""
+
+import triton.language as tl
+
+(
+    STATE_MAX, STATE_REST, STATE_MEAN_U, STATE_SUM_SQ, STATE_KEPT, STATE_THRESHOLD, STATE_TARGETS,
+) = (tl.constexpr(column) for column in range(7))  # fmt: skip
+
+KEPT_NONE, KEPT_MIN_P, KEPT_MIN_PROB = (tl.constexpr(kind) for kind in range(3))
+KL_K1, KL_ABS, KL_K2, KL_K3 = (tl.constexpr(kind) for kind in range(4))
+
+(
+    SUMMARY_COUNT, SUMMARY_CLIP_FRACTION_LOW, SUMMARY_CLIP_FRACTION_HIGH, SUMMARY_CLIP_FRACTION_DUAL,
+    SUMMARY_APPROX_KL_K1, SUMMARY_APPROX_KL_K3, SUMMARY_RATIO_MAX, SUMMARY_RATIO_MIN, SUMMARY_EFFECTIVE_SAMPLE_SIZE,
+    SUMMARY_TOKENS, SUMMARY_LOG_MEAN_RATIO, SUMMARY_ABS_LOG_RATIO,
+) = (tl.constexpr(column) for column in range(12))  # fmt: skip
+
+LARGEST_EXPONENT = tl.constexpr(80.0)
