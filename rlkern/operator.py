@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,6 +108,76 @@ def _refuse_torch_func(operator: Operator) -> None:
     torch.library.register_autograd(f"rlkern::{operator.name}", refuse, setup_context=lambda ctx, inputs, output: None, lib=_library)
 
 
+class _Rule(NamedTuple):
+    """What `differentiable` was told."""
+
+    forward: Operator
+    backward: Operator
+    overwrite: Operator | None
+    outputs: int
+    shown: int  # outputs and constants
+    wrt: int
+    instead: str
+
+
+_rules: dict[str, _Rule] = {}  # by the forward's name: Dynamo of torch 2.6 follows a global, and not a closure
+
+
+def _run(operator: Operator, args: Sequence) -> Any:
+    if not watched(args[0]):
+        return operator.run(*args)
+    results = operator.op(*args)
+    return results if _is_compiling() else _with_none(results)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, options, in_place, *tensors):
+        rule = _rules[name]
+        results = _run(rule.forward, (*tensors, *options))
+        results = results if isinstance(results, tuple) else (results,)
+        ctx.save_for_backward(*tensors, *results[rule.shown :])
+        ctx.name, ctx.options, ctx.in_place = name, options, in_place
+        ctx.set_materialize_grads(False)
+        results = results[: rule.shown]
+        constants = [x for x in results[rule.outputs :] if x is not None]
+        if constants:
+            ctx.mark_non_differentiable(*constants)
+        if _is_compiling():  # Dynamo of torch 2.6 has no place for a None among the results
+            ctx.absent = [x.shape == _ABSENT for x in results]
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads):
+        rule, saved = _rules[ctx.name], ctx.saved_tensors
+        if _is_compiling():  # it hands zeros to the results that were not asked for
+            grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
+            gradients = _derivative(rule, ctx, saved, grads)
+        elif grads[0] is None and all(g is None for g in grads):
+            gradients = ()
+        elif torch.is_grad_enabled():  # create_graph=True
+            with torch.no_grad():
+                gradients = _derivative(rule, ctx, saved, grads)
+            pairs = zip(gradients, saved, strict=False)
+            gradients = tuple(None if g is None else once(g, x, rule.instead) for g, x in pairs)
+        else:
+            gradients = _derivative(rule, ctx, saved, grads)
+        return (None, None, None, *gradients, *(None,) * (rule.forward.tensors - len(gradients)))
+
+
+def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
+    n = rule.forward.tensors
+    args = (*saved[:n], *ctx.options, *saved[n:], *grads[: rule.outputs])
+    if rule.wrt > 1:
+        wanted = list(ctx.needs_input_grad[3 : 3 + rule.wrt])
+        return tuple(g if want else None for g, want in zip(_run(rule.backward, (*args, wanted)), wanted, strict=True))
+    if rule.overwrite is None or not ctx.in_place or _is_compiling():
+        return (_run(rule.backward, args),)
+    _run(rule.overwrite, args)
+    torch.autograd.graph.increment_version(args[0])
+    return (args[0].detach(),)
+
+
 def differentiable(
     forward: Operator,
     backward: Operator,
@@ -135,59 +205,11 @@ def differentiable(
     """
     for operator in (forward, backward):
         _refuse_torch_func(operator)
-    n, shown = forward.tensors, outputs + constants
-
-    def run(operator: Operator, args: Sequence) -> Any:
-        if not watched(args[0]):
-            return operator.run(*args)
-        results = operator.op(*args)
-        return results if _is_compiling() else _with_none(results)
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, options, in_place, *tensors):
-            results = run(forward, (*tensors, *options))
-            results = results if isinstance(results, tuple) else (results,)
-            ctx.save_for_backward(*tensors, *results[shown:])
-            ctx.options, ctx.in_place = options, in_place
-            ctx.set_materialize_grads(False)
-            results = results[:shown]
-            fixed = [x for x in results[outputs:] if x is not None]
-            if fixed:
-                ctx.mark_non_differentiable(*fixed)
-            if _is_compiling():  # Dynamo of torch 2.6 has no place for a None among the results
-                ctx.absent = [x.shape == _ABSENT for x in results]
-            return results
-
-        @staticmethod
-        def backward(ctx, *grads):
-            saved = ctx.saved_tensors
-            if _is_compiling():  # it hands zeros to the results that were not asked for
-                grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
-                gradients = derivative(ctx, saved, grads)
-            elif grads[0] is None and all(g is None for g in grads):
-                gradients = ()
-            elif torch.is_grad_enabled():  # create_graph=True
-                with torch.no_grad():
-                    gradients = derivative(ctx, saved, grads)
-                gradients = tuple(None if g is None else once(g, x, instead) for g, x in zip(gradients, saved, strict=False))
-            else:
-                gradients = derivative(ctx, saved, grads)
-            return (None, None, *gradients, *(None,) * (n - len(gradients)))
-
-    def derivative(ctx, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
-        args = (*saved[:n], *ctx.options, *saved[n:], *grads[:outputs])
-        if wrt > 1:
-            wanted = list(ctx.needs_input_grad[2 : wrt + 2])
-            return tuple(g if want else None for g, want in zip(run(backward, (*args, wanted)), wanted, strict=True))
-        if overwrite is None or not ctx.in_place or _is_compiling():
-            return (run(backward, args),)
-        run(overwrite, args)
-        torch.autograd.graph.increment_version(args[0])
-        return (args[0].detach(),)
+    n, name, shown = forward.tensors, forward.name, outputs + constants
+    _rules[name] = _Rule(forward, backward, overwrite, outputs, shown, wrt, instead)
 
     def apply(*args: Any, in_place: bool = False) -> Any:
-        results = Function.apply(args[n:], in_place, *args[:n])
+        results = _Function.apply(name, args[n:], in_place, *args[:n])
         results = _with_none(results) if _is_compiling() else results
         return results if shown > 1 else results[0]
 
