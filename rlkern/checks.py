@@ -31,6 +31,7 @@ def shown(value: object) -> str:
 _KINDS = {  # kind: what the error calls it, and which dtypes it has
     "float": ("a float tensor", lambda dtype: dtype.is_floating_point),
     "real": ("a bool or number tensor", lambda dtype: not dtype.is_complex),
+    "number": ("a number tensor", lambda dtype: not (dtype.is_complex or dtype == torch.bool)),
     "integer": ("an integer tensor", lambda dtype: not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)),
     "bool": ("a bool tensor", lambda dtype: dtype == torch.bool),
 }
@@ -49,8 +50,8 @@ def expect(
     """Raises TypeError or ValueError unless x is a tensor of that kind, shape and device.
 
     Args:
-        kind: "float", "real" (bool or any number), "integer" or "bool".
-        layout: the shape in words: "[B, T]", "[B] or [B, 1]".
+        kind: "float", "real" (bool or any number), "number", "integer" or "bool".
+        layout: the shape in words: "[B, T]", "[B] or [B, 1]", "[B], one a sequence".
         like: a tensor whose device x must be on, and whose shape it must have unless `shape` says otherwise.
         shape: the shape, or several of which one will do. Without `like` and `shape`, `layout` says how many dimensions.
         detached: x must not require grad.
@@ -59,7 +60,7 @@ def expect(
     if not isinstance(x, Tensor) or not fits(x.dtype):
         raise TypeError(f"{name} must be {words} {layout}, got {shown(x)}")
     if shape is None and like is None:
-        dims = layout.count(",") + 1
+        dims = layout.partition("]")[0].count(",") + 1
         if x.dim() < dims - 1 if "..." in layout else x.dim() != dims:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
     elif shape is None:
@@ -68,11 +69,20 @@ def expect(
     elif x.shape != shape and tuple(x.shape) not in shape:
         of = "" if like is None else f" for {like[0]} {tuple(like[1].shape)}"
         allowed = [shape] if not shape or isinstance(shape[0], int) else shape
-        raise ValueError(f"{name} must be {layout}, {' or '.join(str(tuple(s)) for s in allowed)}{of}, got {tuple(x.shape)}")
+        sizes = " or ".join(str(tuple(s)) for s in allowed).replace("'", "")  # a name where any size will do
+        raise ValueError(f"{name} must be {layout}, {sizes}{of}, got {tuple(x.shape)}")
     if like is not None and x.device != like[1].device:
         raise ValueError(f"{name} must be on the device of {like[0]} {like[1].device}, got {x.device}")
     if detached and x.requires_grad:
         raise ValueError(f"{name} must not require grad, got requires_grad=True: detach it")
+
+
+def expect_alike(kind: str, layout: str, **tensors: Any) -> None:
+    """All are tensors of that kind. The first has that layout, the others have its shape and device."""
+    (first, like), *others = tensors.items()
+    expect(first, like, kind, layout)
+    for name, x in others:
+        expect(name, x, kind, layout, like=(first, like))
 
 
 def check_logp(logp: Tensor, name: str = "logp") -> None:
@@ -85,11 +95,11 @@ def check_tokens(name: str, x: Tensor, logp: Tensor, kind: str = "float", of: st
     expect(name, x, kind, "[B, T]", like=(of, logp))
 
 
-def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:
-    """x [B, T], [B, 1] or [B], float without gradient, as [B, T] in the dtype that logp is computed in (expanded, not
+def per_token(name: str, x: Tensor, logp: Tensor, kind: str = "float") -> Tensor:
+    """x [B, T], [B, 1] or [B], without gradient, as [B, T] in the dtype that logp is computed in (expanded, not
     copied)."""
     n, length = logp.shape
-    expect(name, x, "float", "[B, T], [B, 1] or [B]", shape=((n, length), (n, 1), (n,)), like=("logp", logp), detached=True)
+    expect(name, x, kind, "[B, T], [B, 1] or [B]", shape=((n, length), (n, 1), (n,)), like=("logp", logp), detached=True)
     x = x.to(computing_dtype(logp))
     if x.shape == logp.shape:
         return x
@@ -208,15 +218,18 @@ def check_number(name: str, value: float, low: float = -math.inf, high: float = 
 
 
 def interval(low: float, high: float) -> str:
-    """For an error: "in [0, inf)" where high is FINITE."""
+    """For an error: "in [0, inf)" where high is FINITE, "finite" where low is -FINITE as well."""
+    if (low, high) == (-FINITE, FINITE):
+        return "finite"
     return f"in [{low}, inf)" if high == FINITE else f"in [{low}, {high}]"
 
 
 def check_positive(name: str, value: float, high: float = math.inf) -> None:
     """A number in (0, high]."""
-    check_number(name, value, high=high)
-    if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    if isinstance(value, (int, float)) and not 0 < value <= high:
+        bound = "" if high == math.inf else " and finite" if high == FINITE else f" and at most {high}"
+        raise ValueError(f"{name} must be positive{bound}, got {value}")
+    check_number(name, value)
 
 
 def check_fraction(name: str, value: float) -> None:

@@ -82,7 +82,7 @@ def test_expected_gradient_is_that_of_the_proximal_objective():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"ref_logp": torch.zeros(3, 4)}, ValueError, r"ref_logp must have the shape of logp \(3, 5\)"),
+        ({"reference_logp": torch.zeros(3, 4)}, ValueError, r"reference_logp must have the shape of logp \(3, 5\)"),
         ({"target_logp": None}, TypeError, "target_logp must be a float tensor"),
         ({"win_prob": torch.zeros(4)}, ValueError, "win_prob must be"),
         ({"eta": 0}, ValueError, "eta is the step size"),
@@ -93,4 +93,4 @@ def test_expected_gradient_is_that_of_the_proximal_objective():
 def test_refuses(change, error, message):
     logp, ref, target, win = draw()
     with pytest.raises(error, match=message):
-        nash_mp_loss(**{"logp": logp, "ref_logp": ref, "target_logp": target, "win_prob": win, "mask": MASK} | change)
+        nash_mp_loss(**{"logp": logp, "reference_logp": ref, "target_logp": target, "win_prob": win, "mask": MASK} | change)
