@@ -69,8 +69,7 @@ def expect(
     elif x.shape != shape and tuple(x.shape) not in shape:
         of = "" if like is None else f" for {like[0]} {tuple(like[1].shape)}"
         allowed = [shape] if not shape or isinstance(shape[0], int) else shape
-        sizes = " or ".join(str(tuple(s)) for s in allowed).replace("'", "")  # a name where any size will do
-        raise ValueError(f"{name} must be {layout}, {sizes}{of}, got {tuple(x.shape)}")
+        raise ValueError(f"{name} must be {layout}, {' or '.join(str(tuple(s)) for s in allowed)}{of}, got {tuple(x.shape)}")
     if like is not None and x.device != like[1].device:
         raise ValueError(f"{name} must be on the device of {like[0]} {like[1].device}, got {x.device}")
     if detached and x.requires_grad:

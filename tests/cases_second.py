@@ -74,7 +74,7 @@ register("nlpo_loss", label="plain", options={"entropy_coef": 0.1, "normalize_ad
 
 
 def draw_duel(g, batch, length):
-    inputs = {"logp": g.logp(batch, length), "reference_logp": g.logp(batch, length), "win_prob": g.uniform(batch), "mask": g.mask(batch, length)}
+    inputs = {"logp": g.logp(batch, length), "ref_logp": g.logp(batch, length), "win_prob": g.uniform(batch), "mask": g.mask(batch, length)}
     return inputs, ("logp",)
 
 
@@ -83,8 +83,8 @@ def draw_proximal_duel(g, batch, length):
     return inputs | {"target_logp": g.logp(batch, length)}, wrt
 
 
-def naive_nash(logp, reference_logp, win_prob, mask, target_logp=None):
-    pull = 0.1 * (logp - reference_logp) + (0 if target_logp is None else 0.1 / 0.5 * (logp - target_logp))
+def naive_nash(logp, ref_logp, win_prob, mask, target_logp=None):
+    pull = 0.1 * (logp - ref_logp) + (0 if target_logp is None else 0.1 / 0.5 * (logp - target_logp))
     return torch.where(mask, (pull.detach() - win_prob.unsqueeze(-1) + 0.5) * logp, 0).sum() / len(logp)
 
 

@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern
+import rlkern
 
 BATCH, LENGTH = 4, 6
 

@@ -11,18 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import rlkern
 from rlkern import masked_elbo, token_logprobs
-from rlkern.diffusion import (
-    bernoulli_masks,
-    count_masks,
-    coupled_logp,
-    diffu_grpo_loss,
-    espo_loss,
-    quadrature_levels,
-    spg_loss,
-    unigrpo_loss,
-    vrpo_loss,
-    wd1_loss,
-)
+from rlkern.diffusion import bernoulli_masks, count_masks, coupled_logp, diffu_grpo_loss, espo_loss, quadrature_levels
+from rlkern.diffusion import spg_loss, unigrpo_loss, vrpo_loss, wd1_loss
 
 
 def same(actual, expected):

@@ -7,7 +7,8 @@ import torch
 from dpo_formulas import BETA, EPS, TAU, draw_logits, grads, naive
 from torch.testing import assert_close
 
-from rlkern import dpo_loss_from_logits, next_tokens, sequence_logps, token_logprobs
+from rlkern import dpo_loss_from_logits, sequence_logps, token_logprobs
+from rlkern import next_tokens
 from rlkern.losses.preference.dpo_types import PAIR_LOSSES
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rlkern
+import rlkern
 
 for path in sorted(pathlib.Path(__file__).parent.glob("cases_*.py")):
     importlib.import_module(path.stem)

@@ -7,8 +7,8 @@ import torch
 
 import rlkern
 from rlkern.losses.policy import nlpo
-from rlkern.losses.policy.nlpo import nlpo_loss
 from rlkern.primitives.kept import nlpo_keep_set, nlpo_stats
+from rlkern.losses.policy.nlpo import nlpo_loss
 
 
 def draw(*shape, seed=0):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import rlkern
-from rlkern.losses.z_loss import lse_penalty, spherical_z_loss
 from rlkern.primitives import moments
+from rlkern.losses.z_loss import lse_penalty, spherical_z_loss
 from rlkern.primitives.moments import row_moments
 
 
