@@ -319,7 +319,7 @@ def test_integer_and_bool_rewards():
         (lambda: adv.grpo(torch.ones(4), 0), ValueError, "groups must be at least 1, got 0"),
         (lambda: adv.grpo(torch.ones(4), 2.0), TypeError, "groups must be the size of a group or an integer tensor"),
         (lambda: adv.grpo(torch.ones(4), torch.ones(4)), TypeError, "groups must be an integer tensor .* got torch.float32"),
-        (lambda: adv.grpo(torch.ones(4), torch.ones(3).long()), ValueError, r"groups must be \[B\], one id a response, \(4,\)"),
+        (lambda: adv.grpo(torch.ones(4), torch.ones(3).long()), ValueError, r"groups must be \(4,\), one id a response for rewards"),
         (lambda: adv.grpo(torch.ones(4), 2, scale="std"), ValueError, "unknown scale 'std'"),
         (lambda: adv.grpo(torch.ones(4), 2, singletons="drop"), ValueError, "unknown singletons 'drop'"),
         (lambda: adv.grpo(torch.ones(4), 2, eps=-1), ValueError, r"eps must be in \[0, inf\)"),
@@ -331,9 +331,9 @@ def test_integer_and_bool_rewards():
         (
             lambda: adv.reinforce_plus_plus_baseline(torch.ones(2), 2, torch.ones(3, 3)),
             ValueError,
-            r"mask must be \[B, T\], \(2, 3\) for rewards \(2,\)",
+            r"mask must be \(2, 3\) for rewards \(2,\), got \(3, 3\)",
         ),
-        (lambda: adv.combine_rewards(torch.ones(2, 3), torch.ones(2)), ValueError, r"weights must be \[K\], \(3,\) for rewards \(2, 3\)"),
+        (lambda: adv.combine_rewards(torch.ones(2, 3), torch.ones(2)), ValueError, r"weights must be \(3,\) for rewards \(2, 3\), got \(2,\)"),
         (lambda: adv.overlong_penalty(torch.ones(2), 10, 11), ValueError, r"buffer must be in \(0, max_length = 10\], got 11"),
     ],
 )
