@@ -316,8 +316,8 @@ def reinforce_plus_plus_baseline(rewards: Tensor, groups: int | Tensor, mask: Te
     unscored responses are 0 and not part of the whitening.
     """
     r, g = _outcome(rewards, groups)
-    length = mask.shape[-1] if isinstance(mask, Tensor) and mask.dim() == 2 else "T"
-    kept = _real("mask", mask, "[B, T]", ("rewards", r), (len(r), length)) != 0
+    kept = _real("mask", mask, "[B, T]") != 0
+    expect("mask", mask, "real", "[B, T]", shape=(len(r), mask.shape[1]), like=("rewards", r))
     a = torch.where(g.size == 1, r, g.centred(r)).unsqueeze(-1).expand(kept.shape)
     return _like(whiten(a, kept & g.scored.unsqueeze(-1)), rewards)
 

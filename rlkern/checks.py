@@ -248,6 +248,14 @@ def check_count(name: str, value: int, low: int = 0) -> None:
         raise ValueError(f"{name} must be below 2^31, got {value}")
 
 
+def check_index(name: str, value: int, count: int) -> None:
+    """An integer in [0, count); IndexError beyond."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if not 0 <= value < count:
+        raise IndexError(f"{name} must be in [0, {count}), got {value}")
+
+
 def check_flags(**flags: bool) -> None:
     """Each True or False, or an integer that stands for it."""
     for name, value in flags.items():
