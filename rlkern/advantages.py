@@ -11,12 +11,12 @@ Nothing is read on the host. Wrong dtypes, shapes, devices and numbers raise Typ
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import FINITE, Like, Shape, check_choice, check_count, check_flags, check_number, check_positive, expect
+from .checks import FINITE, Like, check_choice, check_count, check_flags, check_number, check_positive, expect
 
 __all__ = [
     "TokenAdvantages",
@@ -49,7 +49,7 @@ class TokenAdvantages(NamedTuple):
 # --- input --------------------------------------------------------------------------------------------------
 
 
-def _real(name: str, x: Tensor, layout: str, like: Like | None = None, shape: Shape | None = None) -> Tensor:
+def _real(name: str, x: Tensor, layout: str, like: Like | None = None, shape: Any = None) -> Tensor:
     """x, checked as by `expect`, as float64 without gradient."""
     expect(name, x, "real", layout, like=like, shape=shape)
     return x.detach().double()

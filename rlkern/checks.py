@@ -51,7 +51,7 @@ def expect(
 
     Args:
         kind: "float", "real" (bool or any number), "number", "integer" or "bool".
-        layout: the shape in words: "[B, T]", "[B] or [B, 1]", "[B], one a sequence".
+        layout: the shape in words: "[B, T]", "[B] or [B, 1]".
         like: a tensor whose device x must be on, and whose shape it must have unless `shape` says otherwise.
         shape: the shape, or several of which one will do. Without `like` and `shape`, `layout` says how many dimensions.
         detached: x must not require grad.
@@ -60,7 +60,7 @@ def expect(
     if not isinstance(x, Tensor) or not fits(x.dtype):
         raise TypeError(f"{name} must be {words} {layout}, got {shown(x)}")
     if shape is None and like is None:
-        dims = layout.partition("]")[0].count(",") + 1
+        dims = layout.count(",") + 1
         if x.dim() < dims - 1 if "..." in layout else x.dim() != dims:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
     elif shape is None:

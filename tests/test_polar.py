@@ -80,7 +80,7 @@ def test_untrained_head_gets_the_ranking_gradient():
     ("arguments", "options", "error", "message"),
     [
         ((CHOSEN, REJECTED[:4]), {}, ValueError, r"rejected_rewards must have the shape of chosen_rewards \(5,\), got \(4,\)"),
-        ((CHOSEN.view(5, 1), REJECTED.view(5, 1)), {}, ValueError, r"chosen_rewards must be \[B\], one reward a response, got shape \(5, 1\)"),
+        ((CHOSEN.view(5, 1), REJECTED.view(5, 1)), {}, ValueError, r"chosen_rewards must be \[B\] \(one reward a response\), got shape \(5, 1\)"),
         ((CHOSEN.long(), REJECTED), {}, TypeError, "chosen_rewards must be a float tensor"),
         ((CHOSEN, None), {}, TypeError, "rejected_rewards must be a float tensor .*None"),
         ((CHOSEN, REJECTED), {"margin": 0.5}, TypeError, "margin must be a float tensor"),

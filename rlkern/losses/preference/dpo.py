@@ -207,7 +207,7 @@ def dpo_loss(
     given = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     if not (reference_free and reference_chosen_logps is None and reference_rejected_logps is None):
         given |= {"reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps}
-    expect_alike("float", "[B], one a pair (both references may be None with reference_free=True)", **given)
+    expect_alike("float", "[B] (both references may be None with reference_free=True)", **given)
     _check_extras(policy_chosen_logps, chosen_lengths, rejected_lengths, weights, options)
 
     dtype = torch.float64 if torch.float64 in [x.dtype for x in given.values()] else torch.float32

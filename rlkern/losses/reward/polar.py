@@ -12,7 +12,7 @@ from ...primitives.reductions import total
 from ..aggregate import LossOutput
 
 PENALTIES = ("none", "log_barrier", "l2")
-LAYOUT = "[B], one reward a response"
+LAYOUT = "[B] (one reward a response)"
 _BARRIER_MARGIN = 1e-3  # rewards are clamped this far inside the barrier
 
 
