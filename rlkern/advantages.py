@@ -334,15 +334,7 @@ def remax(token_rewards: Tensor, greedy_rewards: Tensor, mask: Tensor) -> TokenA
     return TokenAdvantages(_like(advantages, token_rewards), _like(torch.where(kept, returns, 0), token_rewards))
 
 
-def gae(
-    token_rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    *,
-    gamma: float = 1.0,
-    lam: float = 1.0,
-    normalize: bool = True,
-) -> TokenAdvantages:
+def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, lam: float = 1.0, normalize: bool = True) -> TokenAdvantages:
     """Generalised advantage estimation (arXiv 1506.02438), as if masked tokens were not there.
 
     delta_t = r_t + gamma V_next - V_t, A_t = delta_t + gamma lam A_next. "next" is the next token that the

@@ -31,7 +31,6 @@ def shown(value: object) -> str:
 _KINDS = {  # kind: what the error calls it, and which dtypes it has
     "float": ("a float tensor", lambda dtype: dtype.is_floating_point),
     "real": ("a bool or number tensor", lambda dtype: not dtype.is_complex),
-    "number": ("a number tensor", lambda dtype: not (dtype.is_complex or dtype == torch.bool)),
     "integer": ("an integer tensor", lambda dtype: not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)),
     "bool": ("a bool tensor", lambda dtype: dtype == torch.bool),
 }
@@ -50,7 +49,7 @@ def expect(
     """Raises TypeError or ValueError unless x is a tensor of that kind, shape and device.
 
     Args:
-        kind: "float", "real" (bool or any number), "number", "integer" or "bool".
+        kind: "float", "real" (bool or any number), "integer" or "bool".
         layout: the shape in words: "[B, T]", "[B] or [B, 1]".
         like: a tensor whose device x must be on, and whose shape it must have unless `shape` says otherwise.
         shape: the shape, or several of which one will do. Without `like` and `shape`, `layout` says how many dimensions.

@@ -16,7 +16,7 @@ from ..operator import values_readable
 from ..primitives.elbo import elbo_rows
 from ..primitives.kinks import number
 from .bgpo import Exact, bgpo_loss, check_elbo, check_old, exact_objective, log_ratio
-from .options import Given, advantage_vector, bgpo_options, factor, other_elbo, scale_factor
+from .options import Given, advantage_vector, bgpo_options, factor, scale_factor, vector
 
 _MC_SAMPLES = 16  # the paper's n_t
 
@@ -49,7 +49,7 @@ def _draws(advantages: Tensor, old_elbo, ref_elbo, num_mc: int | None, mc_weight
     return next(iter(columns.values()), _MC_SAMPLES)
 
 
-def _weights(advantages: Tensor, mc_weights: Tensor | Sequence[float] | None, count: int) -> list[float | Tensor]:
+def _weights(advantages: Tensor, mc_weights: Tensor | Sequence[float] | None, count: int) -> Sequence[float | Tensor]:
     """omega_j, for each draw a number, a 0-d tensor or one [B]."""
     if mc_weights is None:
         return [1 / count] * count
@@ -64,7 +64,7 @@ def _weights(advantages: Tensor, mc_weights: Tensor | Sequence[float] | None, co
     total = mc_weights.sum(-1)
     if values_readable(mc_weights) and not (((total - 1).abs() < 1e-3).all() and (mc_weights >= 0).all()):
         raise ValueError(f"{wanted} sums {total.min().item()} to {total.max().item()}")
-    return list(mc_weights.unbind(-1))
+    return mc_weights.unbind(-1)
 
 
 class _Draw(NamedTuple):
@@ -77,15 +77,13 @@ class _Draw(NamedTuple):
 class BGPOAccumulator:
     """What the draws of a micro-batch share: old ELBOs, weights, metrics. One a micro-batch and step.
 
-        acc = rlkern.BGPOAccumulator(
-            advantages, old_elbo, seq_weight, num_mc=16, ratio_scale=1 / lengths, clip=(0.2, 0.2)
-        )
+        acc = rlkern.BGPOAccumulator(advantages, old_elbo, seq_weight, num_mc=16, ratio_scale=1 / lengths)
         for j in range(acc.num_mc):
             acc.loss(j, model(noisy[:, j]).logits, ids, mask=mask[:, j], weight=weight[:, j]).backward()
         optimizer.step()
 
-    mode="bound" is `bgpo_loss` for each draw. mode="exact" has the gradient of the objective itself, A
-    exp(sum_j omega_j d_j), with the clip on the ratio of the whole estimate. It must know all ELBOs before
+    mode="bound" is `bgpo_loss` for each draw. mode="exact" has the gradient of the objective itself,
+    A exp(sum_j omega_j d_j), with the clip on the ratio of the whole estimate. It must know all ELBOs before
     the first backward, so a pass without gradient goes first:
 
         if acc.two_pass:
@@ -104,8 +102,7 @@ class BGPOAccumulator:
         seq_weight: c, a number or [B], as in `bgpo_loss`; None with a preset.
         num_mc: n; None takes it from old_elbo, ref_elbo or mc_weights, else 16.
         mode: "bound" or "exact".
-        mc_weights: omega, [n] or [B, n], not negative, summing to 1 over the draws (quadrature); None is 1/n
-            each.
+        mc_weights: omega, [n] or [B, n], not negative, with sum 1 over the draws (quadrature); None is 1/n.
         ratio_scale, clip, dual_clip, max_log_ratio, preset, lengths, response_width, kl_coef, kl: as in
             `bgpo_loss`.
         ref_elbo: [B, n] float, the draws' ELBOs under the reference model.
@@ -152,10 +149,7 @@ class BGPOAccumulator:
 
     @property
     def two_pass(self) -> bool:
-        """Whether `loss` needs `observe` of every draw first.
-
-        It also does where old_token_logp replaces old_elbo.
-        """
+        """Whether `loss` needs `observe` of all draws first. With old_token_logp mode="exact" does, too."""
         return self.mode == "exact" and not (self._old is None and self._ref is None)
 
     def observe(
@@ -173,9 +167,8 @@ class BGPOAccumulator:
     ) -> None:
         """First pass of mode="exact": notes the ELBO of draw j, [B] numbers.
 
-        Run the model without gradient and without dropout.
-        Arguments as in `bgpo_loss`, the same as those of `loss` for this draw. RuntimeError with
-        mode="bound".
+        Run the model without gradient and without dropout. Arguments as in `bgpo_loss`, the same as those of
+        `loss` for this draw. RuntimeError with mode="bound".
         """
         if self.mode != "exact":
             raise RuntimeError("observe is the first pass of mode='exact'; mode='bound' has none, call loss")
@@ -205,10 +198,9 @@ class BGPOAccumulator:
     ) -> Tensor:
         """The loss of draw j, 0-d, to be backpropagated before the next draw's forward.
 
-        It contains seq_weight and omega_j.
-        Arguments as in `bgpo_loss`; old_token_logp in place of old_elbo (with mode="exact" it is `observe`
-        that uses it). RuntimeError with mode="exact" for a draw that must be observed and was not, in any of
-        the n.
+        It contains seq_weight and omega_j. Arguments as in `bgpo_loss`. old_token_logp replaces old_elbo;
+        with mode="exact" it is `observe` that uses it. RuntimeError with mode="exact" if any of the n draws
+        must be observed and was not.
         """
         check_index("draw j", j, self.num_mc)
         draw = {"mask": mask, "seq_idx": seq_idx, "ignore_index": ignore_index}
@@ -250,21 +242,22 @@ class BGPOAccumulator:
             if needed:
                 self._require(self._observed, "mode='exact' off-policy: the first loss")
             advantages = advantage_vector(self._advantages, like)
-            d, delta = torch.zeros_like(like), None
-            if needed:
-                omega = [factor("mc_weights", w, like, 1) for w in self._mc_weights]
-                d = sum(omega[j] * self._observed[j][1] for j in range(self.num_mc))
-            if self._ref is not None:
-                scale = scale_factor(self._options.ratio_scale, like)
-                delta = sum(omega[j] * scale * (self._observed[j][0] - other_elbo("ref_elbo", self._ref[j], like)) for j in range(self.num_mc))
-            self._exact = exact_objective(d, delta, advantages, self._options)
+            scale = scale_factor(self._options.ratio_scale, like)
+            d, delta = torch.zeros_like(like), torch.zeros_like(like)
+            for j in range(self.num_mc) if needed else ():
+                ell, log_ratio_j = self._observed[j]
+                omega = factor("mc_weights", self._mc_weights[j], like, 1)
+                d = d + omega * log_ratio_j
+                if self._ref is not None:
+                    delta = delta + omega * scale * (ell - vector("ref_elbo", self._ref[j], like))
+            self._exact = exact_objective(d, None if self._ref is None else delta, advantages, self._options)
         return self._exact
 
     @property
     def elbo(self) -> Tensor:
-        """[B, n], the ELBO of every draw as `loss` met it:
+        """[B, n], the ELBO of every draw as `loss` met it, for a later update.
 
-        the old_elbo of a later update. RuntimeError before all are there.
+        RuntimeError before all are there.
         """
         self._require(self._seen, "elbo")
         return torch.stack([self._seen[j].ell for j in range(self.num_mc)], -1)

@@ -46,9 +46,6 @@ class BGPOOutput(NamedTuple):
     stats: BGPOStats
 
 
-# --- the objective of a sequence ----------------------------------------------------------------------------
-
-
 def check_elbo(ell: Tensor) -> None:
     """Raises ValueError for an ELBO of -inf."""
     if values_readable(ell) and ell.isneginf().any():
@@ -125,9 +122,6 @@ def exact_objective(d: Tensor, delta: Tensor | None, advantages: Tensor, options
         value = value - options.kl_coef * ESTIMATES[options.kl](delta)
         slope = slope - options.kl_coef * _KL_SLOPES[options.kl](delta)
     return Exact(value, slope, stopped)
-
-
-# --- public -------------------------------------------------------------------------------------------------
 
 
 def bgpo_loss(

@@ -17,18 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import (
-    Like,
-    as_bool,
-    check_count,
-    check_fraction,
-    check_logp,
-    check_number,
-    check_positive,
-    check_tokens,
-    expect,
-    per_token,
-)
+from ..checks import Like, as_bool, check_count, check_fraction, check_logp, check_number, check_positive, check_tokens, expect, per_token
 from ..layout import computing_dtype
 from ..losses.aggregate import LossOutput, aggregate
 from ..losses.arguments import policy_tokens
@@ -37,13 +26,11 @@ from ..losses.preference.dpo import dpo_loss
 from ..primitives.kinks import number
 from ..primitives.reductions import masked_mean, total
 
-# --- preferences --------------------------------------------------------------------------------------------
-
 
 def draw_mean(name: str, elbo: Tensor, mc_weight: Tensor | None, like: Like | None = None) -> Tensor:
     """An ELBO [B], or the mean of its draws [B, n], in the dtype of the computation.
 
-    like: the ELBO, and its name, that this one must have B and the device of.
+    `like` has its B and device.
     """
     expect(name, elbo, "float", "[...]")
     if elbo.dim() not in (1, 2) or elbo.shape[1:] == (0,):
@@ -92,11 +79,9 @@ def vrpo_loss(
         TypeError, ValueError: for dtypes, shapes, devices and numbers other than the above.
     """
     chosen = draw_mean("chosen_elbo", chosen_elbo, mc_weight)
-    like = ("chosen_elbo", chosen)
-    rejected = draw_mean("rejected_elbo", rejected_elbo, mc_weight, like)
-    ref_chosen = draw_mean("ref_chosen_elbo", ref_chosen_elbo, mc_weight, like)
-    ref_rejected = draw_mean("ref_rejected_elbo", ref_rejected_elbo, mc_weight, like)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    others = {"rejected_elbo": rejected_elbo, "ref_chosen_elbo": ref_chosen_elbo, "ref_rejected_elbo": ref_rejected_elbo}
+    means = [draw_mean(name, x, mc_weight, ("chosen_elbo", chosen)) for name, x in others.items()]
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, *means, beta)
     pairs = max(len(losses), 1)
     metrics = {
         "chosen_reward": chosen_rewards.sum() / pairs,
@@ -105,9 +90,6 @@ def vrpo_loss(
         "pairs": number(len(losses), losses.detach()),
     }
     return LossOutput(losses.sum() / pairs, metrics)
-
-
-# --- a ratio for every token --------------------------------------------------------------------------------
 
 
 def diffu_grpo_loss(
@@ -217,9 +199,6 @@ def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight
     return 0.5 * (full_logp.to(dtype) + guessed.sum(1))
 
 
-# --- no ratio -----------------------------------------------------------------------------------------------
-
-
 def wd1_loss(
     logp: Tensor,
     advantages: Tensor,
@@ -246,7 +225,7 @@ def wd1_loss(
 
     Returns:
         LossOutput(loss, metrics): effective_sample_size, of softmax(psi A), as a fraction of the group, mean
-        over groups.
+        over groups; groups.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and numbers other than the above.
@@ -342,9 +321,6 @@ def evidence_upper_bound(logp: Tensor, weight: Tensor, mask: Tensor, beta: float
     exponents = torch.where(weight > 0, weight.log() + beta * logp, empty)
     eubo = torch.where(ever, (exponents.logsumexp(1) - math.log(logp.shape[1])) / beta, 0)
     return eubo * (mask.sum(-1, keepdim=True).to(eubo.dtype) / ever.sum(-1, keepdim=True).clamp(min=1))
-
-
-# --- one ratio a response -----------------------------------------------------------------------------------
 
 
 def espo_loss(

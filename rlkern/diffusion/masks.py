@@ -1,7 +1,7 @@
 """Which tokens of a response a masked diffusion model has to guess, and with which weight.
 
-The weights make the guesses an estimate of the ELBO. The ELBO of a response of L tokens is a sum over its 2^L
-- 1 patterns of masked tokens. A pattern with m of them weighs 1 / (m C(L, m)). Both samplers have these
+The weights make the guesses an estimate of the ELBO. The ELBO of a response of L tokens is a sum over its
+2^L - 1 patterns of masked tokens. A pattern with m of them weighs 1 / (m C(L, m)). Both samplers have these
 weights in expectation: `count_masks` (LLaDA's likelihood evaluation, arXiv 2502.09992, and what diffusion RL
 codes use) and `bernoulli_masks` (LLaDA's training loss).
 
@@ -31,8 +31,8 @@ class MaskDraws(NamedTuple):
     """n draws for each response, or one of them without the dimension n.
 
     mask: bool [B, n, S] or [B, S], True for a token to replace by the mask id and to guess. False outside of
-    the response. weight: float32 [B, n] or [B], the factor of the guesses' log-probabilities. 0 where a draw
-    masks nothing.
+        the response.
+    weight: float32 [B, n] or [B], the factor of the guesses' log-probabilities. 0 where a draw masks nothing.
     """
 
     mask: Tensor
@@ -48,9 +48,9 @@ def _shift(x: Tensor, bits: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A permutation of the 64-bit integers that scatters neighbours: the output function of SplitMix64.
+    """SplitMix64's output (Steele, Lea, Flood 2014):
 
-    (Steele, Lea, Flood 2014.)
+    a permutation of 64-bit integers that scatters neighbours.
     """
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
@@ -94,9 +94,6 @@ def _spread(stream: _Stream, draws: Tensor, num_draws: int, stratified: bool) ->
     # masks.
     draws = draws.to(torch.float64)
     return (_uniform(stream.shared) + draws / draws.new_full((), num_draws)) % 1.0
-
-
-# --- checks -------------------------------------------------------------------------------------------------
 
 
 class _Request(NamedTuple):
@@ -144,9 +141,6 @@ def _request(response_mask, num_mc, seed, draw, rollouts, stratified, complement
 def _result(mask: Tensor, weight: Tensor, draw: int | None) -> MaskDraws:
     weight = weight.to(torch.float32)
     return MaskDraws(mask, weight) if draw is None else MaskDraws(mask.squeeze(1), weight.squeeze(1))
-
-
-# --- samplers -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

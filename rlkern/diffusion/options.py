@@ -47,7 +47,9 @@ class Given(NamedTuple):
         """The lengths, for a preset that needs them."""
         if self.lengths is None:
             raise TypeError(f"preset={self.preset!r} needs lengths= [B], the number of response tokens of each sequence")
-        expect("lengths", self.lengths, "number", "[B], one a sequence", shape=like.shape, like=("the ELBO", like))
+        if isinstance(self.lengths, Tensor) and self.lengths.dtype == torch.bool:
+            raise TypeError("lengths must be numbers of tokens [B], not a mask, got torch.bool")
+        expect("lengths", self.lengths, "real", "[B], one a sequence", shape=like.shape, like=("the elbo", like))
         if values_readable(self.lengths) and (self.lengths < 0).any():
             raise ValueError(f"lengths must not be negative, got {self.lengths.min().item()}")
         return self.lengths.detach().double()  # rounded to the dtype of the computation later, once
@@ -112,14 +114,11 @@ def _not_given(name: str) -> TypeError:
     return TypeError(f"{name}= must be given, paper and code differ in it; or preset=, one of {presets}")
 
 
-# --- numbers one a sequence ---------------------------------------------------------------------------------
-
-
 def vector(name: str, value: Tensor, like: Tensor) -> Tensor:
     """A float tensor [B], [B, 1] or 0-d, without gradient, as [B] in the dtype of `like` [B]."""
     n = like.shape[0]
     shapes = ((n,), (n, 1), ())
-    expect(name, value, "float", "[B], [B, 1] or 0-d", shape=shapes, like=("the ELBO", like), detached=True)
+    expect(name, value, "float", "[B], [B, 1] or 0-d", shape=shapes, like=("the elbo", like), detached=True)
     value = value.to(like.dtype)
     return value.expand(n) if value.dim() == 0 else value.reshape(n)
 

@@ -68,10 +68,10 @@ def displacement_metrics(
 ) -> dict[str, Tensor]:
     """Where preference training moved probability: the likelihood displacement of DPO.
 
-    The arguments are sequence log-probabilities [B]. The metrics are detached 0-d tensors, 0 for an empty batch.
-    chosen_shift, rejected_shift: mean change of log-probability. margin_shift: their difference.
+    The arguments are sequence log-probabilities [B]. The metrics are detached 0-d tensors, 0 for an empty
+    batch. chosen_shift, rejected_shift: mean change of log-probability. margin_shift: their difference.
     both_decreased: fraction of the pairs where chosen and rejected both lost probability. chosen_decreased:
-    where the chosen one did. pairs:     many.
+    where the chosen one did. pairs: how many.
     """
     expect_alike(
         "float",

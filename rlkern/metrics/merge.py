@@ -78,41 +78,30 @@ def _effective_sample_size(values: Tensor, count: Tensor, log_mean: Tensor) -> T
 # --- which metric merges how --------------------------------------------------------------------------------
 
 
-def _means_over(*counts: str) -> tuple[Rule]:
-    return (Rule(_mean, counts),)
-
-
-_TOTAL = (Rule(_sum),)
+_TOTALS = ("tokens", "sequences", "pairs", "groups", "draws", "answers", "mask_tokens", "loss")
+_MEANS = {  # counts: the means over their product
+    ("tokens",): """clip_fraction_low clip_fraction_high clip_fraction_dual approx_kl_k1 approx_kl_k3 abs_log_ratio kl
+        kl_reference kl_target kernel_mean selected_fraction covariance_mean kd kd_fraction eubo entropy
+        entropy_low_fraction entropy_high_fraction""",
+    ("tokens", "selected_fraction"): "covariance_selected proxy_kl",
+    ("mask_tokens",): "outside_fraction",
+    ("answers",): "positive_fraction clamped_fraction success_rate",
+    ("pairs",): """accuracy reward_margin chosen_reward rejected_reward chosen_shift rejected_shift margin_shift
+        both_decreased chosen_decreased""",
+    ("sequences",): "win_prob ess",
+    ("draws",): "d_mean clip_fraction",
+}
 # Name -> rules. Losses share names, so there may be several: the first holds whose needs are reported.
 RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
-    dict.fromkeys(("tokens", "sequences", "pairs", "groups", "draws", "answers", "mask_tokens", "loss"), _TOTAL)
-    | dict.fromkeys(
-        (
-            *("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "approx_kl_k1", "approx_kl_k3", "abs_log_ratio"),
-            *("kl", "kl_reference", "kl_target", "kernel_mean", "selected_fraction", "covariance_mean", "kd", "kd_fraction"),
-            *("entropy", "entropy_low_fraction", "entropy_high_fraction", "eubo"),
-        ),
-        _means_over("tokens"),
-    )
-    | dict.fromkeys(("covariance_selected", "proxy_kl"), _means_over("tokens", "selected_fraction"))
-    | dict.fromkeys(("positive_fraction", "clamped_fraction", "success_rate"), _means_over("answers"))
-    | dict.fromkeys(
-        (
-            *("accuracy", "reward_margin", "chosen_reward", "rejected_reward"),
-            *("chosen_shift", "rejected_shift", "margin_shift", "both_decreased", "chosen_decreased"),
-        ),
-        _means_over("pairs"),
-    )
-    | dict.fromkeys(("win_prob", "ess"), _means_over("sequences"))
-    | dict.fromkeys(("d_mean", "clip_fraction"), _means_over("draws"))
+    dict.fromkeys(_TOTALS, (Rule(_sum),))
+    | {name: (Rule(_mean, counts),) for counts, names in _MEANS.items() for name in names.split()}
     | {
-        "outside_fraction": _means_over("mask_tokens"),
-        "elbo": _means_over("tokens") + _means_over("sequences"),
+        "elbo": (Rule(_mean, ("tokens",)), Rule(_mean, ("sequences",))),
         "ratio_max": (Rule(_largest, ("tokens",)),),
         "ratio_min": (Rule(_smallest, ("tokens",)),),
         "d_max": (Rule(_largest_or_0, ("draws",)),),
         "log_mean_ratio": (Rule(_log_mean, ("tokens",)),),
-        "effective_sample_size": (Rule(_effective_sample_size, ("tokens", "log_mean_ratio")), *_means_over("groups")),
+        "effective_sample_size": (Rule(_effective_sample_size, ("tokens", "log_mean_ratio")), Rule(_mean, ("groups",))),
     }
 )
 
@@ -125,9 +114,6 @@ def _rule(name: str, names: Sequence[str]) -> Rule:
             return rule
     expected = " or ".join(" and ".join(map(repr, rule.needs)) for rule in RULES[name])
     raise ValueError(f"metric {name!r} is merged by {expected}, which the metrics do not have: got {', '.join(map(repr, names))}")
-
-
-# --- merging ------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...checks import FINITE, check_choice, check_count, check_number, check_tokens
+from ...checks import FINITE, check_choice, check_count, check_number, check_tokens, expect
 from ...primitives.kinks import excess
 from ...primitives.ratio import PolicyTokens, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean
@@ -38,8 +38,7 @@ class EntropyHistory:
         return None if self.total is None else self.total / self.steps
 
     def update(self, entropy: Tensor) -> None:
-        if not isinstance(entropy, Tensor):
-            raise TypeError(f"entropy must be a tensor, got {type(entropy).__name__}")
+        expect("entropy", entropy, "real", "[...]")
         entropy = entropy.detach().double()
         self.total = entropy if self.total is None else self.total + entropy
         self.steps += 1

@@ -70,9 +70,11 @@ def nft_loss(
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
     """
     check_choice("normalize", normalize, (0, 1, 2))
-    check_clamps(neg_weight, clamp_neg, clamp_pos, log_ratio_clamp)
-    check_rate_bounds(rate_bounds)
-    check_answers(ratio_type, aggregation, normalizer)
+    check_numbers(neg_weight, clamp_neg, clamp_pos, log_ratio_clamp, rate_bounds)
+    check_choice("ratio_type", ratio_type, NORMALIZERS)
+    if aggregation is not None and ratio_type == "sequence":
+        raise ValueError(f"ratio_type 'sequence' has one loss a response: aggregation must be None, got {aggregation!r}")
+    check_aggregation("token-mean" if aggregation is None else aggregation, normalizer)
     tokens = ratio_tokens(logp, old_logp, mask)
     c = per_sequence("success_rate", success_rate, tokens).clamp(*rate_bounds)
     k = per_sequence("correct", correct, tokens)
@@ -103,27 +105,15 @@ def log_at_least(x: Tensor, low: float) -> Tensor:
     return clamped.log() + (x - x.detach()) / clamped
 
 
-def check_clamps(neg_weight: float, clamp_neg: float, clamp_pos: float, log_ratio_clamp: float) -> None:
+def check_numbers(neg_weight, clamp_neg, clamp_pos, log_ratio_clamp, rate_bounds) -> None:
     """Raises TypeError or ValueError for numbers that `nft_loss` does not take."""
     check_number("neg_weight", neg_weight, 0)
-    check_number("clamp_pos", clamp_pos, 0)
     check_positive("clamp_neg", clamp_neg)
+    check_number("clamp_pos", clamp_pos, 0)
     check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)
-
-
-def check_rate_bounds(rate_bounds: tuple[float, float]) -> None:
-    """Raises TypeError or ValueError unless it is a pair 0 < low <= high < 1."""
     if not isinstance(rate_bounds, (tuple, list)) or len(rate_bounds) != 2:
         raise TypeError(f"rate_bounds must be a pair (low, high), got {shown(rate_bounds)}")
     for rate in rate_bounds:
         check_fraction("rate_bounds", rate)
     if not 0 < rate_bounds[0] <= rate_bounds[1] < 1:
         raise ValueError(f"rate_bounds must satisfy 0 < low <= high < 1, got {rate_bounds}")
-
-
-def check_answers(ratio_type: str, aggregation: str | None, normalizer: float | Tensor | None) -> None:
-    """Raises TypeError or ValueError for what does not go together."""
-    check_choice("ratio_type", ratio_type, NORMALIZERS)
-    if aggregation is not None and ratio_type == "sequence":
-        raise ValueError(f"ratio_type 'sequence' has one loss a response: aggregation must be None, got {aggregation!r}")
-    check_aggregation("token-mean" if aggregation is None else aggregation, normalizer)

@@ -1,7 +1,4 @@
-"""Direct preference optimisation (arXiv 2305.18290) and its family.
-
-From the log-probabilities of sequences, or straight from logits.
-"""
+"""Direct preference optimisation (arXiv 2305.18290) and its family, from log-probabilities or logits."""
 
 from __future__ import annotations
 
@@ -122,9 +119,6 @@ def _pair_losses(policy, reference, sft_logps, lengths, weights, o: _Options) ->
     return DPOOutput(losses, *rewards)
 
 
-# --- from log-probabilities ---------------------------------------------------------------------------------
-
-
 def dpo_loss(
     policy_chosen_logps: Tensor,
     policy_rejected_logps: Tensor,
@@ -160,7 +154,7 @@ def dpo_loss(
         "nca_pair"       -ls(beta S_c) - ls(-beta S_c)/2 - ls(-beta S_r)/2         2402.05369
         "bco_pair"       -ls(beta S_c) - ls(-beta S_r)                             2404.04656
         "sppo_hard"      (S_c - 1/(2 beta))^2 + (S_r + 1/(2 beta))^2               2405.00675
-        "aot"            "sigmoid" of beta (sort(policy margins) - sort(reference margins))         2406.05882
+        "aot"            "sigmoid" of beta (sort(policy margins) - sort(reference margins))    2406.05882
         "aot_unpaired"   "sigmoid" of beta (sort(a) - sort(b))                     2406.05882
         "apo_zero"       sigmoid(-beta a) + sigmoid(beta b)                        2408.06266
         "apo_down"       sigmoid(beta a) + sigmoid(-u)                             2408.06266
@@ -174,9 +168,10 @@ def dpo_loss(
 
     f-divergences (f-DPO, arXiv 2309.16240), of the log ratio a: reverse_kl a; forward_kl -exp(-a);
     js_divergence log sigmoid(a); alpha_divergence exp((f_alpha-1) a)/(f_alpha-1), a itself at f_alpha = 1.
-    Exponents stop at 80. "aot", "aot_unpaired", "apo_zero" and the first term of "apo_down" take a and b. TRL
-    1.16 differs: it adds the constants by which these are 0 at a = 0, which shows where lengths divide them,
-    in "sigmoid_norm" and "ipo_norm". And it gives a and b to "nca_pair", "bco_pair", "sppo_hard" and all of
+    Exponents stop at 80. "aot", "aot_unpaired", "apo_zero" and the first term of "apo_down" take a and b.
+
+    TRL 1.16 adds constants so that the divergences are 0 at a = 0. That matters where lengths divide them, in
+    "sigmoid_norm" and "ipo_norm". It also gives a and b to "nca_pair", "bco_pair", "sppo_hard" and all of
     "apo_down".
 
     Args:
@@ -212,10 +207,8 @@ def dpo_loss(
 
     dtype = torch.float64 if torch.float64 in [x.dtype for x in given.values()] else torch.float32
     policy = [x.to(dtype) for x in (policy_chosen_logps, policy_rejected_logps)]
-    reference = [
-        torch.zeros_like(p) if r is None else r.detach().to(dtype)
-        for p, r in zip(policy, (reference_chosen_logps, reference_rejected_logps), strict=True)
-    ]
+    references = (reference_chosen_logps, reference_rejected_logps)
+    reference = [torch.zeros_like(p) if r is None else r.detach().to(dtype) for p, r in zip(policy, references, strict=True)]
     lengths = [None if x is None else x.to(dtype) for x in (chosen_lengths, rejected_lengths)]
     weights = None if weights is None else weights.detach().to(dtype)
     return _pair_losses(policy, reference, policy[0], lengths, weights, options)
@@ -232,9 +225,6 @@ def _check_extras(logps, chosen_lengths, rejected_lengths, weights, options: _Op
     if weights is not None:
         expect("weights", weights, "float", "[B]", like=like)
         options.refuse_sorted("weights")
-
-
-# --- from logits --------------------------------------------------------------------------------------------
 
 
 def _check_batch(logits, labels, reference_logps, ld_alpha, reference_free: bool) -> None:

@@ -92,13 +92,7 @@ def nash_mp_loss(
     return _preference_loss(tokens, win_prob, anchors, aggregation, normalizer)
 
 
-def _preference_loss(
-    tokens: PolicyTokens,
-    win_prob: Tensor,
-    anchors: dict[str, tuple[float, Tensor]],
-    aggregation: str,
-    normalizer: float | Tensor | None,
-) -> LossOutput:
+def _preference_loss(tokens: PolicyTokens, win_prob: Tensor, anchors: dict[str, tuple[float, Tensor]], aggregation: str, normalizer) -> LossOutput:
     """REINFORCE on win_prob - 1/2, with a detached pull of each token towards the anchors.
 
     anchors: name -> (coefficient, log ratio to it).
