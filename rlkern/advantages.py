@@ -301,7 +301,7 @@ def reinforce_plus_plus(token_rewards: Tensor, mask: Tensor, *, gamma: float = 1
     """
     check_number("gamma", gamma, 0, 1)
     r, kept = _tokens(token_rewards, mask)
-    running, columns = torch.zeros_like(r[:, 0]) if r.shape[1] else None, []
+    running, columns = r.new_zeros(len(r)), []
     for reward, keep in zip(reversed(r.unbind(1)), reversed(kept.unbind(1)), strict=True):
         running = torch.where(keep, reward + gamma * running, running)
         columns.append(torch.where(keep, running, 0))
@@ -346,7 +346,7 @@ def gae(token_rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1
     check_flags(normalize=normalize)
     r, kept = _tokens(token_rewards, mask)
     v = torch.where(kept, _real("values", values, "[B, T]", ("token_rewards", r)), 0)
-    next_value = advantage = torch.zeros_like(r[:, 0]) if r.shape[1] else None
+    next_value = advantage = r.new_zeros(len(r))
     columns = []
     for reward, value, keep in zip(*(reversed(x.unbind(1)) for x in (r, v, kept)), strict=True):
         delta = reward + gamma * next_value - value

@@ -80,8 +80,8 @@ def vrpo_loss(
     """
     chosen = draw_mean("chosen_elbo", chosen_elbo, mc_weight)
     others = {"rejected_elbo": rejected_elbo, "ref_chosen_elbo": ref_chosen_elbo, "ref_rejected_elbo": ref_rejected_elbo}
-    means = [draw_mean(name, x, mc_weight, ("chosen_elbo", chosen)) for name, x in others.items()]
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, *means, beta)
+    rejected, *refs = (draw_mean(name, x, mc_weight, ("chosen_elbo", chosen)) for name, x in others.items())
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, refs[0], refs[1], beta)
     pairs = max(len(losses), 1)
     metrics = {
         "chosen_reward": chosen_rewards.sum() / pairs,

@@ -78,7 +78,7 @@ def bgpo_options(given: Given, like: Tensor) -> Options:
     clip = (1.0, math.inf) if o["clip"] is None else o["clip"]
     if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be a pair (low, high) for the bounds 1 - low and 1 + high, or None, got {clip!r}")
-    check_clip(*clip, o["dual_clip"])
+    check_clip(clip[0], clip[1], o["dual_clip"])
     check_number("max_log_ratio", given.max_log_ratio, 0, LARGEST_EXPONENT)
     check_number("kl_coef", given.kl_coef, 0)
     check_choice("kl", given.kl, CONVEX_KL)

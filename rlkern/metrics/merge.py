@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -43,7 +44,7 @@ def _mean(values: Tensor, *counts: Tensor) -> Tensor:
 
     A part without tokens is left out: its value may be infinite.
     """
-    weight = math.prod(counts).unsqueeze(-1)
+    weight = reduce(torch.mul, counts).unsqueeze(-1)
     total = weight.sum()
     return torch.where(weight > 0, weight * values, 0).sum(0) / torch.where(total == 0, 1, total)
 
@@ -127,7 +128,7 @@ def merge_rows(names: Sequence[str], rows: Tensor) -> Tensor:
     for name in names:
         groups.setdefault(_rule(name, names), []).append(name)
     columns = dict(zip(names, rows.unbind(-1), strict=True))
-    merged = {}
+    merged: dict[str, Tensor] = {}
     for rule, group in groups.items():
         values = rule.merge(torch.stack([columns[name] for name in group], -1), *(columns[need] for need in rule.needs))
         merged.update(zip(group, values.unbind(), strict=True))

@@ -86,7 +86,7 @@ def kdrl_loss(
     return LossOutput(loss, metrics)
 
 
-def _divergence(kd: str, teacher_logp: Tensor | None, teacher_kl: Tensor | None, p: PolicyTokens) -> Tensor:
+def _divergence(kd: str, teacher_logp, teacher_kl, p: PolicyTokens) -> Tensor:
     """[B, T] with gradient."""
     if kd == "exact":
         check_tokens("teacher_kl", teacher_kl, p.logp)

@@ -6,6 +6,7 @@ PPO over the vocabulary that a lagging mask policy leaves open.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,7 +60,7 @@ def nlpo_loss(
     check_flags(normalize_advantages=normalize_advantages)
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy= [B, T]")
-    options = {"log_ratio_clamp": log_ratio_clamp, "aggregation": aggregation, "normalizer": normalizer}
+    options: dict[str, Any] = {"log_ratio_clamp": log_ratio_clamp, "aggregation": aggregation, "normalizer": normalizer}
     given = policy_tokens(logp, old_logp, advantages, mask, **options)
     inside = given.mask & (given.logp > -math.inf)
     if old_logp is not None:

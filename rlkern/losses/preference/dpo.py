@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ...checks import FINITE, check_choice, check_flags, check_number, check_positive, expect, expect_alike
 from ...primitives.sequence import check_labels, next_tokens
-from ...primitives.token_stats import TokenStats, token_stats
+from ...primitives.token_stats import token_stats
 from .dpo_types import F_DIVERGENCES, PAIR_LOSSES, Pairs
 
 
@@ -104,16 +105,14 @@ def _pair_losses(policy, reference, sft_logps, lengths, weights, o: _Options) ->
     rewards = [(o.beta * log_ratio).detach() for log_ratio in (chosen, rejected)]
     policy_margin, reference_margin = policy[0] - policy[1], reference[0] - reference[1]
     if o.reference_free:
-        chosen, rejected, reference_margin = *policy, torch.zeros_like(reference_margin)
-    scores = [F_DIVERGENCES[o.f_divergence](log_ratio, o.f_alpha) for log_ratio in (chosen, rejected)]
-    margin = o.beta * (scores[0] - scores[1])
-    shared = (sft_logps, *lengths, o.beta, o.label_smoothing, o.discopop_tau)
-    pairs = Pairs(policy_margin, reference_margin, chosen, rejected, *scores, margin, *shared)
-    losses = None
-    for name, weight in zip(o.loss_types, o.loss_weights, strict=True):
-        loss = PAIR_LOSSES[name].function(pairs)
-        loss = loss if weight == 1 else weight * loss
-        losses = loss if losses is None else losses + loss
+        (chosen, rejected), reference_margin = policy, torch.zeros_like(reference_margin)
+    score = F_DIVERGENCES[o.f_divergence]
+    chosen_score, rejected_score = score(chosen, o.f_alpha), score(rejected, o.f_alpha)
+    margin = o.beta * (chosen_score - rejected_score)
+    margins = (policy_margin, reference_margin, chosen, rejected, chosen_score, rejected_score, margin)
+    pairs = Pairs(*margins, sft_logps, lengths[0], lengths[1], o.beta, o.label_smoothing, o.discopop_tau)
+    terms = ((PAIR_LOSSES[name].function(pairs), weight) for name, weight in zip(o.loss_types, o.loss_weights, strict=True))
+    losses = reduce(torch.add, (loss if weight == 1 else weight * loss for loss, weight in terms))
     if weights is not None:  # an impossible response of weight 0 has an infinite loss, which does not count
         losses = torch.where(weights == 0, 0, losses * weights)
     return DPOOutput(losses, *rewards)
@@ -199,7 +198,7 @@ def dpo_loss(
         missing lengths, and for label_smoothing or f_divergence where no loss type in use listens to it.
     """
     options = _options(beta, label_smoothing, ipo, reference_free, loss_type, loss_weights, f_divergence, f_alpha, discopop_tau)
-    given = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
+    given: dict[str, Any] = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     if not (reference_free and reference_chosen_logps is None and reference_rejected_logps is None):
         given |= {"reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps}
     expect_alike("float", "[B] (both references may be None with reference_free=True)", **given)
@@ -235,9 +234,8 @@ def _check_batch(logits, labels, reference_logps, ld_alpha, reference_free: bool
         check_number("ld_alpha", ld_alpha, 0, 1)
     if reference_logps is None and reference_free:
         return
-    layout, shapes = "[2B] or [2B, T] (None with reference_free=True)", (labels.shape[:1], labels.shape)
-    if ld_alpha is not None:
-        layout, shapes = "[2B, T], one a token for ld_alpha", (labels.shape,)
+    layout = "[2B] or [2B, T] (None with reference_free=True)" if ld_alpha is None else "[2B, T], one a token for ld_alpha"
+    shapes = (labels.shape[:1], labels.shape) if ld_alpha is None else (labels.shape,)
     expect("reference_logps", reference_logps, "float", layout, shape=shapes, like=("logits", logits))
 
 
@@ -264,7 +262,7 @@ def _response_sums(logps: Tensor, counted: Tensor, ld_alpha: float | None) -> Te
     return sums + ld_alpha * torch.where(head, 0, logps).sum(-1) if ld_alpha else sums
 
 
-def _wpo_weights(stats: TokenStats, counted: Tensor, max_weight: float | None) -> Tensor:
+def _wpo_weights(stats, counted: Tensor, max_weight: float | None) -> Tensor:
     """[B], detached."""
     surplus = stats.logp.detach() - torch.where(counted, stats.sum_sq_prob.detach(), 1).log()
     chosen, rejected = (surplus.sum(-1) / counted.sum(-1).clamp(min=1)).chunk(2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,8 +27,8 @@ class Pairs(NamedTuple):
     rejected_score: Tensor
     margin: Tensor  # beta * (chosen_score - rejected_score), called u below
     chosen_logps: Tensor  # log pi(chosen)
-    chosen_lengths: Tensor | None
-    rejected_lengths: Tensor | None
+    chosen_lengths: Any
+    rejected_lengths: Any
     beta: float
     label_smoothing: float
     discopop_tau: float
