@@ -76,6 +76,14 @@ def expect(
         raise ValueError(f"{name} must not require grad, got requires_grad=True: detach it")
 
 
+def expect_alike(kind: str, layout: str, **tensors: Any) -> None:
+    """All are tensors of that kind. The first has that layout, the others have its shape and device."""
+    (first, like), *others = tensors.items()
+    expect(first, like, kind, layout)
+    for name, x in others:
+        expect(name, x, kind, layout, like=(first, like))
+
+
 def check_logp(logp: Tensor, name: str = "logp") -> None:
     """[B, T] float."""
     expect(name, logp, "float", "[B, T]")
@@ -86,11 +94,11 @@ def check_tokens(name: str, x: Any, logp: Tensor, kind: str = "float", of: str =
     expect(name, x, kind, "[B, T]", like=(of, logp))
 
 
-def per_token(name: str, x: Tensor, logp: Tensor) -> Tensor:
-    """x [B, T], [B, 1] or [B], float without gradient, as [B, T] in the dtype that logp is computed in (expanded, not
+def per_token(name: str, x: Tensor, logp: Tensor, kind: str = "float") -> Tensor:
+    """x [B, T], [B, 1] or [B], without gradient, as [B, T] in the dtype that logp is computed in (expanded, not
     copied)."""
     n, length = logp.shape
-    expect(name, x, "float", "[B, T], [B, 1] or [B]", shape=((n, length), (n, 1), (n,)), like=("logp", logp), detached=True)
+    expect(name, x, kind, "[B, T], [B, 1] or [B]", shape=((n, length), (n, 1), (n,)), like=("logp", logp), detached=True)
     x = x.to(computing_dtype(logp))
     if x.shape == logp.shape:
         return x
@@ -209,15 +217,18 @@ def check_number(name: str, value: float, low: float = -math.inf, high: float = 
 
 
 def interval(low: float, high: float) -> str:
-    """For an error: "in [0, inf)" where high is FINITE."""
+    """For an error: "in [0, inf)" where high is FINITE, "finite" where low is -FINITE as well."""
+    if (low, high) == (-FINITE, FINITE):
+        return "finite"
     return f"in [{low}, inf)" if high == FINITE else f"in [{low}, {high}]"
 
 
 def check_positive(name: str, value: float, high: float = math.inf) -> None:
     """A number in (0, high]."""
-    check_number(name, value, high=high)
-    if value <= 0:
-        raise ValueError(f"{name} must be positive, got {value}")
+    if isinstance(value, (int, float)) and not 0 < value <= high:
+        bound = "" if high == math.inf else " and finite" if high == FINITE else f" and at most {high}"
+        raise ValueError(f"{name} must be positive{bound}, got {value}")
+    check_number(name, value)
 
 
 def check_fraction(name: str, value: float) -> None:
@@ -235,6 +246,14 @@ def check_count(name: str, value: int, low: int = 0) -> None:
         raise ValueError(f"{name} must be at least {low}, got {value}")
     if not torch.compiler.is_compiling() and value >= 1 << 31:
         raise ValueError(f"{name} must be below 2^31, got {value}")
+
+
+def check_index(name: str, value: int, count: int) -> None:
+    """An integer in [0, count); IndexError beyond."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {shown(value)}")
+    if not 0 <= value < count:
+        raise IndexError(f"{name} must be in [0, {count}), got {value}")
 
 
 def check_flags(**flags: bool) -> None:

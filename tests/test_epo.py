@@ -111,7 +111,7 @@ def test_history():
     turns.update(torch.tensor([1.0, 2.0]))
     turns.update(torch.tensor([2.0, 4.0]))
     assert turns.mean.tolist() == [1.5, 3.0]
-    with pytest.raises(TypeError, match="entropy must be a tensor"):
+    with pytest.raises(TypeError, match="entropy must be a bool or number tensor"):
         history.update(1.0)
 
 

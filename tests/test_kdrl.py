@@ -160,7 +160,7 @@ def test_refuses(change, error, message):
         (lambda: reward_guided_mask(torch.ones(2, 2)), ValueError, r"correct must be \[B\]"),
         (lambda: reward_guided_mask([1]), TypeError, "correct must be a bool or number tensor"),
         (lambda: kd_coefficient(-1), ValueError, "step must be in"),
-        (lambda: topk_reverse_kl(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "of one shape"),
+        (lambda: topk_reverse_kl(torch.ones(2, 3), torch.ones(2, 4)), ValueError, r"teacher_logp must have the shape of logp \(2, 3\), got \(2, 4\)"),
         (lambda: topk_reverse_kl(torch.ones(2, 3), torch.ones(2, 3, device="meta")), ValueError, "on the device of logp cpu, got meta"),
         (lambda: topk_reverse_kl(torch.ones(2, 3).long(), torch.ones(2, 3)), TypeError, "logp must be a float tensor"),
     ],

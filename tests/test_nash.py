@@ -85,7 +85,7 @@ def test_expected_gradient_is_that_of_the_proximal_objective():
         ({"reference_logp": torch.zeros(3, 4)}, ValueError, r"reference_logp must have the shape of logp \(3, 5\)"),
         ({"target_logp": None}, TypeError, "target_logp must be a float tensor"),
         ({"win_prob": torch.zeros(4)}, ValueError, "win_prob must be"),
-        ({"eta": 0}, ValueError, "eta is the step size"),
+        ({"eta": 0}, ValueError, "eta must be positive, got 0"),
         ({"beta": -0.1}, ValueError, "beta must be in"),
         ({"aggregation": "sum"}, ValueError, "unknown aggregation mode"),
     ],

@@ -127,8 +127,12 @@ def test_metrics():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"success_rate": torch.ones(5)}, ValueError, r"success_rate must be \[B\] or \[B, 1\] with B = 6"),
-        ({"correct": [1.0]}, TypeError, "correct must be a real tensor"),
+        (
+            {"success_rate": torch.ones(5)},
+            ValueError,
+            r"success_rate must be \[B\] or \[B, 1\], here \(6,\) or \(6, 1\) for logp \(6, 5\), got \(5,\)",
+        ),
+        ({"correct": [1.0]}, TypeError, "correct must be a bool or number tensor"),
         ({"mask": torch.ones(6, 4)}, ValueError, r"mask must have the shape of logp \(6, 5\)"),
         ({"logp": [0.0]}, TypeError, "logp must be a float tensor"),
         ({"normalize": 3}, ValueError, "unknown normalize 3"),

@@ -140,7 +140,7 @@ def test_tokens_outside_of_the_set_do_not_count():
         (lambda x, k: nlpo_keep_set(x, top_k=2, temperature=0.0), ValueError, "temperature must be positive"),
         (lambda x, k: nlpo_keep_set(x.long(), top_k=2), TypeError, "mask_logits must be float32"),
         (lambda x, k: nlpo_stats(x, torch.zeros(2).long(), k.float()), TypeError, "keep must be a bool tensor"),
-        (lambda x, k: nlpo_stats(x, torch.zeros(2).long(), k[:1]), ValueError, "keep must be like logits"),
+        (lambda x, k: nlpo_stats(x, torch.zeros(2).long(), k[:1]), ValueError, r"keep must have the shape of logits \(2, 5\), got \(1, 5\)"),
         (lambda x, k: nlpo_loss(x, None, x, k, entropy_coef=0.1), ValueError, "entropy_coef=0.1 needs entropy="),
         (lambda x, k: nlpo_loss(x, None, x, k, normalize_advantages="batch"), TypeError, "normalize_advantages must be True or False, got 'batch'"),
         (lambda x, k: nlpo_loss(x, None, x[0], k), ValueError, "advantages must be"),

@@ -79,10 +79,10 @@ def test_untrained_head_gets_the_ranking_gradient():
 @pytest.mark.parametrize(
     ("arguments", "options", "error", "message"),
     [
-        ((CHOSEN, REJECTED[:4]), {}, ValueError, r"rejected_rewards must be \[B\]"),
-        ((CHOSEN.view(5, 1), REJECTED.view(5, 1)), {}, ValueError, r"chosen_rewards must be \[B\]"),
+        ((CHOSEN, REJECTED[:4]), {}, ValueError, r"rejected_rewards must have the shape of chosen_rewards \(5,\), got \(4,\)"),
+        ((CHOSEN.view(5, 1), REJECTED.view(5, 1)), {}, ValueError, r"chosen_rewards must be \[B\] \(one reward a response\), got shape \(5, 1\)"),
         ((CHOSEN.long(), REJECTED), {}, TypeError, "chosen_rewards must be a float tensor"),
-        ((CHOSEN, None), {}, TypeError, "rejected_rewards must be a float tensor .*NoneType"),
+        ((CHOSEN, None), {}, TypeError, "rejected_rewards must be a float tensor .*None"),
         ((CHOSEN, REJECTED), {"margin": 0.5}, TypeError, "margin must be a float tensor"),
         ((CHOSEN, REJECTED), {"penalty": "l1"}, ValueError, "unknown penalty 'l1'"),
         ((CHOSEN, REJECTED), {"focal_gamma": -1}, ValueError, "focal_gamma must be in"),

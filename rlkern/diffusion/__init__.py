@@ -1,4 +1,4 @@
-"""Masked diffusion language models: the masks to draw, and the losses on their estimates of the likelihood."""
+"""Masked diffusion language models: masks to draw, and losses on their estimates of the likelihood."""
 
 from .accumulator import BGPOAccumulator
 from .bgpo import BGPOOutput, BGPOStats, bgpo_loss, elbo_coeff

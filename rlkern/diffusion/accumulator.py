@@ -1,4 +1,7 @@
-"""The Monte-Carlo draws of one micro-batch, one backward each: diffusion BGPO's bound, or the exact objective in two passes."""
+"""The Monte-Carlo draws of one micro-batch, one backward each.
+
+For diffusion BGPO's bound, or for the exact objective in two passes.
+"""
 
 from __future__ import annotations
 
@@ -8,60 +11,60 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_number, shown
+from ..checks import check_choice, check_count, check_index, check_number, expect, shown
 from ..operator import values_readable
 from ..primitives.elbo import elbo_rows
 from ..primitives.kinks import number
 from .bgpo import Exact, bgpo_loss, check_elbo, check_old, exact_objective, log_ratio
-from .options import advantage_vector, bgpo_options, factor, other_elbo, scale_factor
+from .options import Given, advantage_vector, bgpo_options, factor, scale_factor, vector
 
 _MC_SAMPLES = 16  # the paper's n_t
 
 
-def _draws(old_elbo: Tensor | None, ref_elbo: Tensor | None, num_mc: int | None, mc_weights, n_sequences: int) -> int:
-    """The number of draws, of which every argument that has one column a draw must agree."""
-    for name, x in (("old_elbo", old_elbo), ("ref_elbo", ref_elbo)):
-        if x is None:
-            continue
-        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            raise TypeError(f"{name} must be a float tensor [B, n], got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-        if x.dim() != 2 or x.shape[0] != n_sequences:
-            raise ValueError(f"{name} must be [B, n] with B = {n_sequences} as advantages, one column a draw, got {tuple(x.shape)}")
+def _draws(advantages: Tensor, old_elbo, ref_elbo, num_mc: int | None, mc_weights) -> int:
+    """The number of draws. Every argument with one column a draw must agree."""
+    columns: dict[str, int] = {}
     if num_mc is not None:
         check_count("num_mc", num_mc, 1)
-    if mc_weights is not None and not (isinstance(mc_weights, Tensor) and mc_weights.dtype.is_floating_point and mc_weights.dim() > 0):
+        columns["num_mc"] = num_mc
+    for name, x in {"old_elbo": old_elbo, "ref_elbo": ref_elbo}.items():
+        if x is not None:
+            expect(name, x, "float", "[B, n] (one column a draw)")
+            expect(name, x, "float", "[B, n]", shape=(len(advantages), x.shape[1]), like=("advantages", advantages))
+            columns[name] = x.shape[1]
+    if isinstance(mc_weights, Tensor) and mc_weights.dtype.is_floating_point and mc_weights.dim() > 0:
+        columns["mc_weights"] = mc_weights.shape[-1]
+    elif mc_weights is not None:
         if not isinstance(mc_weights, Sequence) or isinstance(mc_weights, str):
             raise TypeError(f"mc_weights must be a float tensor [n] or [B, n], or a sequence of numbers, got {shown(mc_weights)}")
         for weight in mc_weights:
             check_number("mc_weights", weight)
-    columns = {"num_mc": num_mc}
-    columns |= {name: x.shape[1] for name, x in (("old_elbo", old_elbo), ("ref_elbo", ref_elbo)) if x is not None}
-    if mc_weights is not None:
-        columns["mc_weights"] = mc_weights.shape[-1] if isinstance(mc_weights, Tensor) else len(mc_weights)
-    counts = {name: count for name, count in columns.items() if count is not None}
-    if len(set(counts.values())) > 1:
-        raise ValueError(f"the number of draws must be one, got {', '.join(f'{count} from {name}' for name, count in counts.items())}")
-    count = next(iter(counts.values()), _MC_SAMPLES)
-    if count < 1:
-        raise ValueError(f"the number of draws must be at least 1, got {count} from {next(iter(counts))}")
-    return count
+        columns["mc_weights"] = len(mc_weights)
+    if len(set(columns.values())) > 1:
+        counts = ", ".join(f"{count} from {name}" for name, count in columns.items())
+        raise ValueError(f"the number of draws must be one, got {counts}")
+    for name, count in columns.items():
+        if count < 1:
+            raise ValueError(f"the number of draws must be at least 1, got {count} from {name}")
+    return next(iter(columns.values()), _MC_SAMPLES)
 
 
-def _weights(mc_weights: Tensor | Sequence[float] | None, count: int, n_sequences: int) -> list[float | Tensor]:
+def _weights(advantages: Tensor, mc_weights: Tensor | Sequence[float] | None, count: int) -> Sequence[float | Tensor]:
     """omega_j, for each draw a number, a 0-d tensor or one [B]."""
     if mc_weights is None:
         return [1 / count] * count
-    if isinstance(mc_weights, Tensor):
-        if tuple(mc_weights.shape) not in ((count,), (n_sequences, count)):
-            raise ValueError(f"mc_weights must be [n] or [B, n] with n = {count} and B = {n_sequences}, got {tuple(mc_weights.shape)}")
-        total = mc_weights.sum(-1)
-        if values_readable(mc_weights) and not (((total - 1).abs() < 1e-3).all() and (mc_weights >= 0).all()):
-            raise ValueError(f"mc_weights must not be negative and sum to 1 over the draws, got sums {total.min().item()} to {total.max().item()}")
-        return list(mc_weights.unbind(-1))
-    weights = [float(w) for w in mc_weights]
-    if abs(sum(weights) - 1) >= 1e-3 or min(weights) < 0:
-        raise ValueError(f"mc_weights must not be negative and sum to 1 over the draws, got {weights} with sum {sum(weights)}")
-    return weights
+    wanted = "mc_weights must not be negative and sum to 1 over the draws, got"
+    if not isinstance(mc_weights, Tensor):
+        weights = [float(w) for w in mc_weights]
+        if abs(sum(weights) - 1) >= 1e-3 or min(weights) < 0:
+            raise ValueError(f"{wanted} {weights} with sum {sum(weights)}")
+        return weights
+    shapes = ((count,), (len(advantages), count))
+    expect("mc_weights", mc_weights, "float", "[n] or [B, n]", shape=shapes, like=("advantages", advantages))
+    total = mc_weights.sum(-1)
+    if values_readable(mc_weights) and not (((total - 1).abs() < 1e-3).all() and (mc_weights >= 0).all()):
+        raise ValueError(f"{wanted} sums {total.min().item()} to {total.max().item()}")
+    return mc_weights.unbind(-1)
 
 
 class _Draw(NamedTuple):
@@ -72,38 +75,42 @@ class _Draw(NamedTuple):
 
 
 class BGPOAccumulator:
-    """Owns what the draws of a micro-batch share, and what they tell: old ELBOs, weights, metrics. One for each micro-batch and optimizer step.
+    """What the draws of a micro-batch share: old ELBOs, weights, metrics. One a micro-batch and step.
 
-        acc = rlkern.BGPOAccumulator(advantages, old_elbo, seq_weight, num_mc=16, ratio_scale=1 / lengths, clip=(0.2, 0.2))
+        acc = rlkern.BGPOAccumulator(advantages, old_elbo, seq_weight, num_mc=16, ratio_scale=1 / lengths)
         for j in range(acc.num_mc):
             acc.loss(j, model(noisy[:, j]).logits, ids, mask=mask[:, j], weight=weight[:, j]).backward()
         optimizer.step()
 
-    mode="bound" is `bgpo_loss` for each draw. mode="exact" has the gradient of the objective itself, A exp(sum_j omega_j d_j), with the clip on the
-    ratio of the whole estimate; it must know all ELBOs before the first backward, so a pass without gradient goes first:
+    mode="bound" is `bgpo_loss` for each draw. mode="exact" has the gradient of the objective itself,
+    A exp(sum_j omega_j d_j), with the clip on the ratio of the whole estimate. It must know all ELBOs before
+    the first backward, so a pass without gradient goes first:
 
         if acc.two_pass:
             with torch.no_grad():
                 for j in range(acc.num_mc):
                     acc.observe(j, model(noisy[:, j]).logits, ids, mask=mask[:, j], weight=weight[:, j])
 
-    On-policy (no old_elbo, no ref_elbo) both modes are the same gradient and neither needs that pass. In both, the losses of the draws sum to the
-    loss of the micro-batch, and memory holds one draw. Data parallel: every process must run the same number of draws, empty ones included.
+    On-policy (no old_elbo, no ref_elbo) both modes have the same gradient and neither needs that pass. In
+    both, the losses of the draws sum to the loss of the micro-batch, and memory holds one draw. Data
+    parallel: every process must run the same number of draws, empty ones included.
 
     Args:
         advantages: [B] float.
-        old_elbo: [B, n] float, the draws' ELBOs under the policy that produced the data, or None: on-policy (or old_token_logp at each draw).
-            The `elbo` of an earlier accumulator over the same draws serves.
+        old_elbo: [B, n] float, the draws' ELBOs under the policy that produced the data, such as the `elbo`
+            of an earlier accumulator over the same draws. None: on-policy, or old_token_logp at each draw.
         seq_weight: c, a number or [B], as in `bgpo_loss`; None with a preset.
         num_mc: n; None takes it from old_elbo, ref_elbo or mc_weights, else 16.
         mode: "bound" or "exact".
-        mc_weights: omega, [n] or [B, n], not negative, summing to 1 over the draws (quadrature); None is 1/n each.
-        ratio_scale, clip, dual_clip, max_log_ratio, preset, lengths, response_width, kl_coef, kl: as in `bgpo_loss`.
+        mc_weights: omega, [n] or [B, n], not negative, with sum 1 over the draws (quadrature); None is 1/n.
+        ratio_scale, clip, dual_clip, max_log_ratio, preset, lengths, response_width, kl_coef, kl: as in
+            `bgpo_loss`.
         ref_elbo: [B, n] float, the draws' ELBOs under the reference model.
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above; for weights that do not sum to 1 (read on a CPU,
-        on a GPU with RLKERN_DEBUG=1). The methods: IndexError for a draw outside [0, n), RuntimeError for calls out of order.
+        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above, and for
+        weights that do not sum to 1 (read on a CPU, on a GPU with RLKERN_DEBUG=1). The methods: IndexError
+        for a draw outside [0, n), RuntimeError for calls out of order.
     """
 
     def __init__(
@@ -127,30 +134,13 @@ class BGPOAccumulator:
         kl: str = "k2",
     ):
         check_choice("mode", mode, ("bound", "exact"))
-        if not isinstance(advantages, Tensor) or not advantages.dtype.is_floating_point:
-            got = advantages.dtype if isinstance(advantages, Tensor) else type(advantages).__name__
-            raise TypeError(f"advantages must be a float tensor [B], got {got}")
-        if advantages.dim() != 1:
-            raise ValueError(f"advantages must be [B], one a sequence, got {tuple(advantages.shape)}")
+        expect("advantages", advantages, "float", "[B] (one a sequence)")
         self.mode = mode
-        self.num_mc = _draws(old_elbo, ref_elbo, num_mc, mc_weights, advantages.shape[0])
+        self.num_mc = _draws(advantages, old_elbo, ref_elbo, num_mc, mc_weights)
         self._advantages = advantages
-        self._mc_weights = _weights(mc_weights, self.num_mc, advantages.shape[0])
-        self._options = bgpo_options(
-            advantages.shape[0],
-            advantages.device,
-            seq_weight=seq_weight,
-            ratio_scale=ratio_scale,
-            clip=clip,
-            dual_clip=dual_clip,
-            max_log_ratio=max_log_ratio,
-            ref_elbo=ref_elbo,
-            kl_coef=kl_coef,
-            kl=kl,
-            preset=preset,
-            lengths=lengths,
-            response_width=response_width,
-        )
+        self._mc_weights = _weights(advantages, mc_weights, self.num_mc)
+        given = Given(*(seq_weight, ratio_scale, clip, dual_clip, max_log_ratio, ref_elbo, kl_coef, kl, preset, lengths, response_width))
+        self._options = bgpo_options(given, advantages)
         self._old = None if old_elbo is None else old_elbo.detach().unbind(-1)
         self._ref = None if ref_elbo is None else ref_elbo.detach().unbind(-1)
         self._observed: dict[int, tuple[Tensor, Tensor]] = {}  # draw -> (ell, d) of the first pass
@@ -159,7 +149,7 @@ class BGPOAccumulator:
 
     @property
     def two_pass(self) -> bool:
-        """Whether `loss` needs `observe` of every draw first. (So it does, too, where each draw brings old_token_logp in place of old_elbo.)"""
+        """Whether `loss` needs `observe` of all draws first. With old_token_logp mode="exact" does, too."""
         return self.mode == "exact" and not (self._old is None and self._ref is None)
 
     def observe(
@@ -175,13 +165,14 @@ class BGPOAccumulator:
         temperature: float | Tensor = 1.0,
         ignore_index: int = -100,
     ) -> None:
-        """First pass of mode="exact": notes the ELBO of draw j, [B] numbers. Run the model without gradient and without dropout.
+        """First pass of mode="exact": notes the ELBO of draw j, [B] numbers.
 
-        Arguments as in `bgpo_loss`, the same as those of `loss` for this draw. RuntimeError with mode="bound".
+        Run the model without gradient and without dropout. Arguments as in `bgpo_loss`, the same as those of
+        `loss` for this draw. RuntimeError with mode="bound".
         """
         if self.mode != "exact":
             raise RuntimeError("observe is the first pass of mode='exact'; mode='bound' has none, call loss")
-        self._check_draw(j)
+        check_index("draw j", j, self.num_mc)
         rows, like = self._rows(logits, targets, weight, mask=mask, seq_idx=seq_idx, ignore_index=ignore_index)
         old = check_old(None if self._old is None else self._old[j], old_token_logp, rows, like)
         with torch.no_grad():
@@ -205,12 +196,13 @@ class BGPOAccumulator:
         ignore_index: int = -100,
         inplace_backward: bool = False,
     ) -> Tensor:
-        """The loss of draw j, 0-d, to be backpropagated before the next draw's forward. It contains seq_weight and omega_j.
+        """The loss of draw j, 0-d, to be backpropagated before the next draw's forward.
 
-        Arguments as in `bgpo_loss`; old_token_logp in place of old_elbo (with mode="exact" it is `observe` that uses it).
-        RuntimeError with mode="exact" for a draw that must be observed and was not, in any of the n.
+        It contains seq_weight and omega_j. Arguments as in `bgpo_loss`. old_token_logp replaces old_elbo;
+        with mode="exact" it is `observe` that uses it. RuntimeError with mode="exact" if any of the n draws
+        must be observed and was not.
         """
-        self._check_draw(j)
+        check_index("draw j", j, self.num_mc)
         draw = {"mask": mask, "seq_idx": seq_idx, "ignore_index": ignore_index}
         source = {"temperature": temperature, "inplace_backward": inplace_backward}
         if self.mode == "bound":
@@ -237,7 +229,7 @@ class BGPOAccumulator:
         return loss
 
     def _rows(self, logits, targets, weight, *, mask, seq_idx, ignore_index):
-        """The rows of a draw, and an empty [B] in the dtype and on the device of what is computed from them."""
+        """The rows of a draw, and an empty [B] in the dtype and on the device of the results."""
         n = self._advantages.shape[0]
         rows = elbo_rows(logits, targets, weight, mask=mask, seq_idx=seq_idx, num_seqs=None if seq_idx is None else n, ignore_index=ignore_index)
         if rows.num_seqs != n:
@@ -250,29 +242,35 @@ class BGPOAccumulator:
             if needed:
                 self._require(self._observed, "mode='exact' off-policy: the first loss")
             advantages = advantage_vector(self._advantages, like)
-            d, delta = torch.zeros_like(like), None
-            if needed:
-                omega = [factor("mc_weights", w, like, 1) for w in self._mc_weights]
-                d = sum(omega[j] * self._observed[j][1] for j in range(self.num_mc))
-            if self._ref is not None:
-                scale = scale_factor(self._options.ratio_scale, like)
-                delta = sum(omega[j] * scale * (self._observed[j][0] - other_elbo("ref_elbo", self._ref[j], like)) for j in range(self.num_mc))
-            self._exact = exact_objective(d, delta, advantages, self._options)
+            scale = scale_factor(self._options.ratio_scale, like)
+            d, delta = torch.zeros_like(like), torch.zeros_like(like)
+            for j in range(self.num_mc) if needed else ():
+                ell, log_ratio_j = self._observed[j]
+                omega = factor("mc_weights", self._mc_weights[j], like, 1)
+                d = d + omega * log_ratio_j
+                if self._ref is not None:
+                    delta = delta + omega * scale * (ell - vector("ref_elbo", self._ref[j], like))
+            self._exact = exact_objective(d, None if self._ref is None else delta, advantages, self._options)
         return self._exact
 
     @property
     def elbo(self) -> Tensor:
-        """[B, n], the ELBO of every draw as `loss` met it: the old_elbo of a later update. RuntimeError before all are there."""
+        """[B, n], the ELBO of every draw as `loss` met it, for a later update.
+
+        RuntimeError before all are there.
+        """
         self._require(self._seen, "elbo")
         return torch.stack([self._seen[j].ell for j in range(self.num_mc)], -1)
 
     def metrics(self) -> dict[str, Tensor]:
-        """Over the draws whose loss was taken, detached 0-d tensors on the device; nothing is read on the host. RuntimeError before the first loss.
+        """Over the draws whose loss was taken. Detached 0-d tensors on the device, not read on the host.
 
-        loss: their sum; elbo: mean over the sequences of sum_j omega_j ell_j, with the weights of the missing draws given to those there;
-        d_mean, d_max: of the log ratios d_j; clip_fraction: of (sequence, draw) without gradient because of a bound; ess: the effective number of
-        draws, mean over the sequences of (sum_j omega_j exp(d_j))^2 / sum_j (omega_j exp(d_j))^2, n on-policy with equal weights; sequences, draws:
-        how many sequences and how many (sequence, draw), by which `rlkern.metrics.merge_metrics` weighs these.
+        loss: their sum. elbo: mean over the sequences of sum_j omega_j ell_j, with the weights of missing
+        draws given to those there. d_mean, d_max: of the log ratios d_j. clip_fraction: of (sequence, draw)
+        without gradient because of a bound. ess: the effective number of draws, mean over the sequences of
+        (sum_j omega_j exp(d_j))^2 / sum_j (omega_j exp(d_j))^2; n on-policy with equal weights. sequences,
+        draws: how many sequences and how many (sequence, draw), by which `rlkern.metrics.merge_metrics`
+        weighs these. RuntimeError before the first loss.
         """
         if not self._seen:
             raise RuntimeError("metrics needs at least one loss first")
@@ -298,9 +296,3 @@ class BGPOAccumulator:
         if missing:
             first = "observe" if done is self._observed else "loss"
             raise RuntimeError(f"{what} needs {first}(j, ...) of all {self.num_mc} draws before it; missing {missing}")
-
-    def _check_draw(self, j: int) -> None:
-        if not isinstance(j, int) or isinstance(j, bool):
-            raise TypeError(f"the draw must be an int, got {type(j).__name__}")
-        if not 0 <= j < self.num_mc:
-            raise IndexError(f"draw {j} is out of range for {self.num_mc} draws")

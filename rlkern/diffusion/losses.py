@@ -1,10 +1,13 @@
-"""Losses for masked diffusion language models beside BGPO (`bgpo.py`): what each makes of log-probabilities of guessed tokens, or of their ELBOs.
+"""Losses for masked diffusion language models beside BGPO (`bgpo.py`).
 
-Log-probabilities come from `rlkern.token_logprobs`, ELBOs from `rlkern.masked_elbo`, masks from `rlkern.diffusion.masks`. A masked token is guessed
-from what is not masked, so "log-probability of the response" means something else in every method: the estimate is the caller's, the loss is here.
+What each makes of log-probabilities of guessed tokens, or of their ELBOs. Log-probabilities come from
+`rlkern.token_logprobs`, ELBOs from `rlkern.masked_elbo`, masks from `rlkern.diffusion.masks`. A masked token
+is guessed from what is not masked, so "log-probability of the response" means something else in every method.
+The estimate is the caller's, the loss is here.
 
-Losses that are not linear in the draws (VRPO, SPG, ESPO) need the gradient graphs of all draws at once, or two passes: a first one without gradient,
-then `torch.autograd.grad` of the loss with respect to its first input, which weighs the draws in a second pass, one at a time. See docs/diffusion.md.
+VRPO, SPG and ESPO are not linear in the draws. They need the gradient graphs of all draws at once, or two
+passes. The first pass has no gradient. `torch.autograd.grad` of the loss by its first input then weighs the
+draws in a second pass, one at a time. See docs/diffusion.md.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import as_bool, check_fraction, check_logp, check_number, check_tokens, per_token
+from ..checks import Like, as_bool, check_count, check_fraction, check_logp, check_number, check_positive, check_tokens, expect, per_token
 from ..layout import computing_dtype
 from ..losses.aggregate import LossOutput, aggregate
 from ..losses.arguments import policy_tokens
@@ -23,30 +26,17 @@ from ..losses.preference.dpo import dpo_loss
 from ..primitives.kinks import number
 from ..primitives.reductions import masked_mean, total
 
-# --- checks and averages ---------------------------------------------------------------------------------------------------------------------
 
+def draw_mean(name: str, elbo: Tensor, mc_weight: Tensor | None, like: Like | None = None) -> Tensor:
+    """An ELBO [B], or the mean of its draws [B, n], in the dtype of the computation.
 
-def _check_float(name: str, x: Tensor, shapes: tuple[tuple[int, ...], ...], expected: str, of: tuple[str, Tensor]) -> None:
-    """x must be a float tensor of one of these shapes, which another one, its name and itself, asks for."""
-    other, like = of
-    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a float tensor {expected}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
-    if tuple(x.shape) not in shapes:
-        raise ValueError(f"{name} must be {expected}, {' or '.join(map(str, shapes))} for {other} {tuple(like.shape)}, got {tuple(x.shape)}")
-    if x.device != like.device:
-        raise ValueError(f"{name} must be on the device of {other} {like.device}, got {x.device}")
-
-
-def _over_draws(name: str, elbo: Tensor, mc_weight: Tensor | None, like: Tensor | None = None, first: str = "elbo") -> Tensor:
-    """An ELBO [B], or the mean of its draws [B, n], in the dtype of the computation. `like` [B] is what came of the one called `first`."""
-    if not isinstance(elbo, Tensor) or not elbo.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a float tensor [B] or [B, n], got {elbo.dtype if isinstance(elbo, Tensor) else type(elbo).__name__}")
+    `like` has its B and device.
+    """
+    expect(name, elbo, "float", "[...]")
     if elbo.dim() not in (1, 2) or elbo.shape[1:] == (0,):
         raise ValueError(f"{name} must be [B] or [B, n], one ELBO a response or one a draw, got shape {tuple(elbo.shape)}")
-    if like is not None and (elbo.shape[0] != like.shape[0] or elbo.device != like.device):
-        raise ValueError(
-            f"{name} must have B = {like.shape[0]} responses, as {first} has, on {like.device}, got {tuple(elbo.shape)} on {elbo.device}"
-        )
+    if like is not None:
+        expect(name, elbo, "float", "[B, n]", shape=(like[1].shape[0], *elbo.shape[1:]), like=like)
     elbo = elbo.to(computing_dtype(elbo))
     if elbo.dim() == 1:
         if mc_weight is not None:
@@ -54,11 +44,8 @@ def _over_draws(name: str, elbo: Tensor, mc_weight: Tensor | None, like: Tensor 
         return elbo
     if mc_weight is None:
         return elbo.mean(-1)
-    _check_float("mc_weight", mc_weight, (tuple(elbo.shape[1:]), tuple(elbo.shape)), "[n] or [B, n]", (name, elbo))
+    expect("mc_weight", mc_weight, "float", "[n] or [B, n]", shape=(elbo.shape[1:], elbo.shape), like=(name, elbo))
     return (elbo * mc_weight.detach().to(elbo.dtype)).sum(-1)
-
-
-# --- preferences -----------------------------------------------------------------------------------------------------------------------------
 
 
 def vrpo_loss(
@@ -70,10 +57,13 @@ def vrpo_loss(
     beta: float = 0.1,
     mc_weight: Tensor | None = None,
 ) -> LossOutput:
-    """DPO on ELBOs, mean over pairs of -log sigmoid(beta ((B - B_ref)(chosen) - (B - B_ref)(rejected))): VRPO of LLaDA 1.5, arXiv 2505.19223.
+    """VRPO of LLaDA 1.5, arXiv 2505.19223: DPO on ELBOs. The mean over pairs of
 
-    What keeps its variance low happens before: all draws at different mask levels, and the same masks for policy and reference (`count_masks` with
-    one seed for both; the paper calls it antithetic sampling).
+        -log sigmoid(beta ((B - B_ref)(chosen) - (B - B_ref)(rejected)))
+
+    What keeps its variance low happens before. All draws are at different mask levels, and policy and
+    reference have the same masks: `count_masks` with one seed for both. (The paper calls it antithetic
+    sampling.)
 
     Args:
         chosen_elbo, rejected_elbo: [B] or [B, n] float, one draw a column; gradients flow here.
@@ -82,15 +72,16 @@ def vrpo_loss(
         mc_weight: [n] or [B, n] float, weights of the draws with sum 1; None takes their mean.
 
     Returns:
-        LossOutput(loss, metrics): chosen_reward, rejected_reward (means of beta (B - B_ref)), accuracy, pairs.
+        LossOutput(loss, metrics): chosen_reward, rejected_reward (means of beta (B - B_ref)), accuracy,
+        pairs.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and numbers other than the above.
     """
-    chosen = _over_draws("chosen_elbo", chosen_elbo, mc_weight)
-    others = (("rejected_elbo", rejected_elbo), ("ref_chosen_elbo", ref_chosen_elbo), ("ref_rejected_elbo", ref_rejected_elbo))
-    rejected, ref_chosen, ref_rejected = (_over_draws(name, x, mc_weight, chosen, "chosen_elbo") for name, x in others)
-    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta)
+    chosen = draw_mean("chosen_elbo", chosen_elbo, mc_weight)
+    others = {"rejected_elbo": rejected_elbo, "ref_chosen_elbo": ref_chosen_elbo, "ref_rejected_elbo": ref_rejected_elbo}
+    rejected, *refs = (draw_mean(name, x, mc_weight, ("chosen_elbo", chosen)) for name, x in others.items())
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, refs[0], refs[1], beta)
     pairs = max(len(losses), 1)
     metrics = {
         "chosen_reward": chosen_rewards.sum() / pairs,
@@ -99,9 +90,6 @@ def vrpo_loss(
         "pairs": number(len(losses), losses.detach()),
     }
     return LossOutput(losses.sum() / pairs, metrics)
-
-
-# --- a ratio for every token -----------------------------------------------------------------------------------------------------------------
 
 
 def diffu_grpo_loss(
@@ -119,12 +107,14 @@ def diffu_grpo_loss(
 ) -> LossOutput:
     """diffu-GRPO of d1, arXiv 2504.12216: `grpo_loss` on one guess of the whole response.
 
-    All response tokens are masked, and each prompt token with probability 0.15 (0.3 in the code's defaults), by `bernoulli_masks(prompt_mask, 1,
-    p=0.15)`: logp_k = log p(y_k | what is left of the prompt), one forward. Every inner step takes a new seed, and its old_logp is of that seed. On
-    `coupled_logp` it is coupled-GRPO.
+    All response tokens are masked, and each prompt token with probability 0.15 (0.3 in the code's defaults),
+    by `bernoulli_masks(prompt_mask, 1, p=0.15)`. So logp_k = log p(y_k | what is left of the prompt), in one
+    forward. Every inner step takes a new seed, and its old_logp is of that seed. On `coupled_logp` it is
+    coupled-GRPO.
 
     Args:
-        logp, old_logp, advantages, mask, aggregation, normalizer: as in `grpo_loss`; mask counts the response's tokens.
+        logp, old_logp, advantages, mask, aggregation, normalizer: as in `grpo_loss`; mask counts the
+            response's tokens.
         reference_logp, kl_coef: as in `grpo_loss`, with its k3; d1: 0.04.
         clip_low, clip_high: as in `ppo_loss`; d1's recipes 0.5, its code's default 0.2.
 
@@ -153,14 +143,16 @@ def unigrpo_loss(
     clip_high: float = 0.2,
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """UniGRPO of MMaDA, arXiv 2505.15809: as `diffu_grpo_loss`, on the masked tokens of one draw, whose level moves evenly over the inner steps.
+    """UniGRPO of MMaDA, arXiv 2505.15809: as `diffu_grpo_loss`, on the masked tokens of one draw.
 
-    Mean over responses of (1 / |M|) sum over the masked tokens M; unweighted, so no ELBO. The masks are one `bernoulli_masks` draw of as many as
-    there are inner steps, prompts untouched.
+    The mean over responses of (1 / |M|) sum over the masked tokens M. It is unweighted, so no ELBO. The level
+    of the draw moves evenly over the inner steps: step j takes draw j of `bernoulli_masks` with as many draws
+    as inner steps. Prompts are not masked.
 
     Args:
         mask: [B, T], the masked tokens. A response without any counts in the mean, with 0.
-        logp, old_logp, advantages, reference_logp, kl_coef, clip_low, clip_high, normalizer: as in `grpo_loss`; normalizer replaces B.
+        logp, old_logp, advantages, reference_logp, kl_coef, clip_low, clip_high, normalizer: as in
+            `grpo_loss`; normalizer replaces B.
 
     Returns, Raises: as for `grpo_loss`.
     """
@@ -175,46 +167,36 @@ def unigrpo_loss(
     )
 
 
-def _check_draws(names: tuple[str, str], logp: Tensor, mask: Tensor, weight: Tensor, n: str) -> None:
-    """logp and mask [B, n, T], under the caller's names, and weight [B, n]."""
-    if not isinstance(logp, Tensor) or not logp.dtype.is_floating_point:
-        got = logp.dtype if isinstance(logp, Tensor) else type(logp).__name__
-        raise TypeError(f"{names[0]} must be a float tensor [B, {n}, T], got {got}")
-    if logp.dim() != 3 or logp.shape[1] == 0 or (n.isdecimal() and logp.shape[1] != int(n)):
-        raise ValueError(f"{names[0]} must be [B, {n}, T] with at least one draw, got shape {tuple(logp.shape)}")
-    check_tokens(names[1], mask, logp, kind="real", of=names[0])
-    _check_float("weight", weight, (tuple(logp.shape[:2]),), f"[B, {n}]", (names[0], logp))
-
-
 def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight: Tensor) -> Tensor:
     """coupled-GRPO's estimate for every token (DiffuCoder, arXiv 2506.20639), for `diffu_grpo_loss`:
 
-        logp_k = 1/2 (logp_k with the response fully masked + weight_j logp_k of the draw j of a complementary pair that masks k)
+        logp_k = 1/2 (full_logp_k + weight_j pair_logp_jk),    j the draw of a complementary pair that masks k
 
-    Masks and weights (1 / t and 1 / (1 - t)) are `bernoulli_masks(response_mask, 2, complementary=True, low=0.2, high=0.8)`. Old and reference
-    log-probabilities are made from the same masks.
+    Masks and weights (1 / t and 1 / (1 - t)) are `bernoulli_masks(response_mask, 2, complementary=True,
+    low=0.2, high=0.8)`. Old and reference log-probabilities are made from the same masks.
 
     Args:
-        full_logp: [B, T] float.
+        full_logp: [B, T] float, with the response fully masked.
         pair_logp: [B, 2, T] float.
         pair_mask: [B, 2, T] bool or number, the tokens that each draw masks.
         weight: [B, 2] float, detached.
 
     Returns:
-        [B, T], float32 (float64 for float64 full_logp). Gradients flow into both log-probabilities. 0.5 full_logp where neither draw masks.
+        [B, T], float32 (float64 for float64 full_logp). Gradients flow into both log-probabilities. 0.5
+        full_logp where neither draw masks.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes and devices other than the above.
     """
     check_logp(full_logp, "full_logp")
-    _check_draws(("pair_logp", "pair_mask"), pair_logp, pair_mask, weight, "2")
-    _check_float("pair_logp", pair_logp, ((full_logp.shape[0], 2, full_logp.shape[1]),), "[B, 2, T]", ("full_logp", full_logp))
+    batch, length = full_logp.shape
+    like = ("full_logp", full_logp)
+    expect("pair_logp", pair_logp, "float", "[B, 2, T]", shape=(batch, 2, length), like=like)
+    check_tokens("pair_mask", pair_mask, pair_logp, kind="real", of="pair_logp")
+    expect("weight", weight, "float", "[B, 2]", shape=(batch, 2), like=like)
     dtype = computing_dtype(full_logp)
     guessed = torch.where(as_bool(pair_mask), pair_logp.to(dtype) * weight.detach().to(dtype).unsqueeze(-1), 0)
     return 0.5 * (full_logp.to(dtype) + guessed.sum(1))
-
-
-# --- no ratio --------------------------------------------------------------------------------------------------------------------------------
 
 
 def wd1_loss(
@@ -226,11 +208,12 @@ def wd1_loss(
     group_size: int | None = None,
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """wd1, arXiv 2507.08838: a weighted log-likelihood, no ratio; the mean over groups of responses i of
+    """wd1, arXiv 2507.08838: a weighted log-likelihood, no ratio. The mean over groups of responses i of
 
         -sum_i (softmax(psi A)_i - softmax(-psi A)_i) sum_k logp_ik
 
-    The softmaxes run over the responses to one prompt; the official code takes the batch of a process as one group.
+    The softmaxes run over the responses to one prompt. The official code takes the batch of a process as one
+    group.
 
     Args:
         logp: [B, T] float, the estimate of d1 (see `diffu_grpo_loss`); gradients flow here.
@@ -241,7 +224,8 @@ def wd1_loss(
         normalizer: the number of groups to divide by; None takes that of this call.
 
     Returns:
-        LossOutput(loss, metrics): effective_sample_size, of softmax(psi A), as a fraction of the group, mean over groups.
+        LossOutput(loss, metrics): effective_sample_size, of softmax(psi A), as a fraction of the group, mean
+        over groups; groups.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and numbers other than the above.
@@ -249,10 +233,11 @@ def wd1_loss(
     check_number("psi", psi, 0)
     check_logp(logp)
     batch = logp.shape[0]
-    _check_float("advantages", advantages, ((batch,), (batch, 1)), "[B] or [B, 1]", ("logp", logp))
+    expect("advantages", advantages, "float", "[B] or [B, 1]", shape=((batch,), (batch, 1)), like=("logp", logp))
     size = max(batch, 1) if group_size is None else group_size
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1 or batch % size:
-        raise ValueError(f"group_size must be a number of responses that divides the {batch} of the batch, got {group_size}")
+    check_count("group_size", size, 1)
+    if batch % size:
+        raise ValueError(f"group_size must be a number of responses that divides the {batch} of the batch, got {size}")
     p = policy_tokens(logp, None, advantages, mask, normalizer=normalizer)
     scores = psi * advantages.to(p.logp.dtype).view(-1, size)
     attract = scores.softmax(-1)
@@ -276,18 +261,22 @@ def spg_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """Sandwiched policy gradient, arXiv 2510.09541: raises a lower bound of the likelihood where A >= 0, presses on an upper one where A < 0.
+    """Sandwiched policy gradient (SPG), arXiv 2510.09541.
 
-        per token     ELBO_k = mean_j w_j 1[k in M_j] logp_jk           EUBO_k = (1 / beta) log mean_j w_j 1[k in M_j] exp(beta logp_jk)
-        A >= 0        -A ELBO_k
-        A < 0         -A (u EUBO_k + (1 - u) ELBO_k)                    u = upper_weight
+    It raises a lower bound of the likelihood where A >= 0, and presses on an upper one where A < 0. For each
+    token k, with means over the draws j, m_jk = 1 if draw j masks k, and u = upper_weight:
 
-    With weights L / m, as `count_masks` gives, and the default aggregation this is the official code: there a draw's ELBO is a mean over its masked
-    tokens, responses count by length, and EUBO sums over the tokens that some draw masks, scaled up to L. No ratio, no KL. The official recipe masks
-    block by block: clean before a random block, at random inside, everything after; and 15 % of the prompt.
+        ELBO_k = mean_j w_j m_jk logp_jk           EUBO_k = (1 / beta) log mean_j w_j m_jk exp(beta logp_jk)
+        A >= 0: -A ELBO_k                          A < 0: -A (u EUBO_k + (1 - u) ELBO_k)
+
+    With weights L / m, as `count_masks` gives, and the default aggregation this is the official code. There a
+    draw's ELBO is a mean over its masked tokens, responses count by length, and EUBO sums over the tokens
+    that some draw masks, scaled up to L. No ratio, no KL. The official recipe masks block by block: nothing
+    before a random block, at random inside, everything after; and 15 % of the prompt.
 
     Args:
-        logp: [B, n, T] float, log-probabilities of the draws; anything may stand where a draw does not mask. Gradients flow here.
+        logp: [B, n, T] float, log-probabilities of the draws. Anything may stand where a draw does not mask.
+            Gradients flow here.
         advantages: [B], [B, 1] or [B, T] float.
         draw_mask: [B, n, T] bool or number, the tokens that each draw masks.
         weight: [B, n] float, detached.
@@ -302,12 +291,13 @@ def spg_loss(
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices, names and numbers other than the above.
     """
-    check_number("beta", beta, 0)
-    if beta == 0:
-        raise ValueError("beta must be positive, got 0")
+    check_positive("beta", beta)
     check_fraction("upper_weight", upper_weight)
-    _check_draws(("logp", "draw_mask"), logp, draw_mask, weight, "n")
-    n = logp.shape[1]
+    expect("logp", logp, "float", "[B, n, T]")
+    if logp.shape[1] == 0:
+        raise ValueError(f"logp must be [B, n, T] with at least one draw, got shape {tuple(logp.shape)}")
+    check_tokens("draw_mask", draw_mask, logp, kind="real")
+    expect("weight", weight, "float", "[B, n]", shape=logp.shape[:2], like=("logp", logp))
     check_tokens("mask", mask, logp[:, 0], kind="real")
     mask = as_bool(mask)
     logp = logp.to(computing_dtype(logp))
@@ -316,20 +306,21 @@ def spg_loss(
     impossible = (advantages == 0).unsqueeze(1) & logp.isneginf()  # 0 times it would be NaN
     logp = torch.where(masked & ~impossible, logp, 0)
     weight = torch.where(masked, weight.detach().to(logp.dtype).unsqueeze(-1), 0)
+    elbo = (weight * logp).sum(1) / logp.shape[1]
+    eubo = evidence_upper_bound(logp, weight, mask, beta)
+    estimate = torch.where(advantages < 0, upper_weight * eubo + (1 - upper_weight) * elbo, elbo)
+    metrics = {"elbo": masked_mean(elbo, mask), "eubo": masked_mean(eubo, mask), "tokens": total(mask, eubo.dtype)}
+    return LossOutput(aggregate(-advantages * estimate, mask, aggregation, normalizer), metrics)
 
-    elbo = (weight * logp).sum(1) / n
+
+def evidence_upper_bound(logp: Tensor, weight: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """EUBO [B, T] of logp and weight [B, n, T], both 0 where a draw does not mask."""
     ever = (weight > 0).any(1)
     # A token that no draw masks gets finite numbers here: an all -inf log-sum-exp has no gradient.
-    exponents = torch.where(weight > 0, weight.log() + beta * logp, torch.zeros_like(logp).masked_fill(ever.unsqueeze(1), -math.inf))
-    eubo = torch.where(ever, (exponents.logsumexp(1) - math.log(n)) / beta, 0)
-    eubo = eubo * (mask.sum(-1, keepdim=True).to(eubo.dtype) / ever.sum(-1, keepdim=True).clamp(min=1))
-    estimate = torch.where(advantages < 0, upper_weight * eubo + (1 - upper_weight) * elbo, elbo)
-    values = -advantages * estimate
-    metrics = {"elbo": masked_mean(elbo, mask), "eubo": masked_mean(eubo, mask), "tokens": total(mask, eubo.dtype)}
-    return LossOutput(aggregate(values, mask, aggregation, normalizer), metrics)
-
-
-# --- one ratio a response --------------------------------------------------------------------------------------------------------------------
+    empty = torch.zeros_like(logp).masked_fill(ever.unsqueeze(1), -math.inf)
+    exponents = torch.where(weight > 0, weight.log() + beta * logp, empty)
+    eubo = torch.where(ever, (exponents.logsumexp(1) - math.log(logp.shape[1])) / beta, 0)
+    return eubo * (mask.sum(-1, keepdim=True).to(eubo.dtype) / ever.sum(-1, keepdim=True).clamp(min=1))
 
 
 def espo_loss(
@@ -345,43 +336,42 @@ def espo_loss(
     clip_high: float = 0.2,
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """ESPO, arXiv 2512.03759: PPO's clip on one ratio a response, r = exp((B - B_old) / L), plus kl_coef (B - B_ref)^2 / (2 L); mean over responses.
+    """ESPO, arXiv 2512.03759: PPO's clip on one ratio a response, r = exp((B - B_old) / L).
 
-    Which is GSPO with ELBOs. ESPO takes complementary draws, `count_masks(..., complementary=True)`, the same for B, B_old and B_ref. GDPO
-    (arXiv 2510.08554) is mc_weight from `quadrature_levels`, lengths of 1 and advantages (r - mean r) / L: no L in the ratio, one outside.
+    Plus kl_coef (B - B_ref)^2 / (2 L), and the mean over responses. It is GSPO with ELBOs. ESPO takes
+    complementary draws, `count_masks(..., complementary=True)`, the same for B, B_old and B_ref. GDPO (arXiv
+    2510.08554) is mc_weight from `quadrature_levels`, lengths of 1 and advantages (r - mean r) / L: no L in
+    the ratio, one outside.
 
     Args:
         elbo: [B] or [B, n] float, one draw a column; gradients flow here.
         old_elbo: the same of the policy that sampled, detached; None is on-policy.
         advantages: [B] or [B, 1] float.
-        lengths: [B] number, L: tokens of each response, or the padded width for all as in the official code. A response with L = 0 counts in the
-            mean, with 0.
+        lengths: [B] number, L: tokens of each response, or the padded width for all as in the official code.
+            A response with L = 0 counts in the mean, with 0.
         mc_weight: [n] or [B, n] float, weights of the draws with sum 1; None takes their mean.
-        ref_elbo: the same as elbo, of the reference, detached; None leaves the penalty out, and then kl_coef must be 0.
+        ref_elbo: the same as elbo, of the reference, detached; None leaves the penalty out, and then kl_coef
+            must be 0.
         kl_coef: >= 0.
         clip_low, clip_high: as in `ppo_loss`.
         normalizer: replaces B.
 
     Returns:
-        LossOutput as that of `ppo_loss`, of responses instead of tokens; metrics also, with a reference: kl, the mean of (B - B_ref)^2 / (2 L^2).
+        LossOutput as that of `ppo_loss`, of responses instead of tokens; metrics also, with a reference: kl,
+        the mean of (B - B_ref)^2 / (2 L^2).
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and numbers other than the above.
     """
-    elbo = _over_draws("elbo", elbo, mc_weight)
-    if not isinstance(lengths, Tensor) or lengths.dtype.is_complex:
-        raise TypeError(f"lengths must be a tensor [B] of numbers, got {lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__}")
-    if lengths.shape != elbo.shape or lengths.device != elbo.device:
-        raise ValueError(
-            f"lengths must be {tuple(elbo.shape)} on {elbo.device}, one for each response of elbo, got {tuple(lengths.shape)} on {lengths.device}"
-        )
+    elbo = draw_mean("elbo", elbo, mc_weight)
+    expect("lengths", lengths, "real", "[B], one a response", shape=elbo.shape, like=("elbo", elbo))
     check_number("kl_coef", kl_coef, 0)
     if ref_elbo is None and kl_coef != 0:
         raise ValueError(f"kl_coef={kl_coef} needs ref_elbo=, the same as elbo of the reference")
     lengths = lengths.detach().to(elbo.dtype).unsqueeze(-1)
 
     def a_token(name: str, x: Tensor | None) -> Tensor | None:
-        return None if x is None else _over_draws(name, x, mc_weight, elbo).unsqueeze(-1) / lengths.clamp(min=1)
+        return None if x is None else draw_mean(name, x, mc_weight, ("elbo", elbo)).unsqueeze(-1) / lengths.clamp(min=1)
 
     return grpo_loss(
         elbo.unsqueeze(-1) / lengths.clamp(min=1),

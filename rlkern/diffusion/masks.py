@@ -1,12 +1,14 @@
-"""Which tokens of a response a masked diffusion model has to guess, and the weight that makes the guesses an estimate of the ELBO.
+"""Which tokens of a response a masked diffusion model has to guess, and with which weight.
 
-The ELBO of a response of L tokens is the sum over its 2^L - 1 patterns of masked tokens, a pattern with m of them weighing 1 / (m C(L, m)). Both
-samplers here have these weights in expectation: `count_masks` (LLaDA's likelihood evaluation, arXiv 2502.09992, and what diffusion RL codes use) and
-`bernoulli_masks` (LLaDA's training loss).
+The weights make the guesses an estimate of the ELBO. The ELBO of a response of L tokens is a sum over its
+2^L - 1 patterns of masked tokens. A pattern with m of them weighs 1 / (m C(L, m)). Both samplers have these
+weights in expectation: `count_masks` (LLaDA's likelihood evaluation, arXiv 2502.09992, and what diffusion RL
+codes use) and `bernoulli_masks` (LLaDA's training loss).
 
-A mask is a function of (seed, rollout, draw, place in the response): none needs to be stored between the old policy's pass and the new one's, draw j
-alone is draw j of all n, and neither padding, nor the make-up of the batch, nor the device changes it. Everything happens on the device of the
-response mask; nothing is read on the host.
+A mask is a function of (seed, rollout, draw, place in the response). So none needs to be stored between the
+old policy's pass and the new one's, and draw j alone is draw j of all n. Padding, the make-up of the batch
+and the device do not change it. Everything happens on the device of the response mask. Nothing is read on the
+host.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checks import as_bool, check_count, check_flags, check_number
+from ..checks import as_bool, check_count, check_flags, check_index, check_number, expect
 
 __all__ = ["MaskDraws", "bernoulli_masks", "count_masks", "quadrature_levels"]
 
@@ -28,24 +30,28 @@ _NEVER = torch.iinfo(torch.int64).max
 class MaskDraws(NamedTuple):
     """n draws for each response, or one of them without the dimension n.
 
-    mask: bool [B, n, S] or [B, S], True where the token is to be replaced by the mask id and guessed; never outside the response.
-    weight: float32 [B, n] or [B], what the log-probabilities of the guesses are multiplied with; 0 where a draw masks nothing.
+    mask: bool [B, n, S] or [B, S], True for a token to replace by the mask id and to guess. False outside of
+        the response.
+    weight: float32 [B, n] or [B], the factor of the guesses' log-probabilities. 0 where a draw masks nothing.
     """
 
     mask: Tensor
     weight: Tensor
 
 
-# --- random numbers that are functions of their indices -----------------------------------------------------------------------------------------
+# --- random numbers that are functions of their indices -----------------------------------------------------
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right; that of int64 tensors copies the sign."""
+    """Logical shift to the right. The >> of int64 tensors copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The output function of SplitMix64 (Steele, Lea, Flood 2014): a permutation of the 64-bit integers that scatters neighbours."""
+    """SplitMix64's output (Steele, Lea, Flood 2014):
+
+    a permutation of 64-bit integers that scatters neighbours.
+    """
     x = (x ^ _shift(x, 30)) * -0x40A7B892E31B1A47
     x = (x ^ _shift(x, 27)) * -0x6B2FB644ECCEEE15
     return x ^ _shift(x, 31)
@@ -62,15 +68,15 @@ def _uniform(bits: Tensor) -> Tensor:
 
 
 class _Stream(NamedTuple):
-    """The random bits of a batch. `shared` [B, 1] belongs to a rollout, `own` [B, n] to one of its draws, `tokens` [B, n, S] to a token of it."""
+    """The random bits of a batch."""
 
-    shared: Tensor
-    own: Tensor
-    tokens: Tensor
+    shared: Tensor  # [B, 1], of a rollout
+    own: Tensor  # [B, n], of one of its draws
+    tokens: Tensor  # [B, n, S], of a token of that draw
 
 
 def _stream(response: Tensor, rollouts: Tensor, draws: Tensor, seed: int | Tensor) -> _Stream:
-    """response bool [B, S], rollouts int64 [B], draws int64 [n]. Index 0 of a state is its own number, the others are its children."""
+    """response bool [B, S], rollouts int64 [B], draws int64 [n]. Child 0 of a state is its own number."""
     state = _hash(_hash(rollouts.new_zeros(()) + seed, 0), rollouts).unsqueeze(1)
     children = _hash(state, 1 + draws)
     place = response.cumsum(-1).unsqueeze(1)  # 1, 2, ... in the response, wherever that stands in the row
@@ -78,15 +84,16 @@ def _stream(response: Tensor, rollouts: Tensor, draws: Tensor, seed: int | Tenso
 
 
 def _spread(stream: _Stream, draws: Tensor, num_draws: int, stratified: bool) -> Tensor:
-    """float64 [B, n], each uniform in [0, 1). Stratified: one number for all draws, moved on by 1/num_draws a draw."""
+    """float64 [B, n], each uniform in [0, 1).
+
+    Stratified: one number, moved on by 1/num_draws from draw to draw.
+    """
     if not stratified:
         return _uniform(stream.own)
-    # Divided by a tensor: CUDA multiplies by the reciprocal of a Python number, and a last bit decides about masks.
+    # Divided by a tensor. CUDA multiplies by the reciprocal of a Python number, and a last bit decides about
+    # masks.
     draws = draws.to(torch.float64)
     return (_uniform(stream.shared) + draws / draws.new_full((), num_draws)) % 1.0
-
-
-# --- checks ----------------------------------------------------------------------------------------------------------------------------------
 
 
 class _Request(NamedTuple):
@@ -97,43 +104,34 @@ class _Request(NamedTuple):
     stream: _Stream
 
 
+def _check_seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
+    """An int64, or a 0-d tensor of one."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1:
+            raise TypeError(f"seed must be an int or one int64, got {seed.dtype} {tuple(seed.shape)}")
+        if seed.device != device and seed.device.type != "cpu":
+            raise ValueError(f"seed must be on the device of response_mask {device} or on the CPU, got {seed.device}")
+        return seed.reshape(())
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int or a tensor of one int64, got {type(seed).__name__}")
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise ValueError(f"seed must be an int64, got {seed}")
+    return seed
+
+
 def _request(response_mask, num_mc, seed, draw, rollouts, stratified, complementary) -> _Request:
-    check_flags(stratified=stratified)
-    check_flags(complementary=complementary)
-    if not isinstance(response_mask, Tensor) or response_mask.dtype.is_complex:
-        got = response_mask.dtype if isinstance(response_mask, Tensor) else type(response_mask).__name__
-        raise TypeError(f"response_mask must be a bool or number tensor [B, S], got {got}")
-    if response_mask.dim() != 2:
-        raise ValueError(f"response_mask must be [B, S], got shape {tuple(response_mask.shape)}")
+    check_flags(stratified=stratified, complementary=complementary)
+    expect("response_mask", response_mask, "real", "[B, S]")
+    batch, device = response_mask.shape[0], response_mask.device
     check_count("num_mc", num_mc, 1)
     if complementary and num_mc % 2:
         raise ValueError(f"num_mc must be an even number with complementary=True, two draws a pair, got {num_mc}")
     if draw is not None:
-        if not isinstance(draw, int) or isinstance(draw, bool):
-            raise TypeError(f"draw must be an int or None, got {type(draw).__name__}")
-        if not 0 <= draw < num_mc:
-            raise IndexError(f"draw must be in [0, {num_mc}), got {draw}")
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed must be an int or one int64, got {seed.dtype} {tuple(seed.shape)}")
-        if seed.device != response_mask.device and seed.device.type != "cpu":
-            raise ValueError(f"seed must be on the device of response_mask {response_mask.device} or on the CPU, got {seed.device}")
-        seed = seed.reshape(())
-    else:
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"seed must be an int or a tensor of one int64, got {type(seed).__name__}")
-        if not -(1 << 63) <= seed < 1 << 63:
-            raise ValueError(f"seed must be an int64, got {seed}")
-    batch, device = response_mask.shape[0], response_mask.device
+        check_index("draw", draw, num_mc)
+    seed = _check_seed(seed, device)
     if rollouts is None:
         rollouts = torch.arange(batch, device=device)
-    elif not isinstance(rollouts, Tensor) or rollouts.dtype.is_floating_point or rollouts.dtype.is_complex or rollouts.dtype == torch.bool:
-        got = rollouts.dtype if isinstance(rollouts, Tensor) else type(rollouts).__name__
-        raise TypeError(f"rollouts must be an integer tensor [B], got {got}")
-    elif rollouts.shape != (batch,) or rollouts.device != device:
-        raise ValueError(
-            f"rollouts must be [{batch}] on {device}, one number a row of response_mask, got {tuple(rollouts.shape)} on {rollouts.device}"
-        )
+    expect("rollouts", rollouts, "integer", "[B], one number a row", shape=(batch,), like=("response_mask", response_mask))
     response = as_bool(response_mask)
     draws = torch.arange(num_mc, device=device) if draw is None else torch.arange(draw, draw + 1, device=device)
     slots, num_slots = (draws // 2, num_mc // 2) if complementary else (draws, num_mc)
@@ -143,9 +141,6 @@ def _request(response_mask, num_mc, seed, draw, rollouts, stratified, complement
 def _result(mask: Tensor, weight: Tensor, draw: int | None) -> MaskDraws:
     weight = weight.to(torch.float32)
     return MaskDraws(mask, weight) if draw is None else MaskDraws(mask.squeeze(1), weight.squeeze(1))
-
-
-# --- samplers --------------------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -161,20 +156,23 @@ def count_masks(
 ) -> MaskDraws:
     """Exactly m tokens masked, m uniform in 1 ... L, any m of them alike; weight L / m.
 
-    Never empty, and no weight is above L: of the two samplers the one with less variance. Stratified, the num_mc values of m of a response are spread
-    evenly, m_j = floor((u + j L / num_mc) mod L) + 1 with one u uniform in [0, L): each is still exactly uniform. (The formula that LLaDA and its
+    A draw is never empty and no weight is above L, so this sampler has less variance than the other.
+    Stratified, the num_mc values of m of a response are spread evenly: m_j = floor((u + j L / num_mc) mod L)
+    + 1 with one u uniform in [0, L). Each is still exactly uniform. (The formula that LLaDA and its
     descendants use, with torch.round, favours even m.)
 
-    Complementary: draws 2i and 2i + 1 mask the one what the other leaves, so that every token is guessed once. m is then uniform in 0 ... L and the
-    weights are (L + 1) / m and (L + 1) / (L - m), for the mean of all draws to be unbiased; one draw of a pair may be empty. This is ESPO's scheme.
+    Complementary: of the draws 2i and 2i + 1 each masks what the other leaves, so every token is guessed
+    once. m is then uniform in 0 ... L. The weights are (L + 1) / m and (L + 1) / (L - m), for the mean of all
+    draws to be unbiased. One draw of a pair may be empty. This is ESPO's scheme.
 
     Args:
-        response_mask: [B, S] bool or number, nonzero for the tokens of the response. Prompt and padding are never masked; L may differ.
+        response_mask: [B, S] bool or number, nonzero for the tokens of the response. Prompt and padding are
+            never masked. L may differ from row to row.
         num_mc: n, draws a response; even for complementary ones.
-        seed: int, or an int64 tensor of one element (such as torch.randint with a generator gives, without a sync).
+        seed: int, or an int64 tensor of one element. torch.randint with a generator makes one without a sync.
         draw: j returns draw j alone, without the dimension n; None returns all.
-        rollouts: int64 [B], the number of each row among all rollouts; None counts the rows. Give it where a batch is split, or two processes would
-            draw the same masks.
+        rollouts: int64 [B], the number of each row among all rollouts; None counts the rows. Give it where a
+            batch is split. Two processes would draw the same masks without it.
         stratified: False draws every m by itself.
 
     Returns:
@@ -218,18 +216,19 @@ def bernoulli_masks(
 ) -> MaskDraws:
     """Every token masked by itself with probability p, p uniform in [low, high); weight 1 / p.
 
-    With low = 0, high = 1 the ELBO without bias, but with weights that no number bounds; LLaDA trains with low = 1e-3. A draw may mask nothing: keep
-    it in the mean, its estimate of 0 is part of the expectation.
+    low = 0, high = 1 gives the ELBO without bias, but with unbounded weights. LLaDA trains with low = 1e-3. A
+    draw may mask nothing. Keep it in the mean: its estimate of 0 is part of the expectation.
 
-    Complementary: draws 2i and 2i + 1 mask the one what the other leaves; the second has weight 1 / (1 - p). Needs high < 1. coupled-GRPO: low = 0.2,
-    high = 0.8.
+    Complementary: of the draws 2i and 2i + 1 each masks what the other leaves. The second has weight 1 / (1 -
+    p). Needs high < 1. coupled-GRPO: low = 0.2, high = 0.8.
 
     Args:
         response_mask, num_mc, seed, draw, rollouts: as in `count_masks`.
         stratified: spreads the num_mc values of p evenly over the interval; False draws every one by itself.
         low, high: 0 <= low < high <= 1.
-        p: a number, or a float tensor that broadcasts to [B, num_mc] ([B, num_mc / 2] for pairs), in (0, 1]: replaces the drawn levels. A constant
-            for diffu-GRPO's prompts (0.15), `quadrature_levels` for GDPO.
+        p: replaces the drawn levels: a number in (0, 1], or a float tensor of such that broadcasts to [B,
+            num_mc] ([B, num_mc / 2] for pairs). A constant for diffu-GRPO's prompts (0.15),
+            `quadrature_levels` for GDPO.
 
     Returns:
         MaskDraws(mask, weight).
@@ -277,10 +276,11 @@ def _levels(p: float | Tensor, r: _Request) -> Tensor:
 
 
 def quadrature_levels(n: int, *, device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
-    """(p, mc_weight), each float64 [n]: the Gauss-Legendre rule on (0, 1), exact for a polynomial in p of degree below 2n.
+    """(p, mc_weight), each float64 [n]: the Gauss-Legendre rule on (0, 1).
 
-    GDPO takes p as the levels of `bernoulli_masks` and mc_weight (their sum is 1) in place of 1 / n, n = 2 or 3. Given p the ELBO's integrand is a
-    polynomial of degree L - 1 in p, and smooth.
+    It is exact for polynomials in p of degree below 2n. GDPO takes p as the levels of `bernoulli_masks` and
+    mc_weight, whose sum is 1, in place of 1 / n, n = 2 or 3. The ELBO's integrand is a smooth polynomial of
+    degree L - 1 in p.
 
     Raises:
         TypeError, ValueError: for n that is no integer or below 1, and for what is no device.

@@ -1,33 +1,58 @@
-"""What diffusion BGPO must be told: conventions by name, the options that the draws of a batch share, and numbers one a sequence."""
+"""What diffusion BGPO must be told:
+
+conventions by name, the options that all draws share, and numbers one a sequence.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.contract import LARGEST_EXPONENT
-from ..checks import FINITE, check_choice, check_number, interval
-from ..losses.arguments import check_clip
+from ..checks import FINITE, check_choice, check_number, expect, interval
+from ..losses.arguments import check_clip, with_preset
 from ..operator import values_readable
 
 CONVEX_KL = ("k1", "k2", "k3")  # with these penalties BGPO's bound stays a bound
 
-
-class _Convention(NamedTuple):
-    ratio_scale: str  # "none": 1, "width": one over the padded response width, "length": one over the response's own length
-    seq_weight: str  # "sequences": 1/B, "tokens": the response's share of the batch's tokens
-    clip: tuple[float, float] | None
-    dual_clip: float | None
-
-
-PRESETS = {
-    "paper": _Convention("none", "sequences", None, None),
-    "reference": _Convention("width", "tokens", (0.2, 0.2), 3.0),
-    "recommended": _Convention("length", "sequences", (0.2, 0.2), None),
+# scale: ratio_scale is 1, or 1 over the padded "width" of the responses, or 1 over the "length" of each.
+# share: seq_weight is 1 over the number of "sequences", or the response's share of the batch's "tokens".
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"scale": "one", "share": "sequences"},
+    "reference": {"scale": "width", "share": "tokens", "clip": (0.2, 0.2), "dual_clip": 3.0},
+    "recommended": {"scale": "length", "share": "sequences", "clip": (0.2, 0.2)},
 }
+
+
+class Given(NamedTuple):
+    """What a caller gives of the options of `bgpo_loss`."""
+
+    seq_weight: float | Tensor | None
+    ratio_scale: float | Tensor | None
+    clip: Sequence[float] | None
+    dual_clip: float | None
+    max_log_ratio: float
+    ref_elbo: Tensor | None
+    kl_coef: float
+    kl: str
+    preset: str | None = None
+    lengths: Tensor | None = None
+    response_width: int | None = None
+
+    def token_counts(self, like: Tensor) -> Tensor:
+        """The lengths, for a preset that needs them."""
+        if self.lengths is None:
+            raise TypeError(f"preset={self.preset!r} needs lengths= [B], the number of response tokens of each sequence")
+        if isinstance(self.lengths, Tensor) and self.lengths.dtype == torch.bool:
+            raise TypeError("lengths must be numbers of tokens [B], not a mask, got torch.bool")
+        expect("lengths", self.lengths, "real", "[B], one a sequence", shape=like.shape, like=("the elbo", like))
+        if values_readable(self.lengths) and (self.lengths < 0).any():
+            raise ValueError(f"lengths must not be negative, got {self.lengths.min().item()}")
+        return self.lengths.detach().double()  # rounded to the dtype of the computation later, once
 
 
 class Options(NamedTuple):
@@ -35,91 +60,65 @@ class Options(NamedTuple):
 
     seq_weight: float | Tensor
     ratio_scale: float | Tensor
-    clip: tuple[float, float]  # (1, inf) clips nothing
+    clip: Sequence[float]  # (1, inf) clips nothing
     dual_clip: float | None
     max_log_ratio: float
     kl_coef: float
     kl: str
 
 
-def _lengths(lengths: Tensor | None, n: int, device: torch.device, preset: str) -> Tensor:
-    if lengths is None:
-        raise TypeError(f"preset={preset!r} needs lengths= [B], the number of response tokens of each sequence")
-    if not isinstance(lengths, Tensor) or lengths.dtype.is_complex or lengths.dtype == torch.bool:
-        raise TypeError(f"lengths must be a tensor [B] of numbers, got {lengths.dtype if isinstance(lengths, Tensor) else type(lengths).__name__}")
-    if tuple(lengths.shape) != (n,):
-        raise ValueError(f"lengths must be [B] with B = {n}, got {tuple(lengths.shape)}")
-    if lengths.device != device:
-        raise ValueError(f"lengths must be on the logits' device {device}, got {lengths.device}")
-    if values_readable(lengths) and (lengths < 0).any():
-        raise ValueError(f"lengths must not be negative, got {lengths.min().item()}")
-    return lengths.detach().double()  # rounded to the dtype of the computation later, once
+def bgpo_options(given: Given, like: Tensor) -> Options:
+    """The options, those not given from the preset, for sequences with ELBOs like [B].
 
-
-def bgpo_options(
-    n: int,
-    device: torch.device,
-    *,
-    seq_weight: float | Tensor | None,
-    ratio_scale: float | Tensor | None,
-    clip: tuple[float, float] | None,
-    dual_clip: float | None,
-    max_log_ratio: float,
-    ref_elbo: Tensor | None,
-    kl_coef: float,
-    kl: str,
-    preset: str | None = None,
-    lengths: Tensor | None = None,
-    response_width: int | None = None,
-) -> Options:
-    """Fills in from the preset, for n sequences, what is not given. Raises TypeError, ValueError."""
-    check_choice("preset", preset, (None, *PRESETS))
-    if preset is None:
-        for name, value in (("seq_weight", seq_weight), ("ratio_scale", ratio_scale)):
-            if value is None:
-                raise TypeError(f"{name}= must be given, paper and code differ in it; or preset=, one of {', '.join(map(repr, PRESETS))}")
-    else:
-        convention = PRESETS[preset]
-        if seq_weight is None and convention.seq_weight == "sequences":
-            seq_weight = 1 / max(n, 1)
-        elif seq_weight is None:
-            lengths = _lengths(lengths, n, device, preset)
-            seq_weight = lengths / lengths.sum().clamp(min=1)
-        if ratio_scale is None and convention.ratio_scale == "none":
-            ratio_scale = 1.0
-        elif ratio_scale is None and convention.ratio_scale == "width":
-            if response_width is None:
-                raise TypeError(f"preset={preset!r} needs response_width=, the padded number of response tokens")
-            check_number("response_width", response_width, 1)
-            ratio_scale = 1 / response_width
-        elif ratio_scale is None:
-            ratio_scale = 1 / _lengths(lengths, n, device, preset)
-        clip = convention.clip if clip is None else clip
-        dual_clip = convention.dual_clip if dual_clip is None else dual_clip
-    if clip is None:
-        clip = (1.0, math.inf)
-    elif not isinstance(clip, (tuple, list)) or len(clip) != 2:
+    Raises TypeError, ValueError.
+    """
+    o = with_preset(PRESETS, given.preset, None, scale=None, share=None, clip=given.clip, dual_clip=given.dual_clip)
+    seq_weight = _seq_weight(o["share"], given, like) if given.seq_weight is None else given.seq_weight
+    ratio_scale = _ratio_scale(o["scale"], given, like) if given.ratio_scale is None else given.ratio_scale
+    clip = (1.0, math.inf) if o["clip"] is None else o["clip"]
+    if not isinstance(clip, (tuple, list)) or len(clip) != 2:
         raise TypeError(f"clip must be a pair (low, high) for the bounds 1 - low and 1 + high, or None, got {clip!r}")
-    check_clip(*clip, dual_clip)
-    check_number("max_log_ratio", max_log_ratio, 0, LARGEST_EXPONENT)
-    check_number("kl_coef", kl_coef, 0)
-    check_choice("kl", kl, CONVEX_KL)
-    if ref_elbo is None and kl_coef != 0:
-        raise ValueError(f"kl_coef={kl_coef} needs ref_elbo=, the reference model's ELBO of the same draw")
-    return Options(seq_weight, ratio_scale, clip, dual_clip, max_log_ratio, kl_coef, kl)
+    check_clip(clip[0], clip[1], o["dual_clip"])
+    check_number("max_log_ratio", given.max_log_ratio, 0, LARGEST_EXPONENT)
+    check_number("kl_coef", given.kl_coef, 0)
+    check_choice("kl", given.kl, CONVEX_KL)
+    if given.ref_elbo is None and given.kl_coef != 0:
+        raise ValueError(f"kl_coef={given.kl_coef} needs ref_elbo=, the reference model's ELBO of the same draw")
+    return Options(seq_weight, ratio_scale, clip, o["dual_clip"], given.max_log_ratio, given.kl_coef, given.kl)
+
+
+def _seq_weight(share: str | None, given: Given, like: Tensor) -> float | Tensor:
+    if share == "sequences":
+        return 1 / max(len(like), 1)
+    if share == "tokens":
+        lengths = given.token_counts(like)
+        return lengths / lengths.sum().clamp(min=1)
+    raise _not_given("seq_weight")
+
+
+def _ratio_scale(scale: str | None, given: Given, like: Tensor) -> float | Tensor:
+    if scale == "one":
+        return 1.0
+    if scale == "length":
+        return 1 / given.token_counts(like)
+    if scale is None:
+        raise _not_given("ratio_scale")
+    if given.response_width is None:
+        raise TypeError(f"preset={given.preset!r} needs response_width=, the padded number of response tokens")
+    check_number("response_width", given.response_width, 1)
+    return 1 / given.response_width
+
+
+def _not_given(name: str) -> TypeError:
+    presets = ", ".join(map(repr, PRESETS))
+    return TypeError(f"{name}= must be given, paper and code differ in it; or preset=, one of {presets}")
 
 
 def vector(name: str, value: Tensor, like: Tensor) -> Tensor:
-    """A float tensor [B], [B, 1] or 0-d, without gradient, as [B] in the dtype of `like` [B]. Raises TypeError, ValueError."""
-    if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-        raise TypeError(f"{name} must be a float tensor [B], got {value.dtype if isinstance(value, Tensor) else type(value).__name__}")
+    """A float tensor [B], [B, 1] or 0-d, without gradient, as [B] in the dtype of `like` [B]."""
     n = like.shape[0]
-    if tuple(value.shape) not in ((n,), (n, 1), ()):
-        raise ValueError(f"{name} must be [B] with B = {n}, one number a sequence, got {tuple(value.shape)}")
-    if value.device != like.device:
-        raise ValueError(f"{name} must be on the logits' device {like.device}, got {value.device}")
-    if value.requires_grad:
-        raise ValueError(f"{name} must not require grad, got requires_grad=True: detach them")
+    shapes = ((n,), (n, 1), ())
+    expect(name, value, "float", "[B], [B, 1] or 0-d", shape=shapes, like=("the elbo", like), detached=True)
     value = value.to(like.dtype)
     return value.expand(n) if value.dim() == 0 else value.reshape(n)
 
@@ -138,7 +137,7 @@ def advantage_vector(advantages: Tensor, like: Tensor) -> Tensor:
 
 
 def factor(name: str, value: float | Tensor, like: Tensor, high: float = FINITE) -> float | Tensor:
-    """A number, or what `vector` takes, in [0, high]. Raises TypeError, ValueError."""
+    """A number, or what `vector` takes, in [0, high]."""
     if not isinstance(value, Tensor):
         check_number(name, value, 0, high)
         return value
@@ -151,7 +150,7 @@ def factor(name: str, value: float | Tensor, like: Tensor, high: float = FINITE)
 
 
 def scale_factor(ratio_scale: float | Tensor, like: Tensor) -> float | Tensor:
-    """As `factor`; the 1/L of an empty response, infinite, becomes 0: its ELBO is 0 under any policy."""
+    """As `factor`. The 1/L of an empty response is infinite and becomes 0: its ELBO is 0 under any policy."""
     if isinstance(ratio_scale, Tensor):
         ratio_scale = torch.where(ratio_scale == math.inf, 0, ratio_scale)
     return factor("ratio_scale", ratio_scale, like)

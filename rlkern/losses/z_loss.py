@@ -1,16 +1,15 @@
-"""Two losses that share a name elsewhere: the Z-loss of the spherical family, and the penalty on the normaliser that PaLM calls z_loss."""
+"""The Z-loss of the spherical family, and the penalty on the softmax normaliser that PaLM calls z_loss."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..checks import check_choice, check_number
+from ..checks import FINITE, check_choice, check_number, check_positive, expect
+from ..layout import computing_dtype
 from ..primitives.moments import row_moments
-from .aggregate import aggregate
+from .aggregate import aggregate, check_aggregation
 
 REDUCTIONS = ("sum", "mean", "none")
 
@@ -25,30 +24,31 @@ def spherical_z_loss(
     ignore_index: int = -100,
     reduction: str = "sum",
 ) -> Tensor:
-    """The Z-loss (arXiv 1604.08859): softplus(scale (offset - z_y)) / scale with z = (logits - mean) / std over the vocabulary.
+    """The Z-loss (arXiv 1604.08859): softplus(scale (offset - z_y)) / scale.
 
-    A replacement for the cross-entropy, not an addition to it: it needs no exponential of the vocabulary and does not change when the logits
-    are shifted or multiplied by a positive number. It defines no probabilities, so it cannot feed a policy ratio.
+    z = (logits - mean) / std over the vocabulary.
+    It replaces the cross-entropy. It needs no exponential of the vocabulary, and it does not change when the
+    logits are shifted or multiplied by a positive number. It defines no probabilities, so it cannot feed a
+    policy ratio.
 
     Args:
-        logits: [..., V], finite (a row with an infinite logit gives NaN: the family knows no masked vocabulary).
+        logits: [..., V], finite. A row with an infinite logit gives NaN: the family knows no masked
+            vocabulary.
         targets: [...] integer ids.
         scale, offset: a > 0 and b of the paper.
         mask, ignore_index: rows where the mask is 0 or the target is `ignore_index` are left out.
         reduction: "sum" over all rows (the authors'), "mean" over those that count, or "none".
 
     Returns:
-        A 0-d tensor, or [...] for "none", float32 (float64 for float64 logits). A row of equal logits is a constant without gradient, where
-        the authors divide by std + 1e-12.
+        A 0-d tensor, or [...] for "none", float32 (float64 for float64 logits). A row of equal logits is a
+        constant without gradient; the authors divide by std + 1e-12.
 
     Raises:
         TypeError, ValueError, IndexError: as `rlkern.token_stats`, and for options other than the above.
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    for name, value in (("scale", scale), ("offset", offset)):
-        check_number(name, value)
-    if not 0 < scale < math.inf:
-        raise ValueError(f"scale must be positive and finite, got {scale}")
+    check_positive("scale", scale, FINITE)
+    check_number("offset", offset)
     target, variance = row_moments(logits, targets, mask=mask, ignore_index=ignore_index)
     flat = variance == 0
     z = torch.where(flat, 0, target * torch.where(flat, 1, variance).rsqrt())
@@ -70,10 +70,13 @@ def lse_penalty(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
-    """coef * logsumexp(logits)^2, aggregated: keeps the softmax normaliser near 1 (PaLM, arXiv 2204.02311, there and in most code "z_loss").
+    """coef * logsumexp(logits)^2, aggregated: keeps the softmax normaliser near 1.
+
+    PaLM, arXiv 2204.02311. There and in most code it is called z_loss.
 
     Args:
-        logsumexp: [B, T] (any shape for the token modes), from `token_stats(...).logsumexp`, whose gradient it uses: 2 coef lse p per logit.
+        logsumexp: [B, T] (any shape for the token modes), from `token_stats(...).logsumexp`, whose gradient
+            it uses: 2 coef lse p per logit.
         mask: shaped like it; what it excludes may hold anything.
         coef: lambda, >= 0; PaLM uses 1e-4.
         aggregation, normalizer: as in `rlkern.aggregate`.
@@ -85,13 +88,8 @@ def lse_penalty(
         TypeError, ValueError: as `rlkern.aggregate`, and for a coef that is negative or no number.
     """
     check_number("coef", coef, 0)
-    if not isinstance(logsumexp, Tensor) or not logsumexp.dtype.is_floating_point:
-        raise TypeError(f"logsumexp must be a float tensor, got {logsumexp.dtype if isinstance(logsumexp, Tensor) else type(logsumexp).__name__}")
-    if isinstance(mask, Tensor) and mask.shape != logsumexp.shape:
-        raise ValueError(f"mask must have the shape of logsumexp {tuple(logsumexp.shape)}, got {tuple(mask.shape)}")
-    if isinstance(mask, Tensor) and mask.device != logsumexp.device:
-        raise ValueError(f"mask must be on the device of logsumexp {logsumexp.device}, got {mask.device}")
-    if isinstance(mask, Tensor):  # else aggregate says what is wrong
-        logsumexp = torch.where(mask != 0, logsumexp, 0)
-    accumulate = torch.float64 if logsumexp.dtype == torch.float64 else torch.float32
-    return coef * aggregate(logsumexp.to(accumulate).square(), mask, aggregation, normalizer)
+    check_aggregation(aggregation, normalizer)
+    expect("logsumexp", logsumexp, "float", "[...]")
+    expect("mask", mask, "real", "[...]", like=("logsumexp", logsumexp))
+    logsumexp = torch.where(mask != 0, logsumexp, 0).to(computing_dtype(logsumexp))
+    return coef * aggregate(logsumexp.square(), mask, aggregation, normalizer)

@@ -1,17 +1,19 @@
 """How the metrics of parts of a batch, micro-batches or processes, make those of the whole.
 
-A mean merges by the count it was taken over, a largest and a smallest value over the parts that have any token, and the effective sample size through
-the sums that it was made of: with N the tokens, r the ratios, L the log of their mean and ess = (sum r)^2 / (N sum r^2), a part has
+A mean merges by the count that it was taken over. A largest and a smallest value merge over the parts that
+have any token. The effective sample size merges through the sums that it was made of. With N the tokens, r
+the ratios, L the log of their mean and ess = (sum r)^2 / (N sum r^2), a part has
 
     sum r = N exp(L)        sum r^2 = (sum r)^2 / (N ess)
 
-What a metric needs beside itself its loss reports too, so the result of merging is a part again.
+A loss also reports what its metrics need to be merged, so the result of merging is a part again.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -30,7 +32,7 @@ class Rule(NamedTuple):
     needs: tuple[str, ...] = ()
 
 
-# --- the ways to merge -----------------------------------------------------------------------------------------------------------------------
+# --- the ways to merge --------------------------------------------------------------------------------------
 
 
 def _sum(values: Tensor) -> Tensor:
@@ -38,8 +40,11 @@ def _sum(values: Tensor) -> Tensor:
 
 
 def _mean(values: Tensor, *counts: Tensor) -> Tensor:
-    """Over the product of the counts; 0 of nothing. Selected, not multiplied: what a part without tokens says may be infinite."""
-    weight = math.prod(counts).unsqueeze(-1)
+    """Over the product of the counts; 0 of nothing.
+
+    A part without tokens is left out: its value may be infinite.
+    """
+    weight = reduce(torch.mul, counts).unsqueeze(-1)
     total = weight.sum()
     return torch.where(weight > 0, weight * values, 0).sum(0) / torch.where(total == 0, 1, total)
 
@@ -71,44 +76,33 @@ def _effective_sample_size(values: Tensor, count: Tensor, log_mean: Tensor) -> T
     return torch.where(total > 0, sums.sum(0).square() / (total * squares.sum(0)), 1)
 
 
-# --- which metric merges how -----------------------------------------------------------------------------------------------------------------
+# --- which metric merges how --------------------------------------------------------------------------------
 
 
-def _means_over(*counts: str) -> tuple[Rule]:
-    return (Rule(_mean, counts),)
-
-
-_TOTAL = (Rule(_sum),)
-# Name -> rules, of which the first one holds whose needs are reported: losses share names.
+_TOTALS = ("tokens", "sequences", "pairs", "groups", "draws", "answers", "mask_tokens", "loss")
+_MEANS = {  # counts: the means over their product
+    ("tokens",): """clip_fraction_low clip_fraction_high clip_fraction_dual approx_kl_k1 approx_kl_k3 abs_log_ratio kl
+        kl_reference kl_target kernel_mean selected_fraction covariance_mean kd kd_fraction eubo entropy
+        entropy_low_fraction entropy_high_fraction""",
+    ("tokens", "selected_fraction"): "covariance_selected proxy_kl",
+    ("mask_tokens",): "outside_fraction",
+    ("answers",): "positive_fraction clamped_fraction success_rate",
+    ("pairs",): """accuracy reward_margin chosen_reward rejected_reward chosen_shift rejected_shift margin_shift
+        both_decreased chosen_decreased""",
+    ("sequences",): "win_prob ess",
+    ("draws",): "d_mean clip_fraction",
+}
+# Name -> rules. Losses share names, so there may be several: the first holds whose needs are reported.
 RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
-    dict.fromkeys(("tokens", "sequences", "pairs", "groups", "draws", "answers", "mask_tokens", "loss"), _TOTAL)
-    | dict.fromkeys(
-        (
-            *("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual", "approx_kl_k1", "approx_kl_k3", "abs_log_ratio"),
-            *("kl", "kl_reference", "kl_target", "kernel_mean", "selected_fraction", "covariance_mean", "kd", "kd_fraction"),
-            *("entropy", "entropy_low_fraction", "entropy_high_fraction", "eubo"),
-        ),
-        _means_over("tokens"),
-    )
-    | dict.fromkeys(("covariance_selected", "proxy_kl"), _means_over("tokens", "selected_fraction"))
-    | dict.fromkeys(("positive_fraction", "clamped_fraction", "success_rate"), _means_over("answers"))
-    | dict.fromkeys(
-        (
-            *("accuracy", "reward_margin", "chosen_reward", "rejected_reward"),
-            *("chosen_shift", "rejected_shift", "margin_shift", "both_decreased", "chosen_decreased"),
-        ),
-        _means_over("pairs"),
-    )
-    | dict.fromkeys(("win_prob", "ess"), _means_over("sequences"))
-    | dict.fromkeys(("d_mean", "clip_fraction"), _means_over("draws"))
+    dict.fromkeys(_TOTALS, (Rule(_sum),))
+    | {name: (Rule(_mean, counts),) for counts, names in _MEANS.items() for name in names.split()}
     | {
-        "outside_fraction": _means_over("mask_tokens"),
-        "elbo": _means_over("tokens") + _means_over("sequences"),
+        "elbo": (Rule(_mean, ("tokens",)), Rule(_mean, ("sequences",))),
         "ratio_max": (Rule(_largest, ("tokens",)),),
         "ratio_min": (Rule(_smallest, ("tokens",)),),
         "d_max": (Rule(_largest_or_0, ("draws",)),),
         "log_mean_ratio": (Rule(_log_mean, ("tokens",)),),
-        "effective_sample_size": (Rule(_effective_sample_size, ("tokens", "log_mean_ratio")), *_means_over("groups")),
+        "effective_sample_size": (Rule(_effective_sample_size, ("tokens", "log_mean_ratio")), Rule(_mean, ("groups",))),
     }
 )
 
@@ -123,12 +117,9 @@ def _rule(name: str, names: Sequence[str]) -> Rule:
     raise ValueError(f"metric {name!r} is merged by {expected}, which the metrics do not have: got {', '.join(map(repr, names))}")
 
 
-# --- merging ---------------------------------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def merge_rows(names: Sequence[str], rows: Tensor) -> Tensor:
-    """`merge_metrics` of metrics that are numbers already: rows [P, K] float, one a part, with the K names of the columns -> [K].
+    """`merge_metrics` of numbers: rows [P, K] float, one a part, with the K names of the columns -> [K].
 
     Raises:
         ValueError: a name without a rule, or one whose counts are missing.
@@ -137,7 +128,7 @@ def merge_rows(names: Sequence[str], rows: Tensor) -> Tensor:
     for name in names:
         groups.setdefault(_rule(name, names), []).append(name)
     columns = dict(zip(names, rows.unbind(-1), strict=True))
-    merged = {}
+    merged: dict[str, Tensor] = {}
     for rule, group in groups.items():
         values = rule.merge(torch.stack([columns[name] for name in group], -1), *(columns[need] for need in rule.needs))
         merged.update(zip(group, values.unbind(), strict=True))
@@ -146,24 +137,26 @@ def merge_rows(names: Sequence[str], rows: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merge_metrics(parts: Sequence[Mapping[str, Tensor]], *, group: torch.distributed.ProcessGroup | None = None) -> dict[str, Tensor]:
-    """The metrics of a batch from those of its parts: of every loss, exact up to the rounding of what is given.
+    """The metrics of a batch from those of its parts. For every loss, exact up to the rounding of the parts.
 
-    Means weigh by their counts (`tokens`, `sequences`, ..., which are added up), `ratio_max` and `ratio_min` take the parts that have tokens, and
-    `effective_sample_size` is that of all tokens together. What a selection made of each part (`selected_fraction`, ...) is merged as it is. The
-    `loss` of `BGPOAccumulator` is added up.
+    Means weigh by their counts (`tokens`, `sequences`, ...), which are added up. `ratio_max` and `ratio_min`
+    take the parts that have tokens. `effective_sample_size` is that of all tokens together. What a selection
+    made of each part (`selected_fraction`, ...) is merged as it is. The `loss` of `BGPOAccumulator` is added
+    up.
 
     Args:
-        parts: the metrics of one loss for each micro-batch, name -> 0-d tensor, all with the same names. A part may be empty (a batch without
-            tokens), and the result of another merge.
-        group: processes to merge over as well, by one all_gather of a number a metric; each hands over its own parts, as many as it has but at
-            least one, with the same names everywhere.
+        parts: the metrics of one loss for each micro-batch, name -> 0-d tensor, all with the same names. A
+            part may be empty (a batch without tokens), or the result of another merge.
+        group: processes to merge over as well, by one all_gather of a number a metric. Each hands over its
+            own parts, as many as it has but at least one, with the same names everywhere.
 
     Returns:
-        name -> 0-d float64 tensor (float32 on Apple's GPUs), on the device of the parts and detached. Nothing is read on the host.
+        name -> 0-d float64 tensor (float32 on Apple's GPUs), on the device of the parts and detached. Nothing
+        is read on the host.
 
     Raises:
-        TypeError: a part that is no mapping, a metric that is no tensor.
-        ValueError: no parts, names that differ between parts or have no rule, counts that are missing, tensors of more than one number.
+        TypeError: a part that is no mapping, a metric that is no tensor. ValueError: no parts, names
+        that differ between parts or have no rule, missing counts, tensors that are not 0-d.
     """
     check_group(group)
     if not isinstance(parts, Sequence) or isinstance(parts, str):
@@ -174,12 +167,14 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]], *, group: torch.distrib
         if not isinstance(part, Mapping):
             raise TypeError(f"parts must be dicts of metrics, got {type(part).__name__}")
         if part.keys() != parts[0].keys():
-            raise ValueError(f"all parts must have the same metrics, got {', '.join(sorted(part.keys() ^ parts[0].keys()))} in some of them only")
+            some = ", ".join(sorted(part.keys() ^ parts[0].keys()))
+            raise ValueError(f"all parts must have the same metrics, got {some} in some of them only")
         for name, value in part.items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"metric {name!r} must be a 0-d tensor, got {type(value).__name__}")
             if value.dim() != 0 or value.dtype.is_complex:
-                raise ValueError(f"metric {name!r} must be one real number, a 0-d tensor, got {value.dtype} of shape {tuple(value.shape)}")
+                got = f"{value.dtype} of shape {tuple(value.shape)}"
+                raise ValueError(f"metric {name!r} must be one real number, a 0-d tensor, got {got}")
     if not parts[0]:
         return {}
     names = sorted(parts[0])  # processes may have them in any order

@@ -1,4 +1,4 @@
-"""KDRL (arXiv 2506.02208): reinforcement learning and on-policy distillation from a teacher, in one loss on the student's own samples."""
+"""KDRL (arXiv 2506.02208): reinforcement learning and distillation, on the student's own samples."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ...advantages import Groups
-from ...checks import FINITE, check_choice, check_number, check_tokens, per_token
+from ...checks import FINITE, check_choice, check_number, check_tokens, expect, per_token
 from ...primitives.kl import kl_estimate
-from ...primitives.ratio import clean, clipped_ratio
+from ...primitives.ratio import PolicyTokens, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean
 from ..aggregate import LossOutput, aggregate
 from ..arguments import check_clip, policy_inputs
@@ -35,15 +35,16 @@ def kdrl_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """GRPO's loss plus kd_coef times an estimate of KL(student || teacher) per token. With d = logp - teacher_logp:
+    """GRPO's loss plus kd_coef times an estimate of KL(student || teacher) a token, d = logp - teacher_logp:
 
         kd         value             gradient in expectation over the student's samples
         "k1"       d                 none: noise of mean 0
         "k2"       d^2 / 2           that of KL(student || teacher), the paper's default
         "k3"       e^-d - 1 + d      that of KL(teacher || student), another divergence
-        "exact"    teacher_kl        its own: `rlkern.token_divergence(logits, teacher_logits)`, or `topk_reverse_kl`; on any samples
+        "exact"    teacher_kl        its own, on any samples
 
-    Off-policy, with old_logp of another student, the first three are biased: the ratio multiplies the reward's part alone.
+    For "exact" use `rlkern.token_divergence(logits, teacher_logits)` or `topk_reverse_kl`. Off-policy, with
+    old_logp of another student, the first three are biased: the ratio multiplies the reward's part alone.
 
     Args:
         logp, old_logp: [B, T]; gradients flow into logp. old_logp=None is on-policy, as the paper writes it.
@@ -53,11 +54,13 @@ def kdrl_loss(
         kd_coef: fixed, or from `kd_coefficient(step)`.
         teacher_kl: [B, T] with gradient, for "exact".
         kd_mask: [B], [B, 1] or [B, T]: distil only where it is nonzero, see `reward_guided_mask`.
-        kd_norm: what the distillation term is averaged over: "all" tokens, or the "kept" ones (then with this batch's own counts).
+        kd_norm: what the distillation term is averaged over: "all" tokens, or the "kept" ones, with this
+            batch's own counts.
         clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
 
     Returns:
-        LossOutput(loss, metrics): those of `ppo_loss`, kd (mean estimate over all tokens), kd_fraction (tokens that are distilled).
+        LossOutput(loss, metrics): those of `ppo_loss`, kd (mean estimate over all tokens), kd_fraction
+        (tokens that are distilled).
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
@@ -67,23 +70,12 @@ def kdrl_loss(
     check_choice("kd_norm", kd_norm, ("all", "kept"))
     check_number("kd_coef", kd_coef, 0)
     if (teacher_kl is None) == (kd == "exact"):
-        raise ValueError(f"teacher_kl= [B, T] belongs to kd='exact', got kd={kd!r} and teacher_kl {'None' if teacher_kl is None else 'given'}")
+        given = "None" if teacher_kl is None else "given"
+        raise ValueError(f"teacher_kl= [B, T] belongs to kd='exact', got kd={kd!r} and teacher_kl {given}")
     x = policy_inputs(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
     p = clean(x)
-    if kd == "exact":
-        check_tokens("teacher_kl", teacher_kl, p.logp)
-        divergence = torch.where(p.mask, teacher_kl.to(p.logp.dtype), 0)
-    else:
-        check_tokens("teacher_logp", teacher_logp, p.logp)
-        divergence = kl_estimate(p.logp, p.keep(teacher_logp), kd)
-    kept = p.mask
-    if kd_mask is not None:
-        if not isinstance(kd_mask, Tensor) or kd_mask.dtype.is_complex:
-            raise TypeError(
-                f"kd_mask must be a bool or number tensor, got {kd_mask.dtype if isinstance(kd_mask, Tensor) else type(kd_mask).__name__}"
-            )
-        kept = kept & (per_token("kd_mask", kd_mask.to(p.logp.dtype), p.logp) != 0)
-
+    divergence = _divergence(kd, teacher_logp, teacher_kl, p)
+    kept = p.mask if kd_mask is None else p.mask & (per_token("kd_mask", kd_mask, p.logp, "real") != 0)
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
     values = ratio.terms.tensor()
     if kd_norm == "all":
@@ -94,10 +86,19 @@ def kdrl_loss(
     return LossOutput(loss, metrics)
 
 
+def _divergence(kd: str, teacher_logp, teacher_kl, p: PolicyTokens) -> Tensor:
+    """[B, T] with gradient."""
+    if kd == "exact":
+        check_tokens("teacher_kl", teacher_kl, p.logp)
+        return torch.where(p.mask, teacher_kl.to(p.logp.dtype), 0)
+    check_tokens("teacher_logp", teacher_logp, p.logp)
+    return kl_estimate(p.logp, p.keep(teacher_logp), kd)
+
+
 def kd_coefficient(step: int, *, start: float = 5e-3, decrement: float = 5e-5, floor: float = 1e-3) -> float:
     """The paper's annealed coefficient, max(start - decrement * step, floor)."""
     check_number("step", step, 0)
-    for name, value in (("start", start), ("decrement", decrement), ("floor", floor)):
+    for name, value in {"start": start, "decrement": decrement, "floor": floor}.items():
         check_number(name, value, 0, FINITE)
     return max(start - decrement * step, floor)
 
@@ -106,16 +107,12 @@ def kd_coefficient(step: int, *, start: float = 5e-3, decrement: float = 5e-5, f
 def reward_guided_mask(correct: Tensor, groups: int | Tensor | None = None, *, level: str = "response") -> Tensor:
     """Which responses to distil, bool [B], as `kd_mask` of `kdrl_loss`.
 
-    level "response": the wrong ones. "group": all of a group without a single right one; `groups` as in `rlkern.advantages`.
-    correct [B], bool or number; nonzero is right. Raises TypeError, ValueError for anything else.
+    level "response": the wrong ones. "group": all of a group without a single right one; `groups` as in
+    `rlkern.advantages`. correct [B], bool or number; nonzero is right. Raises TypeError, ValueError for
+    anything else.
     """
     check_choice("level", level, ("response", "group"))
-    if not isinstance(correct, Tensor) or correct.dtype.is_complex:
-        raise TypeError(
-            f"correct must be a bool or number tensor [B], got {correct.dtype if isinstance(correct, Tensor) else type(correct).__name__}"
-        )
-    if correct.dim() != 1:
-        raise ValueError(f"correct must be [B], got shape {tuple(correct.shape)}")
+    expect("correct", correct, "real", "[B]")
     if level == "response":
         return correct == 0
     if groups is None:

@@ -1,4 +1,7 @@
-"""Entropy-regularised policy optimisation for agents (EPO, arXiv 2509.22576): an entropy bonus, and a band around the entropy's own history."""
+"""Entropy-regularised policy optimisation for agents (EPO, arXiv 2509.22576).
+
+An entropy bonus, and a penalty outside of a band around the entropy's own history.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...checks import FINITE, check_choice, check_count, check_number, check_tokens
+from ...checks import FINITE, check_choice, check_count, check_number, check_tokens, expect
 from ...primitives.kinks import excess
-from ...primitives.ratio import clean, clipped_ratio
+from ...primitives.ratio import PolicyTokens, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean
 from ..aggregate import LossOutput, aggregate
 from ..arguments import check_clip, per_sequence, policy_inputs
@@ -18,7 +21,7 @@ from ..arguments import check_clip, per_sequence, policy_inputs
 
 @dataclass
 class EntropyHistory:
-    """The plain mean of the batch entropies of all previous steps. On the device: updating it waits for nothing.
+    """The plain mean of the batch entropies of all previous steps. Updating it does not wait for the device.
 
         out = epo_loss(..., mean_entropy=history.mean)
         history.update(out.metrics["entropy"])
@@ -35,8 +38,7 @@ class EntropyHistory:
         return None if self.total is None else self.total / self.steps
 
     def update(self, entropy: Tensor) -> None:
-        if not isinstance(entropy, Tensor):
-            raise TypeError(f"entropy must be a tensor, got {type(entropy).__name__}")
+        expect("entropy", entropy, "real", "[...]")
         entropy = entropy.detach().double()
         self.total = entropy if self.total is None else self.total + entropy
         self.steps += 1
@@ -45,9 +47,9 @@ class EntropyHistory:
 def epo_beta(step: int, total_steps: int, *, gamma: float = 1.0, schedule: str = "paper") -> float:
     """The weight of the smoothing term at `step` of `total_steps`, with half = total_steps // 2.
 
-    "paper": 1 + exp(-gamma step / half), from 2 to 1 + exp(-2 gamma).
-    "released": the published code: 1 - 0.2 (1 - exp(-2 p)) in the first half, 0.8 exp(-3 p) in the second, p the progress in that half
-    (a jump from 0.827 to 0.8, then down to 0.04).
+    "paper": 1 + exp(-gamma step / half), from 2 to 1 + exp(-2 gamma). "released", the published code: 1 - 0.2
+    (1 - exp(-2 p)) in the first half, 0.8 exp(-3 p) in the second, p the progress in that half. It jumps from
+    0.827 to 0.8 and ends at 0.04.
     """
     check_choice("schedule", schedule, ("paper", "released"))
     check_count("total_steps", total_steps, 2)
@@ -61,16 +63,6 @@ def epo_beta(step: int, total_steps: int, *, gamma: float = 1.0, schedule: str =
     if step < half:
         return 1 - 0.2 * (1 - math.exp(-2 * step / half))
     return 0.8 * math.exp(-3 * (step - half) / (total_steps - half))
-
-
-def _history(mean_entropy: float | Tensor, p) -> Tensor:
-    """[B, 1] or 0-d."""
-    if not isinstance(mean_entropy, Tensor):
-        check_number("mean_entropy", mean_entropy, 0)
-        return p.logp.new_full((), mean_entropy)
-    if mean_entropy.dim() == 0:
-        return mean_entropy.detach().to(p.logp.dtype)
-    return per_sequence("mean_entropy", mean_entropy, p)
 
 
 def epo_loss(
@@ -94,54 +86,75 @@ def epo_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """PPO minus coef (H - beta alpha P), with the penalty P on tokens whose entropy H leaves the band around the history's mean h:
+    """PPO minus coef (H - beta alpha P). P is a penalty on H outside of a band around the history's mean h.
 
-        P = relu(kappa_low h - H) + relu(H - kappa_high h)        "hinge", the paper's second version; no gradient at the edges of the band
-        P = 1 if H is outside of the band, else 0                 "indicator", the released code: a constant, without any gradient
+        smoothing      P
+        "hinge"        relu(kappa_low h - H) + relu(H - kappa_high h)      the paper's second version
+        "indicator"    1 if H is outside of the band, else 0               the released code
+
+    "hinge" has no gradient at the edges of the band, "indicator" has none anywhere.
 
     Args:
         logp, old_logp: [B, T]; gradients flow into logp; old_logp=None is on-policy.
         entropy: [B, T], `token_stats(...).entropy`; gradients flow into it.
         advantages: [B], [B, 1] or [B, T].
         mask: [B, T], nonzero counts.
-        mean_entropy: h, a number, a 0-d tensor, or [B] (one per turn, as the released code has it). None, before there is a history, leaves
-            the penalty out. See `EntropyHistory`.
-        coef, alpha, beta: see above; beta from `epo_beta(step, total_steps)`. coef=1e-3 is the paper's; the code's yaml has 1.
+        mean_entropy: h, a number, a 0-d tensor, or [B] (one per turn, as in the released code). None leaves
+            the penalty out: there is no history yet. See `EntropyHistory`.
+        coef, alpha, beta: see above; beta from `epo_beta(step, total_steps)`. coef=1e-3 is the paper's; the
+            code's yaml has 1.
         kappa_low, kappa_high: the band. The published runs use 0 (no floor) and 2, with alpha 0.05 or 0.1.
-        clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`; all three terms are aggregated alike.
+        clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`. All three
+            terms are aggregated alike.
 
     Returns:
-        LossOutput(loss, metrics): those of `ppo_loss`, entropy (the batch mean, for the history), entropy_low_fraction and
-        entropy_high_fraction (tokens outside of the band).
+        LossOutput(loss, metrics): those of `ppo_loss`, entropy (the batch mean, for the history),
+        entropy_low_fraction and entropy_high_fraction (tokens outside of the band).
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
     """
     check_clip(clip_low, clip_high, dual_clip)
-    check_choice("smoothing", smoothing, ("hinge", "indicator"))
-    for name, value in (("coef", coef), ("alpha", alpha), ("beta", beta), ("kappa_low", kappa_low)):
+    for name, value in {"coef": coef, "alpha": alpha, "beta": beta}.items():
         check_number(name, value, 0)
-    check_number("kappa_high", kappa_high)
-    if kappa_high < kappa_low:
-        raise ValueError(f"kappa_high must not be below kappa_low, got {kappa_high} and {kappa_low}")
+    check_band(kappa_low, kappa_high, smoothing)
     x = policy_inputs(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
     p = clean(x)
     check_tokens("entropy", entropy, p.logp)
     h = torch.where(p.mask, entropy.to(p.logp.dtype), 0)
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
     metrics = {**ratio.metrics, "entropy": masked_mean(h, p.mask)}
-    bonus = h
-    if mean_entropy is None:
-        metrics.update({name: torch.zeros_like(metrics["entropy"]) for name in ("entropy_low_fraction", "entropy_high_fraction")})
-    else:
-        center = _history(mean_entropy, p)
+    bonus, below, above = h, torch.zeros_like(h), torch.zeros_like(h)
+    if mean_entropy is not None:
+        center = history_mean(mean_entropy, p)
         below, above = kappa_low * center - h, h - kappa_high * center
-        if smoothing == "hinge":
-            penalty = excess(below) + excess(above)
-        else:
-            penalty = ((below >= 0) | (above >= 0)).to(h.dtype)  # the band is open
-        bonus = h - beta * alpha * penalty
-        metrics["entropy_low_fraction"] = fraction(below > 0, p.mask, h.dtype)
-        metrics["entropy_high_fraction"] = fraction(above > 0, p.mask, h.dtype)
-    values = ratio.terms.tensor() - coef * bonus
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)
+        bonus = h - beta * alpha * outside_band(below, above, smoothing)
+    metrics["entropy_low_fraction"] = fraction(below > 0, p.mask, h.dtype)
+    metrics["entropy_high_fraction"] = fraction(above > 0, p.mask, h.dtype)
+    return LossOutput(aggregate(ratio.terms.tensor() - coef * bonus, p.mask, aggregation, normalizer), metrics)
+
+
+def check_band(kappa_low: float, kappa_high: float, smoothing: str) -> None:
+    """Raises TypeError or ValueError for a band that `epo_loss` does not take."""
+    check_choice("smoothing", smoothing, ("hinge", "indicator"))
+    check_number("kappa_low", kappa_low, 0)
+    check_number("kappa_high", kappa_high)
+    if kappa_high < kappa_low:
+        raise ValueError(f"kappa_high must not be below kappa_low, got {kappa_high} and {kappa_low}")
+
+
+def history_mean(mean_entropy: float | Tensor, p: PolicyTokens) -> Tensor:
+    """h as a tensor, [B, 1] or 0-d."""
+    if not isinstance(mean_entropy, Tensor):
+        check_number("mean_entropy", mean_entropy, 0)
+        return p.logp.new_full((), mean_entropy)
+    if mean_entropy.dim() == 0:
+        return mean_entropy.detach().to(p.logp.dtype)
+    return per_sequence("mean_entropy", mean_entropy, p)
+
+
+def outside_band(below: Tensor, above: Tensor, smoothing: str) -> Tensor:
+    """P of every token, from how far it lies below and above the band."""
+    if smoothing == "hinge":
+        return excess(below) + excess(above)
+    return ((below >= 0) | (above >= 0)).to(below.dtype)  # the band is open

@@ -1,25 +1,21 @@
-"""Negative-aware fine-tuning (NFT, arXiv 2505.18116): supervised learning on right answers, and through an implicit policy on wrong ones."""
+"""Negative-aware fine-tuning (NFT, arXiv 2505.18116): supervised learning on right and on wrong answers.
+
+Wrong answers are learned from through an implicit policy.
+"""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ...checks import check_choice, check_fraction, check_number, shown
+from ...backends.contract import LARGEST_EXPONENT
+from ...checks import check_choice, check_fraction, check_number, check_positive, shown
 from ...primitives.kinks import bounded
 from ...primitives.ratio import ratio_metrics
 from ...primitives.reductions import fraction, masked_mean, total
 from ..aggregate import LossOutput, aggregate, check_aggregation
 from ..arguments import per_sequence, ratio_tokens
 
-RATIO_TYPES = ("token", "sequence")
-_FIXED_NORMALIZER = 1000.0  # of the official code; the loss is a sum over tokens divided by it
-
-
-def _log_at_least(x: Tensor, low: float) -> Tensor:
-    """log max(x, low), with the gradient of x all the same (straight through): dx / max(x, low)."""
-    clamped = x.detach().clamp(min=low)
-    return clamped.log() + (x - x.detach()) / clamped
+NORMALIZERS = {"token": 1000.0, "sequence": 1.0}  # of the official code: the loss is a sum divided by it
 
 
 def nft_loss(
@@ -39,56 +35,48 @@ def nft_loss(
     aggregation: str | None = None,
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """NFT. With R = pi / pi_old, c the success rate of the prompt, k whether the response is right and prox = (1 - c R) / (1 - c):
+    """NFT. With R = pi / pi_old, c the success rate of the prompt and k whether the response is right:
 
-        loss = w (-k log R - neg_weight (1 - k) log max(prox, clamp_neg)),      w = 1, 1 - c or sqrt((1 - c) / c) for normalize = 0, 1, 2
+        loss = w (-k log R - neg_weight (1 - k) log max(prox, clamp_neg)),    prox = (1 - c R) / (1 - c)
 
-    The clamp of prox is straight-through: with clamp_neg = 1 a wrong token with R >= 1 has loss 0 and still the gradient c R / (1 - c).
-    On-policy, normalize = 1 has the gradient of Dr.GRPO and normalize = 2 that of GRPO with the std of 0/1 rewards.
+    w = 1, 1 - c or sqrt((1 - c) / c) for normalize = 0, 1, 2. The clamp of prox is straight-through: with
+    clamp_neg = 1 a wrong token with R >= 1 has loss 0 and still the gradient c R / (1 - c). On-policy,
+    normalize = 1 has the gradient of Dr.GRPO, and normalize = 2 that of GRPO with the std of 0/1 rewards.
 
     Args:
         logp: [B, T] float; gradients flow here.
         old_logp: [B, T] float, used detached; None is on-policy.
-        success_rate: [B], c: the mean of `correct` over the responses to the same prompt, clipped to rate_bounds. The paper drops prompts
-            where all or none are right.
+        success_rate: [B], c: the mean of `correct` over the responses to the same prompt, clipped to
+            rate_bounds. The paper drops prompts where all or none are right.
         correct: [B], bool or float in [0, 1]; a fraction blends both terms.
         mask: [B, T], nonzero counts.
-        normalize, neg_weight, clamp_neg: see above. neg_weight = 0 is rejection fine-tuning. (Below 0 the official code runs DAPO: use
-            `ppo_loss` with clip_high=0.28.)
+        normalize: chooses w.
+        neg_weight: 0 is rejection fine-tuning. (Below 0 the official code runs DAPO: use `ppo_loss` with
+            clip_high=0.28.)
+        clamp_neg: > 0, since prox may be 0 or less.
         clamp_pos: the same straight-through clamp for R in the first term.
         ratio_type: "token", or "sequence": one R a response, exp(sum of its log ratios).
-        log_ratio_clamp: log R is clamped from above, and here no gradient flows beyond.
-        aggregation: None is the official sum over the batch divided by a constant, `normalizer` (default 1000 for "token", 1 for "sequence"):
-            it grows with the batch. For "token", any mode of `aggregate`.
+        log_ratio_clamp: log R is clamped from above. Here no gradient flows beyond.
+        aggregation: None is the official sum over the batch divided by a constant, `normalizer` (default 1000
+            for "token", 1 for "sequence"). That loss grows with the batch. For "token", any mode of
+            `aggregate`.
 
     Returns:
-        LossOutput(loss, metrics): the ratio metrics, positive_fraction of the tokens, clamped_fraction (wrong tokens with prox < clamp_neg),
-        success_rate after clipping; these three are over `answers`: the tokens, or with ratio_type "sequence" the responses.
+        LossOutput(loss, metrics): the ratio metrics, positive_fraction of the tokens, clamped_fraction (wrong
+        tokens with prox < clamp_neg), success_rate after clipping. The last three are over `answers`: the
+        tokens, or with ratio_type "sequence" the responses.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
     """
     check_choice("normalize", normalize, (0, 1, 2))
-    check_choice("ratio_type", ratio_type, RATIO_TYPES)
-    check_number("neg_weight", neg_weight, 0)
-    check_number("clamp_pos", clamp_pos, 0)
-    check_number("clamp_neg", clamp_neg, 0)
-    check_number("log_ratio_clamp", log_ratio_clamp, 0, 80)
-    if clamp_neg == 0:
-        raise ValueError("clamp_neg must be positive: prox may be 0 or less, and its logarithm is taken")
-    if not isinstance(rate_bounds, (tuple, list)) or len(rate_bounds) != 2:
-        raise TypeError(f"rate_bounds must be a pair (low, high), got {shown(rate_bounds)}")
-    for rate in rate_bounds:
-        check_fraction("rate_bounds", rate)
-    low, high = rate_bounds
-    if not 0 < low <= high < 1:
-        raise ValueError(f"rate_bounds must satisfy 0 < low <= high < 1, got {rate_bounds}")
+    check_numbers(neg_weight, clamp_neg, clamp_pos, log_ratio_clamp, rate_bounds)
+    check_choice("ratio_type", ratio_type, NORMALIZERS)
     if aggregation is not None and ratio_type == "sequence":
         raise ValueError(f"ratio_type 'sequence' has one loss a response: aggregation must be None, got {aggregation!r}")
     check_aggregation("token-mean" if aggregation is None else aggregation, normalizer)
-
     tokens = ratio_tokens(logp, old_logp, mask)
-    c = per_sequence("success_rate", success_rate, tokens).clamp(low, high)
+    c = per_sequence("success_rate", success_rate, tokens).clamp(*rate_bounds)
     k = per_sequence("correct", correct, tokens)
     log_ratio, counted = tokens.log_ratio, tokens.mask
     if ratio_type == "sequence":
@@ -96,20 +84,36 @@ def nft_loss(
     log_ratio = bounded(log_ratio, high=log_ratio_clamp)
     ratio = log_ratio.exp()
     prox = (1 - c * ratio) / (1 - c)
-    positive = log_ratio if clamp_pos == 0 else _log_at_least(ratio, clamp_pos)
+    positive = log_ratio if clamp_pos == 0 else log_at_least(ratio, clamp_pos)
     weight = (1.0, 1 - c, ((1 - c) / c).sqrt())[int(normalize)]
-    losses = -weight * (k * positive + (1 - k) * neg_weight * _log_at_least(prox, clamp_neg))
+    losses = -weight * (k * positive + (1 - k) * neg_weight * log_at_least(prox, clamp_neg))
     if aggregation is None:
-        constant = _FIXED_NORMALIZER if ratio_type == "token" else 1.0
-        loss = aggregate(losses, counted, "token-mean", constant if normalizer is None else normalizer)
-    else:
-        loss = aggregate(losses, counted, aggregation, normalizer)
-    with torch.no_grad():
-        metrics = {
-            **ratio_metrics(tokens),
-            "positive_fraction": masked_mean(k.expand_as(losses), counted),
-            "clamped_fraction": fraction((prox < clamp_neg) & (k < 1), counted, losses.dtype),
-            "success_rate": masked_mean(c.expand_as(losses), counted),
-            "answers": total(counted, losses.dtype),
-        }
-    return LossOutput(loss, metrics)
+        aggregation, normalizer = "token-mean", NORMALIZERS[ratio_type] if normalizer is None else normalizer
+    metrics = {
+        **ratio_metrics(tokens),
+        "positive_fraction": masked_mean(k.expand_as(losses), counted),
+        "clamped_fraction": fraction((prox < clamp_neg) & (k < 1), counted, losses.dtype),
+        "success_rate": masked_mean(c.expand_as(losses), counted),
+        "answers": total(counted, losses.dtype),
+    }
+    return LossOutput(aggregate(losses, counted, aggregation, normalizer), metrics)
+
+
+def log_at_least(x: Tensor, low: float) -> Tensor:
+    """log max(x, low), with the gradient dx / max(x, low) everywhere: straight through the clamp."""
+    clamped = x.detach().clamp(min=low)
+    return clamped.log() + (x - x.detach()) / clamped
+
+
+def check_numbers(neg_weight, clamp_neg, clamp_pos, log_ratio_clamp, rate_bounds) -> None:
+    """Raises TypeError or ValueError for numbers that `nft_loss` does not take."""
+    check_number("neg_weight", neg_weight, 0)
+    check_positive("clamp_neg", clamp_neg)
+    check_number("clamp_pos", clamp_pos, 0)
+    check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)
+    if not isinstance(rate_bounds, (tuple, list)) or len(rate_bounds) != 2:
+        raise TypeError(f"rate_bounds must be a pair (low, high), got {shown(rate_bounds)}")
+    for rate in rate_bounds:
+        check_fraction("rate_bounds", rate)
+    if not 0 < rate_bounds[0] <= rate_bounds[1] < 1:
+        raise ValueError(f"rate_bounds must satisfy 0 < low <= high < 1, got {rate_bounds}")

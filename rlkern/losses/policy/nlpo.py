@@ -1,8 +1,12 @@
-"""Natural language policy optimisation (NLPO, arXiv 2210.01241): PPO over the vocabulary that a lagging mask policy leaves open."""
+"""Natural language policy optimisation (NLPO, arXiv 2210.01241).
+
+PPO over the vocabulary that a lagging mask policy leaves open.
+"""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,20 +35,22 @@ def nlpo_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """PPO's loss on the log-probabilities of `nlpo_stats`, old and new under the same stored kept set, as RL4LMs runs it.
+    """PPO's loss on the log-probabilities of `nlpo_stats`, as RL4LMs runs it.
 
     Args:
-        logp, old_logp: [B, T]; gradients flow into logp; old_logp=None is on-policy. A token at -inf, outside of the kept set, does not
-            count: it cannot have been sampled from the set.
+        logp, old_logp: [B, T] under the same stored kept set; gradients flow into logp; old_logp=None is
+            on-policy. A token at -inf is outside of the kept set. It cannot have been sampled from it and
+            does not count.
         advantages: [B], [B, 1] or [B, T].
         mask: [B, T], nonzero counts.
-        entropy: [B, T] of `nlpo_stats`; gradients flow into it. entropy_coef of it is subtracted from the loss (RL4LMs: 0).
+        entropy: [B, T] of `nlpo_stats`; gradients flow into it.
+        entropy_coef: how much of the entropy is subtracted from the loss (RL4LMs: 0).
         normalize_advantages: to mean 0 and std 1 over the tokens of this minibatch.
         clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
 
     Returns:
-        LossOutput(loss, metrics): those of `ppo_loss`, outside_fraction (tokens left out for being outside of the set) and
-        mask_tokens (those and the others), entropy if given.
+        LossOutput(loss, metrics): those of `ppo_loss`, outside_fraction (tokens left out for being outside of
+        the set), mask_tokens (all tokens of the mask), entropy if given.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
@@ -54,7 +60,7 @@ def nlpo_loss(
     check_flags(normalize_advantages=normalize_advantages)
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy= [B, T]")
-    options = {"log_ratio_clamp": log_ratio_clamp, "aggregation": aggregation, "normalizer": normalizer}
+    options: dict[str, Any] = {"log_ratio_clamp": log_ratio_clamp, "aggregation": aggregation, "normalizer": normalizer}
     given = policy_tokens(logp, old_logp, advantages, mask, **options)
     inside = given.mask & (given.logp > -math.inf)
     if old_logp is not None:

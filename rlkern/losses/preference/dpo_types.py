@@ -1,10 +1,10 @@
-"""The losses of the DPO family, one small function each, on what they have in common (`Pairs`). `dpo.py` does the rest."""
+"""The losses of the DPO family, one small function each, on what they have in common: `Pairs`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ _SATURATED = 1e4  # sigmoid(-x) is zero here, in float64 too
 
 
 class Pairs(NamedTuple):
-    """A batch of preference pairs; tensors are [B] in float32 or float64. Lengths are None where the caller gave none."""
+    """A batch of preference pairs. Tensors are [B] in float32 or float64. Lengths may be None: not given."""
 
     policy_margin: Tensor  # log pi(chosen) - log pi(rejected)
     reference_margin: Tensor  # the same of the reference
@@ -27,14 +27,14 @@ class Pairs(NamedTuple):
     rejected_score: Tensor
     margin: Tensor  # beta * (chosen_score - rejected_score), called u below
     chosen_logps: Tensor  # log pi(chosen)
-    chosen_lengths: Tensor | None
-    rejected_lengths: Tensor | None
+    chosen_lengths: Any
+    rejected_lengths: Any
     beta: float
     label_smoothing: float
     discopop_tau: float
 
 
-# --- f-divergences: log ratio -> score (f-DPO, arXiv 2309.16240) ---------------------------------------------------------------------------
+# --- f-divergences: log ratio -> score (f-DPO, arXiv 2309.16240) --------------------------------------------
 
 
 def reverse_kl(log_ratio: Tensor, alpha: float) -> Tensor:
@@ -63,11 +63,14 @@ F_DIVERGENCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "alpha_divergence": alpha_divergence,
 }
 
-# --- losses: Pairs -> [B] ------------------------------------------------------------------------------------------------------------------
+# --- losses: Pairs -> [B] -----------------------------------------------------------------------------------
 
 
 def _tilted(u: Tensor, slope: float) -> Tensor:
-    """-log sigmoid(u) + slope * u: DPO (0), conservative DPO (+eps) and robust DPO (-eps / (1 - 2 eps)) in a form without cancellation."""
+    """-log sigmoid(u) + slope * u, without cancellation.
+
+    DPO has slope 0, conservative DPO eps, robust DPO -eps / (1 - 2 eps).
+    """
     loss = -logsigmoid(u)
     return loss + slope * u if slope else loss
 
@@ -102,7 +105,8 @@ def ipo_norm(p: Pairs) -> Tensor:
 
 
 def exo_pair(p: Pairs) -> Tensor:
-    u, eps = bounded(p.margin, -_SATURATED, _SATURATED), p.label_smoothing  # the loss has finite limits, its terms have not
+    # The loss has finite limits, its terms have not.
+    u, eps = bounded(p.margin, -_SATURATED, _SATURATED), p.label_smoothing
     return torch.sigmoid(u) * (logsigmoid(u) - math.log1p(-eps)) + torch.sigmoid(-u) * (logsigmoid(-u) - math.log(eps))
 
 
@@ -120,7 +124,7 @@ def sppo_hard(p: Pairs) -> Tensor:
 
 
 def _sorted(x: Tensor) -> Tensor:
-    """Of equal entries the first takes the gradient of the first rank: which one would else depend on the sort of the device."""
+    """Stable: of equal entries the first takes the gradient of the first rank, on every device."""
     return x.sort(stable=True).values
 
 
@@ -145,7 +149,7 @@ def apo_down(p: Pairs) -> Tensor:
 def discopop(p: Pairs) -> Tensor:
     u = bounded(p.margin, -_SATURATED, _SATURATED)
     gate = u / p.discopop_tau
-    # exp(-u) * sigmoid(gate) as one exponential: where one factor overflows the other vanishes.
+    # exp(-u) * sigmoid(gate) as one exponential. Where one factor overflows, the other vanishes.
     return -logsigmoid(p.margin) * torch.sigmoid(-gate) + torch.exp(logsigmoid(gate) - u)
 
 
@@ -155,7 +159,10 @@ def sft(p: Pairs) -> Tensor:
 
 
 class PairLoss(NamedTuple):
-    """A loss and the options it listens to, of "label_smoothing", "f_divergence", "chosen_lengths" and "rejected_lengths"."""
+    """A loss, and which options it listens to.
+
+    These are "label_smoothing", "f_divergence", "chosen_lengths" and "rejected_lengths".
+    """
 
     function: Callable[[Pairs], Tensor]
     uses: tuple[str, ...] = ("f_divergence",)

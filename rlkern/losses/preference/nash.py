@@ -1,31 +1,18 @@
-"""Learning against an opponent with a pairwise judge: Nash-MD (arXiv 2312.00886) and the proximal-point method Nash-MP (arXiv 2505.19731)."""
+"""Learning against an opponent with a pairwise judge.
+
+Nash-MD (arXiv 2312.00886), and Nash-MP (arXiv 2505.19731), the proximal-point method.
+"""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
-from ...checks import check_number
+from ...checks import check_number, check_positive
+from ...primitives.ratio import PolicyTokens
 from ...primitives.reductions import masked_mean, total
 from ..aggregate import LossOutput, aggregate, check_aggregation
 from ..arguments import log_ratio_to, per_sequence, ratio_tokens
-
-
-def _preference_loss(tokens, win_prob, anchors: dict[str, tuple[float, Tensor]], aggregation, normalizer) -> LossOutput:
-    """REINFORCE on win_prob - 1/2 with detached per-token pulls towards the anchors: name -> (coefficient, log ratio to it)."""
-    win_prob = per_sequence("win_prob", win_prob, tokens)
-    pull = torch.zeros_like(tokens.logp)
-    for coefficient, log_ratio in anchors.values():
-        pull = pull + coefficient * log_ratio.detach()
-    centred = torch.where(tokens.mask, win_prob - 0.5, 0)
-    values = (pull - centred) * tokens.logp
-    with torch.no_grad():
-        responses, dtype = tokens.mask.any(-1, keepdim=True), tokens.logp.dtype
-        metrics = {"win_prob": masked_mean(win_prob, responses), "sequences": total(responses, dtype), "tokens": total(tokens.mask, dtype)}
-        metrics.update({f"kl_{name}": masked_mean(log_ratio, tokens.mask) for name, (_, log_ratio) in anchors.items()})
-    return LossOutput(aggregate(values, tokens.mask, aggregation, normalizer), metrics)
 
 
 def nash_md_loss(
@@ -38,9 +25,11 @@ def nash_md_loss(
     aggregation: str = "seq-mean-token-sum",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """Nash-MD, as TRL has it: mean over responses of beta sum_t sg(logp - reference_logp) logp - (win_prob - 1/2) sum_t logp.
+    """Nash-MD, as TRL has it. The mean over responses of
 
-    The opponent's responses are sampled from softmax((1 - c) logits + c ref_logits), c = 0.5 in TRL.
+        beta sum_t sg(logp - reference_logp) logp - (win_prob - 1/2) sum_t logp
+
+    The opponent's responses are sampled from softmax((1 - c) logits + c reference_logits), c = 0.5 in TRL.
 
     Args:
         logp: [B, T] of the policy's own responses; gradients flow here.
@@ -75,12 +64,14 @@ def nash_mp_loss(
     aggregation: str = "seq-mean-token-sum",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """Nash-MP ("Nash Prox" in the paper's second version): Nash-MD with a second anchor, the target policy of the proximal step.
+    """Nash-MP ("Nash Prox" in the paper's second version), Nash-MD with a second anchor: mean over responses
 
-        mean over responses of sum_t sg(beta (logp - reference_logp) + beta / eta (logp - target_logp)) logp - (win_prob - 1/2) sum_t logp
+        sum_t sg(beta (logp - reference_logp) + beta / eta (logp - target_logp)) logp - (win_prob - 1/2) sum_t
+        logp
 
     Args:
-        target_logp: [B, T] of the target policy, a slow or frozen copy of the policy from which the opponent's responses come; used detached.
+        target_logp: [B, T] of the target policy of the proximal step, used detached. It is a slow or frozen
+            copy of the policy, from which the opponent's responses come.
         eta: step size of the proximal step; infinity removes the second anchor.
         The rest: as in `nash_md_loss`. With target = reference it is `nash_md_loss` at beta (1 + 1 / eta).
 
@@ -91,9 +82,7 @@ def nash_mp_loss(
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
     """
     check_number("beta", beta, 0)
-    check_number("eta", eta, 0, math.inf)
-    if eta == 0:
-        raise ValueError("eta is the step size of the proximal step and must be positive, got 0")
+    check_positive("eta", eta)
     check_aggregation(aggregation, normalizer)
     tokens = ratio_tokens(logp, None, mask)
     anchors = {
@@ -101,3 +90,23 @@ def nash_mp_loss(
         "target": (beta / eta, log_ratio_to("target_logp", target_logp, tokens)),
     }
     return _preference_loss(tokens, win_prob, anchors, aggregation, normalizer)
+
+
+def _preference_loss(tokens: PolicyTokens, win_prob: Tensor, anchors: dict[str, tuple[float, Tensor]], aggregation: str, normalizer) -> LossOutput:
+    """REINFORCE on win_prob - 1/2, with a detached pull of each token towards the anchors.
+
+    anchors: name -> (coefficient, log ratio to it).
+    """
+    win_prob = per_sequence("win_prob", win_prob, tokens)
+    pull = torch.zeros_like(tokens.logp)
+    for coefficient, log_ratio in anchors.values():
+        pull = pull + coefficient * log_ratio.detach()
+    values = (pull - torch.where(tokens.mask, win_prob - 0.5, 0)) * tokens.logp
+    responses, dtype = tokens.mask.any(-1, keepdim=True), tokens.logp.dtype
+    metrics = {
+        "win_prob": masked_mean(win_prob, responses),
+        "sequences": total(responses, dtype),
+        "tokens": total(tokens.mask, dtype),
+        **{f"kl_{name}": masked_mean(log_ratio, tokens.mask) for name, (_, log_ratio) in anchors.items()},
+    }
+    return LossOutput(aggregate(values, tokens.mask, aggregation, normalizer), metrics)
