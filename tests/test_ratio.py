@@ -97,7 +97,7 @@ def test_ratio_terms(backend, device, monkeypatch, name, dtype):
         values, slopes, free = expected_terms(*wide, mask.cpu(), spared, low, high, dual, clamp)
         got = terms_of(out.terms, x, leaf)
         torch.testing.assert_close([t.double().cpu() for t in got], [values, slopes], **TOLERANCE[dtype])
-        assert torch.equal(out.free.cpu(), free) and out.count.item() == mask.sum().item()
+        assert torch.equal(out.free.cpu(), free) and out.tokens.item() == mask.sum().item()
         metrics = expected_metrics(*wide, mask.cpu(), low, high, dual, clamp)
         assert out.metrics.keys() == metrics.keys()
         for key, value in metrics.items():
@@ -152,7 +152,7 @@ def test_forbidden_masked_and_no_tokens(backend, device):
     for nothing in (policy_inputs(logp, old, advantages, mask * 0), policy_inputs(logp[:0], old[:0], advantages[:0], mask[:0])):
         out = clipped_ratio(nothing, 0.2, 0.2, 3.0, with_distance=True)
         assert [v.item() for v in out.metrics.values()] == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
-        loss = aggregate_terms(out.terms, nothing.mask, out.count)
+        loss = aggregate_terms(out.terms, nothing.mask, out.tokens)
         assert loss == 0 and (torch.autograd.grad(loss, nothing.logp)[0] == 0).all()
 
 

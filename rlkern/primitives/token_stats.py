@@ -136,11 +136,11 @@ def write_gradient(
     if logits.numel() == 0:
         return
     y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, temperature)
-    grads = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
+    upstream = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
     rows = as_rows(logits)
     rows_of_out = rows if out is logits else as_rows(out)
     backend = backends.select(logits.device)
-    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, state, grads, rows_of_out)
+    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, state, upstream, rows_of_out)
 
 
 def _backward(logits, *args):
