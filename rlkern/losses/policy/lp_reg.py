@@ -99,30 +99,16 @@ def lp_reg_loss(
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above, and for options of the other kl_term.
     """
-    check_choice("kl_term", kl_term, KL_TERMS)
-    check_choice("select_from", select_from, (None, *SELECTIONS))
-    check_fraction("rho", rho)
-    check_fraction("rho_positive", rho_positive)
-    check_number("kl_coef", kl_coef, 0)
-    check_count("min_count", min_count)
+    _check(kl_term, select_from, rho, rho_positive, kl_coef, min_count, kl_kind, kl_clamp, kept_logmass, proxy_kl)
     check_clip(clip_low, clip_high)
-    check_kl(kl_kind, kl_clamp)
-    if resolve(kl_kind) == ("k1", False):
-        raise ValueError(f"kl_kind {kl_kind!r} lowers every selected token, whatever the proxy says: expected 'k3', 'k2', 'abs' or a kind with a +")
-    sampled = kl_term == "sampled"
-    if sampled and (kept_logmass is not None or proxy_kl is not None):
-        raise ValueError("kept_logmass and proxy_kl are for kl_term='full', got one of them with 'sampled'")
-    if not sampled and rho_positive:
-        raise ValueError(f"rho_positive is for kl_term='sampled', got {rho_positive} with 'full'")
     x = policy_inputs(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
     check_tokens("proxy_logp", proxy_logp, logp)
     own, proxy = (numbers(t, x.advantages.dtype) for t in (logp, proxy_logp))
-    negative = x.mask & (x.advantages < 0)
-
-    select_from = select_from or ("negative" if sampled else "all")
-    selected = negative & _rarest(own, negative if select_from == "negative" else x.mask, rho, min_count)
+    negative, sampled = x.mask & (x.advantages < 0), kl_term == "sampled"
+    from_all = (select_from or ("negative" if sampled else "all")) == "all"
+    selected = negative & _rarest(own, x.mask if from_all else negative, rho, min_count)
     if sampled:
         if rho_positive:
             selected = selected | _rarest(own, x.mask & (x.advantages > 0), rho_positive, min_count)
@@ -134,7 +120,24 @@ def lp_reg_loss(
         ratio, p = clipped_ratio(x, clip_low, clip_high), clean(x)
         policy = TokenTerms(logp, -p.advantages * bounded(p.ratio, 1 - clip_low, 1 + clip_high))
         kl = TokenTerms(logp, torch.where(selected, _full_kl(logp, kept_logmass, proxy_kl).to(own.dtype), 0))
-    selected_fraction, _, proxy_kl = selected_means(kl.values, selected, x.mask)
-    metrics = {"selected_fraction": selected_fraction, "proxy_kl": proxy_kl, **ratio.metrics}
+    selected_fraction, _, mean_kl = selected_means(kl.values, selected, x.mask)
+    metrics = {"selected_fraction": selected_fraction, "proxy_kl": mean_kl, **ratio.metrics}
     terms = x.weigh(policy.plus(kl.scaled(kl_coef)))
     return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), metrics)
+
+
+def _check(kl_term, select_from, rho, rho_positive, kl_coef, min_count, kl_kind, kl_clamp, kept_logmass, proxy_kl) -> None:
+    """Raises TypeError or ValueError for options of `lp_reg_loss` that are wrong or do not go together."""
+    check_choice("kl_term", kl_term, KL_TERMS)
+    check_choice("select_from", select_from, (None, *SELECTIONS))
+    check_fraction("rho", rho)
+    check_fraction("rho_positive", rho_positive)
+    check_number("kl_coef", kl_coef, 0)
+    check_count("min_count", min_count)
+    check_kl(kl_kind, kl_clamp)
+    if resolve(kl_kind) == ("k1", False):
+        raise ValueError(f"kl_kind {kl_kind!r} lowers every selected token, whatever the proxy says: expected 'k3', 'k2', 'abs' or a kind with a +")
+    if kl_term == "sampled" and (kept_logmass is not None or proxy_kl is not None):
+        raise ValueError("kept_logmass and proxy_kl are for kl_term='full', got one of them with 'sampled'")
+    if kl_term == "full" and rho_positive:
+        raise ValueError(f"rho_positive is for kl_term='sampled', got {rho_positive} with 'full'")
