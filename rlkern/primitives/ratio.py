@@ -133,7 +133,8 @@ def clipped_ratio(
 
 def ratio_terms(x: PolicyInputs) -> TokenTerms:
     """The ratio itself, bounded as in `clean`; 0 where masked."""
-    return clipped_ratio(x._replace(advantages=x.advantages.new_full(x.logp.shape, -1))).terms
+    minus_one = x.advantages.new_full(x.logp.shape, -1)
+    return clipped_ratio(PolicyInputs(x.logp, x.old_logp, minus_one, x.mask, None, x.log_ratio_clamp)).terms
 
 
 def _new_ratio_terms(logp, old_logp, advantages, *args):

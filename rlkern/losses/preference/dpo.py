@@ -200,7 +200,7 @@ def dpo_loss(
     options = _options(beta, label_smoothing, ipo, reference_free, loss_type, loss_weights, f_divergence, f_alpha, discopop_tau)
     given: dict[str, Any] = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     if not (reference_free and reference_chosen_logps is None and reference_rejected_logps is None):
-        given |= {"reference_chosen_logps": reference_chosen_logps, "reference_rejected_logps": reference_rejected_logps}
+        given.update(reference_chosen_logps=reference_chosen_logps, reference_rejected_logps=reference_rejected_logps)
     expect_alike("float", "[B] (both references may be None with reference_free=True)", **given)
     _check_extras(policy_chosen_logps, chosen_lengths, rejected_lengths, weights, options)
 
