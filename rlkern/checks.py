@@ -24,7 +24,7 @@ def shown(value: object) -> str:
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-# --- tensors -------------------------------------------------------------------------------------------------------
+# --- tensors ------------------------------------------------------------------------------------------------
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
@@ -105,7 +105,7 @@ def as_bool(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-# --- rows of logits ------------------------------------------------------------------------------------------------
+# --- rows of logits -----------------------------------------------------------------------------------------
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
@@ -160,7 +160,7 @@ def check_temperature(
         if not 0 < temperature <= FINITE:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if torch.compiler.is_compiling() and temperature != 1:
-            # A number, even in new_full, would be part of the graph, which is then compiled again for every value.
+            # A number, even in new_full, would be part of the graph and compile it again for every value.
             return temperature * logits.new_ones(logits.shape[:-1], dtype=computing_dtype(logits)), 1.0
         return None, float(temperature)
     rows = logits.shape[:-1]
@@ -193,7 +193,7 @@ def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int |
         raise IndexError(f"target {targets[row, k].item()} of row {row} is out of range for {vocab} logits{ignored}")
 
 
-# --- numbers and names ---------------------------------------------------------------------------------------------
+# --- numbers and names --------------------------------------------------------------------------------------
 
 
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:

@@ -33,7 +33,7 @@ def chunk_elements(x: Tensor) -> int:
 
 
 def row_chunks(rows: Tensor, elements: int | None = None) -> Iterator[tuple[int, slice, slice]]:
-    """Yields (a, b, flat): `rows[a, b]` of a [A, B, V] tensor is a chunk, `flat` the slice of its row numbers."""
+    """Yields (a, b, flat): a chunk `rows[a, b]` of [A, B, V], and `flat`, the slice of its row numbers."""
     outer, inner, vocab = rows.shape
     step = max(1, (chunk_elements(rows) if elements is None else elements) // vocab)
     for a in range(outer):

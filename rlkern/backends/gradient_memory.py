@@ -41,7 +41,7 @@ def empty(like: Tensor) -> Tensor:
 
 
 def _take() -> torch.UntypedStorage | None:
-    """The kept memory, unless a tensor, a view, an array, a storage object or another process still uses it."""
+    """The kept memory, unless a tensor, view, array, storage object or other process still uses it."""
     try:
         storage = _kept.pop()
     except IndexError:

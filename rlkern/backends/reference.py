@@ -148,7 +148,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
         out[a, rows] = dz.to(out.dtype)
 
 
-# --- one number a token, over all tokens of a batch ------------------------------------------------------------------
+# --- one number a token, over all tokens of a batch ---------------------------------------------------------
 
 
 def covariance_sums(logp, advantages, mask) -> Tensor:

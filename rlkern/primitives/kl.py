@@ -94,7 +94,7 @@ def _estimate(d: Tensor, name: str, straight_through: bool, clamp: float | None)
     return value
 
 
-# --- as terms of a loss --------------------------------------------------------------------------------------------
+# --- as terms of a loss -------------------------------------------------------------------------------------
 
 _CODES = {"k1": KLKind.K1, "abs": KLKind.ABS, "k2": KLKind.K2, "k3": KLKind.K3}
 _NAMES = {code: name for name, code in _CODES.items()}

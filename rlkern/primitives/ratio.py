@@ -82,7 +82,7 @@ def _clean(logp, old_logp, advantages, mask, least, most):
     return logp, log_ratio, bounded(log_ratio, least, most).exp(), torch.where(mask, advantages, 0)
 
 
-# --- the clip ------------------------------------------------------------------------------------------------------
+# --- the clip -----------------------------------------------------------------------------------------------
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Tensor:
@@ -204,7 +204,7 @@ _ratio_terms = Operator(
 )
 
 
-# --- metrics: all detached 0-d tensors -----------------------------------------------------------------------------
+# --- metrics: all detached 0-d tensors ----------------------------------------------------------------------
 
 _RATIO_METRICS = ("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size", "tokens", "log_mean_ratio")
 

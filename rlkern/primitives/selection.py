@@ -93,7 +93,7 @@ def _random_keys(valid: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.rand(valid.shape, dtype=torch.float32, device=valid.device, generator=generator)
 
 
-# --- for losses, which have checked what they hand over --------------------------------------------------------------
+# --- for losses, which have checked what they hand over -----------------------------------------------------
 
 
 def _bottom(values, valid, count):
