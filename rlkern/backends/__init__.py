@@ -47,12 +47,11 @@ _current = _check_name(os.environ.get("RLKERN_BACKEND", "auto"), "RLKERN_BACKEND
 
 
 class use_backend:
-    """Chooses the implementation for the whole process: `use_backend("reference")`.
+    """Chooses the implementation for the whole process, or inside `with use_backend("native"): ...`.
 
-    `with use_backend("native"): ...` restores the previous choice on exit. "auto" is the default, unless the
-    environment sets RLKERN_BACKEND. It takes triton for GPU tensors, native for CPU tensors, and the plain
-    PyTorch reference where these are missing. Raises ValueError for an unknown name and RuntimeError for a
-    backend that is not installed.
+    "auto", the default unless RLKERN_BACKEND is set, takes triton for GPU tensors, native for CPU tensors,
+    and the plain PyTorch reference where these are missing. Raises ValueError for an unknown name and
+    RuntimeError for a backend that is not installed.
     """
 
     def __init__(self, name: str):

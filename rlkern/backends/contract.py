@@ -57,7 +57,7 @@ The rows of [2, N] are values and their derivatives by logp.
 
 
 class State:
-    """Columns of `state`, with u = (x - m) / T. Those from TARGETS on are x[y_k] - m, NaN for a target outside [0, V)."""
+    """Columns of `state`, with u = (x - m) / T. From TARGETS on: x[y_k] - m, NaN for y_k outside [0, V)."""
 
     MAX = 0  # m = max x
     REST = 1  # sum exp(u) - 1: without the 1 of the maximum itself

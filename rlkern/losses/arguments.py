@@ -36,11 +36,7 @@ def policy_inputs(
     """Checks the arguments that every policy loss takes.
 
     Args:
-        logp: [B, T] float; gradients flow into it.
-        old_logp: [B, T] float, used detached. None is on-policy, logp.detach(): the ratio is 1.
-        advantages: [B, T], [B, 1] or [B] float. They must not require grad, which would be lost.
-        mask: [B, T] bool or number; nonzero counts. It selects, it does not weigh.
-        weights: [B, T], [B, 1] or [B] float importance weights for `weigh`, without gradient.
+        logp, old_logp, advantages, mask, weights: as in `ppo_loss`. Advantages with grad are refused.
         log_ratio_clamp: c bounds the exponent of `ratio` to [-c, c], without gradient beyond (verl's vanilla
             loss: 20). None bounds it to (-inf, 80], where exp is finite in float32. Otherwise an overflowing
             ratio would make NaN of a clipped token's gradient.
