@@ -160,7 +160,7 @@ def check_temperature(
         if not 0 < temperature <= FINITE:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if torch.compiler.is_compiling() and temperature != 1:
-            # A number, even in new_full, would be part of the graph and compile it again for every value.
+            # A number, even in new_full, would be part of the graph, compiled again for every value.
             return temperature * logits.new_ones(logits.shape[:-1], dtype=computing_dtype(logits)), 1.0
         return None, float(temperature)
     rows = logits.shape[:-1]

@@ -14,7 +14,7 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., V] as [A, B, V] with last stride 1: a view of a slice of three dimensions, else maybe a copy."""
+    """[..., V] as [A, B, V] with last stride 1: a view where possible, as for slices of three dimensions."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     if x.dim() == 3:
@@ -28,7 +28,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def chunk_elements(x: Tensor) -> int:
-    """Elements to upcast at once: as fit a CPU's cache; more on a GPU, where launches cost more."""
+    """Elements to upcast at once: what a CPU's cache holds; more on a GPU, where launches cost more."""
     return 1 << 18 if x.device.type == "cpu" else 1 << 24
 
 

@@ -1,4 +1,4 @@
-"""The arguments that losses share: checks, and safe values. All raise TypeError or ValueError."""
+"""The arguments that losses share, checked and made safe to use. All raise TypeError or ValueError."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .aggregate import check_aggregation
 
 
 def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
-    """The bounds 1 - clip_low and 1 + clip_high must enclose 1. With clip_low > 1 one is negative."""
+    """The bounds 1 - clip_low and 1 + clip_high must enclose 1; clip_low > 1 makes a negative ratio."""
     check_number("clip_low", clip_low, 0, 1)
     check_number("clip_high", clip_high, 0)
     if dual_clip is not None:
@@ -36,7 +36,7 @@ def policy_inputs(
     """Checks the arguments that every policy loss takes.
 
     Args:
-        logp, old_logp, advantages, mask, weights: as in `ppo_loss`. Advantages with grad are refused.
+        logp, old_logp, advantages, mask, weights: as in `ppo_loss`. Advantages that require grad are refused.
         log_ratio_clamp: c bounds the exponent of `ratio` to [-c, c], without gradient beyond (verl's vanilla
             loss: 20). None bounds it to (-inf, 80], where exp is finite in float32. Otherwise an overflowing
             ratio would make NaN of a clipped token's gradient.
@@ -71,7 +71,7 @@ def selected_tokens(selected: Tensor, x: PolicyInputs) -> Tensor:
 
 
 def with_preset(presets: Mapping[str, Mapping[str, Any]], preset: str | None, default: str | None, **options: Any) -> dict[str, Any]:
-    """The options. A None among them comes from the preset of that name, or of the default name."""
+    """The options. Those that are None come from `preset`, or from `default` if that is None."""
     check_choice("preset", preset, (None, *presets))
     name = default if preset is None else preset
     table = {} if name is None else presets[name]

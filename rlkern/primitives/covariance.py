@@ -43,7 +43,8 @@ def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: t
     """cov_i = (A_i - mean A)(logp_i - mean logp), both means over all counted tokens.
 
     Args:
-        logp: [B, T] float. A token whose logp is not finite (the policy forbids it) counts as masked.
+        logp: [B, T] float. A token whose logp is not finite (the policy forbids it) counts as masked:
+            it would make every mean infinite.
         advantages: [B, T], [B, 1] or [B] float that does not require grad.
         mask: [B, T] bool or number; nonzero counts. Masked places may hold NaN.
         group: data-parallel processes to take the means over (one all_reduce of three numbers), if any.

@@ -120,7 +120,7 @@ def token_divergence(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Divergence between p = softmax(logits / temperature) and q = softmax(other / temperature), row by row.
+    """Full-vocabulary divergence by row: p = softmax(logits / temperature), q = softmax(other / temperature).
 
         kind          value                                      gradient by logits
         "reverse_kl"  KL(p || q) = sum p log(p / q)              p (log(p / q) - KL) / T

@@ -140,7 +140,7 @@ def masked_elbo(
     return_token_logp: bool = False,
     old_token_logp: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One draw of the ELBO of a masked-diffusion model (LLaDA, Dream), per sequence: the sum over masked k of
+    """One Monte-Carlo draw of a masked-diffusion ELBO (LLaDA, Dream), per sequence: the sum over masked k of
 
         w_k log softmax(logits_k / temperature)[target_k]                            arXiv 2510.11683, Eq. 4
 
@@ -163,7 +163,7 @@ def masked_elbo(
         num_seqs: the number of sequences, with `seq_idx`. A sequence without rows has ELBO 0.
         temperature, inplace_backward: as in `rlkern.token_stats`. The papers always use temperature 1.
         return_token_logp: also return the log-probabilities of the targets, shaped like targets, detached, 0
-            where not counted. They are a later `old_token_logp`. (`rlkern.token_logprobs` has gradients.)
+            where not counted: for a later `old_token_logp`. (`rlkern.token_logprobs` has gradients.)
         old_token_logp: shaped like targets, float, detached, from the same draw. The result is then the sum
             of w (log p - old), the log ratio of the ELBOs. It keeps the digits that the difference of two
             ELBOs loses (up to 512 tokens in float32: 2e-7 against 4e-4 at worst).

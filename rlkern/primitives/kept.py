@@ -20,7 +20,7 @@ def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_
         threshold = x.topk(min(max(top_k, min_tokens_to_keep), x.shape[-1]), -1).values[:, -1:]
         return (x >= threshold) & (x > -math.inf)
     ordered, order = x.sort(dim=-1, descending=True, stable=True)
-    p = (ordered.softmax(-1) * 2.0**52).long()  # on a GPU sums of floats, not of integers, may change by run
+    p = (ordered.softmax(-1) * 2.0**52).long()  # on a GPU sums of floats may vary between runs
     before = p.cumsum(-1) - p
     kept = before <= int((top_p or 0) * 2**52)
     kept[:, :min_tokens_to_keep] = True

@@ -33,5 +33,5 @@ def bounded(x: Tensor, low: float | None = None, high: float | None = None) -> T
 
 
 def excess(x: Tensor) -> Tensor:
-    """x.relu(), gradient 0 at 0. But relu saves its result, into which a caller may write."""
+    """x.relu(), with gradient 0 at 0. Unlike relu it does not save its result: callers may write to it."""
     return torch.where(x <= 0, 0, x)

@@ -5,12 +5,12 @@
     "abs"            |d|                 sign(d), 0 at 0  of sum |pi - pi_ref|           the same
     "k2", "mse"      d^2 / 2             d                of KL(pi || pi_ref)            the same
     "k3"             exp(-d) - 1 + d     1 - exp(-d)      of KL(pi_ref || pi)            KL(pi || pi_ref)
-    "k1+" ... "k3+"  of the named        d, that of k2    of KL(pi || pi_ref)            the same
+    "k1+" ... "k3+"  as without the +    d, that of k2    of KL(pi || pi_ref)            the same
 
 d = logp - reference_logp; gradients are by logp. abs pulls along twice the total variation, k3 along the KL
-of the other direction. The expected gradient needs samples of pi: on those of an older policy that of k1,
-say, is of -KL(pi_old || pi). The last column is `kl_times_ratio` of `grpo_loss`, and holds on samples of any
-pi_old. k1 and k3 have the mean KL(pi || pi_ref), so their product with the ratio is differentiated as a
+of the other direction. The expected gradient needs samples of pi: on those of pi_old, k1's is that of
+-KL(pi_old || pi), for example. The last column is `kl_times_ratio` of `grpo_loss`, and holds on samples of
+any pi_old. k1 and k3 have the mean KL(pi || pi_ref), so their product with the ratio is differentiated as a
 whole. Of the others only the gradient is that of a divergence, so the ratio multiplies it as a constant.
 
 A clamp of the estimate biases the gradient of all kinds without a +. A bound on the ratio biases all: tokens

@@ -218,7 +218,7 @@ def linear_token_stats(
         of a model's own head. Gradients of weight and bias are summed over the chunks in float32.
 
     Raises:
-        TypeError, ValueError, IndexError: as `token_stats`; for weights that do not go with hidden.
+        TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
     """
     if group is not None:
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")

@@ -37,9 +37,9 @@ class PolicyInputs(NamedTuple):
 
 
 class PolicyTokens(NamedTuple):
-    """The tokens of a batch, [B, T], float32 (float64 for float64 logp). Masked ones are neutral, detached.
+    """The tokens of a batch, [B, T], float32 (float64 for float64 logp).
 
-    Only logp, log_ratio and ratio carry gradient.
+    No value and no gradient comes from masked ones. Only logp, log_ratio and ratio carry gradient.
     """
 
     logp: Tensor  # log pi(token), 0 where masked
@@ -88,7 +88,7 @@ def _clean(logp, old_logp, advantages, mask, least, most):
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Tensor:
     """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip.
 
-    It is computed as -A times the clipped ratio. A ratio clipped away cannot make a NaN gradient.
+    It is -A times the clipped ratio: one that overflows and is clipped away then makes no NaN gradient.
     """
     return _clipped(ratio, advantages, 1 - clip_low, 1 + clip_high, dual_clip)
 
@@ -113,7 +113,7 @@ def clipped_ratio(
     unclipped: Tensor | None = None,
     with_distance: bool = False,
 ) -> ClippedRatio:
-    """-A r a token, clipped as in `clipped_surrogate` unless clip_low is None or the token in `unclipped`.
+    """-A r by token, clipped as in `clipped_surrogate` unless clip_low is None or the token in `unclipped`.
 
     metrics: those of `ratio_metrics`; with a clip those of `clip_fractions`, which ignore `unclipped` [B, T];
     with dual_clip clip_fraction_dual; with_distance abs_log_ratio.

@@ -20,8 +20,7 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """The tokens that a causal model's logits predict: labels moved one to the left, `ignore_index` last.
-    [..., T] -> [..., T].
+    """Labels moved one to the left, `ignore_index` last: what a causal model predicts. [..., T] -> [..., T].
 
     The logits stay whole. Slicing them instead costs a zero-fill and a copy of all logits in the backward.
     """

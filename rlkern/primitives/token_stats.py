@@ -249,7 +249,7 @@ def token_stats(
         ignore_index: a target that marks its row as masked. With [..., K] it marks its entry, and the row
             only if all K are ignored.
         min_p: keep the tokens with p >= min_p * max p, inclusive, detached (Lp-Reg, arXiv 2510.03222, eq. 5).
-        min_prob: keep the tokens with p >= min_prob, inclusive. An empty set has kept_logmass -inf, detached.
+        min_prob: keep the tokens with p >= min_prob, inclusive. An empty set: kept_logmass -inf, no gradient.
         with_sum_sq: also compute sum_sq_prob.
         with_entropy: False leaves the entropy out (None). A CPU saves a tenth of the forward.
         inplace_backward: write the gradient over the logits. It takes no memory, and the backward destroys

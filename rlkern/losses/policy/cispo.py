@@ -26,11 +26,11 @@ def cispo_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp per token, or -sg(min(r, cap)) A logp: arXiv
-    2506.13585 Eq. 4, 5.
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp or, with cap, -sg(min(r, cap)) A logp per token.
 
-    verl's "cispo" is clip_low, clip_high and log_ratio_clamp=20. TRL's epsilon_high is `cap`: an absolute
-    number (5.0), not 1 + epsilon, without a lower bound. The paper has no lower bound either: clip_low=1.
+    arXiv 2506.13585 Eq. 4, 5. The paper has no lower bound: clip_low=1. verl's "cispo" is clip_low, clip_high
+    and log_ratio_clamp=20. TRL's epsilon_high is `cap`: an absolute number (5.0), not 1 + epsilon, without a
+    lower bound.
 
     Args:
         logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.

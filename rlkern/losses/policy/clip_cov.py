@@ -66,7 +66,7 @@ def clip_cov_loss(
         clip_low, clip_high: as in `ppo_loss`; None takes the preset's. "paper" needs both or neither.
         closed_band: whether cov_low and cov_high belong to the band.
         min_count: the least number of tokens to draw, if there are that many candidates.
-        selected: [B, T] bool or number, tokens to leave out (from an optimizer's batch, say), not drawn here.
+        selected: [B, T] bool or number, tokens to leave out instead, drawn over an optimizer's batch, say.
         keep_value: keep the tokens' loss and drop only their gradient, as the paper's Listing 1 does.
         generator: for the draw, on logp's device.
         group: data-parallel processes to take the two means over. Each still draws among its own tokens.

@@ -32,7 +32,7 @@ def grpo_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """PPO's loss plus kl_coef * kl_scale * KL(pi || pi_ref), from tokens taken: arXiv 2402.03300 Eq. 3, 4.
+    """PPO's loss plus kl_coef * kl_scale * KL(pi || pi_ref) at the token taken: arXiv 2402.03300 Eq. 3, 4.
 
         the paper                           aggregation="grpo", kl_coef=0.04
         Dr. GRPO (arXiv 2503.20783)         "dr_grpo", no KL, advantages not divided by std

@@ -30,9 +30,9 @@ def gspo_loss(
 
     arXiv 2507.18071 Eq. 5 and, per token, 13. The token form has the value of the sequence form -A s, and
     also its gradient with the default aggregation and one advantage a sequence. It takes advantages per token
-    too. verl up to 0.9.0 always uses this aggregation for "gspo", whatever its loss_agg_mode. TRL's sequence
-    level is aggregation="grpo". LUSPO weighs by length: "seq-mean-token-sum". The default clip bounds are the
-    paper's. verl takes those of its PPO (0.2) by default, which hardly ever clip a sequence ratio.
+    too. verl up to 0.9.0 always takes the default aggregation for "gspo", whatever its loss_agg_mode. TRL's
+    sequence level is aggregation="grpo". LUSPO weighs by length: "seq-mean-token-sum". The default clip
+    bounds are the paper's. verl's default is its PPO's 0.2, which hardly ever clips a sequence ratio.
 
     Args:
         logp, old_logp, advantages, mask, clip_low, clip_high, weights, aggregation, normalizer: as in

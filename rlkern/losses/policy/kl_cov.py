@@ -57,8 +57,7 @@ def kl_cov_loss(
             `weights` multiply the penalty too, as in verl.
         select_ratio: a fraction of the tokens, in [0, 1], not a percentage. None takes the preset's.
         kl_coef: >= 0. None takes the preset's, as for min_count.
-        selected: [B, T] bool or number, tokens to penalise (from an optimizer's batch, say), not selected
-            here.
+        selected: [B, T] bool or number, tokens to penalise instead, chosen over an optimizer's batch, say.
         group: data-parallel processes to take the two means over. Each still selects among its own tokens.
 
     Returns, Raises: as `ppo_loss`, without clip fractions. Metrics also: selected_fraction, covariance_mean,

@@ -73,7 +73,7 @@ def lp_reg_loss(
         others     max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
     k3's gradient is 1 - q / pi. Over all samples of pi its expectation is that of the full KL(q || pi), over
-    R it is R's part. The clamp at 10 switches it off where proxy_logp - logp > 2.61; None does not.
+    R it is R's part. The clamp at 10 switches it off where proxy_logp - logp > 2.61, kl_clamp=None nowhere.
 
     kl_term="full" is the paper's Eq. 6. Its R: tokens with A < 0 and proxy_logp > -inf among the lowest
     fraction rho of **all** tokens. Per token
@@ -93,7 +93,7 @@ def lp_reg_loss(
         proxy_kl: [B, T] float, for "full" with a proxy from other logits: KL(q || pi) with its gradient.
             token_divergence's "forward_kl" gives it if logits outside q's set are -inf.
         select_from: "negative" or "all", the group that rho refers to; None takes that of kl_term above.
-        min_count: fewer are not regularised. The code's 2: none below 200 negatives at rho = 0.01.
+        min_count: with fewer tokens no regularisation. The code's 2: none below 200 negatives at rho = 0.01.
         rho_positive: for "sampled", the same among A > 0 (the code's logp_pos_k_percent, always 0).
         weights: as in `ppo_loss`; multiply the regulariser too.
 

@@ -42,7 +42,7 @@ def vespo_loss(
 ) -> LossOutput:
     """-sg(phi(W)) A logp per token, phi(W) = exp(lambda) W^k exp(-lambda W): arXiv 2602.10693.
 
-    W is the product of the sequence's token ratios. An engine may sample from another policy than the one
+    W is the product of the sequence's token ratios r. An engine may sample from another policy than the one
     that scores. `rollout_is_weights` w = pi_old / pi_rollout corrects for it: W is then the ratio to the
     policy that sampled. The bounds are TRL's, except that log phi is bounded at 80, where float32 is finite:
 
@@ -56,7 +56,7 @@ def vespo_loss(
         k_positive, lambda_positive: the kernel for A >= 0, both >= 0.
         k_negative, lambda_negative: the kernel for A < 0.
         rollout_is_weights: >= 0, without gradient: [B, T] float, or [B, 1] or [B], whose log enters the sum
-            once. They go into W, and through phi; `weights` multiply a token's loss.
+            once. They go into W, and through phi; `weights` multiply a token's loss instead.
 
     Returns, Raises: as `ppo_loss`, without clip fractions; metrics also: kernel_mean, over the tokens.
     """
