@@ -1,4 +1,4 @@
-"""Builds the CPU kernels with CMake. RLKERN_NATIVE=0 leaves them out; everything else is in pyproject.toml."""
+"""Builds the CPU kernels with CMake, unless RLKERN_NATIVE=0. Everything else is in pyproject.toml."""
 
 import os
 import shutil
@@ -22,7 +22,7 @@ fallback on CPUs:
 
 
 def _tool(name: str) -> "str | None":
-    """A program from this Python's own scripts folder, else from PATH: a virtual environment need not be activated."""
+    """A program from this Python's scripts folder, activated or not, else from PATH."""
     return shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
 
 
@@ -41,7 +41,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(NO_BUILD.format(reason="cmake was not found"))
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
-        # Started afresh every time: pip builds in a new environment, whose tools an old cache would still look for elsewhere.
+        # Start afresh: pip builds in a new environment, and an old cache names tools of the last one.
         shutil.rmtree(build, ignore_errors=True)
         configure = [
             cmake,
@@ -59,7 +59,7 @@ class CMakeBuild(build_ext):
             subprocess.run([cmake, "--build", str(build), "--parallel"], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise SystemExit(NO_BUILD.format(reason=error)) from None
-        # Put in place at once: a process that runs the old library keeps it, where a linker writing over it would crash that process.
+        # Replaced at once: a linker that writes over a library crashes the processes that run it.
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(build / target.name, target)
 
@@ -69,7 +69,7 @@ packages = find_packages(include=["rlkern", "rlkern.*"], exclude=["rlkern.triton
 # Installed inside rlkern: a top-level triton_kernels would shadow the Triton project's package of that name.
 package_dir = {"rlkern": "rlkern", "rlkern.triton_kernels": "triton_kernels"}
 if "editable_wheel" in sys.argv:
-    # One path with nothing but a link to the package in it: type checkers and editors follow paths, not import hooks.
+    # A path that holds only a link to the package: type checkers follow paths, not import hooks.
     link = ROOT / ".editable" / "rlkern"
     link.parent.mkdir(exist_ok=True)
     if not link.is_symlink():

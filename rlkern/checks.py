@@ -18,17 +18,17 @@ Like = tuple[str, Tensor]  # a tensor that another one must go with, and its nam
 
 
 def shown(value: object) -> str:
-    """What an error says was given: a name or a number as it is, of a tensor its dtype, of anything else its type."""
+    """How an error shows a value: names and numbers as they are, a tensor's dtype, any other's type."""
     if isinstance(value, (str, int, float, type(None))):
         return repr(value)
     return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
-# --- tensors -------------------------------------------------------------------------------------------------------
+# --- tensors ------------------------------------------------------------------------------------------------
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float64, torch.float16)
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64)
-_KINDS: dict[str, tuple[str, frozenset[torch.dtype]]] = {  # what an error calls it, and the dtypes that it has
+_KINDS: dict[str, tuple[str, frozenset[torch.dtype]]] = {  # the words of an error, and the dtypes
     "float": ("a float tensor", frozenset(_FLOATS)),
     "real": ("a bool or number tensor", frozenset((*_FLOATS, *_INTEGERS, torch.bool))),
     "integer": ("an integer tensor", frozenset(_INTEGERS)),
@@ -51,8 +51,8 @@ def expect(
     Args:
         kind: "float", "real" (bool or any number), "integer" or "bool".
         layout: the shape in words: "[B, T]", "[B] or [B, 1]".
-        like: a tensor whose device x must be on, and whose shape it must have unless `shape` says otherwise.
-        shape: the shape, or a tuple of several of which one will do. Without `like` and `shape`, `layout` says how many dimensions.
+        like: a tensor whose device x must be on, and by default whose shape x must have.
+        shape: the shape, or several of which one will do. By default like's, else the dimensions of `layout`.
         detached: x must not require grad.
     """
     words, dtypes = _KINDS[kind]
@@ -90,13 +90,12 @@ def check_logp(logp: Tensor, name: str = "logp") -> None:
 
 
 def check_tokens(name: str, x: Any, logp: Tensor, kind: str = "float", of: str = "logp") -> None:
-    """x has the shape and the device of logp [B, T]."""
+    """x must have the shape and the device of logp [B, T]."""
     expect(name, x, kind, "[B, T]", like=(of, logp))
 
 
 def per_token(name: str, x: Tensor, logp: Tensor, kind: str = "float") -> Tensor:
-    """x [B, T], [B, 1] or [B], without gradient, as [B, T] in the dtype that logp is computed in (expanded, not
-    copied)."""
+    """x [B, T], [B, 1] or [B], detached, expanded (not copied) to [B, T] in logp's computing dtype."""
     n, length = logp.shape
     expect(name, x, kind, "[B, T], [B, 1] or [B]", shape=((n, length), (n, 1), (n,)), like=("logp", logp), detached=True)
     x = x.to(computing_dtype(logp))
@@ -114,7 +113,7 @@ def as_bool(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask != 0
 
 
-# --- rows of logits ------------------------------------------------------------------------------------------------
+# --- rows of logits -----------------------------------------------------------------------------------------
 
 
 def check_logits(logits: Tensor, name: str = "logits") -> None:
@@ -162,14 +161,14 @@ def check_temperature(
     mask: Tensor | None = None,
     ignore_index: int = -100,
 ) -> tuple[Tensor | None, float]:
-    """(a temperature [...] for the rows, or None; one number, 1 beside a tensor). Rows that are not read may have any."""
+    """(temperatures [...] or None, number): the number is 1 beside temperatures. Unread rows may have any."""
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
             raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {shown(temperature)}")
         if not 0 < temperature <= FINITE:
             raise ValueError(f"temperature must be positive and finite, got {temperature}")
         if torch.compiler.is_compiling() and temperature != 1:
-            # As a number, and in new_full, it would be part of the graph: compiled anew for every value.
+            # A number, even in new_full, would be part of the graph, compiled again for every value.
             return temperature * logits.new_ones(logits.shape[:-1], dtype=computing_dtype(logits)), 1.0
         return None, float(temperature)
     rows = logits.shape[:-1]
@@ -190,7 +189,7 @@ def check_temperature(
 
 
 def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int | None, vocab: int) -> None:
-    """IndexError for a target [N, K] of a counted row that is no id. Reads values: the caller has asked whether it may."""
+    """IndexError if a counted row of targets [N, K] is out of range. Reads values: callers ask first."""
     bad = (targets < 0) | (targets >= vocab)
     if ignore_index is not None:
         bad &= targets != ignore_index
@@ -202,16 +201,16 @@ def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int |
         raise IndexError(f"target {targets[row, k].item()} of row {row} is out of range for {vocab} logits{ignored}")
 
 
-# --- numbers and names ---------------------------------------------------------------------------------------------
+# --- numbers and names --------------------------------------------------------------------------------------
 
 
 def check_number(name: str, value: float, low: float = -math.inf, high: float = math.inf) -> None:
-    """A number in [low, high]; NaN, and what float32 cannot hold, never is."""
+    """A number in [low, high], not NaN; a finite one must fit float32."""
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
     if not low <= value <= high:
         raise ValueError(f"{name} must be {interval(low, high)}, got {value}")
-    # Not for a compiler, to whom each comparison is one more reason to compile again.
+    # Not under a compiler: each comparison would be one more reason to compile again.
     if not torch.compiler.is_compiling() and value not in (-math.inf, math.inf) and not -FINITE <= value <= FINITE:
         raise ValueError(f"{name} must be a number that float32 can hold, up to {FINITE:.4g}, got {value}")
 
@@ -232,7 +231,7 @@ def check_positive(name: str, value: float, high: float = math.inf) -> None:
 
 
 def check_fraction(name: str, value: float) -> None:
-    """A number in [0, 1]. A percentage given for a fraction is the usual mistake."""
+    """A number in [0, 1]. The usual mistake is a percentage."""
     check_number(name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} is a fraction in [0, 1], not a percentage, got {value}")
@@ -257,7 +256,7 @@ def check_index(name: str, value: int, count: int) -> None:
 
 
 def check_flags(**flags: bool) -> None:
-    """Each True or False, or an integer that stands for it."""
+    """Each must be True or False, or an integer in their place."""
     for name, value in flags.items():
         if not isinstance(value, (bool, int)):
             raise TypeError(f"{name} must be True or False, got {shown(value)}")
@@ -270,7 +269,7 @@ def check_choice(name: str, value: str | int | None, choices: Iterable[str | int
 
 
 def check_group(group: torch.distributed.ProcessGroup | None) -> None:
-    """None, or a process group, or the backend of one."""
+    """None, a process group, or the backend of a process group."""
     if group is not None and not hasattr(group, "allreduce"):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {shown(group)}")
 

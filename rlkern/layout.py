@@ -14,7 +14,7 @@ def computing_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., V] as [A, B, V] with last stride 1: a view of any slice of up to three dimensions, a copy where it must be."""
+    """[..., V] as [A, B, V] with last stride 1: a view where possible, as for slices of three dimensions."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()
     if x.dim() == 3:
@@ -28,12 +28,12 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def chunk_elements(x: Tensor) -> int:
-    """How much to upcast at a time: on a CPU what stays in its cache, on a GPU more, where launches cost more than memory."""
+    """Elements to upcast at once: what a CPU's cache holds; more on a GPU, where launches cost more."""
     return 1 << 18 if x.device.type == "cpu" else 1 << 24
 
 
 def row_chunks(rows: Tensor, elements: int | None = None) -> Iterator[tuple[int, slice, slice]]:
-    """Yields (a, b, flat): `rows[a, b]` of a [A, B, V] tensor is a chunk, `flat` the slice of its row numbers."""
+    """Yields (a, b, flat): a chunk `rows[a, b]` of [A, B, V], and `flat`, the slice of its row numbers."""
     outer, inner, vocab = rows.shape
     step = max(1, (chunk_elements(rows) if elements is None else elements) // vocab)
     for a in range(outer):
@@ -43,7 +43,7 @@ def row_chunks(rows: Tensor, elements: int | None = None) -> Iterator[tuple[int,
 
 
 def counted_rows(targets: Tensor | None, mask: Tensor | None, ignore_index: int, dims: int) -> Tensor | None:
-    """Which rows are read, bool with `dims` dimensions; None for all. Targets may have one more."""
+    """Which rows are read, bool with `dims` dimensions; None for all. Targets may have one dimension more."""
     if targets is None:
         return mask
     counted = targets != ignore_index

@@ -1,4 +1,4 @@
-"""The one mechanism behind every primitive: a function as an operator of PyTorch, and its gradient in closed form.
+"""The one mechanism behind every primitive: an operator of PyTorch, with its gradient in closed form.
 
 An operator is opaque on purpose: torch.compile keeps it whole and fuses the [B, T] arithmetic around it.
 This is the only file that names torch.library or functorch.
@@ -16,7 +16,7 @@ from torch import Tensor
 from . import backends
 
 DEBUG = os.environ.get("RLKERN_DEBUG", "0") == "1"  # also check values on a GPU, at the price of a sync
-_ABSENT = (0,) * 6  # the shape that stands for None among an operator's results; no result has so many dimensions
+_ABSENT = (0,) * 6  # stands for None among an operator's results; no result has six dimensions
 
 _library = torch.library.Library("rlkern", "DEF")
 
@@ -27,18 +27,18 @@ _transform = torch._C._functorch.peek_interpreter_stack  # torch.func's, or None
 
 
 def watched(x: Tensor) -> bool:
-    """Whether somebody looks at operators: a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode, or
-    only the shapes of meta tensors. Else dispatch is pure overhead."""
+    """Whether a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode or a meta tensor needs to
+    see operators. If not, dispatch is pure overhead."""
     return _is_compiling() or type(x) not in _ORDINARY or x.is_meta or _dispatch_modes() > 0
 
 
 def values_readable(x: Tensor) -> bool:
-    """Whether the host may read numbers of x: they are there, or RLKERN_DEBUG=1 asks to wait for them."""
+    """Whether the host may read x: its values are on the CPU, or RLKERN_DEBUG=1 asks to wait for them."""
     return not watched(x) and (DEBUG or x.device.type == "cpu")
 
 
 def _without_none(x: Tensor, results: Any) -> Any:
-    """What an operator may return: tensors."""
+    """The results with tensors in place of None: an operator may only return tensors."""
     if isinstance(results, tuple):
         return tuple(x.new_empty(_ABSENT) if r is None else r for r in results)
     return results
@@ -51,19 +51,19 @@ def _with_none(results: Any) -> Any:
 
 
 class Operator:
-    """An operator without gradient, called as the function behind it, and directly where nobody watches.
+    """An operator without gradient, called like the function behind it, which runs directly unless watched.
 
     Args:
-        schema: PyTorch's, such as "name(Tensor x, Tensor? mask, float scale) -> (Tensor, Tensor)". Tensors come first.
+        schema: such as "name(Tensor x, Tensor? mask, float scale) -> (Tensor, Tensor)". Tensors come first.
         run: the implementation. It may return None for a result that was not asked for.
-        fake: the results' shapes and dtypes: new tensors, nothing computed.
-        plain: the same in PyTorch's own operations, with gradient. It runs in place of the kernels where somebody wants
-            to see through them.
+        fake: returns new tensors of the results' shapes and dtypes, and computes nothing.
+        plain: the same in PyTorch's own operations, with gradient. It replaces the kernels under
+            torch.compile and torch.func, for meta tensors and in the reference backend.
     """
 
     def __init__(self, schema: str, run: Callable, fake: Callable, plain: Callable | None = None):
         self.name, self.run, self.plain = schema.partition("(")[0], run, plain
-        self.tensors = schema.partition(") ->")[0].count("Tensor")  # so many arguments are tensors
+        self.tensors = schema.partition(") ->")[0].count("Tensor")  # how many arguments are tensors
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, lambda x, *args: _without_none(x, run(x, *args)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlkern::{self.name}", lambda x, *args: _without_none(x, fake(x, *args)), lib=_library)
@@ -96,7 +96,7 @@ class _Once(torch.autograd.Function):
 
 
 def once(gradient: Tensor, x: Tensor, instead: str) -> Tensor:
-    """A gradient by x, made in a backward that runs under create_graph=True: its own derivative is an error."""
+    """A gradient by x from a backward under create_graph=True. Differentiating it is an error."""
     return _Once.apply(gradient, x, instead)
 
 
@@ -104,7 +104,7 @@ def _refuse_torch_func(operator: Operator) -> None:
     def refuse(ctx, *grads):
         raise RuntimeError("rlkern's operators are differentiated by torch.autograd, once, through rlkern's functions; not by torch.func")
 
-    # Without this, torch.compile(torch.func.grad(f)) returns zeros without a word (pytorch/pytorch#193279).
+    # Without this, torch.compile(torch.func.grad(f)) silently returns zeros (pytorch/pytorch#193279).
     torch.library.register_autograd(f"rlkern::{operator.name}", refuse, setup_context=lambda ctx, inputs, output: None, lib=_library)
 
 
@@ -190,18 +190,19 @@ def differentiable(
 ) -> Callable:
     """The forward as a function with gradients, which the backward computes.
 
-    Called with the forward's arguments, it returns the first `outputs` results, which carry gradients, and the next
-    `constants`, which do not; one that was not asked for is None. All further results are kept for the backward:
+    Called with the forward's arguments, it returns the first `outputs` results, which carry gradients, and
+    the next `constants`, which do not. One that was not asked for is None. All further results are kept for
+    this call:
 
         backward(*arguments, *kept results, *gradients by the outputs, each may be None)
 
-    It returns the gradient by the first argument. With `wrt` > 1 it gets one more argument, a list that says which of
-    the first `wrt` want a gradient, and returns as many gradients, or None.
+    It returns the gradient by the first argument. With `wrt` > 1 it gets one more argument: a list that says
+    which of the first `wrt` arguments want a gradient. It then returns `wrt` gradients or None.
 
     Args:
-        instead: what can be differentiated twice, for the error.
-        overwrite: the backward in place. Called with in_place=True, the function writes the gradient over its first
-            argument: whoever else saved that tensor gets PyTorch's error, not a wrong number.
+        instead: what can be differentiated twice. The error for a second derivative names it.
+        overwrite: the backward in place. Called with in_place=True, the function writes the gradient over its
+            first argument. Whoever else saved that tensor gets PyTorch's error, not a wrong number.
     """
     for operator in (forward, backward):
         _refuse_torch_func(operator)

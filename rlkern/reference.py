@@ -1,7 +1,7 @@
-"""The mathematics in plain PyTorch, written as the formulas are printed: the oracle of the tests.
+"""The mathematics in plain PyTorch, written like the printed formulas. Tests compare with it.
 
-It differentiates through autograd, in any dtype, any number of times. The closed forms that run where no kernel does are
-in backends/reference.py.
+It differentiates through autograd, in any dtype, any number of times. The closed forms that run where no
+kernel does are in backends/reference.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def token_stats(
     min_p: float | None = None,
     min_prob: float | None = None,
 ) -> Reference:
-    """Row statistics of `logits` [..., V], differentiable by autograd, in the logits' own precision. `targets` [..., K] or None."""
+    """Statistics of rows `logits` [..., V] in the logits' own precision, with `targets` [..., K] or None."""
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     u = logits / scale
     lse = u.logsumexp(-1)
@@ -46,7 +46,7 @@ def token_stats(
 
 
 def token_divergence(logits: Tensor, other: Tensor, kind: str = "reverse_kl", beta: float = 0.5, temperature: float | Tensor = 1.0) -> Tensor:
-    """The divergences of `rlkern.token_divergence` between rows of finite logits [..., V], differentiable by autograd any number of times."""
+    """The divergences of `rlkern.token_divergence` between rows of finite logits [..., V]."""
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
     log_p, log_q = (logits / scale).log_softmax(-1), (other / scale).log_softmax(-1)
 
@@ -62,6 +62,6 @@ def token_divergence(logits: Tensor, other: Tensor, kind: str = "reverse_kl", be
 
 
 def row_moments(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(logit of the target minus the mean, variance) of rows [..., V] with targets [...], differentiable by autograd any number of times."""
+    """(logit of the target minus the mean, variance) of rows [..., V] with targets [...]."""
     centred = logits - logits.mean(-1, keepdim=True)
     return centred.gather(-1, targets.unsqueeze(-1)).squeeze(-1), centred.square().mean(-1)

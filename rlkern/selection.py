@@ -1,4 +1,4 @@
-"""Exactly K of the tokens, K known to the device only. See primitives/selection.py."""
+"""Selects exactly K of the tokens, where only the device knows K. See primitives/selection.py."""
 
 from .primitives.selection import fraction_count, select_bottom, select_random, select_top
 

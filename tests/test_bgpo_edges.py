@@ -133,7 +133,10 @@ def test_errors(changes, error, words):
 
 
 def test_elbo_coeff_errors():
-    for elbo_, words in ((torch.ones(2, 2), r"elbo must be \[B\]"), (torch.ones(3), r"advantages must be \[B\], \[B, 1\] or 0-d, here .* for the elbo \(3,\), got \(2,\)")):
+    for elbo_, words in (
+        (torch.ones(2, 2), r"elbo must be \[B\]"),
+        (torch.ones(3), r"advantages must be \[B\], \[B, 1\] or 0-d, here .* for the elbo \(3,\), got \(2,\)"),
+    ):
         with pytest.raises(ValueError, match=words):
             rlkern.elbo_coeff(elbo_, None, torch.ones(2), ratio_scale=1.0)
     with pytest.raises(TypeError, match="elbo must be a float tensor"):

@@ -92,13 +92,21 @@ def test_rewards_and_displacement():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (lambda: did_entropy(torch.ones(3), torch.ones(3), torch.ones(2)), ValueError, r"proposal_logps must have the shape of logps \(3,\), got \(2,\)"),
+        (
+            lambda: did_entropy(torch.ones(3), torch.ones(3), torch.ones(2)),
+            ValueError,
+            r"proposal_logps must have the shape of logps \(3,\), got \(2,\)",
+        ),
         (lambda: did_entropy(torch.ones(2, 0), torch.ones(2, 0), torch.ones(2, 0)), ValueError, "K >= 1"),
         (lambda: did_entropy(torch.ones(2).long(), torch.ones(2), torch.ones(2)), TypeError, "logps must be a float tensor"),
         (lambda: token_did_entropy(torch.ones(2, 3), torch.ones(2, 4)), ValueError, "reference_logits must have the shape"),
         (lambda: log_ratio_rewards(torch.ones(2), torch.ones(2), beta="x"), TypeError, "beta must be a number"),
         (lambda: log_ratio_rewards(torch.ones(2), torch.ones(2), beta=-0.1), ValueError, "beta must be in"),
-        (lambda: displacement_metrics(*(torch.ones(2),) * 3, torch.ones(3)), ValueError, r"reference_rejected_logps must have the shape of policy_chosen_logps \(2,\), got \(3,\)"),
+        (
+            lambda: displacement_metrics(*(torch.ones(2),) * 3, torch.ones(3)),
+            ValueError,
+            r"reference_rejected_logps must have the shape of policy_chosen_logps \(2,\), got \(3,\)",
+        ),
     ],
 )
 def test_refuses(call, error, message):

@@ -1,4 +1,4 @@
-"""Which implementation runs: the choice. The convention that all of them share is in contract.py."""
+"""The choice of the implementation that runs. The convention that all of them share is in contract.py."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ _current = _check_name(os.environ.get("RLKERN_BACKEND", "auto"), "RLKERN_BACKEND
 
 
 class use_backend:
-    """Chooses the implementation for the whole process: `use_backend("reference")`, or `with use_backend("native"): ...` to restore on exit.
+    """Chooses the implementation for the whole process, or inside `with use_backend("native"): ...`.
 
-    "auto" (the default, or the environment's RLKERN_BACKEND) takes triton for GPU tensors, native for CPU tensors, and the plain PyTorch
-    reference where these are missing. Raises ValueError for an unknown name and RuntimeError for a backend that is not installed.
+    "auto", the default unless RLKERN_BACKEND is set, takes triton for GPU tensors, native for CPU tensors,
+    and the plain PyTorch reference where these are missing. Raises ValueError for an unknown name and
+    RuntimeError for a backend that is not installed.
     """
 
     def __init__(self, name: str):
@@ -88,7 +89,7 @@ def select(device: torch.device) -> ModuleType:
 
 
 def backend_info() -> dict[str, str]:
-    """What can run here, and why something cannot: one line per backend, and the versions in play."""
+    """What can run here, and why something cannot: one line per backend, and the versions."""
     from .. import __version__
 
     info = {"rlkern": __version__, "torch": torch.__version__, "selected": _current, "reference": "available (plain PyTorch, any device)"}

@@ -1,7 +1,7 @@
 """The calling convention that all backends share, and the numbers that they agree on.
 
-A backend is a module with these functions. They write into tensors that the operators allocated, and may assume
-validated input. `CHECKS_TARGETS` says whether token_stats_forward looks for targets out of range itself.
+A backend is a module with these functions. They write into tensors that the operators allocated, and may
+assume validated input. `CHECKS_TARGETS` says whether token_stats_forward checks the range of targets.
 
 Rows of logits:
 
@@ -10,21 +10,21 @@ Rows of logits:
 
     logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
     targets      [N, K] int64 contiguous, or None (K = 0)
-    mask         [N] bool contiguous, or None; a row is skipped where the mask is False or all its targets are ignored
-    temperature  float, or [N] contiguous tensor of the accumulation dtype (float64 for float64 logits, else float32)
+    mask         [N] bool contiguous, or None; a row is skipped if it is False or all targets are ignored
+    temperature  float, or [N] contiguous in the accumulation dtype (float64 for float64 logits, else float32)
     kept_kind    a `KeptKind`; log_kept = log k
-    out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob, kept_logmass, state [.., State.TARGETS + K]),
-                 contiguous, N rows; all but logsumexp and state may be None
+    out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob, kept_logmass,
+                 state [.., State.TARGETS + K]), contiguous, N rows; all but logsumexp and state may be None
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
-    grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous, accumulation
-                 dtype, each may be None
+    grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous,
+                 in the accumulation dtype; each may be None
 
-`state` holds what the backward needs of a row, in the accumulation dtype, in the columns of `State`. Any backend can
-continue from any other's.
+`state` holds what the backward needs of a row, in the accumulation dtype and the columns of `State`. A
+backward can continue from the forward of any backend.
 
-Skipped rows: zeros in every output and in `state`, zeros in the gradient; neither reads them. An ignored entry of a row
-that is not skipped has logp 0 and no gradient. A row whose upstream gradients are all zero gets a zero gradient without
-being read.
+Skipped rows are not read. They are zero in every output, in `state` and in the gradient. An ignored entry of
+a row that is not skipped has logp 0 and no gradient. A row whose upstream gradients are all zero gets a zero
+gradient without being read.
 
 One number a token, over all tokens of a batch:
 
@@ -36,30 +36,31 @@ One number a token, over all tokens of a batch:
     ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out)
     kl_terms(logp, reference, mask, kind, straight_through, clamp, out)
 
-    logp, advantages, values    [N] contiguous, float32 or float64, all alike; N >= 1 in the first three functions
-    mask, valid, group          [N] bool contiguous; a token whose logp is not finite counts as masked in the covariance
-    sums             [P, 3] float64: (counted tokens, sum of their logp, sum of their advantages), in as many parts as the
-                     backend likes; token_covariance takes their total, P = 1, or None for its own
-    count            0-d int64 on the device; below 0 as 0, above the number of valid entries as that number
-    out              [N]: the covariances, 0 where masked; or bool, True for the `count` smallest of the valid values,
-                     NaN being the largest, both zeros alike, equals in order of their index
-    select_fraction  as select_bottom with count = max(floor(fraction * size of the group), minimum), the product in
-                     float64, or 0 where that is less than `least`
-    selected_means   out [3]: the selected fraction of the mask, the mean of the values over the mask, that over the
-                     selected; 0 of nothing
-    ratio_terms      see primitives/ratio.py; old_logp and unclipped may be None; bounds (low, high, dual, least, most);
+    logp, advantages, values  [N] contiguous, all float32 or all float64; N >= 1 in the first three functions
+    mask, valid, group        [N] bool contiguous; the covariance masks tokens whose logp is not finite
+    sums             [P, 3] float64: (counted tokens, sum of their logp, sum of their advantages), in P parts;
+                     token_covariance takes their total, P = 1, or None for its own
+    count            0-d int64 on the device; bounded to [0, number of valid entries]
+    out              [N]: the covariances, 0 where masked; or bool, True for the `count` smallest valid
+                     values; NaN is the largest, both zeros are equal, equals are in order of their index
+    select_fraction  as select_bottom with count = max(floor(fraction * size of the group), minimum), the
+                     product in float64, or with 0 if that is less than `least`
+    selected_means   out [3]: the selected fraction of the mask, the mean of the values over the mask, and
+                     that over the selected; 0 of nothing
+    ratio_terms      see primitives/ratio.py; old_logp and unclipped may be None;
+                     bounds (low, high, dual, least, most);
                      out (terms [2, N], free [N] bool, summary [len(SUMMARY)])
     kl_terms         see primitives/kl.py; kind a `KLKind`; out [2, N]
 
-Terms are values, and below them their derivatives by logp.
+The rows of [2, N] are values and their derivatives by logp.
 """
 
 
 class State:
-    """Columns of `state`, with u = (x - m) / T. Those from TARGETS on are x[y_k] - m, NaN for a target outside [0, V)."""
+    """Columns of `state`, with u = (x - m) / T. From TARGETS on: x[y_k] - m, NaN for y_k outside [0, V)."""
 
     MAX = 0  # m = max x
-    REST = 1  # sum exp(u) - 1: the maximum's own 1 is left out
+    REST = 1  # sum exp(u) - 1: without the 1 of the maximum itself
     MEAN_U = 2  # sum p u
     SUM_SQ = 3
     KEPT = 4  # kept_logmass
@@ -80,7 +81,7 @@ class KLKind:
     K3 = 3
 
 
-# What ratio_terms reports of all tokens. `count` is the divisor of the means: `tokens`, but at least 1.
+# What ratio_terms reports over all tokens. `count` divides the means: it is `tokens`, but at least 1.
 SUMMARY = (
     "count",
     *("clip_fraction_low", "clip_fraction_high", "clip_fraction_dual"),

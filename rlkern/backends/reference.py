@@ -1,4 +1,4 @@
-"""The contract in plain PyTorch: the closed forms that run on any device where no kernel does. See contract.py."""
+"""The contract of contract.py in plain PyTorch: closed forms for any device, used where no kernel runs."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         x = logits[a, rows].to(acc)
         inv_t = _inverse_temperature(temperature, flat, acc)
         m = x.amax(-1, keepdim=True)
-        shifted = torch.where(torch.isneginf(x), x, x - m)  # a row of -inf alone: keep it from becoming NaN here
+        shifted = torch.where(torch.isneginf(x), x, x - m)  # -inf - -inf would be NaN in a row of -inf alone
         u = shifted * inv_t
-        # The maximum's own 1 is kept out of the sum: log1p then holds the relative accuracy of confident rows.
+        # The sum is without the 1 of the maximum: log1p then keeps the relative accuracy of confident rows.
         ties = (x == m).sum(-1, keepdim=True)
         e = torch.where(x == m, 0, u.exp())
         rest = e.sum(-1, keepdim=True) + (ties - 1)
@@ -77,9 +77,10 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
 
 
 def _sum_of_equals(columns: Tensor, values: Tensor, spare: int) -> tuple[Tensor, Tensor]:
-    """(columns, sums) [R, K]: every column once, with the sum of its values; where it stood again, the column `spare` with some part of a sum.
+    """(columns, sums) [R, K]: every column once, with the sum of its values; repetitions become `spare`.
 
-    Sorted, equals are neighbours, and each step of the loop doubles how far back a sum reaches. Not scatter_add: its order is not fixed on a GPU.
+    A repetition's sum is partial. After sorting, equal columns are neighbours. Each step of the loop doubles
+    how far back a sum reaches. scatter_add would not do: its order is not fixed on a GPU.
     """
     columns, order = columns.sort(dim=-1, stable=True)
     sums, n = values.gather(-1, order), columns.shape[-1]
@@ -101,7 +102,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
         g_logp = g_logp.view(n, -1).masked_fill(dropped, 0)
     per_row = [None if g is None else g.view(-1) for g in (g_entropy, g_lse, g_sum_sq, g_kept)]
     skipped = _skipped(n, targets, mask, ignore_index, logits.device)
-    # A row that nothing flows back into is zero whatever it holds, NaN included.
+    # A row without upstream gradient gets zeros, even if it holds NaN.
     idle = torch.ones_like(skipped)
     for g in (None if g_logp is None else g_logp.ne(0).any(-1), *per_row):
         if g is not None:
@@ -147,7 +148,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
         out[a, rows] = dz.to(out.dtype)
 
 
-# --- one number a token, over all tokens of a batch ------------------------------------------------------------------
+# --- one number a token, over all tokens of a batch ---------------------------------------------------------
 
 
 def covariance_sums(logp, advantages, mask) -> Tensor:

@@ -1,4 +1,4 @@
-"""From per-token values to one number: every convention that verl and TRL know, under their names."""
+"""From per-token values to one number: all conventions of verl and TRL, under their names."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from ..primitives.token_terms import TokenTerms
 
 
 class LossOutput(NamedTuple):
-    """loss: 0-d, carries the gradient. metrics: name -> detached 0-d tensor on the loss's device and in its dtype; nothing
-    was read on the host.
+    """loss: 0-d, carries the gradient. metrics: detached 0-d tensors by name, of the loss's device and dtype.
 
-    Metrics come with the counts that they are merged by: see `rlkern.metrics.merge_metrics`.
+    Nothing was read on the host. `rlkern.metrics.merge_metrics` merges metrics by the counts among them.
     """
 
     loss: Tensor
@@ -31,7 +30,7 @@ MODES = TOKEN_MODES + SEQUENCE_MODES
 
 
 def check_aggregation(mode: str, normalizer: float | Tensor | None = None) -> None:
-    """Raises ValueError or TypeError for a mode that is not in `MODES` or a normalizer that is not a number. For losses, before they start."""
+    """Raises ValueError or TypeError for a mode not in `MODES` or a wrong normalizer."""
     check_choice("aggregation mode", mode, MODES)
     if isinstance(normalizer, Tensor):
         if normalizer.dtype.is_complex:
@@ -49,12 +48,12 @@ def check_aggregation(mode: str, normalizer: float | Tensor | None = None) -> No
 
 
 def own_aggregation(loss: Callable) -> str | None:
-    """The mode that a loss takes unless told otherwise. One of SEQUENCE_MODES belongs to its definition; None: it has a sum of its own."""
+    """A loss's default mode. One of SEQUENCE_MODES belongs to its definition; None: it has its own sum."""
     return inspect.signature(loss).parameters["aggregation"].default
 
 
 def divisor(default: int | Tensor, normalizer: float | Tensor | None) -> float | Tensor:
-    """The count to divide by. A count of zero belongs to a sum of zero, so it becomes 1."""
+    """The count to divide by. A count of zero goes with a sum of zero, so it becomes 1."""
     count = default if normalizer is None else normalizer
     if isinstance(count, Tensor):
         return torch.where(count == 0, 1, count).reshape(())
@@ -62,35 +61,36 @@ def divisor(default: int | Tensor, normalizer: float | Tensor | None) -> float |
 
 
 def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer: float | Tensor | None = None) -> Tensor:
-    """Reduces per-token values to a scalar. With m the mask, len_i the tokens of sequence i, and sums over the mask only:
+    """Reduces per-token values to a scalar. Sums run over the mask m, len_i counts sequence i's tokens:
 
-        mode                        loss                                        what `normalizer` replaces
-        "token-mean", "bnpo"        sum / sum(m)                                the number of tokens
-        "dapo"                      sum / sum(m)                                the number of tokens
-        "seq-mean-token-mean"       sum_i (sum_t / len_i) / #{len_i > 0}        the number of sequences
-        "seq-mean-token-sum"        sum / #{len_i > 0}                          the number of sequences
-        "seq-mean-token-sum-norm"   sum / T                                     the length T, verl's loss_scale_factor
-        "grpo"                      sum_i (sum_t / len_i) / B                   the number of sequences B
-        "dr_grpo"                   sum / (B * T)                               the length T, TRL's max_completion_length
+        mode                           loss                                  what `normalizer` replaces
+        "token-mean", "bnpo", "dapo"   sum / sum(m)                          the number of tokens
+        "seq-mean-token-mean"          sum_i (sum_t / len_i) / #{len_i > 0}  the number of sequences
+        "seq-mean-token-sum"           sum / #{len_i > 0}                    the number of sequences
+        "seq-mean-token-sum-norm"      sum / T                               T, verl's loss_scale_factor
+        "grpo"                         sum_i (sum_t / len_i) / B             the number of sequences B
+        "dr_grpo"                      sum / (B * T)                         T, TRL's max_completion_length
 
-    The hyphenated names are verl's `loss_agg_mode`, the others TRL's `loss_type`. TRL's dapo, cispo and vespo divide by the tokens of the whole
-    accumulated batch: pass that count (over the number of processes, if gradients are averaged over them) as `normalizer`; the same serves verl's
-    global counts. Empty sequences count in "grpo" and "dr_grpo" and not in the others. "seq-mean-token-sum-norm" does not divide by B, as in verl up
-    to 0.7 (from 0.8 verl divides by the number of sequences too); TRL's "dr_grpo" does. verl divides a sequence by len_i + 1e-8, this by len_i
-    exactly.
+    The hyphenated names are verl's `loss_agg_mode`, the others TRL's `loss_type`. TRL's dapo, cispo and vespo
+    divide by the tokens of the whole accumulated batch. Pass that count as `normalizer`, over the number of
+    processes if gradients are averaged over these. verl's global counts go in the same way. Empty sequences
+    count in "grpo" and "dr_grpo" only. "seq-mean-token-sum-norm" does not divide by B, as in verl up to 0.7;
+    verl from 0.8 and TRL's "dr_grpo" do. verl divides a sequence by len_i + 1e-8, this by len_i.
 
     Args:
-        values: [B, T], or any shape for the token modes; float. Masked positions may hold anything, NaN and inf included.
+        values: [B, T], or any shape for the token modes; float. Masked positions may hold NaN and inf.
         mask: shaped like values, bool or number; nonzero counts. It selects, it does not weigh.
         mode: one of the above.
-        normalizer: a number or a one-element tensor (read on the device, never on the host). None takes the count of this batch.
+        normalizer: a number or a one-element tensor (read on the device, never on the host). None takes the
+            count of this batch.
 
     Returns:
-        A 0-d tensor, float32 (float64 for float64 values). With nothing to count it is 0 and its gradient is 0.
+        A 0-d tensor, float32 (float64 for float64 values). 0 with zero gradient if nothing counts.
 
     Raises:
         TypeError: values that are no float tensor, a mask that is no tensor, a normalizer that is no number.
-        ValueError: shapes or devices that differ, an unknown mode, a sequence mode with values that are not [B, T], a negative normalizer.
+        ValueError: other shapes or devices, unknown modes, sequence modes of values not [B, T], negative
+            normalizers.
     """
     check_aggregation(mode, normalizer)
     expect("values", values, "float", "[...]")
@@ -100,7 +100,7 @@ def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer
 
     kept = mask if mask.dtype == torch.bool else mask != 0
     accumulate = computing_dtype(values)
-    values = torch.where(kept, values.to(accumulate), 0)  # selects: a product would let masked NaN through
+    values = torch.where(kept, values.to(accumulate), 0)  # not a product, which keeps masked NaN
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(accumulate)  # a float64 one would make the loss float64
     if mode in TOKEN_MODES:
@@ -118,7 +118,7 @@ def aggregate(values: Tensor, mask: Tensor, mode: str = "token-mean", normalizer
 
 
 def aggregate_terms(terms: TokenTerms, mask: Tensor, count: Tensor, mode: str = "token-mean", normalizer: float | Tensor | None = None) -> Tensor:
-    """`aggregate` of terms, of which `count` count, at least 1."""
+    """`aggregate` of terms. `count` is the number of tokens that count, at least 1."""
     if terms.one_pass and mode in TOKEN_MODES:
         return terms.sum_over(count if normalizer is None else divisor(0, normalizer))
     return aggregate(terms.tensor(), mask, mode, normalizer)

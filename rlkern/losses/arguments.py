@@ -1,4 +1,4 @@
-"""The arguments that losses share: checked, and made safe to compute with. All raise TypeError or ValueError."""
+"""The arguments that losses share, checked and made safe to use. All raise TypeError or ValueError."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .aggregate import check_aggregation
 
 
 def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
-    """The bounds 1 - clip_low and 1 + clip_high must enclose 1; clip_low above 1 would be a negative ratio."""
+    """The bounds 1 - clip_low and 1 + clip_high must enclose 1; clip_low > 1 makes a negative ratio."""
     check_number("clip_low", clip_low, 0, 1)
     check_number("clip_high", clip_high, 0)
     if dual_clip is not None:
@@ -36,13 +36,10 @@ def policy_inputs(
     """Checks the arguments that every policy loss takes.
 
     Args:
-        logp: [B, T] float; gradients flow into it.
-        old_logp: [B, T] float, used detached. None is on-policy: logp.detach(), so the ratio is 1 and its gradient that of logp.
-        advantages: [B, T], [B, 1] or [B] float; one that requires grad is refused, it would lose its gradient here.
-        mask: [B, T] bool or number; nonzero counts. It selects, it does not weigh.
-        weights: [B, T], [B, 1] or [B] float, importance weights for `weigh`; without gradient, like the advantages.
-        log_ratio_clamp: c bounds the exponent of `ratio` to [-c, c]; no gradient flows beyond (verl's vanilla loss: 20). None bounds it to
-            (-inf, 80], where exp is finite in float32, so that a ratio that overflows cannot turn a clipped token's gradient into NaN.
+        logp, old_logp, advantages, mask, weights: as in `ppo_loss`. Advantages that require grad are refused.
+        log_ratio_clamp: c bounds the exponent of `ratio` to [-c, c], without gradient beyond (verl's vanilla
+            loss: 20). None bounds it to (-inf, 80], where exp is finite in float32. Otherwise an overflowing
+            ratio would make NaN of a clipped token's gradient.
         aggregation, normalizer: only checked here, see `aggregate`.
 
     Raises:
@@ -74,24 +71,24 @@ def selected_tokens(selected: Tensor, x: PolicyInputs) -> Tensor:
 
 
 def with_preset(presets: Mapping[str, Mapping[str, Any]], preset: str | None, default: str | None, **options: Any) -> dict[str, Any]:
-    """The options, with what is None taken from the preset of that name, or where that is None from the default's."""
+    """The options. Those that are None come from `preset`, or from `default` if that is None."""
     check_choice("preset", preset, (None, *presets))
     name = default if preset is None else preset
     table = {} if name is None else presets[name]
     return {option: table.get(option) if value is None else value for option, value in options.items()}
 
 
-# --- losses without advantages -------------------------------------------------------------------------------------
+# --- losses without advantages ------------------------------------------------------------------------------
 
 
 def ratio_tokens(logp: Tensor, old_logp: Tensor | None, mask: Tensor) -> PolicyTokens:
-    """`policy_tokens` where nothing is known of advantages: they are 1."""
+    """`policy_tokens` without advantages: they are 1."""
     shaped = isinstance(logp, Tensor) and logp.dim() == 2
     return policy_tokens(logp, old_logp, logp.detach().new_ones(logp.shape[0]) if shaped else torch.ones(0), mask)
 
 
 def per_sequence(name: str, x: Tensor, tokens: PolicyTokens) -> Tensor:
-    """x [B] or [B, 1], bool or real, detached, as [B, 1] in the tokens' dtype; 0 for a sequence without tokens. Raises TypeError, ValueError."""
+    """x [B] or [B, 1], bool or real, detached, as [B, 1] in the tokens' dtype; 0 without tokens."""
     n = tokens.logp.shape[0]
     expect(name, x, "real", "[B] or [B, 1]", shape=((n,), (n, 1)), like=("logp", tokens.logp))
     return torch.where(tokens.mask.any(-1, keepdim=True), x.detach().to(tokens.logp.dtype).view(n, 1), 0)

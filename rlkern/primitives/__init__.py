@@ -1,4 +1,4 @@
-"""One file each: the maths of what is read from rows of logits or from tokens, and the public function."""
+"""What is read from rows of logits or from tokens. One file each holds the maths and the public function."""
 
 from .covariance import token_covariance
 from .divergence import token_did_entropy, token_divergence, topk_reverse_kl

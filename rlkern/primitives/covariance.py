@@ -1,4 +1,4 @@
-"""How a token's log-probability moves with its advantage: the covariance that Clip-Cov and KL-Cov select by (arXiv 2505.22617, Eq. 10)."""
+"""The covariance of logp and advantage by which Clip-Cov and KL-Cov select (arXiv 2505.22617, Eq. 10)."""
 
 from __future__ import annotations
 
@@ -43,13 +43,14 @@ def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: t
     """cov_i = (A_i - mean A)(logp_i - mean logp), both means over all counted tokens.
 
     Args:
-        logp: [B, T] float. A token whose logp is not finite (the policy forbids it) counts as masked, it would make every mean infinite.
+        logp: [B, T] float. A token whose logp is not finite (the policy forbids it) counts as masked:
+            it would make every mean infinite.
         advantages: [B, T], [B, 1] or [B] float that does not require grad.
         mask: [B, T] bool or number; nonzero counts. Masked places may hold NaN.
-        group: data-parallel processes to take the means over (one all_reduce of three numbers); None takes this tensor alone.
+        group: data-parallel processes to take the means over (one all_reduce of three numbers), if any.
 
     Returns:
-        [B, T] float32 (float64 for float64 logp), 0 where masked, no gradient. With equal advantages it is 0 up to rounding.
+        [B, T] float32 (float64 for float64 logp), 0 where masked, detached. Equal advantages give about 0.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes and devices other than these.
@@ -72,10 +73,10 @@ def covariance_of(logp: Tensor, advantages: Tensor, mask: Tensor, group: torch.d
 
 @torch.no_grad()
 def covariance_quantiles(covariance: Tensor, mask: Tensor, quantiles: tuple[float, ...] = (0.5, 0.9, 0.99, 0.999)) -> Tensor:
-    """Quantiles over the counted tokens, for plots: [len(quantiles)], 0 without tokens. The value at rank floor(q (N - 1)), nothing interpolated.
+    """Quantiles over the counted tokens, for plots: [len(quantiles)], 0 without tokens.
 
-    Raises:
-        TypeError, ValueError: shapes that differ, quantiles outside [0, 1].
+    Each is the value at rank floor(q (N - 1)), not interpolated. Raises TypeError or ValueError for shapes
+    that differ and for quantiles outside [0, 1].
     """
     expect("covariance", covariance, "float", "[...]")
     expect("mask", mask, "real", "[...]", like=("covariance", covariance))

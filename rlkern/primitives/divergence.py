@@ -1,6 +1,6 @@
-"""Divergence between two rows of logits, token by token, with its gradient in closed form. Plain PyTorch, on any device.
+"""Divergence of two rows of logits, by token, with closed-form gradient. Plain PyTorch, any device.
 
-Rows are processed a chunk at a time: neither log-probabilities nor float32 copies of all the logits ever exist.
+Rows are processed in chunks, so log-probabilities and float32 copies of all logits never exist at once.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ KINDS = ("reverse_kl", "forward_kl", "jsd")
 
 
 def _terms(l: Tensor, m: Tensor, against: Tensor) -> Tensor:  # noqa: E741
-    """exp(l) (m - against), summed over by the caller: 0 where exp(l) has no support, +inf where `against` lacks support that l has."""
+    """exp(l) (m - against), to be summed: 0 where l has no support, +inf where only `against` has none."""
     x = (m - against).masked_fill_(l == -math.inf, 0)
-    # An underflown exp(l) is still support: 0 * inf would be NaN.
+    # An exp(l) that underflows is still support, where 0 * inf would be NaN.
     return torch.where(x == math.inf, x, x * l.exp())
 
 
@@ -56,7 +56,7 @@ def _log_probs(rows: Tensor, row_temperature: Tensor | None, temperature: float,
 
 
 class _Pairs:
-    """The rows of both tensors, a chunk at a time, as log-probabilities."""
+    """The rows of both tensors as log-probabilities, a chunk at a time."""
 
     def __init__(self, logits, other, row_temperature, temperature):
         self.logits, self.other, self.temperature = as_rows(logits), as_rows(other), temperature
@@ -68,7 +68,7 @@ class _Pairs:
         return self.temperature if self.row_temperature is None else self.row_temperature[flat].unsqueeze(-1)
 
     def __iter__(self) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]]:
-        """Yields (a, b, flat, l, m): log-probabilities of `logits[a, b]`, whose row numbers are `flat`, and of `other`."""
+        """Yields (a, b, flat, l, m): log-probabilities of `logits[a, b]` (rows `flat`) and of `other`."""
         for a, b, flat in row_chunks(self.logits):
             l, m = ((x[a, b].to(self.acc) / self.scale(flat)).log_softmax(-1) for x in (self.logits, self.other))  # noqa: E741
             yield a, b, flat, l, m
@@ -93,7 +93,7 @@ def _gradient(logits, other, mask, row_temperature, temperature, kind, beta, gra
     rows_of_out, pairs = as_rows(out), _Pairs(logits, other, row_temperature, temperature)
     for a, b, flat, l, m in pairs:  # noqa: E741
         g = gradient[flat].unsqueeze(-1)
-        # A row that nothing flows back into is zero whatever it holds, NaN and infinite divergences included.
+        # A row without upstream gradient gets zeros, whatever it holds: NaN or infinite divergences too.
         dx = (_row_gradient(l, m, kind, beta) * (g / pairs.scale(flat))).masked_fill_(g == 0, 0)
         rows_of_out[a, b] = dx.to(out.dtype)
     return out
@@ -120,25 +120,27 @@ def token_divergence(
     temperature: float | Tensor = 1.0,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Full-vocabulary divergence between p = softmax(logits / temperature) and q = softmax(other / temperature), row by row.
+    """Full-vocabulary divergence by row: p = softmax(logits / temperature), q = softmax(other / temperature).
 
-        kind            value                                                       gradient by logits
-        "reverse_kl"    KL(p || q) = sum p log(p / q)                               p (log(p / q) - KL) / T
-        "forward_kl"    KL(q || p) = sum q log(q / p)                               (p - q) / T
-        "jsd"           beta KL(q || M) + (1 - beta) KL(p || M),                    (1 - beta) p (log(p / M) - KL(p || M)) / T
-                        M = beta q + (1 - beta) p  (GKD, arXiv 2306.13649)
+        kind          value                                      gradient by logits
+        "reverse_kl"  KL(p || q) = sum p log(p / q)              p (log(p / q) - KL) / T
+        "forward_kl"  KL(q || p) = sum q log(q / p)              (p - q) / T
+        "jsd"         beta KL(q || M) + (1 - beta) KL(p || M),   (1 - beta) p (log(p / M) - KL(p || M)) / T
+                      M = beta q + (1 - beta) p  (GKD, arXiv 2306.13649)
 
     Args:
-        logits: [..., V] of the policy or student, float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.
+        logits: [..., V] of the policy or student, float32, bfloat16, float16 or float64, any leading strides;
+            the gradient flows here.
         other: [..., V] of the teacher or reference, any of these dtypes; used detached.
-        kind, beta: see above; 0 < beta < 1 and for "jsd" alone (the two KL divergences are its limits, rescaled).
-        temperature: a positive float, or a tensor [...] with one entry a row, anything where mask is 0; it divides both.
-        mask: [...] bool or number; where it is 0 the result is 0 and no gradient flows, whatever the rows hold.
+        kind, beta: see above. 0 < beta < 1, for "jsd" alone. The two KL divergences are its limits, rescaled.
+        temperature: a positive float, or a tensor [...], anything where mask is 0. It divides both.
+        mask: [...] bool or number. Where it is 0 the result is 0 without gradient, whatever the rows hold.
 
     Returns:
-        [...] in float32 (float64 for float64 logits), freshly allocated. Entries at -inf on both sides contribute 0 and an entry at -inf
-        receives no gradient. The divergence is +inf where its first argument has mass that the second lacks (forward: q > 0 = p; reverse:
-        p > 0 = q, whose gradient is not finite then); the jsd is at most log 2 for beta = 0.5.
+        [...] in float32 (float64 for float64 logits), freshly allocated. Entries at -inf on both sides
+        contribute 0. An entry at -inf receives no gradient. The divergence is +inf where its first argument
+        has mass that the second lacks: forward q > 0 = p; reverse p > 0 = q, with a gradient that is not
+        finite. The jsd is at most log 2 for beta = 0.5.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
@@ -156,11 +158,12 @@ def token_divergence(
 
 
 def token_did_entropy(logits: Tensor, reference_logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Entropy of the DID of the next token, softmax(logits - reference_logits): [..., V] twice -> [...], differentiable by both.
+    """Entropy of the DID of the next token, softmax(logits - reference_logits): [..., V] twice -> [...].
 
-    The difference is a tensor of logits' size in float32 (float64 for float64). Entries at -inf in `logits` have mass 0; an entry at -inf in
-    the reference alone has infinite mass, and its row is NaN. temperature and mask as in `entropy_from_logits`.
-    Raises TypeError, ValueError for dtypes, shapes, devices or options other than these.
+    It is differentiable by both. The difference is a tensor of logits' size in float32 (float64 for float64).
+    Entries at -inf in `logits` have mass 0. One at -inf in the reference alone has infinite mass, and its row
+    is NaN. temperature and mask are as in `entropy_from_logits`. Raises TypeError, ValueError for other
+    dtypes, shapes, devices or options.
     """
     check_logits(logits)
     check_logits(reference_logits, "reference_logits")
@@ -171,12 +174,13 @@ def token_did_entropy(logits: Tensor, reference_logits: Tensor, *, temperature: 
 
 
 def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = False) -> Tensor:
-    """Reverse KL over K ids per token: sum_k p_k (log p_k - log q_k), [..., K] twice -> [...], with gradient by `logp`.
+    """Reverse KL over K ids a token: sum_k p_k (log p_k - log q_k), [..., K] twice -> [...], with gradient.
 
-    `logp` is `token_logprobs(logits, ids)` with ids [..., K] of the student's or the teacher's top K, `teacher_logp` the teacher's at the same
-    ids, used detached. renormalize makes both distributions over the K ids; without it the sum lacks the tail, and may be negative.
-    Ids at -inf in `logp` contribute 0. The result is float32 (float64 for float64 logp), for `kdrl_loss(kd="exact", teacher_kl=...)`.
-    Raises TypeError, ValueError for other dtypes and shapes.
+    `logp` is `token_logprobs(logits, ids)` with ids [..., K] of the student's or the teacher's top K.
+    `teacher_logp` is the teacher's at the same ids, detached. renormalize makes both distributions over the K
+    ids. Without it the sum lacks the tail, and may be negative. Ids at -inf in `logp` contribute 0. The
+    result is float32 (float64 for float64 logp), for `kdrl_loss(kd="exact", teacher_kl=...)`. Raises
+    TypeError, ValueError for other dtypes and shapes.
     """
     expect("logp", logp, "float", "[..., K]")
     expect("teacher_logp", teacher_logp, "float", "[..., K]", like=("logp", logp))

@@ -1,4 +1,4 @@
-"""The evidence lower bound of a masked-diffusion language model from the logits of one noisy input: weighted log-probabilities, summed a sequence."""
+"""The evidence lower bound of a masked-diffusion language model from the logits of one noisy input."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ __all__ = ["ELBORows", "elbo_rows", "masked_elbo"]
 
 
 class _SequenceSums(torch.autograd.Function):
-    """[N] -> [num_seqs]: segment_reduce, whose own backward runs one thread a sequence on a GPU, with an indexed one. seq_idx says num_seqs in a row
-    that belongs to no sequence."""
+    """[N] -> [num_seqs]: segment_reduce with an indexed backward. Its own runs one thread a sequence on a
+    GPU. seq_idx is num_seqs in a row that belongs to no sequence."""
 
     @staticmethod
     def forward(ctx, values, seq_idx, offsets):
         ctx.save_for_backward(seq_idx)
-        return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)  # `unsafe` leaves out checks that wait for the device
+        return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)  # no checks that wait for a GPU
 
     @staticmethod
     def backward(ctx, gradient):
@@ -31,14 +31,14 @@ class _SequenceSums(torch.autograd.Function):
 
 
 class ELBORows(NamedTuple):
-    """The rows of one draw, checked and cleaned: everything of `masked_elbo` but the logits. [B, S] or [N] each."""
+    """The rows of one draw, checked and cleaned: all of `masked_elbo` but the logits. [B, S] or [N] each."""
 
     targets: Tensor
     counted: Tensor  # bool
     weight: Tensor  # accumulation dtype, 0 where not counted
     num_seqs: int
-    offsets: Tensor | None = None  # packed: sequence i is [offsets[i], offsets[i + 1]); None: the last dimension is one sequence
-    seq_idx: Tensor | None = None  # packed: the sequence of each row, num_seqs for a row of none
+    offsets: Tensor | None = None  # packed: sequence i is [offsets[i], offsets[i + 1]); else None
+    seq_idx: Tensor | None = None  # packed: the sequence of each row, num_seqs for none
 
     def token_logp(self, logits: Tensor, **options) -> Tensor:
         """`token_logprobs` of the counted rows, 0 elsewhere."""
@@ -107,7 +107,7 @@ def elbo_rows(
     targets = check_targets(targets, logits, several=False)
     mask = check_mask(mask, logits)
     weight = _row_weights(weight, logits, seq_idx is not None)
-    # A row of weight 0 adds nothing whatever it holds, so it need not be read.
+    # A row of weight 0 adds nothing, so it is not read.
     counted = (targets != check_ignore_index(ignore_index)) & (weight != 0)
     if mask is not None:
         counted = counted & mask
@@ -122,7 +122,7 @@ def elbo_rows(
     seq_idx = seq_idx.long()
     firsts = torch.arange(num_seqs + 1, device=seq_idx.device)
     offsets = torch.searchsorted(seq_idx.contiguous(), firsts)
-    # On a GPU nobody has looked: an index out of range must not be read by.
+    # On a GPU nobody has checked seq_idx: one out of range must not be used as an index.
     return ELBORows(targets, counted, weight, num_seqs, offsets, torch.where((seq_idx >= 0) & (seq_idx < num_seqs), seq_idx, num_seqs))
 
 
@@ -140,39 +140,43 @@ def masked_elbo(
     return_token_logp: bool = False,
     old_token_logp: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """One Monte-Carlo draw of the ELBO of a masked-diffusion model (LLaDA, Dream), per sequence: sum over the masked positions k of
+    """One Monte-Carlo draw of a masked-diffusion ELBO (LLaDA, Dream), per sequence: the sum over masked k of
 
-        w_k log softmax(logits_k / temperature)[target_k]                                    arXiv 2510.11683, Eq. 4
+        w_k log softmax(logits_k / temperature)[target_k]                            arXiv 2510.11683, Eq. 4
 
-    w = 1/t where every response token was masked with probability t; w = L/m where m of the L tokens were masked. Rows are those of the masked
-    positions: LLaDA's row k predicts token k. Dream's row k - 1 does: move targets and mask by one, and weights per token, not the logits
-    (`rlkern.next_tokens(targets)`, `next_tokens(mask, False)`). Only counted rows are read; the gradient of the others is 0. Sums run in one
-    order, without atomics.
+    w = 1/t if every response token was masked with probability t; w = L/m if m of the L tokens were masked.
+    Row k is for masked position k: LLaDA's row k predicts token k. Dream's row k - 1 does: move targets, mask
+    and weights per token by one, not the logits (`rlkern.next_tokens(targets)`, `next_tokens(mask, False)`).
+    Only counted rows are read; others get gradient 0. Sums run in one order, without atomics.
 
-    Dense, [B, S, V], or packed: the counted rows of all sequences in one [N, V]. Packed, the hidden states are gathered before the lm_head, so
-    that no logits exist for prompt, padding and visible tokens.
+    Logits are dense [B, S, V], or packed: the counted rows of all sequences in one [N, V]. For these, hidden
+    states are gathered before the lm_head, so no logits exist for prompt, padding and visible tokens.
 
     Args:
         logits: [B, S, V], or [N, V] with `seq_idx`; float32, bfloat16, float16 or float64.
-        targets: [B, S] or [N] integer, the clean tokens. Where they are `ignore_index` the row does not count, masked or not.
-        weight: [B, S], [B] (one t a sequence) or packed [N]; float that does not require grad, finite and not negative where counted; anything
-            elsewhere. A row of weight 0 does not count.
-        mask: shaped like targets, bool or number: the positions that this draw masked, never prompt or padding. None counts every row.
+        targets: [B, S] or [N] integer, the clean tokens. `ignore_index` does not count, masked or not.
+        weight: [B, S], [B] (one t a sequence) or packed [N]; float that does not require grad. Where counted
+            it is finite and not negative, elsewhere anything. A row of weight 0 does not count.
+        mask: shaped like targets, bool or number: the positions that this draw masked, never prompt or
+            padding. None counts every row.
         seq_idx: [N] integer in [0, num_seqs), ascending: the sequence of each packed row.
         num_seqs: the number of sequences, with `seq_idx`. A sequence without rows has ELBO 0.
-        temperature, inplace_backward: as in `rlkern.token_stats`. The papers use temperature 1 whatever the rollout used.
-        return_token_logp: also return the log-probabilities of the targets, shaped like targets, detached, 0 where not counted: what a later
-            update takes as `old_token_logp`. (`rlkern.token_logprobs` has them with gradient.)
-        old_token_logp: shaped like targets, float, detached, from the same draw: returns the sum of w (log p - old), the log ratio of the ELBOs,
-            instead. It keeps the digits that the difference of two ELBOs loses (up to 512 tokens in float32: 2e-7 against 4e-4 at worst).
+        temperature, inplace_backward: as in `rlkern.token_stats`. The papers always use temperature 1.
+        return_token_logp: also return the log-probabilities of the targets, shaped like targets, detached, 0
+            where not counted: for a later `old_token_logp`. (`rlkern.token_logprobs` has gradients.)
+        old_token_logp: shaped like targets, float, detached, from the same draw. The result is then the sum
+            of w (log p - old), the log ratio of the ELBOs. It keeps the digits that the difference of two
+            ELBOs loses (up to 512 tokens in float32: 2e-7 against 4e-4 at worst).
 
     Returns:
-        [B] or [num_seqs], float32 (float64 for float64 logits), differentiable; 0 for a sequence without counted rows; -inf where a counted
-        target has logit -inf (the mask token under MDLM's parametrisation: keep such positions out of the mask). With `return_token_logp` a pair.
+        [B] or [num_seqs], float32 (float64 for float64 logits), differentiable; with `return_token_logp` a
+        pair. It is 0 for a sequence without counted rows, and -inf where a counted target has logit -inf (the
+        mask token under MDLM's parametrisation: keep such positions out of the mask).
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes, devices and options other than the above. On a CPU (on a GPU with RLKERN_DEBUG=1) also for
-        weights that are negative or not finite where counted, and for seq_idx that is unsorted or out of range.
+        TypeError, ValueError: for dtypes, shapes, devices and options other than the above. On a CPU (on a
+            GPU with RLKERN_DEBUG=1) also for counted weights that are negative or not finite, and for seq_idx
+            unsorted or out of range.
         IndexError: as `rlkern.token_stats`.
     """
     check_flags(return_token_logp=return_token_logp)

@@ -1,5 +1,4 @@
-"""Kept sets of tokens from another policy's logits, and log-probabilities within them: what NLPO is made of
-(arXiv 2210.01241)."""
+"""NLPO's kept sets from another policy's logits, and log-probabilities within (arXiv 2210.01241)."""
 
 from __future__ import annotations
 
@@ -21,7 +20,7 @@ def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_
         threshold = x.topk(min(max(top_k, min_tokens_to_keep), x.shape[-1]), -1).values[:, -1:]
         return (x >= threshold) & (x > -math.inf)
     ordered, order = x.sort(dim=-1, descending=True, stable=True)
-    p = (ordered.softmax(-1) * 2.0**52).long()  # sums of integers have no order: on a GPU those of floats may change from run to run
+    p = (ordered.softmax(-1) * 2.0**52).long()  # on a GPU sums of floats may vary between runs
     before = p.cumsum(-1) - p
     kept = before <= int((top_p or 0) * 2**52)
     kept[:, :min_tokens_to_keep] = True
@@ -29,7 +28,7 @@ def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_
 
 
 def _ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
-    """int64 [n] on the device of rows [..., V]. Raises TypeError, ValueError; IndexError for an id outside [0, V) where that can be seen."""
+    """ids as int64 [n] on the device of rows [..., V], checked; their range only where values can be read."""
     expect(name, ids, "integer", "[n]")
     if ids.device != rows.device and ids.device.type != "cpu":
         raise ValueError(f"{name} must be on the device of the logits {rows.device} or on the CPU, got {ids.device}")
@@ -50,18 +49,19 @@ def nlpo_keep_set(
     always_keep: Tensor | None = None,
     temperature: float = 1.0,
 ) -> Tensor:
-    """The tokens that stay open, bool [..., V], from the mask policy's logits. Store it with the rollout: every PPO epoch reuses it.
+    """The tokens that stay open, bool [..., V]. Store it with the rollout: every PPO epoch reuses it.
 
     Args:
         mask_logits: [..., V] of the mask policy, a copy of the actor refreshed now and then.
-        top_p: keep the smallest set of likeliest tokens whose mass exceeds top_p (the one that crosses it included); RL4LMs: 0.9.
+        top_p: keep the smallest set of likeliest tokens whose mass exceeds top_p (RL4LMs: 0.9).
         top_k: keep the k likeliest, and those tied with the last of them. Give one of the two.
-        min_tokens_to_keep: at least so many (RL4LMs keeps one more than asked for in its encoder-decoder path).
+        min_tokens_to_keep: at least so many (RL4LMs keeps one more than this in its encoder-decoder path).
         always_keep: [n] integer ids in [0, V), such as end of sequence; on the logits' device or on a CPU.
         temperature: divides the logits first.
 
-    Tokens at -inf are never kept. Raises TypeError, ValueError for dtypes, shapes and options other than these; IndexError for an id outside of
-    [0, V) in always_keep. On a GPU such an id is without effect, and an error with RLKERN_DEBUG=1 only: to look would wait for the device.
+    Tokens at -inf are never kept. Raises TypeError, ValueError for other dtypes, shapes and options, and
+    IndexError for an id outside [0, V) in always_keep. On a GPU the check would wait for the device. Without
+    RLKERN_DEBUG=1 such an id has no effect there.
     """
     check_logits(mask_logits, "mask_logits")
     if (top_p is None) == (top_k is None):
@@ -80,7 +80,7 @@ def nlpo_keep_set(
         out[a, b] = _keep_rows(x, top_p, top_k, min_tokens_to_keep)
     if always_keep is not None:
         ids = _ids("always_keep", always_keep, rows)
-        # One place more, for ids that there are not: neither a write out of bounds nor an assertion on the device.
+        # One entry more for ids out of range: no write out of bounds, no assertion on the device.
         kept = torch.zeros(vocab + 1, dtype=torch.bool, device=rows.device)
         kept.index_fill_(0, torch.where((ids >= 0) & (ids < vocab), ids, vocab), True)
         out |= kept[:vocab]
@@ -108,13 +108,13 @@ def nlpo_stats(
 ) -> NLPOStats:
     """Log-probability and entropy of the actor restricted to the kept set, differentiable.
 
-    renorm=True is the paper's masked policy r = p / S on the set, S the actor's mass on it: logp = log r(target), entropy = -sum r log r.
-    renorm=False is what RL4LMs computes: it renormalises the probabilities but not the log-probabilities, so logp = log p(target), the plain
-    one, and entropy = -sum r log p.
+    renorm=True is the paper's masked policy r = p / S on the set, where S is the actor's mass on it: logp =
+    log r(target), entropy = -sum r log r. renorm=False is what RL4LMs computes. It renormalises probabilities
+    but not log-probabilities: logp = log p(target), the plain one, and entropy = -sum r log p.
 
     Args:
         logits: [..., V] of the actor; keep: bool [..., V] of `nlpo_keep_set`, at least one token a row.
-        targets, temperature, mask, ignore_index: as in `rlkern.token_stats`. One masked copy of the logits is made.
+        targets, temperature, mask, ignore_index: as in `rlkern.token_stats`. The logits are copied once.
 
     Raises:
         TypeError, ValueError, IndexError: as `rlkern.token_stats`, and for a keep of another dtype or shape.

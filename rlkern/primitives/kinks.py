@@ -1,6 +1,6 @@
-"""Functions with a kink, with the derivative there written down: PyTorch's choice has changed between releases.
+"""Functions with a kink, and an explicit derivative there: PyTorch's has changed between releases.
 
-The bounds are numbers that a caller may change from step to step without torch.compile compiling again.
+A caller may change the bounds from step to step without recompilation by torch.compile.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def number(value: float, like: Tensor) -> Tensor:
-    """The value as a 0-d tensor. torch.compile keeps the factor of a product symbolic, where it would bake the argument of `full` into the graph."""
+    """The value as a 0-d tensor. torch.compile keeps a factor symbolic, but fixes the argument of `full`."""
     return like.new_ones(()) * value
 
 
 def clamped(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    """x.clamp(low, high) without gradient; torch.compile would compile the call of clamp again for every new bound."""
+    """x.clamp(low, high) without gradient. torch.compile would recompile a plain call for new bounds."""
     bounds: list[Any] = [low, high]
     if torch.compiler.is_compiling():
         bounds = [None if bound is None else number(bound, x) for bound in bounds]
@@ -25,10 +25,7 @@ def clamped(x: Tensor, low: float | None = None, high: float | None = None) -> T
 
 
 def bounded(x: Tensor, low: float | None = None, high: float | None = None) -> Tensor:
-    """The values of x.clamp(low, high). The gradient is 1 wherever the value is x itself, so at a bound too, and 0 beyond: as in the kernels.
-
-    The gradient of clamp at a bound is PyTorch's choice, which has changed.
-    """
+    """x.clamp(low, high), with gradient 1 where that is x, at a bound too, and 0 beyond: as in kernels."""
     if low is None and high is None:
         return x
     values = clamped(x, low, high)
@@ -36,5 +33,5 @@ def bounded(x: Tensor, low: float | None = None, high: float | None = None) -> T
 
 
 def excess(x: Tensor) -> Tensor:
-    """The values of x.relu(). The gradient is 0 at 0, as that of relu, which would save its result: a caller may write into that."""
+    """x.relu(), with gradient 0 at 0. Unlike relu it does not save its result: callers may write to it."""
     return torch.where(x <= 0, 0, x)

@@ -1,17 +1,20 @@
 """One-sample estimates of KL(pi || pi_ref) from tokens that pi drew, as penalties that policy losses add.
 
-    kind             value, d = logp - reference_logp     gradient wrt logp     expected gradient on samples of pi          times the ratio
-    "k1"             d                                    1                     0: noise only                               KL(pi || pi_ref)
-    "abs"            |d|                                  sign(d), 0 at 0       of sum |pi - pi_ref|, twice the variation   the same
-    "k2", "mse"      d^2 / 2                              d                     of KL(pi || pi_ref)                         the same
-    "k3"             exp(-d) - 1 + d                      1 - exp(-d)           of KL(pi_ref || pi), the other direction    KL(pi || pi_ref)
-    "k1+" ... "k3+"  of the estimate named                d, that of k2         of KL(pi || pi_ref)                         the same
+    kind             value               gradient         expected gradient              times the ratio
+    "k1"             d                   1                0: noise only                  KL(pi || pi_ref)
+    "abs"            |d|                 sign(d), 0 at 0  of sum |pi - pi_ref|           the same
+    "k2", "mse"      d^2 / 2             d                of KL(pi || pi_ref)            the same
+    "k3"             exp(-d) - 1 + d     1 - exp(-d)      of KL(pi_ref || pi)            KL(pi || pi_ref)
+    "k1+" ... "k3+"  as without the +    d, that of k2    of KL(pi || pi_ref)            the same
 
-The last column but one needs samples of pi: on those of an older policy the gradient of k1, say, is that of -KL(pi_old || pi). The last
-one, `kl_times_ratio` of `grpo_loss`, holds on samples of pi_old, be it pi or not. k1 and k3 have the mean KL(pi || pi_ref), so their product
-with the ratio is differentiated as a whole. Of the others only the gradient is a divergence's, so the ratio multiplies it as a constant.
+d = logp - reference_logp; gradients are by logp. abs pulls along twice the total variation, k3 along the KL
+of the other direction. The expected gradient needs samples of pi: on those of pi_old, k1's is that of
+-KL(pi_old || pi), for example. The last column is `kl_times_ratio` of `grpo_loss`, and holds on samples of
+any pi_old. k1 and k3 have the mean KL(pi || pi_ref), so their product with the ratio is differentiated as a
+whole. Of the others only the gradient is that of a divergence, so the ratio multiplies it as a constant.
 
-A clamp of the estimate biases the gradient of all but the kinds with a +, a bound on the ratio that of all: tokens beyond lose their part.
+A clamp of the estimate biases the gradient of all kinds without a +. A bound on the ratio biases all: tokens
+beyond lose their part.
 
 Names elsewhere: "kl" is k1, "low_var_kl" is k3. Estimates: Schulman, http://joschu.net/blog/kl-approx.html.
 """
@@ -34,7 +37,7 @@ from .token_terms import TokenTerms
 
 
 def _k3(d: Tensor) -> Tensor:
-    x = bounded(-d, high=LARGEST_EXPONENT)  # no value beyond, and no gradient, instead of inf - inf
+    x = bounded(-d, high=LARGEST_EXPONENT)  # no gradient beyond, and no inf - inf
     return torch.expm1(x) - x
 
 
@@ -50,26 +53,27 @@ def resolve(kind: str) -> tuple[str, bool]:
 
 
 def is_unbiased(kind: str) -> bool:
-    """Whether an estimate's mean over samples of pi is KL(pi || pi_ref), and its gradient that of its value."""
+    """Whether the mean over samples of pi is KL(pi || pi_ref) and the gradient is the value's."""
     return resolve(kind) in (("k1", False), ("k3", False))
 
 
 def check_kl(kind: str, clamp: float | None, names: tuple[str, str] = ("kl_kind", "kl_clamp")) -> None:
-    """Raises TypeError or ValueError for a kind that is not in the table or a clamp below 0; `names` are the caller's for the two."""
+    """Raises TypeError or ValueError unless kind is in the table and clamp >= 0. Errors use `names`."""
     check_choice(names[0], kind, KINDS)
     if clamp is not None:
         check_number(names[1], clamp, 0)
 
 
 def kl_estimate(logp: Tensor, reference_logp: Tensor, kind: str = "k3", *, clamp: float | None = None) -> Tensor:
-    """An estimate of the table above for every token.
+    """An estimate of the table of `rlkern.primitives.kl` for every token.
 
     Args:
         logp: float, any shape; gradients flow into it.
         reference_logp: shaped like logp, used detached.
-        kind: a name of the table; a trailing + keeps the value and takes the gradient of k2 (straight-through).
-        clamp: bounds the value to [-clamp, clamp]; no gradient flows beyond, except with a +. verl and ROLL clamp k3 at 10, which lets go of every
-            token with reference_logp - logp > 2.61. None leaves the value alone (TRL); k3's exponent stops at 80 all the same.
+        kind: a name of the table. A trailing + keeps the value, with k2's gradient (straight-through).
+        clamp: bounds the value to [-clamp, clamp], without gradient beyond, except with a +. verl and ROLL
+            clamp k3 at 10, where tokens with reference_logp - logp > 2.61 lose their gradient. None leaves
+            the value alone (TRL); k3's exponent stops at 80 all the same.
 
     Returns:
         The estimates, shaped like logp, float32 (float64 for float64 logp).
@@ -94,7 +98,7 @@ def _estimate(d: Tensor, name: str, straight_through: bool, clamp: float | None)
     return value
 
 
-# --- as terms of a loss --------------------------------------------------------------------------------------------
+# --- as terms of a loss -------------------------------------------------------------------------------------
 
 _CODES = {"k1": KLKind.K1, "abs": KLKind.ABS, "k2": KLKind.K2, "k3": KLKind.K3}
 _NAMES = {code: name for name, code in _CODES.items()}

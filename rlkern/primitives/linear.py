@@ -1,8 +1,7 @@
-"""`token_stats` of hidden states times the output matrix: the logits exist a chunk of rows at a time, and are computed
-again in the backward.
+"""`token_stats` of hidden states times the output matrix. The logits exist a chunk of rows at a time.
 
-Products are the library's; what is ours is that nothing of size [N, V] stays. Two products of a step become four: the
-logits twice, and the two of their gradient.
+The backward computes them again, so two products of a step become four: the logits twice, and two for their
+gradient. The library computes the products. Nothing of size [N, V] stays.
 """
 
 from __future__ import annotations
@@ -31,12 +30,12 @@ from .token_stats import (
 
 
 def _default_chunk_rows(hidden: Tensor, vocab: int) -> int:
-    """As many rows as keep the product busy: a GPU must read the whole matrix for each chunk."""
+    """Enough rows to keep the product busy: a GPU must read the whole matrix for each chunk."""
     return max(1, (64 << 20 if hidden.device.type == "cpu" else 512 << 20) // (vocab * hidden.element_size()))
 
 
 class _Chunks:
-    """The rows in pieces, their logits always in the same memory."""
+    """The rows in pieces. Their logits are always in the same memory."""
 
     def __init__(self, hidden, weight, bias, chunk_rows, *by_row):
         self.hidden, self.weight, self.bias, self.by_row = hidden, weight, bias, by_row
@@ -57,14 +56,14 @@ class _Chunks:
 
 
 def _indices(counted: Tensor | None) -> Tensor | None:
-    """The rows that count, to leave the others out of the products; None for all, as on a GPU, which the host would have to wait for."""
+    """The rows that products need; None: all, as on a GPU, where the host would wait."""
     if counted is None or counted.device.type != "cpu" or counted.all():
         return None
     return counted.nonzero().squeeze(-1)
 
 
 class _Rows:
-    """Tensors by row, leading dimensions merged; on a CPU only the rows that count, the others left out of all products."""
+    """Tensors by row, leading dimensions merged. On a CPU only counted rows, for smaller products."""
 
     def __init__(self, hidden, targets, mask, ignore_index, *others):
         self.lead = hidden.shape[:-1]
@@ -83,7 +82,7 @@ class _Rows:
         return flat if flat is None or self.counted is None else flat.new_empty((len(self.counted), *flat.shape[1:]))
 
     def place(self, to: Tensor | None, value: Tensor | None) -> None:
-        """What was written, where it belongs, and 0 for the rows that do not count."""
+        """Puts what was written where it belongs, and 0 into the rows that do not count."""
         flat = self.flat(to)
         if flat is not None and value is not None and self.counted is not None:
             flat.zero_()[self.counted] = value
@@ -95,7 +94,7 @@ def _forward(hidden, weight, bias, targets, mask, row_temperature, *rest) -> Res
     stats = new_results(hidden, targets, o)
     if stats.logsumexp.numel() == 0:
         return stats
-    if targets is not None and values_readable(hidden):  # here, where rows have their own numbers
+    if targets is not None and values_readable(hidden):  # before _Rows renumbers the rows
         y = targets.reshape(stats.logsumexp.numel(), -1)
         check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, weight.shape[0])
     rows = _Rows(hidden, targets, mask, o.ignore_index, row_temperature)
@@ -123,7 +122,7 @@ def _backward(hidden, weight, bias, targets, mask, row_temperature, *rest):
     rows = _Rows(hidden, targets, mask, o.ignore_index, row_temperature, *by_row)
     hidden = rows.hidden
     if rows.counted is None and rows.counts is not None:
-        # What a row that does not count holds, NaN even, meets a gradient of 0.
+        # A row that does not count meets a gradient of 0, but may hold NaN.
         hidden = hidden.masked_fill(~rows.counts.unsqueeze(-1), 0)
     d_rows = rows.room(d_hidden)
     weight_sum = None if d_weight is None else torch.zeros_like(weight, dtype=acc)
@@ -201,24 +200,25 @@ def linear_token_stats(
     with_entropy: bool = True,
     group=None,
 ) -> TokenStats:
-    """`token_stats` of `hidden @ weight.T + bias`, without the logits ever existing at once.
+    """`token_stats` of `hidden @ weight.T + bias`, without all logits at once.
 
-    Extra memory is one chunk of logits, whatever the number of rows; in the backward also float32 sums of the gradients of weight and bias where
-    these are wanted. The price is a second product for the logits in the backward: use `token_stats` where the logits fit.
+    Extra memory is one chunk of logits, for any number of rows. The backward adds float32 sums of the
+    gradients of weight and bias if these are wanted, and computes the logits a second time. Use `token_stats`
+    where the logits fit.
 
     Args:
-        hidden: [..., H] float32, bfloat16, float16 or float64. Under torch.autocast it is cast to autocast's dtype, with weight and bias.
-        weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. Each of the three may or may not require grad.
+        hidden: [..., H] float32, bfloat16, float16 or float64. torch.autocast casts it, with weight and bias.
+        weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. All three may require grad.
         chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
-        targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, group: as in `token_stats`, for the rows of hidden. On
-            a CPU masked rows are left out of the products too.
+        targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, group: as in
+            `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the products too.
 
     Returns:
-        TokenStats as `token_stats` returns them. Logits are rounded to hidden's dtype, as those of a model's own head. The gradients are those of
-        `token_stats`; weight's and bias's are summed over the chunks in float32.
+        TokenStats as of `token_stats`, with its gradients. Logits are rounded to hidden's dtype, like those
+        of a model's own head. Gradients of weight and bias are summed over the chunks in float32.
 
     Raises:
-        TypeError, ValueError, IndexError: as `token_stats`; for weights whose shape, dtype or device does not go with hidden.
+        TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
     """
     if group is not None:
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")

@@ -1,5 +1,4 @@
-"""Mean and variance of rows of logits, with gradients in closed form: the source behind losses that need no softmax.
-Plain PyTorch, any device."""
+"""Mean and variance of rows of logits, for losses without softmax. Plain PyTorch, closed-form gradients."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ def _moments(logits, targets, skipped):
         x = rows[a, b].to(acc)
         average = x.mean(-1, keepdim=True)
         x = x - average  # around the mean: E[x^2] - mean^2 would cancel
-        x = x - x.mean(-1, keepdim=True)  # what rounding left of it
+        x = x - x.mean(-1, keepdim=True)  # the rest that rounding left
         valid = (y[flat] >= 0) & (y[flat] < vocab)
         picked = x.gather(-1, y[flat].clamp(0, vocab - 1).unsqueeze(-1)).squeeze(-1)
         target[flat] = torch.where(valid, picked, torch.nan).masked_fill_(skip[flat], 0)
@@ -54,7 +53,7 @@ def _gradient(logits, targets, skipped, mean, g_target, g_variance):
         g_t, g_v = g_target[flat].unsqueeze(-1), g_variance[flat].unsqueeze(-1)
         dx = (rows[a, b].to(acc) - mean[flat].unsqueeze(-1)) * (2 * g_v / vocab) - g_t / vocab
         at = y[flat].clamp(0, vocab - 1).unsqueeze(-1)
-        dx.scatter_(-1, at, dx.gather(-1, at) + g_t)  # one target a row: no need of an atomic addition
+        dx.scatter_(-1, at, dx.gather(-1, at) + g_t)  # one target a row, so no atomic addition
         idle = skip[flat] | ((g_t == 0) & (g_v == 0)).squeeze(-1)
         rows_of_out[a, b] = dx.masked_fill_(idle.unsqueeze(-1), 0).to(out.dtype)
     return out
@@ -73,10 +72,10 @@ _row_moments = differentiable(
 
 
 def row_moments(logits: Tensor, targets: Tensor, *, mask: Tensor | None = None, ignore_index: int = -100) -> RowMoments:
-    """(logit of the target - mean, variance) of each row: [..., V] and [...] -> two [...], float32 (float64 for float64 logits).
+    """(target's logit - mean, variance) of rows: [..., V], [...] -> two [...], float32 (float64 for float64).
 
-    Sums run around the mean, in float32. Rows where the target is `ignore_index` or the mask 0 give zeros and take no gradient.
-    Raises as `rlkern.token_stats`; the targets have one entry a row.
+    Sums run around the mean, in float32. Rows whose target is `ignore_index` or whose mask is 0 give zeros
+    and take no gradient. Raises as `rlkern.token_stats`; the targets have one entry a row.
     """
     check_logits(logits)
     targets = check_targets(targets, logits, several=False)

@@ -1,7 +1,7 @@
-"""The ratio of the policy to the one that sampled: what it adds to a loss, clipped, and what is reported of it.
+"""The ratio of the policy to the one that sampled: its clipped term in a loss, and its metrics.
 
-A kernel computes all of it in one pass, with slopes. The plain form is what torch.compile fuses, torch.func transforms,
-and the reference backend differentiates any number of times.
+A kernel computes all of it in one pass, with slopes. torch.compile fuses the plain form, torch.func
+transforms it, and the reference backend differentiates it any number of times.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .token_terms import TokenTerms
 
 
 class PolicyInputs(NamedTuple):
-    """The arguments that every policy loss takes, checked and not yet touched: anything may stand where the mask is not set."""
+    """The checked arguments of policy losses, not cleaned: masked places may hold anything."""
 
     logp: Tensor  # [B, T] float, with its gradient
     old_logp: Tensor | None  # [B, T] float
@@ -37,14 +37,14 @@ class PolicyInputs(NamedTuple):
 
 
 class PolicyTokens(NamedTuple):
-    """The tokens of a batch, [B, T], float32 (float64 for float64 logp), neutral where masked: no value and no gradient can come from there.
+    """The tokens of a batch, [B, T], float32 (float64 for float64 logp).
 
-    Only logp, log_ratio and ratio carry gradient.
+    No value and no gradient comes from masked ones. Only logp, log_ratio and ratio carry gradient.
     """
 
     logp: Tensor  # log pi(token), 0 where masked
     log_ratio: Tensor  # log pi / pi_old, 0 where masked; never clamped
-    ratio: Tensor  # exp(log_ratio), 1 where masked; never infinite, so that its product with A = 0 is 0
+    ratio: Tensor  # exp(log_ratio), 1 where masked; finite, so its product with A = 0 is 0
     advantages: Tensor  # without gradient, 0 where masked
     mask: Tensor  # bool
     weights: Tensor | None  # without gradient, 0 where masked; None stands for 1
@@ -58,7 +58,7 @@ class PolicyTokens(NamedTuple):
         return values if self.weights is None else values * self.weights
 
     def score(self) -> Tensor:
-        """logp, and 0 where the advantage is 0: their product is 0 even at logp = -inf."""
+        """logp, but 0 where the advantage is 0: then the product is 0 even at logp = -inf."""
         return torch.where(self.advantages == 0, 0, self.logp)
 
 
@@ -82,13 +82,13 @@ def _clean(logp, old_logp, advantages, mask, least, most):
     return logp, log_ratio, bounded(log_ratio, least, most).exp(), torch.where(mask, advantages, 0)
 
 
-# --- the clip ------------------------------------------------------------------------------------------------------
+# --- the clip -----------------------------------------------------------------------------------------------
 
 
 def clipped_surrogate(ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None = None) -> Tensor:
-    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip; written as -A times the ratio that survives.
+    """max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), for A < 0 at most -A dual_clip.
 
-    That form needs no product with a ratio that is clipped away, so an overflowing one cannot make NaN of the gradient.
+    It is -A times the clipped ratio: one that overflows and is clipped away then makes no NaN gradient.
     """
     return _clipped(ratio, advantages, 1 - clip_low, 1 + clip_high, dual_clip)
 
@@ -99,7 +99,7 @@ def _clipped(ratio, advantages, low, high, dual):
 
 class ClippedRatio(NamedTuple):
     terms: TokenTerms  # -A r, clipped
-    free: Tensor  # bool [B, T]: tokens that count, with a finite logp, and that the clip lets go
+    free: Tensor  # bool [B, T]: tokens that count, have a finite logp and are not clipped
     tokens: Tensor  # 0-d: how many count, at least 1
     metrics: dict[str, Tensor]
 
@@ -113,10 +113,10 @@ def clipped_ratio(
     unclipped: Tensor | None = None,
     with_distance: bool = False,
 ) -> ClippedRatio:
-    """-A r of every token, clipped as in `clipped_surrogate` unless clip_low is None or the token is one of `unclipped`.
+    """-A r by token, clipped as in `clipped_surrogate` unless clip_low is None or the token in `unclipped`.
 
-    metrics: those of `ratio_metrics`; with a clip those of `clip_fractions`, whatever `unclipped` [B, T] says; with
-    dual_clip clip_fraction_dual; with_distance abs_log_ratio.
+    metrics: those of `ratio_metrics`; with a clip those of `clip_fractions`, which ignore `unclipped` [B, T];
+    with dual_clip clip_fraction_dual; with_distance abs_log_ratio.
     """
     low, high = (None, None) if clip_low is None or clip_high is None else (1 - clip_low, 1 + clip_high)
     bounds = (low, high, dual_clip, *exponent_bounds(x.log_ratio_clamp))
@@ -205,16 +205,17 @@ _ratio_terms = Operator(
 )
 
 
-# --- metrics: all detached 0-d tensors -----------------------------------------------------------------------------
+# --- metrics: all detached 0-d tensors ----------------------------------------------------------------------
 
 _RATIO_METRICS = ("approx_kl_k1", "approx_kl_k3", "ratio_max", "ratio_min", "effective_sample_size", "tokens", "log_mean_ratio")
 
 
 @torch.no_grad()
 def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
-    """What a ratio tells of the step; 0, 0, 1, 1, 1, 0, 0 without tokens.
+    """Metrics of the ratio, in the order below; 0, 0, 1, 1, 1, 0, 0 without tokens.
 
-    approx_kl_k1, approx_kl_k3: estimates of KL(pi_old || pi) from its own samples, means of -d and of exp(d) - 1 - d, d the log ratio;
+    approx_kl_k1, approx_kl_k3: estimates of KL(pi_old || pi) from samples of pi_old: means of -d and exp(d) -
+    1 - d, with d the log ratio;
     ratio_max, ratio_min: over the tokens, infinite if it overflows;
     effective_sample_size: (sum r)^2 / (N sum r^2), a fraction of the tokens in (0, 1];
     tokens, log_mean_ratio: N and log(sum r / N), by which these are merged.
@@ -227,7 +228,8 @@ def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def clip_fractions(ratio: Tensor, advantages: Tensor, mask: Tensor, low: float, high: float) -> dict[str, Tensor]:
-    """clip_fraction_low, clip_fraction_high: of all tokens, those without gradient because A < 0 and ratio < low, or A > 0 and ratio > high."""
+    """clip_fraction_low, clip_fraction_high: the fractions of tokens that lose their gradient, by A < 0 and
+    ratio < low, or by A > 0 and ratio > high."""
     return {
         "clip_fraction_low": fraction((advantages < 0) & (ratio < low), mask, advantages.dtype),
         "clip_fraction_high": fraction((advantages > 0) & (ratio > high), mask, advantages.dtype),

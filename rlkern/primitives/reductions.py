@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] -> [B, 1]: the mean over the tokens of each sequence; 0 for an empty one. Masked values must be finite."""
+    """[B, T] -> [B, 1]: each sequence's mean, 0 if it is empty. Masked values must be finite."""
     return torch.where(mask, values, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 @torch.no_grad()
 def total(where: Tensor, dtype: torch.dtype) -> Tensor:
-    """How many are set, in the dtype of the computation: the quotient of two integers would follow torch.set_default_dtype."""
+    """How many are set, in that dtype: the quotient of two integers would follow torch.set_default_dtype."""
     return where.sum().to(dtype)
 
 

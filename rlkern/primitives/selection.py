@@ -1,5 +1,7 @@
-"""Which tokens: exactly K of them, K known to the device only. Nothing waits for the device and every shape is known beforehand: this can be
-captured in a CUDA graph. Ties go to the token that comes first, row by row."""
+"""Selects exactly K tokens, where only the device knows K. Ties go to the token that comes first, row by row.
+
+Nothing waits for the device and every shape is known beforehand, so a CUDA graph can capture it.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,9 @@ def _as_count(count: Tensor | int, values: Tensor) -> Tensor:
 
 
 def fraction_count(total: Tensor, fraction: float, minimum: int = 0) -> Tensor:
-    """max(floor(total * fraction), minimum) as a 0-d int64 tensor on total's device; the product is that of float64, as in Python.
+    """max(floor(total * fraction), minimum), 0-d int64 on total's device; the product is in float64.
 
-    Raises:
-        TypeError, ValueError: a total that is no 0-d tensor, a fraction outside [0, 1], a minimum below 0.
+    Raises TypeError, ValueError: a total that is no 0-d tensor, a fraction outside [0, 1], a minimum below 0.
     """
     expect("total", total, "real", "0-d", shape=())
     check_fraction("fraction", fraction)
@@ -72,15 +73,10 @@ def select_random(valid: Tensor, count: Tensor | int, generator: torch.Generator
     """`count` of the valid entries, uniformly and without replacement; all of them if there are fewer.
 
     Args:
-        valid: bool or number tensor of any shape; nonzero is valid.
-        count: 0-d integer tensor on the device of valid, or an int.
-        generator: on the device of `valid`; None takes that device's default generator. It draws one number an entry, valid or not.
+        valid, count: as in `select_bottom`.
+        generator: on the device of `valid`; None: its default. It draws one number an entry, valid or not.
 
-    Returns:
-        bool tensor shaped like valid.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes and devices other than these.
+    Returns, Raises: as `select_bottom`, shaped like valid.
     """
     expect("valid", valid, "real", "[...]")
     check_generator(generator, valid.device)
@@ -88,12 +84,12 @@ def select_random(valid: Tensor, count: Tensor | int, generator: torch.Generator
 
 
 def _random_keys(valid: Tensor, generator: torch.Generator | None) -> Tensor:
-    if generator is None:  # torch.compile knows rand without a generator only
+    if generator is None:  # torch.compile supports only this rand
         return torch.rand(valid.shape, dtype=torch.float32, device=valid.device)
     return torch.rand(valid.shape, dtype=torch.float32, device=valid.device, generator=generator)
 
 
-# --- for losses, which have checked what they hand over --------------------------------------------------------------
+# --- for losses, which have checked what they hand over -----------------------------------------------------
 
 
 def _bottom(values, valid, count):
@@ -133,8 +129,8 @@ _select_fraction = Operator(
 
 
 def select_fraction(values: Tensor, valid: Tensor, group: Tensor, fraction: float, *, minimum: int = 0, least: int = 0) -> Tensor:
-    """`select_bottom` with count = max(floor(fraction * tokens of the group), minimum), and none where that makes fewer
-    than `least`. values float32 or float64 [B, T], valid and group bool [B, T]."""
+    """`select_bottom` of max(floor(fraction * tokens of the group), minimum), or of none if that is less than
+    `least`. values float32 or float64 [B, T], valid and group bool [B, T]."""
     return _select_fraction(values, valid, group, fraction, minimum, least)
 
 
@@ -164,7 +160,6 @@ _selected_means = Operator(
 
 
 def selected_means(values: Tensor, selected: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
-    """The fraction of the tokens that is selected, the mean of the values over the tokens, and that over the selected
-    ones; each 0 of nothing. values [B, T] float32 or float64, finite where masked; selected and mask bool [B, T], all of
-    `selected` inside the mask."""
+    """The selected fraction of the tokens, and the means of values over tokens and selected; 0 of nothing.
+    values [B, T] float32 or float64, finite where masked; selected and mask bool [B, T], selected in mask."""
     return _selected_means(values, selected, mask).unbind()

@@ -20,9 +20,9 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
 
 
 def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """What the logits of a causal model predict: labels moved one to the left, `ignore_index` in the last column. [..., T] -> [..., T].
+    """Labels moved one to the left, `ignore_index` last: what a causal model predicts. [..., T] -> [..., T].
 
-    The logits stay whole this way: slicing them off instead costs a zero-fill and a copy of all logits in the backward.
+    The logits stay whole. Slicing them instead costs a zero-fill and a copy of all logits in the backward.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor [..., T], got {type(labels).__name__}")
@@ -47,20 +47,20 @@ def sequence_logps(
     temperature: float | Tensor = 1.0,
     inplace_backward: bool = False,
 ) -> Tensor:
-    """Log-probability of each sequence, the `_get_batch_logps` of the original DPO code: sum over t of log softmax(logits)[label].
+    """Log-probability of each sequence, the sum of its tokens': `_get_batch_logps` of the original DPO code.
 
     Args:
         logits: [B, T, V] float32, bfloat16, float16 or float64 (any leading dimensions), not sliced.
         labels: [B, T] integer, `ignore_index` where a token does not count (prompt, padding).
         average: divide by the number of tokens. A sequence without tokens gives 0 either way.
-        shift: logits at t predict the label at t + 1 (a causal model). False: labels are aligned with the logits already.
+        shift: logits at t predict the label at t + 1 (a causal model). False: labels are already aligned.
         temperature, inplace_backward: as in `rlkern.token_stats`.
 
     Returns:
         [B], float32 (float64 for float64 logits), differentiable.
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes or options other than the above; IndexError as `rlkern.token_stats`.
+        TypeError, ValueError: for other dtypes, shapes or options; IndexError as `rlkern.token_stats`.
     """
     check_flags(average=average, shift=shift)
     check_labels(labels, logits)

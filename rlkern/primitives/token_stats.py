@@ -1,4 +1,4 @@
-"""Log-probability, entropy and more of each row of logits in one read: the primitive that most losses start from."""
+"""Log-probability, entropy and more of rows of logits in one read. Most losses start from it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ GRADIENTS += "Tensor? g_kept_logmass"
 
 
 class TokenStats(NamedTuple):
-    """What one row of logits says of one token; see `token_stats`. All have the rows' shape, `logp` that of the targets."""
+    """Numbers of rows of logits, see `token_stats`, of the rows' shape; `logp` of the targets' shape."""
 
     logp: Tensor
     entropy: Tensor | None
@@ -43,8 +43,7 @@ class TokenStats(NamedTuple):
 
     @property
     def proxy_logp(self) -> Tensor:
-        """log-probability of the target after renormalising over the kept set, `logp - kept_logmass`; -inf where the
-        target was not kept."""
+        """The target's logp within the kept set, `logp - kept_logmass`; -inf outside."""
         if self.kept_logmass is None or self.target_kept is None:
             raise ValueError("proxy_logp needs a kept set: call token_stats with min_p=... or min_prob=...")
         kept_logmass = self.kept_logmass if self.logp.shape == self.kept_logmass.shape else self.kept_logmass.unsqueeze(-1)
@@ -63,7 +62,7 @@ class Options(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What the forward computes. All but logsumexp and state may be None: not asked for."""
+    """What the forward computes. Results that were not asked for are None; logsumexp and state never are."""
 
     logp: Tensor | None
     entropy: Tensor | None
@@ -95,7 +94,7 @@ def new_results(x: Tensor, targets: Tensor | None, options: Options) -> Results:
 
 
 def _for_backend(logits, targets, mask, row_temperature, temperature):
-    """Targets, mask and temperature as the backends want them: of [N] size, and not copied where they fit already."""
+    """Targets, mask and temperature as the backends want them, [N]; copied if need be."""
     if targets is not None:
         targets = targets.contiguous().view(-1, targets.shape[-1] if targets.dim() == logits.dim() else 1)
     if mask is not None:
@@ -123,7 +122,7 @@ def compute(logits, targets, mask, row_temperature, *options) -> Results:
 
 
 def mark_kept(results: Results) -> None:
-    """Fills in target_kept, True in a row that was not read."""
+    """Fills in target_kept. It is True in rows that were not read."""
     if results.target_kept is not None:
         threshold, shifted = results.state[..., State.THRESHOLD : State.TARGETS], results.state[..., State.TARGETS :]
         torch.ge(shifted, threshold, out=results.target_kept.view(shifted.shape))
@@ -132,7 +131,7 @@ def mark_kept(results: Results) -> None:
 def write_gradient(
     out, logits, targets, mask, row_temperature, temperature, ignore_index, kept_kind, log_kept, sum_sq, entropy, state, *grads
 ) -> None:
-    """The backward, into out, which may be the logits. Of the options only two are of interest here."""
+    """The backward, into out, which may be the logits. It needs only two of the options."""
     if logits.numel() == 0:
         return
     y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, temperature)
@@ -168,7 +167,7 @@ _token_stats = differentiable(
 )
 
 
-# --- public --------------------------------------------------------------------------------------------------------
+# --- public -------------------------------------------------------------------------------------------------
 
 
 def check_kept(min_p: float | None, min_prob: float | None) -> tuple[int, float]:
@@ -197,7 +196,7 @@ def row_options(
     with_sum_sq: bool,
     with_entropy: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Options]:
-    """(targets, mask, row_temperature, options) checked, for rows x [..., anything] that errors call `of`."""
+    """(targets, mask, row_temperature, options), checked, for rows x [..., anything], called `of`."""
     targets = None if targets is None else check_targets(targets, x, of)
     mask = check_mask(mask, x, of)
     ignore_index = check_ignore_index(ignore_index)
@@ -233,35 +232,40 @@ def token_stats(
     inplace_backward: bool = False,
     group=None,
 ) -> TokenStats:
-    """Log-probability, entropy and more of each row of logits in one read, differentiable in one read and one write.
+    """Log-probability, entropy and more of each row of logits in one read; gradient: one read, one write.
 
     With u = logits / temperature and p = softmax(u):
 
         logp = log p[target]     entropy = -sum p log p     logsumexp = log sum e^u     sum_sq_prob = sum p^2
-        kept_logmass = log of the mass of the kept set, {p >= min_p * max p} or {p >= min_prob}; KL(kept, renormalised || p) = -kept_logmass
+        kept_logmass = log of the mass of the kept set, {p >= min_p * max p} or {p >= min_prob};
+                       KL(kept, renormalised || p) = -kept_logmass
 
     Args:
-        logits: [..., V] float32, bfloat16, float16 or float64, any leading strides (`logits[:, :-1]` is not copied). -inf entries are legal
-            (probability 0, gradient 0).
+        logits: [..., V] float32, bfloat16, float16 or float64, any leading strides (`logits[:, :-1]` is not
+            copied). Entries may be -inf: probability 0, gradient 0.
         targets: [...] integer token ids, or [..., K] for K log-probabilities a row.
         mask: [...] bool or number; rows where it is 0 are not read: zeros out, zero gradient.
-        temperature: a positive float, or a tensor [...] with one entry a row, anything where the row is not read. It carries no gradient.
-        ignore_index: a target that marks its row as masked (with [..., K]: its entry; the row only when all K are ignored).
-        min_p: keep the tokens with p >= min_p * max p, inclusive (Lp-Reg, arXiv 2510.03222, eq. 5). The set is detached.
-        min_prob: keep the tokens with p >= min_prob, inclusive. An empty set has kept_logmass -inf and no gradient.
+        temperature: a positive float, or a tensor [...] with one a row, anything in unread rows. No gradient.
+        ignore_index: a target that marks its row as masked. With [..., K] it marks its entry, and the row
+            only if all K are ignored.
+        min_p: keep the tokens with p >= min_p * max p, inclusive, detached (Lp-Reg, arXiv 2510.03222, eq. 5).
+        min_prob: keep the tokens with p >= min_prob, inclusive. An empty set: kept_logmass -inf, no gradient.
         with_sum_sq: also compute sum_sq_prob.
-        with_entropy: False leaves the entropy out: its field is None, and a CPU saves a tenth of the forward.
-        inplace_backward: write the gradient over the logits: no memory for a gradient, and the logits are gone after the backward.
-            Another operation that saved the logits raises in its own backward. Under torch.compile the gradient is a new tensor.
+        with_entropy: False leaves the entropy out (None). A CPU saves a tenth of the forward.
+        inplace_backward: write the gradient over the logits. It takes no memory, and the backward destroys
+            the logits. Another operation that saved them raises in its own backward. Under torch.compile the
+            gradient is a new tensor.
         group: reserved for vocabulary-parallel logits; must be None.
 
     Returns:
-        TokenStats(logp, entropy | None, logsumexp, sum_sq_prob | None, kept_logmass | None) in float32 (float64 for float64 logits), shaped like the
-        rows (logp like targets), freshly allocated; all carry gradients. `.proxy_logp` is logp - kept_logmass, -inf outside the kept set.
+        TokenStats(logp, entropy | None, logsumexp, sum_sq_prob | None, kept_logmass | None) in float32
+        (float64 for float64 logits), freshly allocated, shaped like the rows (logp like targets). All carry
+        gradients. `.proxy_logp` is logp - kept_logmass, -inf outside the kept set.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
-        IndexError: on a CPU for a target outside [0, V) that is not ignore_index. On a GPU that row's logp is NaN (RLKERN_DEBUG=1 checks there too).
+        IndexError: on a CPU for a target outside [0, V) that is not ignore_index. On a GPU that row's logp is
+            NaN, or with RLKERN_DEBUG=1 this error.
     """
     if group is not None:
         raise ValueError("group: vocabulary-parallel logits are not supported in this version, expected None")
@@ -286,15 +290,15 @@ def token_stats(
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, **options) -> Tensor:
-    """log softmax(logits / temperature) at the targets: drop-in for `selective_log_softmax` and `logprobs_from_logits`.
+    """log softmax(logits / temperature) at targets. Replaces `selective_log_softmax`, `logprobs_from_logits`.
 
-    Takes the arguments of `token_stats`; returns its `logp`, float32, shaped like targets ([...] or [..., K]).
+    Takes the arguments of `token_stats`; returns its `logp`, float32, shaped like targets.
     """
     return token_stats(logits, targets, **{"with_entropy": False, **options}).logp
 
 
 def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Entropy, in nats, of softmax(logits / temperature) over the last dimension: [..., V] -> [...], float32 (float64 for float64 logits).
+    """Entropy in nats of softmax(logits / temperature): [..., V] -> [...], float32 (float64 for float64).
 
     Differentiable; `temperature` and `mask` as in `token_stats`. Entries at -inf count as probability 0.
     """

@@ -1,8 +1,8 @@
-"""What tokens add to a loss, with gradient, whoever computed them.
+"""What tokens add to a loss, with gradient.
 
-Plain PyTorch gives values [B, T] that autograd goes through. A kernel computes in one pass the values and, below them,
-their derivatives by logp, the slopes: [2, B, T]. Losses only choose among terms, scale them and add them, which is
-linear in both rows, so one expression serves both forms and the loss does not know which it has.
+Plain PyTorch gives values [B, T] that autograd differentiates. A kernel computes in one pass the values and
+their derivatives by logp, the slopes: [2, B, T]. Losses only choose among terms, scale them and add them.
+That is linear in both rows, so one expression serves both forms.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _INSTEAD = 'compute the loss under rlkern.use_backend("reference"), or different
 
 
 class TokenTerms:
-    """One number a token, [B, T], 0 where masked, in float32 (float64 for float64 logp), with its gradient by logp."""
+    """One number a token, [B, T], float32 (or float64, as logp), 0 where masked, with gradient by logp."""
 
     __slots__ = ("_logp", "_rows")
 
@@ -35,7 +35,7 @@ class TokenTerms:
         return self._rows[0] if self.one_pass else self._rows.detach()
 
     def tensor(self) -> Tensor:
-        """[B, T] with gradient, for what is not linear."""
+        """[B, T] with gradient, for functions that are not linear."""
         return _Attached.apply(self._logp, self._rows, False) if self.one_pass else self._rows
 
     def sum_over(self, divisor: float | Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class TokenTerms:
         rows = self._rows / divisor
         return _Attached.apply(self._logp, rows, True) if self.one_pass else rows.sum()
 
-    # Methods, not operators: Dynamo does not trace those of an object and a tensor.
+    # Methods, not operators: Dynamo does not trace operators between an object and a tensor.
 
     def plus(self, other: TokenTerms) -> TokenTerms:
         return TokenTerms(self._logp, self._rows + other._rows)
@@ -75,7 +75,7 @@ class _Attached(torch.autograd.Function):
     def forward(ctx, logp, terms, total):
         values, slopes = terms.unbind()
         ctx.save_for_backward(slopes)
-        ctx.logp = logp  # not saved: whoever writes into it afterwards changes nothing here
+        ctx.logp = logp  # not saved, so it may be written to afterwards
         return values.sum() if total else values.clone()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""CISPO (MiniMax-M1, arXiv 2506.13585): clips the importance weight and not the update, so that no token loses its gradient."""
+"""CISPO (MiniMax-M1, arXiv 2506.13585): clips the importance weight, so that no token loses its gradient."""
 
 from __future__ import annotations
 
@@ -26,21 +26,18 @@ def cispo_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp per token, or with a cap -sg(min(r, cap)) A logp: arXiv 2506.13585 Eq. 4 and 5.
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp or, with cap, -sg(min(r, cap)) A logp per token.
 
-    verl's "cispo" is clip_low, clip_high, its log ratio clamped (log_ratio_clamp=20). TRL's epsilon_high is `cap`, an absolute number (5.0) and not
-    1 + epsilon, and it has no lower bound. The paper leaves the lower bound open too: clip_low=1.
+    arXiv 2506.13585 Eq. 4, 5. The paper has no lower bound: clip_low=1. verl's "cispo" is clip_low, clip_high
+    and log_ratio_clamp=20. TRL's epsilon_high is `cap`: an absolute number (5.0), not 1 + epsilon, without a
+    lower bound.
 
     Args:
         logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
         clip_low, clip_high: bounds of the weight; not used with `cap`.
         cap: the largest weight, > 0.
 
-    Returns:
-        LossOutput as that of `ppo_loss`; clip_fraction_low, clip_fraction_high are of tokens whose weight was cut, whatever their advantage.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`, but the clip fractions count all tokens whose weight was cut.
     """
     check_clip(clip_low, clip_high)
     if cap is not None:

@@ -1,4 +1,4 @@
-"""Clip-Cov (arXiv 2505.22617, section 4.2): takes a few tokens with a high covariance of log-probability and advantage out of the update."""
+"""Clip-Cov (arXiv 2505.22617, section 4.2): drops a few tokens of high covariance of logp and advantage."""
 
 from __future__ import annotations
 
@@ -44,36 +44,34 @@ def clip_cov_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """PPO's clipped loss, with the loss of a few random tokens of a covariance band set to zero: arXiv 2505.22617, Eq. 10-12.
+    """PPO's clipped loss, but zero for a few random tokens of a covariance band: arXiv 2505.22617, Eq. 10-12.
 
-    cov_i = (A_i - mean A)(logp_i - mean logp) over the counted tokens of this call; candidates have cov_low < cov_i < cov_high and are not clipped by
-    PPO; of these max(floor(select_ratio * tokens), min_count) leave, uniformly drawn. They still count in the mean. Conventions, by `preset`:
+    cov_i = (A_i - mean A)(logp_i - mean logp) over the counted tokens of this call. Candidates have cov_low <
+    cov_i < cov_high and are not clipped by PPO. Of these, max(floor(select_ratio * tokens), min_count) are
+    drawn uniformly and lose their loss. They still count in the mean. Conventions, by `preset`:
 
-        preset           clip_low, clip_high    band      min_count
-        "prime", None    1, 1: ratio in [0, 2]  open      1           PRIME-RL/Entropy-Mechanism-of-RL as its recipes run it
-        "verl"           0.2, 0.2               open      1           verl's defaults ("clip_cov")
-        "paper"          no clip                closed    0           Eq. 11 and 12
+        preset         clip_low, clip_high    band    min_count  source
+        "prime", None  1, 1: ratio in [0, 2]  open    1          recipes of PRIME-RL/Entropy-Mechanism-of-RL
+        "verl"         0.2, 0.2               open    1          verl's defaults ("clip_cov")
+        "paper"        no clip                closed  0          Eq. 11 and 12
 
-    An option given as well wins over the preset. Where all advantages are equal (one sequence!) every covariance is 0 and this is plain PPO.
-    Official codes draw with torch.randperm on the host, so equal seeds do not choose equal tokens: pass their choice as `selected` to compare.
+    An option given as well wins over the preset. If all advantages are equal (one sequence!), every
+    covariance is 0 and this is plain PPO. Official codes draw with torch.randperm on the host, so equal seeds
+    do not choose equal tokens. To compare, pass their choice as `selected`.
 
     Args:
         logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
         select_ratio: a fraction of the tokens, in [0, 1].
         cov_low, cov_high: the band; cov_high may be inf.
-        clip_low, clip_high: as in `ppo_loss`; None takes the preset's. Give both or neither with preset="paper".
+        clip_low, clip_high: as in `ppo_loss`; None takes the preset's. "paper" needs both or neither.
         closed_band: whether cov_low and cov_high belong to the band.
         min_count: the least number of tokens to draw, if there are that many candidates.
-        selected: [B, T] bool or number, the tokens to leave out; replaces the whole selection (drawn over an optimizer's batch, say).
-        keep_value: leave the tokens' loss in the value and take only their gradient, as the paper's Listing 1 does.
+        selected: [B, T] bool or number, tokens to leave out instead, drawn over an optimizer's batch, say.
+        keep_value: keep the tokens' loss and drop only their gradient, as the paper's Listing 1 does.
         generator: for the draw, on logp's device.
-        group: data-parallel processes to take the two means over; the draw stays on each one's own tokens.
+        group: data-parallel processes to take the two means over. Each still draws among its own tokens.
 
-    Returns:
-        LossOutput as that of `ppo_loss`; metrics also: selected_fraction, covariance_mean, covariance_selected.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`; metrics also: selected_fraction, covariance_mean, covariance_selected.
     """
     bounds = with_preset(PRESETS, preset, "prime", clip_low=clip_low, clip_high=clip_high)
     rules = with_preset(PRESETS, preset, "prime", closed_band=closed_band, min_count=min_count)
@@ -97,7 +95,7 @@ def clip_cov_loss(
 
 
 def check_selection(bounds: dict[str, float | None], rules: dict[str, Any], select_ratio: float, cov_low: float, cov_high: float) -> None:
-    """Raises TypeError or ValueError for options of `clip_cov_loss` that do not go together."""
+    """Raises TypeError or ValueError for wrong options of `clip_cov_loss`."""
     clip_low, clip_high = bounds["clip_low"], bounds["clip_high"]
     if (clip_low is None) != (clip_high is None):
         raise ValueError(f"clip_low and clip_high belong together, got {clip_low} and {clip_high}")
@@ -113,13 +111,13 @@ def check_selection(bounds: dict[str, float | None], rules: dict[str, Any], sele
 
 
 def in_band(covariance: Tensor, low: float, high: float, closed: bool) -> Tensor:
-    """Whether low < covariance < high, bool like covariance; with the ends, if it is closed."""
+    """Whether low < covariance < high, bool like covariance; a closed band includes its ends."""
     if closed:
         return (covariance >= low) & (covariance <= high)
     return (covariance > low) & (covariance < high)
 
 
 def selection_metrics(covariance: Tensor, selected: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """selected_fraction; covariance_mean, over all tokens; covariance_selected, over the selected ones, 0 if there are none."""
+    """selected_fraction; covariance_mean over all tokens; covariance_selected, 0 if none is selected."""
     names = ("selected_fraction", "covariance_mean", "covariance_selected")
     return dict(zip(names, selected_means(covariance, selected, mask), strict=True))

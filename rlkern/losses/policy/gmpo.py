@@ -1,4 +1,4 @@
-"""Geometric-mean policy optimisation (GMPO, arXiv 2507.20673): the geometric mean of the clipped token ratios instead of their sum."""
+"""Geometric-mean policy optimisation (GMPO, arXiv 2507.20673): the geometric mean of clipped token ratios."""
 
 from __future__ import annotations
 
@@ -26,22 +26,20 @@ def gmpo_loss(
     aggregation: str = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """-mean(A) exp(mean over the sequence of d'), d' = min(d, clip_high) for A > 0 and max(d, -clip_low) for A < 0, d = logp - old_logp.
+    """-mean(A) exp(mean over the sequence of d'), arXiv 2507.20673 Eq. 4, with d = logp - old_logp:
 
-    arXiv 2507.20673 Eq. 4. The clip is in **log space**: exp(-0.4), exp(0.4) is the paper's interval. Every token of a sequence carries the
-    sequence's value, so the default aggregation is the mean over sequences ("grpo" counts empty ones too, as verl's "geo_mean" does, which
-    takes its clip_ratio, 0.2, for the bounds).
+        d' = min(d, clip_high) for A > 0,   max(d, -clip_low) for A < 0
+
+    The clip is in **log space**: the paper's interval is exp(-0.4), exp(0.4). Every token carries its
+    sequence's value, so the default aggregation is the mean over sequences. "grpo" counts empty sequences
+    too, as verl's "geo_mean" does, which takes its clip_ratio, 0.2, for the bounds.
 
     Args:
-        logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`. One advantage a sequence is what the paper has; of
-            several the mean is taken, and their signs decide about their tokens' clip.
+        logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`. The paper has
+            one advantage a sequence. Of several the mean is taken, and each token's sign decides its clip.
         clip_low, clip_high: bounds of the log ratio, >= 0.
 
-    Returns:
-        LossOutput as that of `ppo_loss`; the clip fractions are those of log space.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`; the clip fractions are those of log space.
     """
     check_number("clip_low", clip_low, 0)
     check_number("clip_high", clip_high, 0)

@@ -1,4 +1,4 @@
-"""Group relative policy optimisation (arXiv 2402.03300): PPO's ratio, group advantages, and a penalty for leaving a reference policy."""
+"""Group relative policy optimisation (arXiv 2402.03300): PPO, group advantages, KL to a reference."""
 
 from __future__ import annotations
 
@@ -32,31 +32,32 @@ def grpo_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """PPO's loss plus kl_coef * kl_scale * KL(pi || pi_ref), the KL estimated at the token taken: arXiv 2402.03300, Eq. 3 and 4.
+    """PPO's loss plus kl_coef * kl_scale * KL(pi || pi_ref) at the token taken: arXiv 2402.03300 Eq. 3, 4.
 
-    Which options reproduce what: the paper is aggregation="grpo", kl_coef=0.04; Dr. GRPO (arXiv 2503.20783) "dr_grpo" without KL and advantages
-    without the division by std; DAPO "dapo", clip_high=0.28; TRL's loss_type names are aggregation modes, its delta is dual_clip; verl's KL loss is
-    kl_kind="k3", kl_clamp=10, kl_coef=0.001; CLPO (arXiv 2509.25004) is kl_scale [B]: 0.5 for hard prompts, 1 for the others, kl_coef=0.001.
+        the paper                           aggregation="grpo", kl_coef=0.04
+        Dr. GRPO (arXiv 2503.20783)         "dr_grpo", no KL, advantages not divided by std
+        DAPO                                "dapo", clip_high=0.28
+        TRL                                 its loss_type names are aggregation modes, its delta is dual_clip
+        verl's KL loss                      kl_kind="k3", kl_clamp=10, kl_coef=0.001
+        CLPO (arXiv 2509.25004)             kl_coef=0.001, kl_scale [B]: 0.5 for hard prompts, else 1
 
     Args:
-        logp, old_logp, advantages, mask, clip_low, clip_high, dual_clip, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
-            `weights` does not touch the KL.
+        logp, old_logp, advantages, mask, clip_low, clip_high, dual_clip, log_ratio_clamp, weights,
+            aggregation, normalizer: as in `ppo_loss`. `weights` does not touch the KL.
         reference_logp: [B, T] float, detached; None leaves the KL out, and then kl_coef must be 0.
         kl_coef: strength of the penalty, >= 0. With 0 the KL is only reported.
-        kl_kind: "k1", "abs", "k2" ("mse"), "k3", or one with a + behind it (its value, k2's gradient): see `rlkern.primitives.kl`. The gradient of k3
-            pulls along the KL of the other direction, that of abs along the total variation, and that of k1 is noise; k2 and all with a + have
-            the right one. All that on samples of the policy itself.
+        kl_kind: "k1", "abs", "k2" ("mse"), "k3", or one of them with a + (its value, k2's gradient). On
+            samples of the policy itself, k2 and all with a + have the right gradient. k3 has that of the
+            other direction's KL, abs that of the total variation, k1 noise: see `rlkern.primitives.kl`.
         kl_clamp: bounds the estimate, see `kl_estimate`.
         kl_scale: [B], [B, 1] or [B, T] float, without gradient: a coefficient per sample.
-        kl_times_ratio: multiplies the estimate with exp(logp - old_logp), for samples of an older policy. With k1 and k3 gradient included
-            (arXiv 2512.02556; TRL's use_bias_correction_kl), and their expected gradient is then that of KL(pi || pi_ref); with the others as a
-            constant, and they keep theirs. The ratio is not clipped, but bounded by log_ratio_clamp; bounds and kl_clamp bias the gradient.
+        kl_times_ratio: multiplies the estimate by exp(logp - old_logp), for samples of an older policy. For
+            k1 and k3 the ratio has its gradient (arXiv 2512.02556; TRL's use_bias_correction_kl), and the
+            expected gradient becomes that of KL(pi || pi_ref). For the others the ratio is a constant, and
+            they keep their expected gradient. log_ratio_clamp bounds the ratio; it is not clipped. This bound
+            and kl_clamp bias the gradient.
 
-    Returns:
-        LossOutput as that of `ppo_loss`; metrics also: kl (mean of the estimate, before its coefficients) if there is a reference.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`; with a reference also kl, the mean estimate before its coefficients.
     """
     check_clip(clip_low, clip_high, dual_clip)
     check_number("kl_coef", kl_coef, 0)

@@ -1,4 +1,4 @@
-"""Group sequence policy optimisation (arXiv 2507.18071): one ratio a sequence, the geometric mean of its tokens' ratios."""
+"""Group sequence policy optimisation (arXiv 2507.18071): one ratio a sequence, its tokens' geometric mean."""
 
 from __future__ import annotations
 
@@ -26,23 +26,20 @@ def gspo_loss(
     aggregation: str = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """PPO's clip on s_t = sg(s) * pi_t / sg(pi_t), s = exp(mean over the sequence of logp - old_logp): arXiv 2507.18071 Eq. 5 and, per token, 13.
+    """PPO's clip on s_t = sg(s) pi_t / sg(pi_t), s = exp(mean over the sequence of logp - old_logp).
 
-    The token form has the value and, with the default aggregation and one advantage a sequence, the gradient of the sequence form -A s; it also
-    takes advantages per token. verl up to 0.9.0 always does this for "gspo", whatever its loss_agg_mode; TRL's sequence level is
-    aggregation="grpo"; LUSPO weighs by length: "seq-mean-token-sum". verl takes the clip bounds of its PPO (0.2) unless told otherwise, which
-    hardly ever clip a sequence ratio; the defaults here are the paper's.
+    arXiv 2507.18071 Eq. 5 and, per token, 13. The token form has the value of the sequence form -A s, and
+    also its gradient with the default aggregation and one advantage a sequence. It takes advantages per token
+    too. verl up to 0.9.0 always takes the default aggregation for "gspo", whatever its loss_agg_mode. TRL's
+    sequence level is aggregation="grpo". LUSPO weighs by length: "seq-mean-token-sum". The default clip
+    bounds are the paper's. verl's default is its PPO's 0.2, which hardly ever clips a sequence ratio.
 
     Args:
-        logp, old_logp, advantages, mask, clip_low, clip_high, weights, aggregation, normalizer: as in `ppo_loss`, but the clip bounds are those of
-            a sequence ratio, three orders of magnitude tighter.
-        log_ratio_clamp: the mean log ratio is bounded to at most this (verl: 10); no gradient beyond. In [0, 80].
+        logp, old_logp, advantages, mask, clip_low, clip_high, weights, aggregation, normalizer: as in
+            `ppo_loss`. The clip bounds are those of a sequence ratio, three orders of magnitude tighter.
+        log_ratio_clamp: upper bound of the mean log ratio (verl: 10), in [0, 80]; no gradient beyond.
 
-    Returns:
-        LossOutput as that of `ppo_loss`; the clip fractions are of tokens in clipped sequences.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`; the clip fractions are of tokens in clipped sequences.
     """
     check_clip(clip_low, clip_high)
     check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)

@@ -1,4 +1,4 @@
-"""KL-Cov (arXiv 2505.22617, section 4.2): holds back the tokens whose log-probability varies most with the advantage."""
+"""KL-Cov (arXiv 2505.22617, section 4.2): holds back tokens whose logp varies most with the advantage."""
 
 from __future__ import annotations
 
@@ -38,32 +38,30 @@ def kl_cov_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """-A r for every token, + kl_coef |logp - old_logp| for those of the largest covariance: arXiv 2505.22617, Eq. 13, 14 and Listing 1.
+    """-A r, + kl_coef |logp - old_logp| at the largest covariances: arXiv 2505.22617, Eq. 13, 14, Listing 1.
 
-    cov_i = (A_i - mean A)(logp_i - mean logp) over the counted tokens of this call; max(floor(select_ratio * tokens), min_count) of them are
-    selected, ties to the lowest flat index. The ratio is not clipped. Conventions, by `preset`:
+    cov_i = (A_i - mean A)(logp_i - mean logp) over the counted tokens of this call. max(floor(select_ratio *
+    tokens), min_count) are selected, ties to the lowest flat index. The ratio is not clipped. By `preset`:
 
-        preset           select_ratio    kl_coef    min_count
-        "prime", None    2e-3            1.0        1           PRIME-RL/Entropy-Mechanism-of-RL for 7B (32B: 2e-4); its k_percent is 100 times it
-        "verl"           2e-4            0.1        1           verl's defaults ("kl_cov"), which are neither of the paper's settings
-        "paper"          2e-3            1.0        0           Eq. 13
+        preset         select_ratio  kl_coef  min_count  source
+        "prime", None  2e-3          1.0      1          PRIME-RL/Entropy-Mechanism-of-RL, 7B (2e-4 for 32B)
+        "verl"         2e-4          0.1      1          verl's defaults ("kl_cov"), not the paper's
+        "paper"        2e-3          1.0      0          Eq. 13
 
-    An option given as well wins over the preset. The penalty is the code's: its gradient is +-kl_coef, whatever the distance, and 0 at
-    logp = old_logp, so on-policy this is REINFORCE. Where all advantages are equal the covariances are all 0 and the first tokens are selected.
+    PRIME's k_percent is 100 times select_ratio. An option given as well wins over the preset. The penalty is
+    the code's. Its gradient is +-kl_coef at any distance and 0 at logp = old_logp, so on-policy this is
+    REINFORCE. If all advantages are equal, all covariances are 0 and the first tokens are selected.
 
     Args:
-        logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`. `weights` multiply the penalty too,
-            as in verl.
-        select_ratio: a fraction of the tokens, in [0, 1], never a percentage. None takes the preset's, and so on for kl_coef (>= 0) and min_count.
-        selected: [B, T] bool or number, the tokens to hold back; replaces the selection (made over an optimizer's whole batch, say).
-        group: data-parallel processes to take the two means over; the selection stays among each one's own tokens.
+        logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
+            `weights` multiply the penalty too, as in verl.
+        select_ratio: a fraction of the tokens, in [0, 1], not a percentage. None takes the preset's.
+        kl_coef: >= 0. None takes the preset's, as for min_count.
+        selected: [B, T] bool or number, tokens to penalise instead, chosen over an optimizer's batch, say.
+        group: data-parallel processes to take the two means over. Each still selects among its own tokens.
 
-    Returns:
-        LossOutput as that of `ppo_loss`, without clip fractions; metrics also: selected_fraction, covariance_mean, covariance_selected, and
-        abs_log_ratio, the mean of |logp - old_logp| that the official code reports as its KL.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`, without clip fractions. Metrics also: selected_fraction, covariance_mean,
+    covariance_selected, and abs_log_ratio, the mean of |logp - old_logp| (the official code's KL).
     """
     o = with_preset(PRESETS, preset, "prime", select_ratio=select_ratio, kl_coef=kl_coef, min_count=min_count)
     check_fraction("select_ratio", o["select_ratio"])

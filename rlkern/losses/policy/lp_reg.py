@@ -1,4 +1,4 @@
-"""Lp-Reg (arXiv 2510.03222): keeps rare tokens that the policy itself finds plausible from being driven out by negative advantages."""
+"""Lp-Reg (arXiv 2510.03222): keeps plausible rare tokens from being driven out by negative advantages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SELECTIONS = ("negative", "all")
 
 
 def _rarest(logp: Tensor, among: Tensor, rho: float, min_count: int) -> Tensor:
-    """The lowest fraction rho of log-probabilities in a group of tokens, at least one; none where that makes fewer than min_count."""
+    """A group's lowest fraction rho by logp, at least one token; none if these are fewer than min_count."""
     return select_fraction(logp, among, among, rho, minimum=1, least=min_count)
 
 
@@ -60,44 +60,49 @@ def lp_reg_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """A policy gradient in which the rarest tokens with A < 0 are pulled towards a proxy q: the policy without its noise, renormalised.
+    """A policy gradient that pulls the rarest tokens with A < 0 to a proxy q: the policy without its noise.
 
-    q keeps the tokens with probability of at least min_p times the largest (0.02 in the paper). `token_stats(logits, ids, min_p=0.02)` gives all that
-    is needed of it in the same pass as the log-probabilities: proxy_logp, and kept_logmass = log S with KL(q || pi) = -log S.
+    q keeps tokens with at least min_p times the largest probability (paper: 0.02), renormalised.
+    `token_stats(logits, ids, min_p=0.02)` gives what is needed of it in the pass for logp: proxy_logp, and
+    kept_logmass = log S, with KL(q || pi) = -log S.
 
-    kl_term="sampled" is the official code (CarlanLark/Lp-Reg-dev). R: of the tokens with A < 0 the fraction rho with the lowest logp, those with
-    logp < proxy_logp. Per token
+    kl_term="sampled" is the official code (CarlanLark/Lp-Reg-dev). Its R: take the fraction rho with the
+    lowest logp among the tokens with A < 0, and keep those with logp < proxy_logp. Per token
 
         in R       -A r + kl_coef * k3 of (logp; proxy_logp), clamped at kl_clamp; PPO's clip does not apply
         others     max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
-    k3's gradient is 1 - q / pi: over all tokens that pi samples this would be in expectation that of the full KL(q || pi), and over R it is R's part
-    of it. The clamp at 10 switches it off where proxy_logp - logp > 2.61, kl_clamp=None does not.
+    k3's gradient is 1 - q / pi. Over all samples of pi its expectation is that of the full KL(q || pi), over
+    R it is R's part. The clamp at 10 switches it off where proxy_logp - logp > 2.61, kl_clamp=None nowhere.
 
-    kl_term="full" is the paper's Eq. 6. R: tokens with A < 0 and proxy_logp > -inf among the lowest fraction rho of **all** tokens. Per token
+    kl_term="full" is the paper's Eq. 6. Its R: tokens with A < 0 and proxy_logp > -inf among the lowest
+    fraction rho of **all** tokens. Per token
 
         -A clip(r, 1 - clip_low, 1 + clip_high) + kl_coef * [in R] KL(q || pi)          for either sign of A
 
     Args:
         logp, old_logp, advantages, mask, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
-        proxy_logp: [B, T] float, detached: log q of the token taken, of the old policy (the code) or of the current one (on-policy); -inf outside.
-        rho: a fraction, in [0, 1]: 0.01 (14B) and 0.005 (32B) in the paper. The group yields max(1, floor(rho * its size)) tokens.
+        proxy_logp: [B, T] float, detached: log q of the token taken, -inf outside q. q is from the old policy
+            (the code) or the current one (on-policy).
+        rho: in [0, 1]; the paper's 0.01 (14B), 0.005 (32B). It yields max(1, floor(rho * size of the group)).
         kl_coef: beta, >= 0.
         clip_low, clip_high: the ratio's bounds; the defaults are the paper's [0, 10].
-        kl_kind, kl_clamp: for "sampled", see `kl_estimate`. Not "k1" ("kl"): its gradient is 1 for every token, which would drive those of R out.
+        kl_kind, kl_clamp: for "sampled", see `kl_estimate`. Not "k1" ("kl"): its gradient is 1 for every
+            token, which would drive those of R out.
         kept_logmass: [B, T] float, for "full" on-policy: log S of the current policy, with its gradient.
-        proxy_kl: [B, T] float, for "full" with a proxy from other logits: KL(q || pi) with its gradient, as token_divergence's "forward_kl" gives
-            it for logits outside q's set put to -inf.
-        select_from: "negative" or "all", the group that rho is a fraction of; None takes the one said above.
-        min_count: no regularisation at all where the group yields fewer tokens than this. The code's 2 means: none below 200 negatives at rho = 0.01.
-        rho_positive: for "sampled", the same selection among A > 0 (the code's logp_pos_k_percent, 0 everywhere).
+        proxy_kl: [B, T] float, for "full" with a proxy from other logits: KL(q || pi) with its gradient.
+            token_divergence's "forward_kl" gives it if logits outside q's set are -inf.
+        select_from: "negative" or "all", the group that rho refers to; None takes that of kl_term above.
+        min_count: with fewer tokens no regularisation. The code's 2: none below 200 negatives at rho = 0.01.
+        rho_positive: for "sampled", the same among A > 0 (the code's logp_pos_k_percent, always 0).
         weights: as in `ppo_loss`; multiply the regulariser too.
 
     Returns:
-        LossOutput as that of `ppo_loss`; metrics also: selected_fraction, and proxy_kl, its mean over the selected tokens (0 if there are none).
+        LossOutput as that of `ppo_loss`; metrics also: selected_fraction, and proxy_kl, its mean over the
+        selected tokens (0 if there are none).
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above, and for options of the other kl_term.
+        TypeError, ValueError: as `ppo_loss`, and for options of the other kl_term.
     """
     _check(kl_term, select_from, rho, rho_positive, kl_coef, min_count, kl_kind, kl_clamp, kept_logmass, proxy_kl)
     check_clip(clip_low, clip_high)

@@ -1,4 +1,4 @@
-"""Proximal policy optimisation (arXiv 1707.06347): the clipped ratio that most policy losses start from, with the dual clip of arXiv 1912.09729."""
+"""PPO (arXiv 1707.06347) with the dual clip of arXiv 1912.09729: most policy losses start from it."""
 
 from __future__ import annotations
 
@@ -27,28 +27,33 @@ def ppo_loss(
 
         max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))            arXiv 1707.06347 Eq. 7, 1912.09729 Eq. 5
 
-    Which options reproduce what: verl "vanilla" is dual_clip=3.0; TRL's `delta` is dual_clip=delta with log_ratio_clamp=None; clip-higher (DAPO,
-    arXiv 2503.14476) is clip_high=0.28; ROLL's dual clip is dual_clip=1 + 2 * clip. An entropy mask (train on the uncertain tokens only,
-    arXiv 2506.01939), an off-policy mask or truncated importance sampling of the rollout engine go in as `weights`.
+    verl's "vanilla" is dual_clip=3.0. TRL's `delta` is dual_clip=delta with log_ratio_clamp=None. Clip-higher
+    (DAPO, arXiv 2503.14476) is clip_high=0.28. ROLL's dual clip is dual_clip=1 + 2 * clip. Pass as `weights`:
+    an entropy mask (train on the uncertain tokens only, arXiv 2506.01939), an off-policy mask, or truncated
+    importance sampling of the rollout engine.
 
     Args:
         logp: [B, T] float log-probabilities of the tokens taken; gradients flow into it.
-        old_logp: [B, T] float, those of the policy that the step started from; None is on-policy: the ratio is 1, the gradient -A.
+        old_logp: [B, T] float, those of the policy that the step started from. None is on-policy: the ratio
+            is 1, the gradient -A.
         advantages: [B, T], [B, 1] or [B] float; they must not require grad.
         mask: [B, T] bool or number; nonzero counts. Anything may stand where it is 0, NaN included.
-        clip_low, clip_high: the ratio stops mattering below 1 - clip_low (A < 0) and above 1 + clip_high (A > 0). clip_low in [0, 1].
+        clip_low, clip_high: no gradient for A < 0 below r = 1 - clip_low, nor for A > 0 above 1 + clip_high.
+            clip_low in [0, 1].
         dual_clip: c >= 1 bounds the ratio of tokens with A < 0; None does not.
-        log_ratio_clamp: bounds the log ratio to [-c, c] before exp; no gradient beyond. None bounds it at 80, where float32 is still finite.
+        log_ratio_clamp: bounds the log ratio to [-c, c] before exp; no gradient beyond. None bounds it at 80,
+            where float32 is still finite.
         weights: [B, T], [B, 1] or [B] float, multiplied with the per-token loss; they must not require grad.
         aggregation, normalizer: from tokens to one number, see `aggregate`.
 
     Returns:
-        LossOutput(loss, metrics): 0-d, float32 (float64 for float64 logp). Metrics: clip_fraction_low, clip_fraction_high, clip_fraction_dual,
-        approx_kl_k1, approx_kl_k3, ratio_max, ratio_min, effective_sample_size, tokens, log_mean_ratio. Without any token 0, with zero gradient.
+        LossOutput(loss, metrics): 0-d, float32 (float64 for float64 logp). Metrics: clip_fraction_low,
+        clip_fraction_high, clip_fraction_dual, approx_kl_k1, approx_kl_k3, ratio_max, ratio_min,
+        effective_sample_size, tokens, log_mean_ratio. Without any token the loss is 0, with zero gradient.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
-        RuntimeError: where the gradient is differentiated again; `use_backend("reference")` and torch.func can.
+        RuntimeError: for a second derivative; `use_backend("reference")` and torch.func have it.
     """
     check_clip(clip_low, clip_high, dual_clip)
     x = policy_inputs(

@@ -1,4 +1,4 @@
-"""The score-function losses: REINFORCE (GPG, arXiv 2504.02546), truncated importance sampling, tapered off-policy REINFORCE (TOPR, 2503.14286)."""
+"""REINFORCE (GPG, arXiv 2504.02546), truncated importance sampling, TOPR (arXiv 2503.14286)."""
 
 from __future__ import annotations
 
@@ -33,20 +33,18 @@ def reinforce_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """-A logp per token: REINFORCE, verl's and TRL's plain policy gradient, and GPG (arXiv 2504.02546) with `rlkern.advantages.gpg`.
+    """-A logp per token: REINFORCE, the plain policy gradient of verl and TRL.
 
-    old_logp only serves the metrics and the term + square_coef / 2 (logp - old_logp)^2 of Kimi k1.5 (arXiv 2501.12599, tau there); pass None if
-    there is none. Importance weights go in as `weights`, without gradient.
+    With `rlkern.advantages.gpg` it is GPG (arXiv 2504.02546). old_logp only serves the metrics and Kimi
+    k1.5's term + square_coef / 2 (logp - old_logp)^2 (arXiv 2501.12599, tau there); it may be None.
+    Importance weights go in as `weights`, without gradient.
 
     Args:
-        logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`. A token with A = 0 has no loss, even at logp = -inf.
+        logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`. A token with A =
+            0 has no loss, even at logp = -inf.
         square_coef: >= 0. `weights` does not touch its term (in verl's "dro" it does).
 
-    Returns:
-        LossOutput as that of `ppo_loss`, without clip fractions.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`, without clip fractions.
     """
     check_number("square_coef", square_coef, 0)
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
@@ -73,11 +71,7 @@ def tis_loss(
         logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`.
         cap: the largest importance weight, >= 0.
 
-    Returns:
-        LossOutput as that of `ppo_loss`; clip_fraction_high is that of the tokens above the cap.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`; clip_fraction_high is that of the tokens above the cap.
     """
     check_number("cap", cap, 0)
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
@@ -96,11 +90,10 @@ def topr_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """-A logp for A >= 0, -sg(min(r, cap)) A logp for A < 0: what the policy already avoids is pushed away no further. arXiv 2503.14286.
+    """Tapered off-policy REINFORCE (arXiv 2503.14286): -A logp for A >= 0, -sg(min(r, cap)) A logp for A < 0.
 
-    The ratio is the token's, as in ROLL; the paper's is that of the whole sequence.
-
-    Args, Returns, Raises: as for `tis_loss`.
+    What the policy already avoids is pushed away no further. The ratio is the token's, as in ROLL; the
+    paper's is that of the whole sequence. Args, Returns, Raises: as for `tis_loss`.
     """
     check_number("cap", cap, 0)
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)

@@ -25,19 +25,16 @@ def sapo_loss(
     aggregation: str = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """-A (4 / tau) sigmoid(tau (r - 1)) per token, tau by the sign of A: arXiv 2511.20347. Its slope at r = 1 is that of -A r.
+    """-A (4 / tau) sigmoid(tau (r - 1)) per token, tau by the sign of A: arXiv 2511.20347.
 
-    verl's "sapo" always uses the default aggregation (and log_ratio_clamp=20); TRL's is aggregation="grpo".
+    Its slope at r = 1 is that of -A r. verl's "sapo" always uses the default aggregation (and
+    log_ratio_clamp=20); TRL's is aggregation="grpo".
 
     Args:
         logp, old_logp, advantages, mask, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
         tau_positive, tau_negative: how fast the gradient fades off-policy, for A > 0 and A <= 0; > 0.
 
-    Returns:
-        LossOutput as that of `ppo_loss`, without clip fractions.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`, without clip fractions.
     """
     check_positive("tau_positive", tau_positive)
     check_positive("tau_negative", tau_negative)

@@ -1,4 +1,4 @@
-"""VESPO (arXiv 2602.10693): the sequence's importance weight through a smooth kernel that is 1 on-policy and fades on both sides."""
+"""VESPO (arXiv 2602.10693): a smooth kernel of the sequence's weight, 1 on-policy, fading both ways."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ...primitives.reductions import masked_mean
 from ..aggregate import LossOutput, aggregate
 from ..arguments import policy_tokens
 
-_LARGEST = 20.0  # of any log ratio: TRL's
+_LARGEST = 20.0  # of any log ratio, as in TRL
 _SMALLEST = math.log(1e-8)  # of a weight and of the sequence; that of a token is -20
 
 
 def _log_weight(weights: Tensor, p: PolicyTokens) -> Tensor:
-    """The log of the sequence's importance weight [B, 1]: given as such, or the product of its tokens' weights [B, T]."""
+    """The log of the sequence's importance weight [B, 1], given so or as its tokens' weights [B, T]."""
     logs = per_token("rollout_is_weights", weights, p.logp).log().clamp(_SMALLEST, _LARGEST)
     return torch.where(p.mask, logs, 0).sum(-1, keepdim=True) if weights.shape == p.logp.shape else logs[:, :1]
 
@@ -40,27 +40,25 @@ def vespo_loss(
     aggregation: str = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
-    """-sg(phi(W)) A logp per token, phi(W) = exp(lambda) W^k exp(-lambda W), W the product of the sequence's token ratios: arXiv 2602.10693.
+    """-sg(phi(W)) A logp per token, phi(W) = exp(lambda) W^k exp(-lambda W): arXiv 2602.10693.
 
-    With `rollout_is_weights` w = pi_old / pi_rollout, the correction for an engine that samples from another policy than the one that scores,
-    W is that to the policy which sampled. Bounds are TRL's, log phi's own apart, at 80, where float32 is still finite:
+    W is the product of the sequence's token ratios r. An engine may sample from another policy than the one
+    that scores. `rollout_is_weights` w = pi_old / pi_rollout corrects for it: W is then the ratio to the
+    policy that sampled. The bounds are TRL's, except that log phi is bounded at 80, where float32 is finite:
 
-        log W = clamp(sum_t clamp(logp_t - old_logp_t, -20, 20) + sum_t clamp(log w_t, log 1e-8, 20), log 1e-8, 20)
+        log W = clamp(sum_t clamp(log r_t, -20, 20) + sum_t clamp(log w_t, log 1e-8, 20), log 1e-8, 20)
 
-    TRL's "vespo" divides by the tokens of the whole accumulated batch: pass `normalizer`. It also takes a lambda below 1e-4 for 1e-4.
+    TRL's "vespo" divides by the tokens of the whole accumulated batch: pass `normalizer`. It also raises a
+    lambda below 1e-4 to 1e-4.
 
     Args:
         logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`.
         k_positive, lambda_positive: the kernel for A >= 0, both >= 0.
         k_negative, lambda_negative: the kernel for A < 0.
-        rollout_is_weights: [B, T] float, a weight a token, or [B, 1] or [B], one a sequence, whose log enters the sum once; >= 0, without
-            gradient. They go into W, and so through phi; `weights` multiply the loss of a token instead.
+        rollout_is_weights: >= 0, without gradient: [B, T] float, or [B, 1] or [B], whose log enters the sum
+            once. They go into W, and through phi; `weights` multiply a token's loss instead.
 
-    Returns:
-        LossOutput as that of `ppo_loss`, without clip fractions; metrics also: kernel_mean, over the tokens.
-
-    Raises:
-        TypeError, ValueError: for dtypes, shapes, devices, names and options other than the above.
+    Returns, Raises: as `ppo_loss`, without clip fractions; metrics also: kernel_mean, over the tokens.
     """
     numbers = {"k_positive": k_positive, "lambda_positive": lambda_positive, "k_negative": k_negative, "lambda_negative": lambda_negative}
     for name, value in numbers.items():
