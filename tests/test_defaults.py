@@ -1,4 +1,4 @@
-"""Defaults that papers, TRL, verl or OpenRLHF have. They are part of what a loss promises: a trainer that names none must get these."""
+"""Defaults that papers, TRL, verl or OpenRLHF have. A loss promises them: a trainer that names none must get these."""
 
 import inspect
 
