@@ -1,4 +1,4 @@
-"""A batch of draws for the tests of diffusion BGPO; its objective and bound as arXiv 2510.11683 prints them."""
+"""A batch of draws for the tests of diffusion BGPO; objective and bound as arXiv 2510.11683 prints them."""
 
 import math
 from functools import partial
@@ -14,7 +14,8 @@ B, S, V, N = 5, 9, 23, 4
 
 
 class Batch:
-    """n draws of B sequences: logits [n, B, S, V], masks [n, B, S], weights [n, B]. Draw 1 of sequence 2 masks nothing."""
+    """n draws of B sequences: logits [n, B, S, V], masks [n, B, S], weights [n, B] L/m or 1/t, old ELBOs
+    off-policy. Draw 1 of sequence 2 masks nothing."""
 
     def __init__(self, seed=0, spread=0.3, n=N):
         g = torch.Generator().manual_seed(seed)
@@ -100,7 +101,7 @@ def bound(logits, batch, *, on_policy=False, **options):
 
 
 def of_draws(loss, logits):
-    """(sum, gradients [n, ...]) of a loss(j, logits of draw j). Each draw is differentiated by itself, as in training."""
+    """(sum, gradients [n, ...]) of a loss(j, logits of draw j). Each draw by itself, as in training."""
     values, gradients = zip(*(differentiate(partial(loss, j), z) for j, z in enumerate(logits)), strict=True)
     return sum(values), torch.stack(gradients)
 

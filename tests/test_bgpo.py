@@ -1,5 +1,5 @@
-"""Diffusion BGPO against float64 versions of arXiv 2510.11683 written as printed: the objective with all graphs kept, the
-bound, the closed form of the gradient, the reference code's clip; and the presets."""
+"""Diffusion BGPO against float64 versions of arXiv 2510.11683 written as printed: the objective with all
+graphs kept, the bound, the closed form of the gradient, the reference code's clip; and the presets."""
 
 import math
 
@@ -95,7 +95,7 @@ def test_without_clip_the_old_policy_does_not_matter_where_the_advantage_is_posi
 
 
 def reference_code(ells, old, advantages, lengths, width):
-    """verl's PPO loss over [B, T] tokens, the ratio broadcast over the response, dual clip 3, token-mean; mean of the draws."""
+    """verl's PPO loss on a ratio broadcast over [B, T], dual clip 3, token-mean; mean over the draws."""
     total = 0
     tokens = (torch.arange(width) < lengths[:, None]).double()
     for j in range(ells.shape[1]):

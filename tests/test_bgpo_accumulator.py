@@ -1,4 +1,4 @@
-"""BGPOAccumulator: both modes against the naive objective with all graphs kept, metrics, order of calls, and memory."""
+"""BGPOAccumulator: both modes against the objective with all graphs kept, metrics, order of calls, memory."""
 
 import json
 import math
@@ -204,7 +204,7 @@ def test_accumulator_errors(changes, error, words):
 
 
 class Retained:
-    """Bytes that autograd holds, and the most it held. Every saved tensor is wrapped in what tells when it is dropped."""
+    """Bytes that autograd holds, and the most it held. Saved tensors are wrapped, to tell when they go."""
 
     def __init__(self):
         self.now = self.peak = 0
@@ -285,7 +285,7 @@ print([peak_memory("cpu", (lambda _: step(n),)) for step, n in ((bgpo, 1), (bgpo
 
 @pytest.mark.slow
 def test_peak_memory_of_64_draws():
-    """Resident memory of a process whose malloc returns blocks above 64 KB at once. Logits of a draw are 14 MB."""
+    """Resident memory where malloc returns blocks above 64 KB at once. Logits of a draw are 14 MB."""
     command = [sys.executable, "-c", PEAK, str(Path(__file__).resolve().parent.parent / "benchmarks")]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

@@ -1,4 +1,4 @@
-"""BGPO split over micro-batches, Monte-Carlo draws and processes has the gradient of one process that sees everything.
+"""BGPO split over micro-batches, draws and processes has the gradient of one process that sees everything.
 
 As a script this file is one of two gloo processes. The test starts both once, for all ways of training.
 """
@@ -65,7 +65,7 @@ def micro_batches(rank):
 
 
 def bound(model, old, batches, context, average_over=1):
-    """The loop of docs/diffusion.md: every draw of every micro-batch by itself, c over all sequences of the step."""
+    """The loop of docs/diffusion.md: every draw of every micro-batch by itself, c over the whole step."""
     for k, batch in enumerate(batches):
         for j in range(NUM_MC):
             noisy, mask, weight = batch.draw(j)

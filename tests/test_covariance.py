@@ -1,4 +1,4 @@
-"""Covariance, Clip-Cov and KL-Cov against naive float64 versions with Python's own sort; their edges; their presets."""
+"""Covariance, Clip-Cov and KL-Cov against naive float64 versions with Python's sort; edges; presets."""
 
 import datetime
 import importlib
@@ -17,7 +17,7 @@ F64 = torch.float64
 
 
 def draw(seed=0, batch=6, length=12, spread=0.3):
-    """A heavy tail of rare tokens, so that covariances reach beyond 5; ratios on both sides of the clip; ragged sequences."""
+    """A heavy tail of rare tokens: covariances reach beyond 5. Ratios beyond the clip, ragged sequences."""
     g = torch.Generator().manual_seed(seed)
     logp = -4 * torch.rand(batch, length, generator=g, dtype=F64) ** 3 - 0.01
     logp = torch.where(torch.rand(batch, length, generator=g) < 0.2, logp - 7, logp)
@@ -51,7 +51,7 @@ def test_covariance(backend, device, mask_dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n", [1, 16, 33, 50])
 def test_lengths_strides_and_dtypes(backend, device, monkeypatch, n, dtype):
-    """Against float64 on the rounded inputs. Few and small blocks, so that programs take several of them and the last one a part."""
+    """Against float64 on the rounded inputs. Programs take several small blocks, and a part of the last."""
     if backend == "triton":
         for name in ("BLOCK", "MOST_PROGRAMS"):
             monkeypatch.setattr(importlib.import_module("rlkern.triton_kernels.covariance"), name, 4)
@@ -71,7 +71,7 @@ def test_lengths_strides_and_dtypes(backend, device, monkeypatch, n, dtype):
 
 
 def test_a_million_tokens_keep_their_accuracy(backend, device):
-    """Few values, far from zero: in a long float32 sum every addition would be rounded the same way, by a thousandth in the end."""
+    """Few values, far from zero: a long float32 sum rounds each addition the same way, by 1e-3 in all."""
     n = 1 << (20 if backend != "triton" or device == "cuda" else 15)
     i = torch.arange(n)
     x, a = (-20.1 + 0.01 * (i % 2)).float().view(8, -1), (3.3 + 0.01 * (i % 3 == 0)).float().view(8, -1)
@@ -193,7 +193,7 @@ def test_clip_cov_removes_the_band(seed):
 
 @pytest.mark.parametrize("select_ratio, expected", [(2e-4, 1), (0.0, 1), (0.05, None), (0.08, None)])
 def test_clip_cov_count(select_ratio, expected):
-    """max(floor(ratio N), 1) candidates leave, whichever: found from the gradient, which is 0 for them and for nothing else here."""
+    """max(floor(ratio N), 1) candidates leave. Their gradient, and no other, is 0 here."""
     x = draw(3, spread=0.05)
     logp, old, advantages, mask = x
     count = expected or int(select_ratio * int(mask.sum()))

@@ -1,4 +1,4 @@
-"""torch.set_default_dtype is the caller's: primitives, masks and advantages have the same bits and dtypes under any."""
+"""torch.set_default_dtype is the caller's: primitives, masks and advantages have the same bits under any."""
 
 import loss_battery as battery
 import pytest

@@ -1,4 +1,4 @@
-"""Losses for masked diffusion models against their formulas in float64, and the two ways to their gradient."""
+"""Losses for masked diffusion models against formulas in float64, and the two ways to their gradient."""
 
 import math
 
@@ -126,7 +126,7 @@ def test_wd1():
 
 
 def naive_spg(logp, advantages, draw_mask, mask, beta, u):
-    """The official code: means over masked tokens, a draw's share of masked tokens as its level, weights by length."""
+    """The official code: means over masked tokens, their share in a draw as its level, weights by length."""
     total = 0.0
     for b in range(len(logp)):
         length = mask[b].sum().item()

@@ -29,7 +29,7 @@ every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLE
 
 
 def elbo_weight(m, length):
-    """The weight of a pattern with m masked tokens in the ELBO: the integral of t^(m-1) (1-t)^(L-m) over (0, 1)."""
+    """What a pattern of m masked tokens weighs in the ELBO: the integral of t^(m-1) (1-t)^(L-m) on (0, 1)."""
     return 1 / (m * math.comb(length, m))
 
 
@@ -61,7 +61,7 @@ def enumerate_stream(monkeypatch, shared, tokens):
 @pytest.mark.parametrize("complementary", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 4])
 def test_count_scheme_enumerated(monkeypatch, length, complementary):
-    """Every order of the tokens times every level. Each draw by itself gives each pattern the ELBO's weight."""
+    """Every order of the tokens times every level: each draw gives each pattern the ELBO's weight."""
     num_mc = 4
     grid = 8 * length * (length + 1)  # whole multiples of the number of levels, so that the grid's mean is the integral
     orders = torch.tensor(list(itertools.permutations(range(length))))
@@ -190,9 +190,6 @@ def test_pairs_share_out_the_response(name):
         torch.testing.assert_close((1 / w[:, 0::2] + 1 / w[:, 1::2])[both], torch.ones(both.sum(), dtype=torch.float64), rtol=1e-6, atol=0)
 
 
-# --- a mask is a function of its numbers ---
-
-
 @every_sampler
 def test_draw_alone(sampler):
     everything = sampler(LEFT, 6, seed=9)
@@ -221,7 +218,7 @@ def test_every_number_matters(sampler):
 
 
 def test_random_bits():
-    """The published first outputs of SplitMix64 seeded with 0. Neighbours do not correlate in any direction."""
+    """SplitMix64's published first outputs for seed 0. Neighbours do not correlate in any direction."""
     state = torch.arange(1, 4) * diffusion_masks._GOLDEN
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [x % 2**64 for x in diffusion_masks._mix(state).tolist()] == expected
@@ -291,7 +288,7 @@ def test_errors(error, match, call):
 
 
 def test_all_draws_of_a_small_response_average_to_its_elbo():
-    """The model's guesses depend on what it sees. The mean over many draws meets the sum over all patterns."""
+    """Guesses depend on what the model sees. The mean over draws meets the sum over all patterns."""
     g = torch.Generator().manual_seed(0)
     length, vocab, rows = 3, 5, 20_000
     ids = torch.randint(vocab, (1, length), generator=g)
@@ -310,7 +307,7 @@ def test_all_draws_of_a_small_response_average_to_its_elbo():
 
 
 def test_dream_rows_without_copying_the_logits():
-    """Dream's row k - 1 predicts token k. Shifting ids and mask gives what shifting the logits gives, gradient included."""
+    """Dream's row k - 1 predicts token k. Shifting ids and mask does what shifting the logits does."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 6, 9, generator=g, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(9, (2, 6), generator=g)

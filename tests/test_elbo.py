@@ -1,4 +1,4 @@
-"""masked_elbo against float64 autograd of the formula: dense, packed and in place, and rows that do not count."""
+"""masked_elbo against autograd of its formula in float64: dense, packed, in place; rows that do not count."""
 
 import math
 
@@ -164,7 +164,8 @@ def test_minus_inf_logits():
 
 
 def test_old_token_logp_keeps_the_digits():
-    """Two policies that differ by 1e-4 in the logits, 512 tokens: the difference of two float32 sums is noise, the sum of differences is not."""
+    """Two policies that differ by 1e-4 in the logits, 512 tokens. The difference of two float32 sums is
+    noise, the sum of the differences is not."""
     g = torch.Generator().manual_seed(0)
     old_logits = torch.randn(8, 512, 50, generator=g)
     logits = old_logits + 1e-4 * torch.randn(old_logits.shape, generator=g)
@@ -234,7 +235,7 @@ def packing(**changes):
 @pytest.mark.parametrize(
     "shape, changes, error, words",
     [((2, 3, 5), {"weight": torch.ones(3)}, ValueError, r"weight must be \[B, S\], \[B\] or \[B, 1\], here \(2, 3\) or \(2,\) or \(2, 1\)"),
-     ((2, 3, 5), {"weight": torch.ones(2, 3, dtype=torch.long)}, TypeError, r"weight must be a float tensor \[B, S\], \[B\] or \[B, 1\], got torch.int64"),
+     ((2, 3, 5), {"weight": torch.ones(2, 3).long()}, TypeError, r"weight must be a float tensor \[B, S\], \[B\] or \[B, 1\], got torch.int64"),
      ((2, 3, 5), {"weight": torch.tensor([1.0, -1.0])}, ValueError, "finite and not negative wherever mask counts, got -1"),
      ((2, 3, 5), {"weight": 1 / torch.tensor([1.0, 0.0])}, ValueError, "got inf .1/t needs t > 0"),
      ((2, 3, 5), {"weight": torch.tensor([1.0, math.nan])}, ValueError, "got nan"),

@@ -1,5 +1,6 @@
-"""Which one-sided derivative a loss takes where two of its branches meet, on every backend: every clamp, clip and hinge
-exactly at its bound, against the number that docs/losses.md promises. PyTorch's own for clamp has changed with versions.
+"""Which one-sided derivative a loss takes where two of its branches meet: every clamp, clip and hinge exactly
+at its bound, on every backend, against the number that docs/losses.md promises. PyTorch's own answer for
+clamp has changed between versions.
 
 A gradient below is by log-probability, of the sum over the tokens."""
 
@@ -52,7 +53,7 @@ def dpo(policy_chosen, **options):
 
 
 def aot(loss_type):
-    """Two pairs with equal margins, against 0 and 2: of the reference, or of rejected responses ("aot_unpaired")."""
+    """Two pairs with equal margins, against 0 and 2 of the reference, or of the rejected ("aot_unpaired")."""
 
     def run(device):
         chosen = torch.ones(2, dtype=F64, device=device, requires_grad=True)
@@ -89,7 +90,7 @@ def lp_reg(d, **options):
 
 
 def bgpo(advantage, d=0.0, coeff=False, **options):
-    """By the ELBO of a response of one token. `coeff`: of `elbo_coeff`, whose sign is that of the objective."""
+    """By the ELBO of a response of one token. `coeff`: of `elbo_coeff`, which has the objective's sign."""
 
     def run(device):
         logits = torch.zeros(1, 1, 2, dtype=F64, device=device, requires_grad=True)
@@ -193,7 +194,7 @@ def test_losses_at_their_kinks(backend, device):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_helpers(compiled):
-    """Values as clamp and relu have them, gradients where they are meant to flow. A compiled caller's bounds may change."""
+    """Values as clamp and relu have them, gradients where they should flow; bounds may change, compiled."""
     if compiled:
         torch._dynamo.reset()
 

@@ -1,5 +1,6 @@
-"""What the gradient of every KL penalty is in expectation, by enumeration: a policy over six tokens with free logits, and the sum over all tokens of
-pi_old(token) times the gradient of its loss, against autograd of the divergence in closed form."""
+"""What the gradient of every KL penalty is in expectation, by enumeration. A policy over six tokens has free
+logits. The sum over all tokens of pi_old(token) times the gradient of its loss is compared with autograd of
+the divergence."""
 
 import itertools
 import math
@@ -70,7 +71,8 @@ every_kind = pytest.mark.parametrize("kind", [*VALUES, *(f"{kind}+" for kind in 
 
 @every_kind
 def test_penalties_of_grpo(form, kind):
-    """kl_kind x kl_times_ratio x old policy, without clamps: the divergence of the table, or on stale samples without the ratio something else."""
+    """kl_kind x kl_times_ratio x old policy, unclamped: the table's divergence, or on stale samples without
+    the ratio something else."""
     w = World()
     for with_ratio, old in itertools.product((False, True), (None, w.lp.detach(), w.old)):
         got = penalty_gradient(w, old, kl_kind=kind, kl_times_ratio=with_ratio)
@@ -84,7 +86,8 @@ def test_penalties_of_grpo(form, kind):
 
 @every_kind
 def test_clamps(form, kind):
-    """kl_clamp and log_ratio_clamp: the tokens beyond lose their part, and nothing else changes. A + keeps the right gradient under kl_clamp."""
+    """Tokens beyond kl_clamp or log_ratio_clamp lose their part, and nothing else changes. A + keeps the
+    right gradient under kl_clamp."""
     w = World()
     name = kind.removesuffix("+")
     d, log_ratio = (w.lp - w.reference).detach(), (w.lp - w.old).detach()
@@ -148,7 +151,8 @@ def test_other_losses(form):
         q = rlkern.elbo_coeff(w.lp, None, zeros, ratio_scale=1.0, ref_elbo=w.reference, kl_coef=1.0, kl=kl)
         torch.testing.assert_close(w.expected(p, -q), divergence)
 
-    # Lp-Reg and KL-Cov regularise a selection: its part of the sum. A = -1 makes tokens eligible, and adds nothing to an expected gradient.
+    # Lp-Reg and KL-Cov regularise a selection: its part of the sum. A = -1 makes tokens eligible, and adds
+    # nothing to an expected gradient.
     selected = d < 0
     slopes = {"k3": 1 - (-d).exp(), "k2": d, "abs": d.sign(), "k3+": d, "k1+": d}
     for kind, slope in slopes.items():

@@ -1,4 +1,4 @@
-"""Imports point one way, nothing private crosses a file, one file holds the operators. Lazy imports count as well."""
+"""Imports go one way, nothing private crosses a file, one file holds the operators. Lazy imports count."""
 
 import ast
 import re

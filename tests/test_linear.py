@@ -1,12 +1,12 @@
-"""linear_token_stats against token_stats of the product written out, by autograd in float64; memory; errors."""
+"""linear_token_stats against token_stats of the product, by autograd in float64; memory; errors."""
 
 import math
 
 import pytest
 import torch
+from loss_battery import Operators
 from oracle import FIELDS, upstream
 from torch.nn.functional import linear
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlkern import linear_token_stats, reference, token_stats, use_backend
 
@@ -150,21 +150,13 @@ def test_slices_empty_batches_and_writing_into_results():
 
 def test_memory_is_a_chunk():
     """Nothing saved for the backward has a row of logits, and no operator makes more than a chunk of them."""
-    sizes = []
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            sizes.extend(x.numel() for x in (out if isinstance(out, tuple | list) else (out,)) if isinstance(x, torch.Tensor))
-            return out
-
     hidden, weight, bias, targets = draw(64)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         stats = linear_token_stats(hidden, weight, targets, bias=bias, chunk_rows=8)
-    with Watch():
+    with Operators() as ran:
         stats.logp.sum().backward()
-    assert max(saved) < 64 * V and max(sizes) < 64 * V
+    assert max(saved) < 64 * V and max(x.numel() for _, _, results in ran.calls for x in results) < 64 * V
 
 
 def test_compile_and_opcheck():

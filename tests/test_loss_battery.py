@@ -1,4 +1,4 @@
-"""Every check of loss_battery.py on every case of cases_*.py. Every exported loss has a case, and every check can fail."""
+"""Every check of loss_battery.py on every case of cases_*.py. Every check can fail."""
 
 import dataclasses
 from functools import partial

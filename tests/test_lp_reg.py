@@ -1,4 +1,4 @@
-"""Lp-Reg against naive float64 versions of the official code's loss and of the paper's Eq. 6, the latter from logits."""
+"""Lp-Reg against naive float64 versions of the official code's loss and, from logits, of Eq. 6."""
 
 import math
 
@@ -12,7 +12,7 @@ F64 = torch.float64
 
 
 def draw(seed=0, batch=8, length=16):
-    """Proxies above, below and far above the policy, some -inf; ratios beyond 2 of both signs; ragged sequences."""
+    """Proxies above, below, far above the policy, some -inf; ratios beyond 2; A of both signs; ragged."""
     g = torch.Generator().manual_seed(seed)
 
     def normal(mean, std):
@@ -94,7 +94,8 @@ def test_min_count_exact():
 
 
 def test_clamp_lets_go_of_the_rarest():
-    """The official clamp: no pull where proxy / policy > 13.6. Without it the pull stays, and a difference beyond float32 gives no NaN."""
+    """The official clamp: no pull where proxy / policy > 13.6. Without it the pull stays, and a difference
+    beyond float32 gives no NaN."""
     logp = torch.tensor([[-8.0, -8.0, -200.0]], requires_grad=True)
     proxy = torch.tensor([[-5.40, -5.38, -1.0]])
 
@@ -116,7 +117,7 @@ def test_other_estimates(kind, value):
     agree(rlkern.lp_reg_loss(*x, rho=0.5, kl_kind=kind).loss, plain.loss + kl, logp)
 
 
-# --- the paper's full-vocabulary term ------------------------------------------------------------------------------------------------------
+# --- the paper's full-vocabulary term ---
 
 KAPPA = 0.1
 
@@ -132,7 +133,7 @@ def rows(seed=0, batch=8, length=16, vocabulary=11):
 
 
 def eq6(z, old_z, y, advantages, mask, proxy_logits, rho, beta, low, high):
-    """Every term of Eq. 6 from the definition: q by filtering and renormalising, the KL by a sum over the vocabulary."""
+    """Eq. 6 from the definition: q by filtering and renormalising, the KL by a sum over the vocabulary."""
     p = z.softmax(-1)
     q = proxy_logits.detach().softmax(-1)
     q = torch.where(q >= KAPPA * q.amax(-1, keepdim=True), q, 0)

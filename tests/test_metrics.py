@@ -1,4 +1,4 @@
-"""Metrics of parts of a batch merged into those of the whole, against the formulas over all tokens in float64.
+"""Metrics of parts of a batch merged into those of the whole, against formulas over all tokens in float64.
 
 As a script this file is one of two gloo processes, which merges its metrics with the other's.
 """
@@ -98,7 +98,7 @@ def test_empty_parts_do_not_count():
 
 
 def test_ratios_that_overflow():
-    """exp(800) overflows float64. It is infinite where it is reported, and no obstacle to the effective sample size."""
+    """exp(800) overflows float64: reported as infinite, it does not hinder the effective sample size."""
     d = torch.tensor([[800.0, 799.0], [797.0, 800.5], [-0.5, 0.3]], dtype=F64)
     parts = [rlkern.ppo_loss(x, torch.zeros_like(x), torch.ones(1), torch.ones_like(x)).metrics for x in d.split(1)]
     merged = rlkern.metrics.merge_metrics([*parts, rlkern.ppo_loss(*draw([0])).metrics])
@@ -110,7 +110,7 @@ def test_ratios_that_overflow():
 
 
 def test_tokens_that_the_policy_forbids(backend, device):
-    """Ratios of 0. A part of nothing else has no effective sample size, and adds nothing to that of the whole."""
+    """Ratios of 0: a part of nothing else has no effective sample size, and no part in that of the whole."""
     forbidden, old = torch.full((1, 3), -math.inf, device=device), torch.full((1, 3), -1.0, device=device)
     parts = [rlkern.ppo_loss(x, old, torch.ones(1, device=device), torch.ones_like(x)).metrics for x in (forbidden, old - 0.5)]
     assert parts[0]["log_mean_ratio"] == -math.inf

@@ -1,4 +1,4 @@
-"""The PPO family against naive float64 versions of the papers' formulas, one token at a time; what the losses share; their errors."""
+"""The PPO family against naive float64 versions of the papers' formulas, token by token; errors."""
 
 import math
 
@@ -219,7 +219,8 @@ def test_vespo():
 
 
 def test_vespo_rollout_weights_are_part_of_the_sequences_ratio():
-    """Weights of tokens, of sequences, and the bounds: log w in [log 1e-8, 20] each, their sum with the log ratios too; `weights` stay outside."""
+    """log w of tokens or sequences, and its sum with the log ratios, is in [log 1e-8, 20]. `weights` stay
+    outside."""
     logp, old, advantages, mask = x = draw(spread=0.2)
     tokens = 0.5 + torch.rand(logp.shape, dtype=logp.dtype)
     tokens[0, 0], tokens[1, 0], tokens[2, 0] = 0, 1e30, math.inf
@@ -290,7 +291,7 @@ def test_overflowing_ratio(name):
 
 @every_loss
 def test_forbidden_token(name):
-    """logp = -inf, a token that the policy cannot draw: no NaN in a gradient; without an advantage it changes nothing."""
+    """logp = -inf, what the policy cannot draw: no NaN in a gradient, no change without an advantage."""
     logp = torch.tensor([[-math.inf, -1.0, -2.0]], requires_grad=True)
     old = torch.tensor([[-3.0, -1.1, -2.3]])
     loss = loss_of(name)(logp, old, torch.tensor([[0.0, 1.0, -0.5]]), torch.ones(1, 3)).loss

@@ -1,4 +1,4 @@
-"""The clipped ratio, the KL estimates and their metrics, in one pass or plain, against float64 token by token."""
+"""The clipped ratio, the KL estimates and their metrics, in one pass or plain, against float64 by tokens."""
 
 import importlib
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from derivatives import tokens_of
-from torch.utils._python_dispatch import TorchDispatchMode
+from loss_battery import Operators
 
 import rlkern
 from rlkern.losses.aggregate import aggregate_terms
@@ -20,7 +20,8 @@ TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-6}, F64: {"rtol": 1e-11, "
 
 
 def draw(n=50, dtype=F64, spread=0.5, device="cpu"):
-    """[2, n]: ratios on both sides of every bound, some far beyond, advantages of both signs and 0, a forbidden token."""
+    """[2, n]: ratios on both sides of every bound, some far beyond; advantages of both signs and 0; a token
+    that the policy forbids."""
     g = torch.Generator().manual_seed(n)
     logp = -0.05 - 3 * torch.rand(2, n, generator=g, dtype=F64)
     old = logp + spread * torch.randn(2, n, generator=g, dtype=F64)
@@ -97,7 +98,7 @@ def test_ratio_terms(backend, device, monkeypatch, name, dtype):
         values, slopes, free = expected_terms(*wide, mask.cpu(), spared, low, high, dual, clamp)
         got = terms_of(out.terms, leaf)
         torch.testing.assert_close([t.double().cpu() for t in got], [values, slopes], **TOLERANCE[dtype])
-        assert torch.equal(out.free.cpu(), free) and out.count.item() == mask.sum().item()
+        assert torch.equal(out.free.cpu(), free) and out.tokens.item() == mask.sum().item()
         metrics = expected_metrics(*wide, mask.cpu(), low, high, dual, clamp)
         assert out.metrics.keys() == metrics.keys()
         for key, value in metrics.items():
@@ -116,7 +117,8 @@ def test_bounds_let_the_gradient_through(backend, device):
 
 
 def test_far_ratios(backend, device):
-    """exp of them overflows or vanishes, in float32 and then in float64. No slope is NaN, and a sample size is there."""
+    """exp overflows or vanishes, in float32 and then in float64. No slope is NaN, and there is an effective
+    sample size all the same."""
     for center in (90.0, -120.0, 500.0, -600.0):
         d = torch.tensor([[center, center + 1, center - 2]], dtype=F64, device=device)
         logp = (d - 700).requires_grad_()
@@ -152,7 +154,7 @@ def test_forbidden_masked_and_no_tokens(backend, device):
     for nothing in (policy_inputs(logp, old, advantages, mask * 0), policy_inputs(logp[:0], old[:0], advantages[:0], mask[:0])):
         out = clipped_ratio(nothing, 0.2, 0.2, 3.0, with_distance=True)
         assert [v.item() for v in out.metrics.values()] == [0, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0]
-        loss = aggregate_terms(out.terms, nothing.mask, out.count)
+        loss = aggregate_terms(out.terms, nothing.mask, out.tokens)
         assert loss == 0 and (torch.autograd.grad(loss, nothing.logp)[0] == 0).all()
 
 
@@ -291,26 +293,17 @@ def test_a_second_derivative_raises():
         assert torch.autograd.grad(gradient.sum(), leaf)[0].any()
 
 
-class Count(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "name, most", [("ppo", 12), ("grpo_ratio", 32), ("grpo_constant_ratio", 26), ("clip_cov_drop", 26), ("kl_cov", 26), ("lp_reg", 28)]
 )
 def test_few_operations(name, most):
-    """Each costs a launch on a GPU. On a CPU whose caches the logits have just swept it costs about as much as all arithmetic."""
+    """Each costs a launch on a GPU. On a CPU whose caches the logits have just swept, it costs about as much
+    as the arithmetic of all of them."""
     logp, *others = draw(12)
     leaf = logp.requires_grad_()
-    with Count() as count:
+    with Operators() as ran:
         torch.autograd.grad(LOSSES[name](leaf, *others).loss, leaf)
-    assert len(count.names) <= most, count.names
+    assert len(ran.calls) <= most, [str(function) for function, _, _ in ran.calls]
 
 
 def test_operators():

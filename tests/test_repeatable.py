@@ -1,5 +1,6 @@
-"""The same bits every time and on every device, as far as that shows without a GPU. No operator adds floats in an order
-that a GPU chooses. Masks come of arithmetic that no device does otherwise. What a GPU does not check does no harm there."""
+"""The same bits every time and on every device, as far as that shows without a GPU. No operator adds floats
+in an order that a GPU chooses. Masks come of arithmetic that no device does otherwise. What nobody checks on
+a GPU does no harm there."""
 
 import ast
 import math
@@ -29,7 +30,7 @@ def test_no_source_adds_in_any_order():
 
 
 class Ordered(TorchDispatchMode):
-    """Raises for operators that add floats in any order on a GPU. Integers may be added in any."""
+    """Raises for operators that add floats in any order on a GPU. Integers may be added as they come."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::").rstrip("_")
@@ -59,33 +60,27 @@ def test_the_mode_sees_one():
             add()
 
 
-class Divisions(TorchDispatchMode):
-    """Keeps the results of divisions. Raises for one by a Python number, which CUDA does by its reciprocal."""
-
-    def __init__(self):
-        super().__init__()
-        self.results = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+def divisions(sample, *args, **options):
+    """The results of a mask sampler's divisions. None is by a number, which CUDA does by its reciprocal."""
+    with battery.Operators() as ran:
+        sample(*args, **options)
+    found = []
+    for func, arguments, results in ran.calls:
         if func._schema.name.startswith(("aten::div", "aten::true_divide")) and "rounding_mode" not in str(func):
-            assert isinstance(args[1], torch.Tensor), f"{func} by the number {args[1]}"
-            self.results.append(out)
-        return out
+            assert isinstance(arguments[1], torch.Tensor), f"{func} by the number {arguments[1]}"
+            found += results
+    return found
 
 
 def test_masks_divide_by_tensors_in_float64():
     response = torch.ones(2, 3, dtype=torch.bool)
     for n in range(2, 257):
-        with Divisions() as divisions:
-            rlkern.diffusion.count_masks(response, n, seed=n)
-        shares, weights = divisions.results
+        shares, weights = divisions(rlkern.diffusion.count_masks, response, n, seed=n)
         assert shares.dtype == weights.dtype == torch.float64
         assert shares.tolist() == [float(Fraction(j, n)) for j in range(n)]
-    with Divisions():
-        rlkern.diffusion.count_masks(response, 4, seed=0, complementary=True, draw=1)
-        rlkern.diffusion.bernoulli_masks(response, 4, seed=0, low=0.1, high=0.9, complementary=True)
-        rlkern.diffusion.bernoulli_masks(response, 4, seed=0, p=0.3)
+    divisions(rlkern.diffusion.count_masks, response, 4, seed=0, complementary=True, draw=1)
+    divisions(rlkern.diffusion.bernoulli_masks, response, 4, seed=0, low=0.1, high=0.9, complementary=True)
+    divisions(rlkern.diffusion.bernoulli_masks, response, 4, seed=0, p=0.3)
 
 
 def test_weights_of_masks_are_rounded_once():

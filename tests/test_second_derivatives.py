@@ -1,4 +1,4 @@
-"""A gradient that cannot be differentiated again says what can. Each remedy is followed: it has the second derivatives
+"""A gradient that cannot be differentiated again says what can. Each such remedy has the second derivatives
 of the formula in float64."""
 
 import loss_battery as battery
@@ -41,7 +41,7 @@ def divergence(formula, kind="reverse_kl", beta=0.5):
     )
 
 
-# name -> (rlkern's, what its error says, the same by the remedy, the same by the formula), functions of X [B, V]
+# name -> (rlkern's, what its error says, the same by the remedy, and by the formula), functions of X [B, V]
 REMEDIES = {
     "token_stats": (
         lambda x: rlkern.token_logprobs(x, Y),

@@ -21,7 +21,7 @@ def chosen(mask):
 
 
 def smallest(values, valid, count):
-    """Flat indices of the `count` smallest by Python's sort, NaN last. To it -0.0 == 0.0, and equals keep their order."""
+    """Flat indices of the `count` smallest by Python's sort: NaN last, -0.0 == 0.0, equals in order."""
     values = values.flatten().tolist()
     entries = chosen(valid)
     entries.sort(key=lambda i: (math.isnan(values[i]), 0.0 if math.isnan(values[i]) else values[i]))
@@ -57,7 +57,7 @@ def test_any_input_on_triton(drawn, count, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_special_values(backend, device, dtype):
-    """All of them twice, valid and not, every fourth K. NaN of any bits is the largest, zeros tie, subnormals do not."""
+    """All of them twice, valid and not. NaN of any bits is the largest, the zeros tie, subnormals do not."""
     drawn = [(value, ok) for value in SPECIAL for ok in (True, False, True)]
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
     values = torch.tensor([value for value, _ in drawn], dtype=dtype)
@@ -71,7 +71,7 @@ def test_special_values(backend, device, dtype):
 
 @pytest.mark.parametrize("distinct", [1, 3, 1000])
 def test_ties_across_blocks(backend, device, monkeypatch, distinct):
-    """Blocks of 4, more than 4. What a block takes of the equals depends on all before it, which it reads 4 at a time."""
+    """Blocks of 4, more than 4. What one takes of the equals depends on all before it, read 4 at a time."""
     if backend == "triton":
         monkeypatch.setattr(importlib.import_module("rlkern.triton_kernels.selection"), "BLOCK", 4)
     g = torch.Generator().manual_seed(distinct)

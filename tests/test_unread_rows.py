@@ -1,4 +1,4 @@
-"""Rows that are documented as not read may hold anything, their temperature and their targets included. No check reads
+"""Rows that are documented as not read may hold anything, temperature and targets included. No check reads
 them, and nothing of them reaches a value or a gradient."""
 
 import math
@@ -13,7 +13,7 @@ GARBAGE = (0.0, -1.0, math.nan, math.inf)
 
 
 def draw(garbage, device="cpu"):
-    """Logits, targets, mask and temperature [2, 5]. One unread row is masked, the others have an ignored target."""
+    """Logits, targets, mask, temperature [2, 5]. One unread row is masked, the others' target is ignored."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 7, generator=g).masked_fill(~READ.unsqueeze(-1), math.nan)
     targets = torch.randint(0, 7, (2, 5), generator=g).masked_fill(~READ, -100)
@@ -41,8 +41,7 @@ def reverse_kl(log_p, targets):
     return (log_p.exp() * (log_p - log_p.detach().flip(-1))).sum(-1)
 
 
-# name -> (a function of (logits, targets, mask, temperature), a function of the log-probabilities of the rows that are
-# read and of their targets, in float64); one number a row
+# name -> (rlkern's, the same in float64 by log-probabilities and targets of the rows that are read)
 ROWS = {
     "token_stats": (
         lambda x, y, m, t: (lambda s: s.logp + s.entropy)(rlkern.token_stats(x, y, mask=m, temperature=t, with_sum_sq=True, min_p=0.1)),

@@ -1,4 +1,4 @@
-"""Runs a file of the tests as two gloo processes: `python FILE RANK FOLDER`, which leaves its results in FOLDER/rankN.pt."""
+"""Runs a test file as two gloo processes, `python FILE RANK FOLDER`. Results are left in FOLDER/rankN.pt."""
 
 import contextlib
 import os
