@@ -124,9 +124,8 @@ def test_rows_that_do_not_count_are_not_read(backend, device):
     logits, targets, weight, mask = (t.to(device) for t in draw(length=5, dtype=torch.float32))
     weight, old = torch.where(mask, weight, 1), torch.where(mask, -1.0, 0)
     garbage = torch.tensor([math.nan, INF, -INF, math.nan], device=device)[:, None]
-    dirty, dirty_weight, dirty_old = (torch.where(m, x, y) for m, x, y in (
-        (mask[..., None], logits, garbage[..., None]), (mask, weight, garbage), (mask, old, garbage)
-    ))  # fmt: skip
+    dirty = torch.where(mask[..., None], logits, garbage[..., None])
+    dirty_weight, dirty_old = (torch.where(mask, x, garbage) for x in (weight, old))
     want = ours(logits, targets, weight, mask=mask, old_token_logp=old)
     got = ours(dirty, torch.where(mask, targets, 10**9), dirty_weight, mask=mask, old_token_logp=dirty_old)
     assert identical(got, want) and (want[0] != 0).sum() == 3

@@ -26,7 +26,7 @@ def wrong_values(original):
         return
     yield from (original.to(dtype) for dtype in (torch.bool, torch.int32, torch.int64, torch.float16, torch.float64, torch.complex64))
     yield from (original[:-1] if original.dim() else original, original.unsqueeze(0), original.unsqueeze(-1), original.flatten())
-    yield from (original.new_empty(()), original.to("meta"), original.new_empty((0, *original.shape[1:])), original.tolist())
+    yield from (original.new_zeros(()), original.to("meta"), original.new_empty((0, *original.shape[1:])), original.tolist())
     if original.is_floating_point():
         yield original.clone().requires_grad_()
     elif original.dtype != torch.bool:

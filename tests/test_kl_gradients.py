@@ -113,7 +113,7 @@ def test_clamps(form, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_estimates(kind):
+def test_estimates(form, kind):
     w = World()
     got = w.gradient((w.lp.detach().exp() * kl_estimate(w.lp, w.reference, kind)).sum())
     torch.testing.assert_close(got, w.of_divergence(kind, with_ratio=False))
