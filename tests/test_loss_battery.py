@@ -40,7 +40,7 @@ def checks_of_cases():
         yield from (pytest.param(check, case, id=f"{name}-{case}") for case in battery.CASES if applies(case))
 
 
-@pytest.mark.parametrize("check, case", checks_of_cases())
+@pytest.mark.parametrize("check, case", list(checks_of_cases()))
 def test_case(check, case):
     check(case)
 
