@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 
 import rlkern
+from rlkern import reference
 from rlkern.backends import gradient_memory as spare
-from rlkern.backends import reference
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FEW_ROWS_BYTES = 64 << 20  # logits below this take a GPU less time than the host takes to queue the launches

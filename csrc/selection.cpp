@@ -25,21 +25,13 @@ Key<A> key_of(A x) {
   return x != x ? ~Key<A>(0) : bits;
 }
 
-// 1 or 0, whatever the byte holds: memory that was never written may hold a bool that is neither, and a sum of such
-// must not pass the end of an array.
-int64_t counted(const bool& flag) {
-  unsigned char byte;
-  std::memcpy(&byte, &flag, 1);
-  return byte != 0;
-}
-
 template <class A>
-void select_bottom(const A* values, const bool* valid, int64_t n, int64_t count, bool* out) {
+void select_bottom(const A* values, const Flag* valid, int64_t n, int64_t count, bool* out) {
   const std::unique_ptr<Key<A>[]> keys(new Key<A>[n]);
   int64_t total = 0;
   for (int64_t i = 0; i < n; ++i) {
     keys[total] = key_of(values[i]);
-    total += counted(valid[i]);
+    total += bool(valid[i]);
   }
   count = std::min(count, total);
   if (count <= 0) {
@@ -52,8 +44,8 @@ void select_bottom(const A* values, const bool* valid, int64_t n, int64_t count,
   int64_t ties = count - std::count_if(keys.get(), last, [=](Key<A> key) { return key < threshold; });
   for (int64_t i = 0; i < n; ++i) {
     const Key<A> key = key_of(values[i]);
-    const bool tie = valid[i] & (key == threshold);
-    out[i] = (valid[i] & (key < threshold)) | (tie & (ties > 0));
+    const bool tie = bool(valid[i]) & (key == threshold);
+    out[i] = (bool(valid[i]) & (key < threshold)) | (tie & (ties > 0));
     ties -= tie;
   }
 }
@@ -67,7 +59,7 @@ void SelectBottom<A>::run() const {
 
 template <class A>
 void SelectFraction<A>::run() const {
-  const int64_t tokens = std::count(group, group + n, true);
+  const int64_t tokens = std::count_if(group, group + n, [](Flag flag) { return bool(flag); });
   const int64_t count = std::max(int64_t(double(tokens) * fraction), minimum);
   select_bottom(values, valid, n, count < least ? 0 : count, out);
 }
@@ -77,8 +69,8 @@ void SelectedMeans<A>::run() const {
   int64_t tokens = 0, chosen = 0;
   double sum = 0, chosen_sum = 0;
   for (int64_t i = 0; i < n; ++i) {
-    tokens += mask[i];
-    chosen += selected[i];
+    tokens += bool(mask[i]);
+    chosen += bool(selected[i]);
     sum += mask[i] ? values[i] : 0;
     chosen_sum += selected[i] ? values[i] : 0;
   }

@@ -9,11 +9,18 @@
 
 namespace rlkern {
 
+// An entry of a bool tensor, true unless it is 0. Memory that was never written may hold bytes that are neither 0 nor
+// 1: a sum of such must not pass the end of an array.
+struct Flag {
+  unsigned char byte;
+  operator bool() const { return byte != 0; }
+};
+
 template <class A>
 struct CovarianceSums {
   int64_t n;
   const A *logp, *advantages;
-  const bool* mask;
+  const Flag* mask;
   double* sums;  // [3]
   void run() const;
 };
@@ -22,7 +29,7 @@ template <class A>
 struct TokenCovariance {
   int64_t n;
   const A *logp, *advantages;
-  const bool* mask;
+  const Flag* mask;
   const double* sums;  // [3], or null: those of the tokens
   A* out;
   void run() const;
@@ -32,7 +39,7 @@ template <class A>
 struct SelectBottom {
   int64_t n;
   const A* values;
-  const bool* valid;
+  const Flag* valid;
   const int64_t* count;
   bool* out;
   void run() const;
@@ -42,7 +49,7 @@ template <class A>
 struct SelectFraction {
   int64_t n;
   const A* values;
-  const bool *valid, *group;
+  const Flag *valid, *group;
   double fraction;
   int64_t minimum, least;
   bool* out;
@@ -53,7 +60,7 @@ template <class A>
 struct SelectedMeans {
   int64_t n;
   const A* values;
-  const bool *selected, *mask;
+  const Flag *selected, *mask;
   A* out;  // [3]
   void run() const;
 };
@@ -62,7 +69,7 @@ template <class A>
 struct RatioTerms {
   int64_t n;
   const A *logp, *old_logp, *advantages;  // old_logp may be null
-  const bool *mask, *unclipped;           // unclipped may be null
+  const Flag *mask, *unclipped;           // unclipped may be null
   double low, high, dual, least, most;
   A* terms;  // [2, n]
   bool* free;
@@ -74,7 +81,7 @@ template <class A>
 struct KLTerms {
   int64_t n;
   const A *logp, *reference;
-  const bool* mask;
+  const Flag* mask;
   int kind;  // a KLKind
   bool straight_through;
   double clamp;

@@ -1,8 +1,10 @@
-"""A batch of draws for the tests of diffusion BGPO, and its objective and bound in float64, written as arXiv 2510.11683 prints them."""
+"""A batch of draws for the tests of diffusion BGPO; objective and bound as arXiv 2510.11683 prints them."""
 
 import math
+from functools import partial
 
 import torch
+from derivatives import differentiate
 
 import rlkern
 
@@ -12,7 +14,8 @@ B, S, V, N = 5, 9, 23, 4
 
 
 class Batch:
-    """n draws of B sequences: logits [n, B, S, V], masks [n, B, S] (draw 1 of sequence 2 masks nothing), weights L/m or 1/t, old ELBOs off-policy."""
+    """n draws of B sequences: logits [n, B, S, V], masks [n, B, S], weights [n, B] L/m or 1/t, old ELBOs
+    off-policy. Draw 1 of sequence 2 masks nothing."""
 
     def __init__(self, seed=0, spread=0.3, n=N):
         g = torch.Generator().manual_seed(seed)
@@ -31,9 +34,7 @@ class Batch:
         self.advantages = torch.tensor([1.3, -0.8, -1.1, 0.0, 0.6], dtype=F64)
         self.seq_weight = torch.rand(B, generator=g, dtype=F64)
         self.omega = torch.softmax(normal(B, n), -1)
-        here = torch.stack([elbo(self.logits[j], self, j) for j in range(n)], -1)
-        self.old = here + spread * normal(B, n) / self.scale[:, None]
-        self.ref = here + spread * normal(B, n) / self.scale[:, None]
+        self.old, self.ref = (self.elbos() + spread * normal(B, n) / self.scale[:, None] for _ in range(2))
 
     @property
     def scale(self):
@@ -41,6 +42,14 @@ class Batch:
 
     def rows(self, j):
         return self.targets, self.weight[j]
+
+    def draw(self, j):
+        """What the accumulator takes of draw j, beside its logits."""
+        return {"targets": self.targets, "weight": self.weight[j], "mask": self.mask[j]}
+
+    def elbos(self, logits=None):
+        """[B, n]"""
+        return torch.stack([elbo(z, self, j) for j, z in enumerate(self.logits if logits is None else logits)], -1)
 
 
 def elbo(logits, batch, j, temperature=1.0):
@@ -50,7 +59,7 @@ def elbo(logits, batch, j, temperature=1.0):
 
 def naive_objective(logits, batch, *, on_policy=False, clip=None, dual_clip=None, kl_coef=0.0, kl=None):
     """-sum_b c_b A exp(dbar_b), clipped as PPO clips, from all draws' graphs at once."""
-    ells = torch.stack([elbo(logits[j], batch, j) for j in range(batch.n)], -1)
+    ells = batch.elbos(logits)
     dbar = (batch.omega * batch.scale[:, None] * (ells - (ells.detach() if on_policy else batch.old))).sum(-1)
     ratio, a = dbar.exp(), batch.advantages
     value = a * ratio
@@ -65,7 +74,7 @@ def naive_objective(logits, batch, *, on_policy=False, clip=None, dual_clip=None
 
 
 def naive_bound(ells, batch, *, clip=None, dual_clip=None):
-    """-sum_b c_b sum_j g_j from [B, n] ELBOs, Lemma 1 where A >= 0 and Lemma 2 where A < 0, one number at a time."""
+    """-sum_b c_b sum_j g_j from [B, n] ELBOs, number by number: Lemma 1 where A >= 0, Lemma 2 where A < 0."""
     total = 0
     for b in range(B):
         for j in range(batch.n):
@@ -81,22 +90,20 @@ def naive_bound(ells, batch, *, clip=None, dual_clip=None):
 
 
 def bound(logits, batch, *, on_policy=False, **options):
-    """The sum of bgpo_loss over the draws; each gradient taken by itself, as it would be in training. (value, gradient)."""
+    """The sum of bgpo_loss over the draws: (value, gradient)."""
     options = {"seq_weight": batch.seq_weight, "ratio_scale": batch.scale} | options
-    value, gradients = 0, []
-    for j in range(batch.n):
-        leaf = logits[j].detach().clone().requires_grad_()
+
+    def loss(j, z):
         old = None if on_policy else batch.old[:, j]
-        loss = rlkern.bgpo_loss(leaf, *batch.rows(j), batch.advantages, old, mask=batch.mask[j], mc_weight=batch.omega[:, j], **options).loss
-        gradients.append(torch.autograd.grad(loss, leaf)[0])
-        value = value + loss.detach()
-    return value, torch.stack(gradients)
+        return rlkern.bgpo_loss(z, *batch.rows(j), batch.advantages, old, mask=batch.mask[j], mc_weight=batch.omega[:, j], **options).loss
+
+    return of_draws(loss, logits)
 
 
-def differentiate(function, logits):
-    leaf = logits.detach().clone().requires_grad_()
-    value = function(leaf)
-    return value.detach(), torch.autograd.grad(value, leaf)[0]
+def of_draws(loss, logits):
+    """(sum, gradients [n, ...]) of a loss(j, logits of draw j). Each draw by itself, as in training."""
+    values, gradients = zip(*(differentiate(partial(loss, j), z) for j, z in enumerate(logits)), strict=True)
+    return sum(values), torch.stack(gradients)
 
 
 def agree(got, want, tolerance=1e-12):

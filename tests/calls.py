@@ -1,13 +1,11 @@
-"""One valid call of every public function, and more for those with several ways to be called: what test_errors_everywhere.py makes wrong one
-argument at a time, and what fuzz.py varies. The losses' are the cases of the battery."""
+"""Valid calls of every public function, one for every way to call it. test_errors_everywhere.py makes one
+argument at a time wrong, fuzz.py varies them. Those of the losses are the cases of the battery."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pathlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import loss_battery as battery
@@ -19,9 +17,6 @@ import rlkern
 from rlkern import advantages
 from rlkern.integrations import openrlhf, prime_rl, verl
 
-for path in sorted(pathlib.Path(__file__).parent.glob("cases_*.py")):
-    importlib.import_module(path.stem)
-
 
 @dataclass(frozen=True)
 class Call:
@@ -29,7 +24,10 @@ class Call:
     function: Callable
     arguments: dict[str, Any]
     wrt: tuple[str, ...] = ()  # gradients flow into these
-    parameters: tuple[str, ...] = field(default=())
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        return tuple(signature(self.function))
 
     def __call__(self, **changes):
         return self.function(**{**self.arguments, **changes})
@@ -40,10 +38,8 @@ class Call:
 
 def signature(function: Callable) -> dict[str, inspect.Parameter]:
     """Its parameters; for **options those of the function that takes them."""
-    taken = {rlkern.token_logprobs: rlkern.token_stats}
-    taken |= {accumulator: rlkern.BGPOAccumulator} | dict.fromkeys(
-        (rlkern.polar_pretrain_loss, rlkern.polar_finetune_loss), rlkern.bradley_terry_loss
-    )
+    taken = {rlkern.token_logprobs: rlkern.token_stats, accumulator: rlkern.BGPOAccumulator}
+    taken |= dict.fromkeys((rlkern.polar_pretrain_loss, rlkern.polar_finetune_loss), rlkern.bradley_terry_loss)
     parameters = dict(inspect.signature(function).parameters)
     if parameters.pop("options", None) is not None and function in taken:
         keywords = inspect.signature(taken[function]).parameters
@@ -98,23 +94,15 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "min_prob": 0.1, "mask": mask, "temperature": 0.7}, ("logits",)),
         (rlkern.token_logprobs, {"logits": logits, "targets": targets, "mask": mask}, ("logits",)),
         (rlkern.entropy_from_logits, {"logits": logits, "temperature": 0.7, "mask": mask}, ("logits",)),
-        (
-            rlkern.linear_token_stats,
-            {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V), "chunk_rows": 5, "mask": mask},
-            ("hidden", "weight", "bias"),
-        ),
-        *(
-            (rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
-            for kind in ("reverse_kl", "forward_kl", "jsd")
-        ),
+        (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V),
+                                     "chunk_rows": 5, "mask": mask}, ("hidden", "weight", "bias")),
+        *((rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
+          for kind in ("reverse_kl", "forward_kl", "jsd")),
         (rlkern.masked_elbo, packed, ("logits",)),
         (rlkern.masked_elbo, draw | {"weight": per_row[:, 0], "old_token_logp": logp}, ("logits",)),
         (rlkern.bgpo_loss, packed | {"advantages": normal(5), "mc_weight": 0.5, "preset": "paper"}, ("logits",)),
-        (
-            rlkern.bgpo_loss,
-            draw | {"advantages": normal(B), "mc_weight": 0.5, "preset": "reference", "lengths": torch.full((B,), T), "response_width": T},
-            ("logits",),
-        ),
+        (rlkern.bgpo_loss, draw | {"advantages": normal(B), "mc_weight": 0.5, "preset": "reference", "lengths": torch.full((B,), T),
+                                   "response_width": T}, ("logits",)),
         (accumulator, draw | sequence | {"old_elbo": -8 + normal(B, 1), "ref_elbo": -8 + normal(B, 1), "kl_coef": 0.1}, ("logits",)),
         (accumulator, draw | sequence | {"mode": "exact", "old_elbo": -8 + normal(B, 1), "mc_weights": torch.ones(1)}, ("logits",)),
         (accumulator, draw | sequence | {"mode": "exact", "old_token_logp": logp}, ("logits",)),
@@ -135,21 +123,15 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.kl_estimate, {"logp": logp, "reference_logp": logp + 0.1 * normal(B, T), "kind": "k3", "clamp": 10.0}, ("logp",)),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_p": 0.9, "always_keep": ids(2)}, ()),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_k": 2, "min_tokens_to_keep": 2, "temperature": 0.7}, ()),
-        *(
-            (rlkern.nlpo_stats, {"logits": logits, "targets": targets, "keep": keep, "renorm": renorm, "mask": mask}, ("logits",))
-            for renorm in (True, False)
-        ),
-        *(
-            (getattr(rlkern.selection, name), {"values": normal(B, T), "valid": mask, "count": 3}, ())
-            for name in ("select_bottom", "select_top")
-        ),
+        *((rlkern.nlpo_stats, {"logits": logits, "targets": targets, "keep": keep, "renorm": renorm, "mask": mask}, ("logits",))
+          for renorm in (True, False)),
+        *((getattr(rlkern.selection, name), {"values": normal(B, T), "valid": mask, "count": 3}, ())
+          for name in ("select_bottom", "select_top")),
         (rlkern.selection.select_random, {"valid": mask, "count": 10**6, "generator": None}, ()),
         (rlkern.selection.fraction_count, {"total": mask.sum(), "fraction": 0.5, "minimum": 1}, ()),
         (rlkern.sequence_logps, {"logits": logits, "labels": targets, "average": True, "temperature": per_row}, ("logits",)),
-        *(
-            (getattr(advantages, name), {"rewards": rewards, "groups": groups}, ())
-            for name in ("grpo", "dr_grpo", "lite_ppo", "rloo", "gpg", "pass_at_k")
-        ),
+        *((getattr(advantages, name), {"rewards": rewards, "groups": groups}, ())
+          for name in ("grpo", "dr_grpo", "lite_ppo", "rloo", "gpg", "pass_at_k")),
         (advantages.grpo, {"rewards": rewards, "groups": 2, "scale": "batch", "singletons": "zero"}, ()),
         (advantages.opo, {"rewards": rewards, "lengths": ids(B), "groups": groups}, ()),
         (advantages.combine_rewards, {"rewards": normal(B, K), "weights": normal(K)}, ()),
@@ -160,12 +142,8 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (advantages.reinforce_plus_plus_baseline, {"rewards": rewards, "groups": groups, "mask": mask}, ()),
         (advantages.remax, {"token_rewards": normal(B, T), "greedy_rewards": rewards, "mask": mask}, ()),
         (advantages.gae, {"token_rewards": normal(B, T), "values": normal(B, T), "mask": mask, "gamma": 0.9, "lam": 0.8}, ()),
-        (
-            advantages.otb,
-            {"token_rewards": normal(B, T), "logp": logp, "sum_sq_prob": torch.rand(B, T, generator=g), "groups": groups, "mask": mask}
-            | {"importance_weights": entropies},
-            (),
-        ),
+        (advantages.otb, {"token_rewards": normal(B, T), "logp": logp, "sum_sq_prob": torch.rand(B, T, generator=g), "groups": groups,
+                          "mask": mask, "importance_weights": entropies}, ()),
         (openrlhf.log_probs_from_logits, {"logits": logits, "labels": targets, "temperature": 0.7}, ("logits",)),
         (openrlhf.compute_entropy, {"logits": logits}, ("logits",)),
         (openrlhf.PolicyLoss, {"dual_clip": 3.0, "is_correction_level": "seq", "is_correction_threshold": (0.5, 2.0)}, ()),
@@ -175,28 +153,19 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (verl.logprobs_from_logits, {"logits": logits, "labels": targets}, ("logits",)),
         (verl.entropy_from_logits, {"logits": logits}, ("logits",)),
     ]  # fmt: skip
-    names = {accumulator: "BGPOAccumulator", history: "EntropyHistory.update"}
-    names |= {value: name for name, value in OFFERED.items()}
-    calls = []
-    for function, arguments, wrt in table:
-        calls.append(Call(names.get(function, function.__name__), function, arguments, wrt, tuple(signature(function))))
-    return calls
+    names = {accumulator: "BGPOAccumulator", history: "EntropyHistory.update"} | {value: name for name, value in OFFERED.items()}
+    return [Call(names.get(function, function.__name__), function, *rest) for function, *rest in table]
 
 
-def _losses(batch: int, length: int, seed: int) -> list[Call]:
-    calls = []
-    for case in battery.CASES:
-        if case.function is not None:
-            continue
-        inputs, wrt = case.draw(battery.Draw(seed), batch, length)
-        function = public(case.name)
-        inputs = {name: x.float() if x.dtype == torch.float64 else x for name, x in inputs.items()}
-        calls.append(Call(str(case), function, {**inputs, **case.options}, wrt, tuple(signature(function))))
-    return calls
+def _loss(case: battery.Case, batch: int, length: int, seed: int) -> Call:
+    inputs, wrt = case.draw(battery.Draw(seed), batch, length)
+    inputs = {name: x.float() if x.dtype == torch.float64 else x for name, x in inputs.items()}
+    return Call(str(case), public(case.name), {**inputs, **case.options}, wrt)
 
 
 def valid_calls(batch: int = 4, length: int = 6, vocab: int = 7, seed: int = 0) -> list[Call]:
-    return _losses(batch, length, seed) + _others(batch, length, vocab, seed)
+    losses = [_loss(case, batch, length, seed) for case in battery.CASES if case.function is None]
+    return losses + _others(batch, length, vocab, seed)
 
 
 CALLS: list[Call] = valid_calls()

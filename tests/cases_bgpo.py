@@ -1,22 +1,19 @@
 """Cases of the loss battery: diffusion BGPO and the ELBO below it."""
 
 import torch
-from loss_battery import register
+from loss_battery import drawing, register
 
 import rlkern
 
 VOCAB = 7
 
 
-def draw_rows(g, batch, length):
-    """Every second sequence is short; masks of half the positions; weights from 1 to 4."""
-    inputs = {
-        "logits": g.normal(batch, length, VOCAB, std=2),
-        "targets": g.integers(0, VOCAB, batch, length),
-        "weight": 1 + 3 * g.uniform(batch, length),
-        "mask": g.mask(batch, length) & (g.uniform(batch, length) < 0.7),
-    }
-    return inputs, ("logits",)
+ROWS = {  # weights from 1 to 4
+    "logits": lambda g, *shape: g.normal(*shape, VOCAB, std=2),
+    "targets": lambda g, *shape: g.integers(0, VOCAB, *shape),
+    "weight": lambda g, *shape: 1 + 3 * g.uniform(*shape),
+}
+draw_rows = drawing("logits", **ROWS, mask=lambda g, *shape: g.mask(*shape) & (g.uniform(*shape) < 0.7))
 
 
 def elbo(logits, targets, weight, mask):
@@ -43,9 +40,7 @@ def draw_everything(g, batch, length):
 
 def draw_on_policy(g, batch, length):
     inputs, wrt = draw_off_policy(g, batch, length)
-    inputs.pop("old_elbo")
-    inputs.pop("seq_weight")
-    return inputs, wrt
+    return {name: x for name, x in inputs.items() if name not in ("old_elbo", "seq_weight")}, wrt
 
 
 def naive_on_policy(advantages, **rows):
@@ -54,15 +49,8 @@ def naive_on_policy(advantages, **rows):
 
 def draw_packed(g, batch, length):
     """As many rows as a dense batch has positions, spread over three sequences; a fourth has none."""
-    n = batch * length
-    inputs = {
-        "logits": g.normal(n, VOCAB, std=2),
-        "targets": g.integers(0, VOCAB, n),
-        "weight": 1 + 3 * g.uniform(n),
-        "mask": g.uniform(n) < 0.7,
-        "seq_idx": g.integers(0, 3, n).sort().values,
-    }
-    return inputs, ("logits",)
+    packed = {"mask": lambda g, n: g.uniform(n) < 0.7, "seq_idx": lambda g, n: g.integers(0, 3, n).sort().values}
+    return {name: field(g, batch * length) for name, field in (ROWS | packed).items()}, ("logits",)
 
 
 def packed_elbo(logits, targets, weight, mask, seq_idx):
@@ -72,8 +60,7 @@ def packed_elbo(logits, targets, weight, mask, seq_idx):
 off_policy = {"mc_weight": 0.25, "ratio_scale": 0.2, "clip": (0.2, 0.3), "dual_clip": 3.0}
 register("bgpo_loss", mask="mask", zero_when_empty=False, options=off_policy)(draw_off_policy)
 register("bgpo_loss", label="k3", mask="mask", zero_when_empty=False, options={"clip": (0.2, 0.2), "kl": "k3", "kl_coef": 0.1})(draw_everything)
-register("bgpo_loss", label="on-policy", mask="mask", zero_when_empty=False, options={"mc_weight": 0.25, "preset": "paper"}, naive=naive_on_policy)(
-    draw_on_policy
-)
+paper = {"mc_weight": 0.25, "preset": "paper"}
+register("bgpo_loss", label="on-policy", mask="mask", zero_when_empty=False, options=paper, naive=naive_on_policy)(draw_on_policy)
 register("masked_elbo", mask="mask", function=rlkern.masked_elbo, options={"temperature": 0.7, "return_token_logp": True})(draw_rows)
 register("masked_elbo", label="packed", mask="mask", function=packed_elbo)(draw_packed)

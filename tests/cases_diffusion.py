@@ -1,28 +1,18 @@
 """Cases of the loss battery: losses for masked diffusion language models, beside BGPO."""
 
 from cases_policy import draw_tokens, draw_with_reference
-from loss_battery import register
+from loss_battery import Draw, a_sequence, drawing, register
 
 DRAWS = 3
-
-
-def draw_pairs(g, batch, length):
-    inputs = {name: g.normal(batch, DRAWS, mean=-8, std=3) for name in ("chosen_elbo", "rejected_elbo", "ref_chosen_elbo", "ref_rejected_elbo")}
-    return inputs, ("chosen_elbo", "rejected_elbo")
-
-
-def draw_weighted_pairs(g, batch, length):
-    inputs, wrt = draw_pairs(g, batch, length)
-    return inputs | {"mc_weight": g.uniform(DRAWS)}, wrt
+ELBOS = ("chosen_elbo", "rejected_elbo", "ref_chosen_elbo", "ref_rejected_elbo")
+draw_pairs = drawing(*ELBOS[:2], **dict.fromkeys(ELBOS, lambda g, batch, length: g.normal(batch, DRAWS, mean=-8, std=3)))
+draw_weighted_pairs = drawing(base=draw_pairs, mc_weight=lambda g, batch, length: g.uniform(DRAWS))
+draw_responses = drawing("logp", logp=Draw.logp, advantages=a_sequence(Draw.normal), mask=Draw.mask)
 
 
 def draw_penalised(g, batch, length):
     inputs, wrt = draw_with_reference(g, batch, length)
     return {name: x for name, x in inputs.items() if name not in ("kl_scale", "weights")}, wrt
-
-
-def draw_responses(g, batch, length):
-    return {"logp": g.logp(batch, length), "advantages": g.normal(batch), "mask": g.mask(batch, length)}, ("logp",)
 
 
 def draw_guesses(g, batch, length):
@@ -44,9 +34,13 @@ def draw_penalised_elbos(g, batch, length):
     return inputs | {"ref_elbo": inputs["elbo"].flip(0) + 0.5, "mc_weight": g.uniform(batch, DRAWS)}, wrt
 
 
-def draw_coupled(g, batch, length):
-    inputs = {"full_logp": g.logp(batch, length), "pair_logp": g.logp(batch, 2, length), "pair_mask": g.uniform(batch, 2, length) < 0.5}
-    return inputs | {"weight": g.uniform(batch, 2, low=1, high=5)}, ("full_logp", "pair_logp")
+draw_coupled = drawing(
+    "full_logp", "pair_logp",
+    full_logp=Draw.logp,
+    pair_logp=lambda g, batch, length: g.logp(batch, 2, length),
+    pair_mask=lambda g, batch, length: g.uniform(batch, 2, length) < 0.5,
+    weight=lambda g, batch, length: g.uniform(batch, 2, low=1, high=5),
+)  # fmt: skip
 
 
 def no_length(inputs):

@@ -1,7 +1,7 @@
 """Cases of the loss battery: the DPO family, sequence log-probabilities, aggregation."""
 
 import torch
-from loss_battery import register
+from loss_battery import Draw, a_sequence, drawing, register
 
 from rlkern.losses.aggregate import MODES
 from rlkern.losses.preference.dpo_types import F_DIVERGENCES, PAIR_LOSSES
@@ -12,17 +12,13 @@ POLICY = ("policy_chosen_logps", "policy_rejected_logps")
 REFERENCE = ("reference_chosen_logps", "reference_rejected_logps")
 
 
-def draw_pairs(g, batch, length):
-    inputs = {name: g.normal(batch, mean=-8, std=3) for name in POLICY + REFERENCE}
-    inputs["chosen_lengths"], inputs["rejected_lengths"] = g.integers(0, 9, batch), g.integers(1, 9, batch)
-    return inputs, POLICY
-
-
-def draw_weighted_pairs(g, batch, length):
-    inputs, wrt = draw_pairs(g, batch, length)
-    return inputs | {"weights": g.uniform(batch)}, wrt
-
-
+draw_pairs = drawing(
+    *POLICY,
+    **dict.fromkeys(POLICY + REFERENCE, a_sequence(Draw.normal, mean=-8, std=3)),
+    chosen_lengths=lambda g, batch, length: g.integers(0, 9, batch),
+    rejected_lengths=lambda g, batch, length: g.integers(1, 9, batch),
+)
+draw_weighted_pairs = drawing(base=draw_pairs, weights=a_sequence(Draw.uniform))
 for name, loss in PAIR_LOSSES.items():
     smoothing = {"label_smoothing": 0.1} if "label_smoothing" in loss.uses else {}
     register("dpo_loss", label=name, options={"loss_type": name, **smoothing})(draw_pairs)
@@ -38,13 +34,14 @@ def draw_labels(g, batch, length):
     return labels.masked_fill(~g.mask(batch, length), -100)
 
 
-def draw_logits(g, batch, length):
-    return {"logits": g.normal(batch, length, VOCAB, std=2), "labels": draw_labels(g, batch, length)}, ("logits",)
+draw_logits = drawing("logits", logits=lambda g, *shape: g.normal(*shape, VOCAB, std=2), labels=draw_labels)
 
 
-def draw_logit_pairs(g, batch, length):
-    inputs, wrt = draw_logits(g, 2 * batch, length)
-    return inputs | {"reference_logps": g.logp(2 * batch)}, wrt
+def pairs(draw):
+    return lambda g, batch, length: draw(g, 2 * batch, length)
+
+
+draw_logit_pairs = pairs(drawing(base=draw_logits, reference_logps=a_sequence(Draw.logp)))
 
 
 def naive_wpo(logits, labels, reference_logps):
@@ -59,11 +56,6 @@ def naive_wpo(logits, labels, reference_logps):
     return (-(0.1 * (ratio[:n] - ratio[n:])).sigmoid().log() * weights).sum()
 
 
-def draw_logit_pairs_per_token(g, batch, length):
-    inputs, wrt = draw_logits(g, 2 * batch, length)
-    return inputs | {"reference_logps": g.logp(2 * batch, length)}, wrt
-
-
 fields = {
     "empty": lambda inputs: inputs | {"labels": inputs["labels"].clone().fill_(-100)},
     "counted": lambda inputs: next_tokens(inputs["labels"]) != -100,
@@ -72,17 +64,13 @@ register("sequence_logps", **fields)(draw_logits)
 register("sequence_logps", label="average", options={"average": True}, **fields)(draw_logits)
 fields["zero_when_empty"] = False  # -log sigmoid(0) a pair
 register("dpo_loss_from_logits", **fields)(draw_logit_pairs)
-register("dpo_loss_from_logits", label="mixed", options={"loss_type": ("sigmoid_norm", "sft"), "label_smoothing": 0.0, "temperature": 0.7}, **fields)(
-    draw_logit_pairs
-)
+mixed = {"loss_type": ("sigmoid_norm", "sft"), "label_smoothing": 0.0, "temperature": 0.7}
+register("dpo_loss_from_logits", label="mixed", options=mixed, **fields)(draw_logit_pairs)
 register("dpo_loss_from_logits", label="wpo", options={"use_weighting": True, "max_weight": 1.0}, naive=naive_wpo, **fields)(draw_logit_pairs)
-register("dpo_loss_from_logits", label="ld", options={"ld_alpha": 0.3, "loss_type": ("sigmoid", "ipo_norm")}, **fields)(draw_logit_pairs_per_token)
+ld = {"ld_alpha": 0.3, "loss_type": ("sigmoid", "ipo_norm")}
+register("dpo_loss_from_logits", label="ld", options=ld, **fields)(pairs(drawing(base=draw_logits, reference_logps=Draw.logp)))
 
-
-def draw_values(g, batch, length):
-    return {"values": g.normal(batch, length), "mask": g.mask(batch, length)}, ("values",)
-
-
+draw_values = drawing("values", values=Draw.normal, mask=Draw.mask)
 for mode in MODES:
     register("aggregate", label=mode, options={"mode": mode}, mask="mask")(draw_values)
 register("aggregate", label="normalizer", options={"mode": "token-mean", "normalizer": 17.5}, mask="mask")(draw_values)

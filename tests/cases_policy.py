@@ -1,7 +1,7 @@
 """Cases of the loss battery: the PPO family, the covariance family, Lp-Reg."""
 
 import torch
-from loss_battery import register
+from loss_battery import Draw, a_sequence, drawing, register
 
 
 def draw_tokens(g, batch, length):
@@ -13,23 +13,12 @@ def draw_tokens(g, batch, length):
     return inputs, ("logp",)
 
 
-def draw_sequences(g, batch, length):
-    """The same with one advantage a sequence."""
-    inputs, wrt = draw_tokens(g, batch, length)
-    return inputs | {"advantages": g.normal(batch, 1)}, wrt
-
-
-def draw_with_reference(g, batch, length):
-    inputs, wrt = draw_tokens(g, batch, length)
-    return inputs | {"reference_logp": g.logp(batch, length), "kl_scale": g.uniform(batch), "weights": g.uniform(batch, length)}, wrt
+draw_sequences = drawing(base=draw_tokens, advantages=lambda g, batch, length: g.normal(batch, 1))
+draw_with_reference = drawing(base=draw_tokens, reference_logp=Draw.logp, kl_scale=a_sequence(Draw.uniform), weights=Draw.uniform)
 
 
 def draw_with_rollout_weights(width):
-    def draw(g, batch, length):
-        inputs, wrt = draw_tokens(g, batch, length)
-        return inputs | {"rollout_is_weights": g.uniform(batch, width or length, low=0.5, high=1.5)}, wrt
-
-    return draw
+    return drawing(base=draw_tokens, rollout_is_weights=lambda g, batch, length: g.uniform(batch, width or length, low=0.5, high=1.5))
 
 
 def draw_with_proxy(g, batch, length):
@@ -38,9 +27,7 @@ def draw_with_proxy(g, batch, length):
     return inputs | {"proxy_logp": proxy}, wrt
 
 
-def draw_with_kept_logmass(g, batch, length):
-    inputs, wrt = draw_with_proxy(g, batch, length)
-    return inputs | {"kept_logmass": -g.uniform(batch, length)}, (*wrt, "kept_logmass")
+draw_with_kept_logmass = drawing("kept_logmass", base=draw_with_proxy, kept_logmass=lambda *shape: -Draw.uniform(*shape))
 
 
 def draw_spread(g, batch, length):
@@ -50,12 +37,7 @@ def draw_spread(g, batch, length):
     return inputs | {"logp": inputs["logp"] + tail, "old_logp": inputs["old_logp"] + tail}, wrt
 
 
-def selected(draw):
-    def with_selection(g, batch, length):
-        inputs, wrt = draw(g, batch, length)
-        return inputs | {"selected": g.uniform(batch, length) < 0.3}, wrt
-
-    return with_selection
+draw_selected = drawing(base=draw_tokens, selected=lambda *shape: Draw.uniform(*shape) < 0.3)
 
 
 def mean(values, mask):
@@ -72,21 +54,9 @@ def naive_gspo(logp, old_logp, advantages, mask):
     return torch.maximum(-a * s, -a * s.clamp(0.9, 1.1)).mean()
 
 
-def naive_cispo(logp, old_logp, advantages, mask):
-    return mean(-(logp - old_logp).exp().clamp(0.8, 1.2).detach() * advantages * logp, mask)
-
-
-def naive_cispo_cap(logp, old_logp, advantages, mask):
-    return mean(-(logp - old_logp).exp().clamp(max=1.1).detach() * advantages * logp, mask)
-
-
-def naive_tis(logp, old_logp, advantages, mask):
-    return mean(-(logp - old_logp).exp().clamp(max=1).detach() * advantages * logp, mask)
-
-
-def naive_topr(logp, old_logp, advantages, mask):
-    weight = torch.where(advantages >= 0, 1, (logp - old_logp).exp().clamp(max=1).detach())
-    return mean(-weight * advantages * logp, mask)
+def weighted(weight):
+    """A naive loss whose tokens have a detached weight(ratio, advantages)."""
+    return lambda logp, old_logp, advantages, mask: mean(-weight((logp - old_logp).exp(), advantages).detach() * advantages * logp, mask)
 
 
 def naive_vespo(logp, old_logp, advantages, mask, rollout_is_weights=None):
@@ -140,14 +110,14 @@ straight_through = {"kl_kind": "k3+", "kl_coef": 0.3, "kl_times_ratio": True}
 register("grpo_loss", mask="mask", label="k3+", options=straight_through, naive=naive_k3_straight_through)(draw_with_reference)
 register("grpo_loss", mask="mask")(draw_tokens)
 register("gspo_loss", mask="mask", options={"clip_low": 0.1, "clip_high": 0.1}, naive=naive_gspo)(draw_sequences)
-register("cispo_loss", mask="mask", naive=naive_cispo)(draw_tokens)
-register("cispo_loss", mask="mask", label="cap", options={"cap": 1.1}, naive=naive_cispo_cap)(draw_tokens)
+register("cispo_loss", mask="mask", naive=weighted(lambda r, a: r.clamp(0.8, 1.2)))(draw_tokens)
+register("cispo_loss", mask="mask", label="cap", options={"cap": 1.1}, naive=weighted(lambda r, a: r.clamp(max=1.1)))(draw_tokens)
 register("sapo_loss", mask="mask")(draw_tokens)
 register("gmpo_loss", mask="mask")(draw_sequences)
 register("reinforce_loss", mask="mask")(draw_tokens)
 register("reinforce_loss", mask="mask", label="kimi", options={"square_coef": 0.4})(draw_tokens)
-register("tis_loss", mask="mask", naive=naive_tis)(draw_tokens)
-register("topr_loss", mask="mask", naive=naive_topr)(draw_tokens)
+register("tis_loss", mask="mask", naive=weighted(lambda r, a: r.clamp(max=1)))(draw_tokens)
+register("topr_loss", mask="mask", naive=weighted(lambda r, a: torch.where(a >= 0, 1, r.clamp(max=1))))(draw_tokens)
 register("vespo_loss", mask="mask", naive=naive_vespo)(draw_tokens)
 register("vespo_loss", mask="mask", label="token weights", naive=naive_vespo)(draw_with_rollout_weights(None))
 register("vespo_loss", mask="mask", label="sequence weights", naive=naive_vespo)(draw_with_rollout_weights(1))
@@ -158,16 +128,14 @@ SELECTION = (*COVARIANCES, "selected_fraction")
 # All candidates leave, so that the draw makes no difference.
 register("clip_cov_loss", mask="mask", of_whole=SELECTION, options={"select_ratio": 1.0, "clip_low": 0.2, "clip_high": 0.2})(draw_spread)
 register("clip_cov_loss", mask="mask", label="paper", of_whole=SELECTION, options={"select_ratio": 1.0, "preset": "paper"})(draw_spread)
-register("clip_cov_loss", mask="mask", label="selected", of_whole=COVARIANCES)(selected(draw_tokens))
-register(
-    "clip_cov_loss", mask="mask", label="keep_value", of_whole=COVARIANCES, options={"keep_value": True, "preset": "paper"}, naive=naive_keep_value
-)(selected(draw_tokens))
+register("clip_cov_loss", mask="mask", label="selected", of_whole=COVARIANCES)(draw_selected)
+keep_value = {"keep_value": True, "preset": "paper"}
+register("clip_cov_loss", mask="mask", label="keep_value", of_whole=COVARIANCES, options=keep_value, naive=naive_keep_value)(draw_selected)
 register("kl_cov_loss", mask="mask", of_whole=SELECTION, options={"select_ratio": 0.3})(draw_tokens)
 register("kl_cov_loss", mask="mask", label="verl", of_whole=SELECTION, options={"preset": "verl"})(draw_tokens)
-register("kl_cov_loss", mask="mask", label="selected", of_whole=COVARIANCES)(selected(draw_tokens))
+register("kl_cov_loss", mask="mask", label="selected", of_whole=COVARIANCES)(draw_selected)
 RAREST = ("selected_fraction", "proxy_kl")  # of the batch
 register("lp_reg_loss", mask="mask", of_whole=RAREST, options={"rho": 0.7})(draw_with_proxy)
-register("lp_reg_loss", mask="mask", label="positive", of_whole=RAREST, options={"rho": 0.7, "rho_positive": 0.7, "kl_clamp": None, "kl_kind": "k2"})(
-    draw_with_proxy
-)
+positive = {"rho": 0.7, "rho_positive": 0.7, "kl_clamp": None, "kl_kind": "k2"}
+register("lp_reg_loss", mask="mask", label="positive", of_whole=RAREST, options=positive)(draw_with_proxy)
 register("lp_reg_loss", mask="mask", label="full", of_whole=RAREST, options={"rho": 0.5, "kl_term": "full"}, naive=naive_full)(draw_with_kept_logmass)

@@ -1,7 +1,7 @@
-"""Cases of the loss battery: NFT, KDRL, EPO, Nash, NLPO, the Z-losses, reward models, the differential entropy."""
+"""Cases of the loss battery: NFT, KDRL, EPO, Nash, NLPO, Z-losses, reward models, differential entropy."""
 
 import torch
-from loss_battery import register
+from loss_battery import Draw, a_sequence, drawing, register
 
 VOCAB = 7
 
@@ -35,52 +35,25 @@ def draw_tokens(g, batch, length):
     return inputs, ("logp",)
 
 
-def draw_teacher(g, batch, length):
-    inputs, wrt = draw_tokens(g, batch, length)
-    return inputs | {"teacher_logp": g.logp(batch, length), "kd_mask": g.uniform(batch) < 0.6}, wrt
-
-
-def draw_exact_teacher(g, batch, length):
-    inputs, wrt = draw_tokens(g, batch, length)
-    return inputs | {"teacher_kl": g.uniform(batch, length)}, (*wrt, "teacher_kl")
-
-
+draw_teacher = drawing(base=draw_tokens, teacher_logp=Draw.logp, kd_mask=lambda g, batch, length: g.uniform(batch) < 0.6)
+draw_exact_teacher = drawing("teacher_kl", base=draw_tokens, teacher_kl=Draw.uniform)
 for kind in ("k1", "k2", "k3"):
     register("kdrl_loss", label=kind, options={"kd": kind, "kd_coef": 0.3}, mask="mask")(draw_teacher)
 register("kdrl_loss", label="kept", options={"kd_norm": "kept", "kd_coef": 0.3, "aggregation": "seq-mean-token-mean"}, mask="mask")(draw_teacher)
 register("kdrl_loss", label="exact", options={"kd": "exact", "kd_coef": 0.3, "teacher_logp": None}, mask="mask")(draw_exact_teacher)
 
 
-def draw_entropy(g, batch, length):
-    inputs, wrt = draw_tokens(g, batch, length)
-    return inputs | {"entropy": g.uniform(batch, length, high=2), "mean_entropy": g.uniform(batch, low=0.8, high=1.2)}, (*wrt, "entropy")
-
-
-register("epo_loss", options={"coef": 0.5, "alpha": 0.7, "beta": 1.6}, mask="mask")(draw_entropy)
-register("epo_loss", label="indicator", options={"coef": 0.5, "smoothing": "indicator"}, mask="mask")(draw_entropy)
-register("epo_loss", label="first", options={"coef": 0.5, "mean_entropy": None}, mask="mask")(
-    lambda g, batch, length: (lambda inputs, wrt: ({k: v for k, v in inputs.items() if k != "mean_entropy"}, wrt))(*draw_entropy(g, batch, length))
-)
-
-
-def draw_masked_policy(g, batch, length):
-    inputs, wrt = draw_tokens(g, batch, length)
-    return inputs | {"entropy": g.uniform(batch, length, high=2)}, (*wrt, "entropy")
-
+draw_entropy = drawing("entropy", base=draw_tokens, entropy=lambda g, *shape: g.uniform(*shape, high=2))
+draw_entropy_and_mean = drawing(base=draw_entropy, mean_entropy=a_sequence(Draw.uniform, low=0.8, high=1.2))
+register("epo_loss", options={"coef": 0.5, "alpha": 0.7, "beta": 1.6}, mask="mask")(draw_entropy_and_mean)
+register("epo_loss", label="indicator", options={"coef": 0.5, "smoothing": "indicator"}, mask="mask")(draw_entropy_and_mean)
+register("epo_loss", label="first", options={"coef": 0.5, "mean_entropy": None}, mask="mask")(draw_entropy)
 
 WHITENED = ("clip_fraction_low", "clip_fraction_high")  # of advantages that are whitened over the batch
-register("nlpo_loss", options={"entropy_coef": 0.1}, mask="mask", of_whole=WHITENED)(draw_masked_policy)
-register("nlpo_loss", label="plain", options={"entropy_coef": 0.1, "normalize_advantages": False}, mask="mask")(draw_masked_policy)
+register("nlpo_loss", options={"entropy_coef": 0.1}, mask="mask", of_whole=WHITENED)(draw_entropy)
+register("nlpo_loss", label="plain", options={"entropy_coef": 0.1, "normalize_advantages": False}, mask="mask")(draw_entropy)
 
-
-def draw_duel(g, batch, length):
-    inputs = {"logp": g.logp(batch, length), "reference_logp": g.logp(batch, length), "win_prob": g.uniform(batch), "mask": g.mask(batch, length)}
-    return inputs, ("logp",)
-
-
-def draw_proximal_duel(g, batch, length):
-    inputs, wrt = draw_duel(g, batch, length)
-    return inputs | {"target_logp": g.logp(batch, length)}, wrt
+draw_duel = drawing("logp", logp=Draw.logp, reference_logp=Draw.logp, win_prob=a_sequence(Draw.uniform), mask=Draw.mask)
 
 
 def naive_nash(logp, reference_logp, win_prob, mask, target_logp=None):
@@ -89,39 +62,30 @@ def naive_nash(logp, reference_logp, win_prob, mask, target_logp=None):
 
 
 register("nash_md_loss", mask="mask", naive=naive_nash)(draw_duel)
-register("nash_mp_loss", options={"eta": 0.5}, mask="mask", naive=naive_nash)(draw_proximal_duel)
+register("nash_mp_loss", options={"eta": 0.5}, mask="mask", naive=naive_nash)(drawing(base=draw_duel, target_logp=Draw.logp))
 
 
-def draw_rewards(g, batch, length):
-    names = ("chosen_rewards", "rejected_rewards")
-    return {name: g.normal(batch) for name in names} | {"margin": g.uniform(batch)}, names
+def draw_of(*names):
+    return drawing(*names, **dict.fromkeys(names, a_sequence(Draw.normal)))
 
 
-def draw_polar(names):
-    return lambda g, batch, length: ({name: g.normal(batch) for name in names}, names)
-
-
+draw_rewards = drawing(base=draw_of("chosen_rewards", "rejected_rewards"), margin=a_sequence(Draw.uniform))
 register("bradley_terry_loss")(draw_rewards)
 register("bradley_terry_loss", label="all", options={"focal_gamma": 2.0, "penalty": "log_barrier", "centering": 0.1})(draw_rewards)
 register("bradley_terry_loss", label="l2", options={"penalty": "l2"})(draw_rewards)
-register("polar_pretrain_loss", options={"penalty": "log_barrier"})(draw_polar(("same_policy_rewards", "other_policy_rewards")))
-register("polar_finetune_loss")(draw_polar(("middle_rewards", "worst_rewards")))
+register("polar_pretrain_loss", options={"penalty": "log_barrier"})(draw_of("same_policy_rewards", "other_policy_rewards"))
+register("polar_finetune_loss")(draw_of("middle_rewards", "worst_rewards"))
 
 
-def draw_logits(g, batch, length):
-    targets = g.integers(0, VOCAB, batch, length)
-    return {"logits": g.normal(batch, length, VOCAB, std=2), "targets": targets, "mask": g.mask(batch, length)}, ("logits",)
+def rows(std):
+    return lambda g, batch, length: g.normal(batch, length, VOCAB, std=std)
 
 
+draw_logits = drawing("logits", targets=lambda g, *shape: g.integers(0, VOCAB, *shape), logits=rows(std=2), mask=Draw.mask)
 for reduction in ("sum", "mean", "none"):
     register("spherical_z_loss", label=reduction, options={"reduction": reduction, "scale": 1.5, "offset": 0.2}, mask="mask")(draw_logits)
-register("lse_penalty", options={"coef": 0.1}, mask="mask")(
-    lambda g, batch, length: ({"logsumexp": g.normal(batch, length, mean=5), "mask": g.mask(batch, length)}, ("logsumexp",))
-)
-register("token_did_entropy", mask="mask")(
-    lambda g, batch, length: (
-        {"logits": g.normal(batch, length, VOCAB), "reference_logits": g.normal(batch, length, VOCAB), "mask": g.mask(batch, length)},
-        ("logits", "reference_logits"),
-    )
-)
-register("topk_reverse_kl")(lambda g, batch, length: ({"logp": g.logp(batch, length, 3), "teacher_logp": g.logp(batch, length, 3)}, ("logp",)))
+draw_penalised = drawing("logsumexp", logsumexp=lambda g, *shape: g.normal(*shape, mean=5), mask=Draw.mask)
+register("lse_penalty", options={"coef": 0.1}, mask="mask")(draw_penalised)
+draw_two = drawing("logits", "reference_logits", logits=rows(std=1), reference_logits=rows(std=1), mask=Draw.mask)
+register("token_did_entropy", mask="mask")(draw_two)
+register("topk_reverse_kl")(drawing("logp", **dict.fromkeys(("logp", "teacher_logp"), lambda g, *shape: g.logp(*shape, 3))))

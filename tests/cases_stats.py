@@ -1,7 +1,7 @@
 """Cases of the loss battery: estimates, metrics, and what a trainer prepares for a loss."""
 
 import torch
-from loss_battery import register
+from loss_battery import Draw, a_sequence, drawing, register
 
 import rlkern
 
@@ -22,17 +22,13 @@ register("kl_estimate", label="k3+", options={"kind": "k3+", "clamp": 0.05}, nai
 
 
 def draw_samples(*names):
-    return lambda g, batch, length: ({name: g.normal(batch, SAMPLES, mean=-8) for name in names}, ())
+    return drawing(**dict.fromkeys(names, lambda g, batch, length: g.normal(batch, SAMPLES, mean=-8)))
 
 
-def draw_pairs(g, batch, length):
-    names = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
-    return {name: g.normal(batch, mean=-8) for name in names}, ()
-
-
+PAIRS = ("policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps")
 register("log_ratio_rewards", options={"beta": 0.3})(draw_samples("logps", "reference_logps"))
 register("did_entropy")(draw_samples("logps", "reference_logps", "proposal_logps"))
-register("displacement_metrics")(draw_pairs)
+register("displacement_metrics")(drawing(**dict.fromkeys(PAIRS, a_sequence(Draw.normal, mean=-8))))
 
 
 def draw_elbos(g, batch, length):
@@ -62,10 +58,7 @@ register("nlpo_stats", label="kept_logmass", function=one_of_stats("kept_logmass
 register("nlpo_stats", label="released", function=one_of_stats("entropy", renorm=False), adds_gradients=True, mask="mask")(draw_kept)
 
 
-def draw_correct(g, batch, length):
-    return {"correct": (g.uniform(batch) < 0.5).double()}, ()
-
-
+draw_correct = drawing(correct=lambda g, batch, length: (g.uniform(batch) < 0.5).double())
 register("reward_guided_mask")(draw_correct)
 register("reward_guided_mask", label="group", options={"groups": 2, "level": "group"})(draw_correct)
-register("next_tokens")(lambda g, batch, length: ({"labels": g.integers(0, VOCAB, batch, length)}, ()))
+register("next_tokens")(drawing(labels=lambda g, *shape: g.integers(0, VOCAB, *shape)))

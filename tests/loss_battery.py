@@ -1,18 +1,21 @@
-"""Checks that every exported loss inherits. A loss registers a small case (tests/cases_*.py); test_loss_battery.py runs all checks on all cases.
+"""Checks that every exported loss inherits. A loss registers a small case; test_loss_battery.py checks it.
 
     @register("ppo_loss", mask="mask")
     def ppo(g, batch, length):
-        inputs = dict(logp=g.normal(batch, length), old_logp=..., mask=g.mask(batch, length))   # float64, int64, bool
-        return inputs, ("logp",)                                                                # the inputs that gradients flow into
+        # float64, int64 or bool; then the names of the inputs that gradients flow into
+        inputs = dict(logp=g.normal(batch, length), old_logp=..., mask=g.mask(batch, length))
+        return inputs, ("logp",)
 
 Metrics, and what a trainer prepares beforehand, name no such input: then no result may carry a gradient.
 
-The check functions below take a `Case`; each says in its docstring what a loss promises.
+The check functions below take a `Case`. The docstring of each says what a loss promises.
 """
 
 from __future__ import annotations
 
+import importlib
 import math
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +26,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import rlkern
 
@@ -57,7 +61,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Case:
-    """A loss with inputs to try it on. `name` is the exported name, `label` tells the cases of one loss apart."""
+    """A loss with inputs to try it on. `name` is the exported one, `label` tells its cases apart."""
 
     name: str
     draw: Callable[[Draw, int, int], tuple[dict[str, Tensor], tuple[str, ...]]]
@@ -97,7 +101,7 @@ CASES: list[Case] = []
 
 
 def register(name: str, **fields):
-    """Decorates a function (draw, batch, length) -> (inputs, names of the differentiable ones) that draws the inputs of the loss `name`."""
+    """Decorates the draw of a loss's inputs: (draw, batch, length) -> (inputs, differentiable ones)."""
 
     def decorator(draw):
         case = Case(name=name, draw=draw, **fields)
@@ -109,7 +113,19 @@ def register(name: str, **fields):
     return decorator
 
 
-# --- helpers -------------------------------------------------------------------------------------------------------------------------------
+def drawing(*wrt: str, base=lambda *shape: ({}, ()), **fields: Callable[[Draw, int, int], Tensor]):
+    """What draws the inputs of `base` and these fields. Gradients flow into `wrt` as well."""
+
+    def draw(g, batch, length):
+        inputs, names = base(g, batch, length)
+        return inputs | {name: field(g, batch, length) for name, field in fields.items()}, (*names, *wrt)
+
+    return draw
+
+
+def a_sequence(method, **options):
+    """A field of `drawing` with one number for each sequence, from a method of `Draw`."""
+    return lambda g, batch, length: method(g, batch, **options)
 
 
 def tensors_of(output) -> list[Tensor]:
@@ -137,7 +153,7 @@ def as_leaves(inputs: dict[str, Tensor], wrt: tuple[str, ...], dtype: torch.dtyp
 
 
 def grad(output, leaves: dict[str, Tensor], wrt: tuple[str, ...]) -> list[Tensor]:
-    """Gradients of the loss; zero for an input that it does not use ("sft" has no rejected response). Raises if it uses none of them."""
+    """Gradients of the loss. Zero for an input that it does not use, an error if it uses none."""
     if not wrt:
         return []
     return list(torch.autograd.grad(total(output), [leaves[name] for name in wrt], allow_unused=True, materialize_grads=True))
@@ -150,8 +166,9 @@ def gradients(case: Case, inputs: dict[str, Tensor], wrt: tuple[str, ...]) -> tu
 
 
 def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float, atol: float, what: str, smallest: float = 0) -> None:
-    """atol is a part of the largest finite entry that is expected: gradients of a mean over 1,000 tokens are small throughout. From the second tensor
-    on that counts as at least `smallest`: a metric like log_mean_ratio is 0 on-policy, and has the accuracy of the numbers around 1 it is made of."""
+    """atol is a part of the largest finite entry expected: gradients of a mean over 1,000 tokens are small.
+    From the second tensor on that entry counts as at least `smallest`: a metric like log_mean_ratio is 0
+    on-policy, and as accurate as the numbers around 1 that it is made of."""
     assert len(actual) == len(expected), f"{what}: {len(actual)} tensors, expected {len(expected)}"
     for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         a, e = a.double(), e.double()
@@ -160,11 +177,8 @@ def assert_same(actual: list[Tensor], expected: list[Tensor], rtol: float, atol:
         torch.testing.assert_close(a, e, rtol=rtol, atol=atol * scale, msg=lambda m, i=i: f"{what}, tensor {i}: {m}")
 
 
-# --- checks --------------------------------------------------------------------------------------------------------------------------------
-
-
 def check_gradient(case: Case) -> None:
-    """The gradient is that of the value (gradcheck in float64), or where parts are detached on purpose, that of a naive version of the loss."""
+    """The gradient is that of the value, or where parts are detached on purpose that of a naive loss."""
     inputs, wrt = case.inputs()
     leaves = as_leaves(inputs, wrt)
     if case.naive is not None:
@@ -179,7 +193,8 @@ def check_gradient(case: Case) -> None:
 
 
 def check_precision(case: Case, dtype: torch.dtype) -> None:
-    """Whatever the inputs' dtype, arithmetic is float32: outputs agree with float64 on the rounded inputs, gradients up to their own rounding."""
+    """Whatever the inputs' dtype, arithmetic is float32: outputs agree with float64 on the rounded inputs,
+    gradients up to their own rounding."""
     inputs, wrt = case.inputs()
     low = as_leaves(inputs, wrt, dtype)
     high = as_leaves(low, wrt, torch.float64)
@@ -204,7 +219,7 @@ def check_strides(case: Case) -> None:
         if not isinstance(x, Tensor) or x.dim() == 0:
             views[name] = x
             continue
-        # Every other entry of dimension 0 and all but the last of dimension 1: two strides that fit no contiguous tensor.
+        # Every other entry of dimension 0, all but the last of 1: strides that fit no contiguous tensor.
         shape = (2 * x.shape[0], *(n + 1 for n in x.shape[1:2]), *x.shape[2:])
         base = x.detach().new_full(shape, math.nan if x.dtype.is_floating_point else 1)
         region = (slice(None, None, 2), *(slice(0, n) for n in x.shape[1:2]))
@@ -222,7 +237,8 @@ def check_strides(case: Case) -> None:
 
 
 def check_empty_mask(case: Case) -> None:
-    """Where nothing counts the loss is finite (0 unless the case says otherwise), connected to the graph, and its gradient is exactly 0."""
+    """Where nothing counts the loss is finite and connected, 0 unless the case says otherwise. Its gradient
+    is exactly 0."""
     inputs, wrt = case.inputs()
     inputs = case.without_tokens(inputs)
     outputs, grads = gradients(case, as_leaves(inputs, wrt, torch.float32), wrt)
@@ -261,6 +277,19 @@ def check_masked_garbage(case: Case) -> None:
         assert_same(grads, expected, 0, 0, f"gradients with {garbage} where masked")
 
 
+class Operators(TorchDispatchMode):
+    """Records the operators that run: (function, arguments, the tensors that it returns)."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[Callable, tuple, list[Tensor]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, [x for x in tree_leaves(out) if isinstance(x, Tensor)]))
+        return out
+
+
 class HostSync(AssertionError):
     pass
 
@@ -284,7 +313,7 @@ class NoSyncingOperators(TorchDispatchMode):
 
 
 class NoSyncingMethods(TorchFunctionMode):
-    """Raises HostSync for calls that copy to the host. On CPU tensors they reach no operator, so they are recognised by name."""
+    """Raises HostSync for calls that copy to the host. On the CPU they reach no operator: names tell them."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
@@ -296,7 +325,7 @@ class NoSyncingMethods(TorchFunctionMode):
 
 
 def check_no_host_sync(case: Case) -> None:
-    """Neither forward nor backward reads a device value on the host, so both can be captured in a CUDA graph."""
+    """Neither forward nor backward reads a device value on the host. So a CUDA graph can capture both."""
     inputs, wrt = case.inputs()
     leaves = as_leaves(inputs, wrt, torch.float32)
     with NoSyncingOperators(), NoSyncingMethods():
@@ -304,7 +333,7 @@ def check_no_host_sync(case: Case) -> None:
 
 
 def check_compiles(case: Case, backend: str = "aot_eager") -> None:
-    """torch.compile makes one graph of it, with dynamic shapes, and that graph computes the same, gradients included."""
+    """torch.compile makes one graph of it for all shapes, which computes the same, gradients included."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(lambda inputs: case(inputs), fullgraph=True, dynamic=True, backend=counter)
@@ -321,7 +350,8 @@ def check_compiles(case: Case, backend: str = "aot_eager") -> None:
 
 
 def check_results_are_writable(case: Case) -> None:
-    """A caller may write into any result: no input changes, no other result changes, and the backward still runs, on what was written."""
+    """A caller may write into any result: no input and no other result changes. The backward runs on what was
+    written."""
     inputs, wrt = case.inputs()
     leaves = as_leaves(inputs, wrt, torch.float32)
     reference, expected = gradients(case, leaves, wrt)
@@ -340,7 +370,8 @@ def check_results_are_writable(case: Case) -> None:
 
 
 def check_only_wrt_has_gradient(case: Case) -> None:
-    """Nothing else takes a gradient: old and reference log-probabilities are detached, advantages and weights that require one refused by name."""
+    """Nothing else takes a gradient: old and reference log-probabilities are detached. Advantages and weights
+    that require one are refused by name."""
     inputs, wrt = case.inputs()
     others = [name for name, x in inputs.items() if name not in wrt and isinstance(x, Tensor) and x.dtype.is_floating_point]
     for refused in [name for name in others if refuses_gradient(case, inputs, name)]:
@@ -367,28 +398,24 @@ def metrics_of(output) -> dict[str, Tensor]:
     return getattr(output, "metrics", {})
 
 
-def check_metrics_merge(case: Case) -> set[str]:
-    """Metrics of two unequal parts of a batch, and of a third that is empty, merge into those of the batch. Returns their names."""
+def check_metrics_merge(case: Case) -> None:
+    """Metrics of two unequal parts of a batch, and of a third without rows, merge into those of the batch."""
     inputs, _ = case.inputs(batch=6)
     whole = metrics_of(case(inputs))
     parts = [
         metrics_of(case({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) == 6 else x for name, x in inputs.items()}))
         for rows in (slice(0, 2), slice(2, 2), slice(2, 6))
     ]
-    if not whole:
-        assert not any(parts)
-        return set()
     merged = rlkern.metrics.merge_metrics(parts)
-    assert merged.keys() == whole.keys()
+    assert merged.keys() == whole.keys() >= set(case.of_whole)
     for name, value in whole.items():
         assert value.dim() == 0 and value.dtype == torch.float64, f"{name} is {value.dtype} of shape {tuple(value.shape)}"
         if name not in case.of_whole:
             torch.testing.assert_close(merged[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
-    return set(whole)
 
 
 def check_default_dtype(case: Case) -> None:
-    """torch.set_default_dtype changes no bit of values, metrics and gradients, in one pass over the tokens or in plain PyTorch."""
+    """torch.set_default_dtype changes no bit of values, metrics and gradients, in one pass or plain."""
     inputs, wrt = case.inputs()
     for backend in ("auto", "reference"):
         for dtype in (torch.float32, torch.float64):
@@ -406,3 +433,20 @@ def check_default_dtype(case: Case) -> None:
                 results.append([*outputs, *grads])
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), f"other values under another default dtype: {other}"
+
+
+def assert_compiles_once(function: Callable[[dict[str, float]], Any], coefficients: dict[str, float]) -> None:
+    """New coefficients of a loss(coefficients) make no new graph, after a second value to learn from."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
+    frames = []
+    for factor in (1.0, 1.01, 1.02, 1.05, 1.1):
+        options = {name: value * factor for name, value in coefficients.items()}
+        torch.testing.assert_close(total(compiled(options)), total(function(options)))
+        frames.append(counter.frame_count)
+    assert frames[1] == frames[-1], f"compiled again: {frames}"
+
+
+for path in sorted(pathlib.Path(__file__).parent.glob("cases_*.py")):  # they register the cases
+    importlib.import_module(path.stem)

@@ -7,14 +7,7 @@ from typing import Any
 
 import rlkern
 
-_SPACES = {
-    "": rlkern,
-    "advantages.": rlkern.advantages,
-    "losses.": rlkern.losses,
-    "diffusion.": rlkern.diffusion,
-    "metrics.": rlkern.metrics,
-    "selection.": rlkern.selection,
-}
+_SPACES = {"": rlkern} | {f"{name}.": getattr(rlkern, name) for name in ("advantages", "losses", "diffusion", "metrics", "selection")}
 
 
 def _offered() -> dict[str, Any]:

@@ -27,8 +27,16 @@ def by_group(function, rewards=REWARDS, groups=GROUPS):
     return out
 
 
+OF_GROUPS = (
+    adv.grpo, adv.dr_grpo, adv.lite_ppo, adv.rloo, adv.gpg, adv.pass_at_k, lambda r, groups: adv.opo(r, LENGTHS, groups)
+)  # fmt: skip
+
+
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+CENTRED = by_group(lambda r, k: r[k] - mean(r) if len(r) > 1 else r[k])  # one response alone is left as it is
 
 
 def test_grpo():
@@ -39,21 +47,19 @@ def test_grpo():
 def test_grpo_scales():
     everything = stdev(REWARDS.tolist())
     centred = by_group(lambda r, k: r[k] - mean(r))
-    kept = by_group(lambda r, k: r[k] - mean(r) if len(r) > 1 else r[k])
-    close(adv.grpo(REWARDS, GROUPS, scale="none"), kept)
-    close(adv.dr_grpo(REWARDS, GROUPS), kept)
+    close(adv.grpo(REWARDS, GROUPS, scale="none"), CENTRED)
+    close(adv.dr_grpo(REWARDS, GROUPS), CENTRED)
     close(adv.grpo(REWARDS, GROUPS, scale="batch", eps=1e-4, singletons="zero"), centred / (everything + 1e-4))
     close(adv.lite_ppo(REWARDS, GROUPS), centred / (everything + 1e-6))
 
 
 def test_equal_rewards_give_exactly_zero():
-    for estimator in (adv.grpo, adv.dr_grpo, adv.lite_ppo, adv.rloo, adv.gpg, adv.pass_at_k):
+    for estimator in OF_GROUPS:
         assert (estimator(torch.full((9,), 0.1, dtype=torch.float64), 3) == 0).all()
-    assert (adv.opo(torch.full((9,), 0.1, dtype=torch.float64), LENGTHS, 3) == 0).all()
 
 
 def test_int_groups_are_neighbours():
-    for estimator in (adv.grpo, adv.lite_ppo, adv.rloo, adv.gpg, adv.pass_at_k):
+    for estimator in OF_GROUPS:
         close(estimator(REWARDS, 3), estimator(REWARDS, torch.tensor([5, 5, 5, 1, 1, 1, 3, 3, 3])))
 
 
@@ -62,20 +68,17 @@ def test_rloo():
 
 
 def test_opo():
-    def naive(indices, i):
-        total = sum(LENGTHS[j].item() for j in indices)
-        return REWARDS[i] - sum(LENGTHS[j].item() * REWARDS[j].item() for j in indices) / total if len(indices) > 1 else REWARDS[i]
-
-    expected = torch.zeros_like(REWARDS)
+    expected = REWARDS.clone()
     for indices in members().values():
-        for i in indices:
-            expected[i] = naive(indices, i)
+        if len(indices) > 1:
+            total = sum(LENGTHS[j].item() for j in indices)
+            expected[indices] -= sum(LENGTHS[j].item() * REWARDS[j].item() for j in indices) / total
     close(adv.opo(REWARDS, LENGTHS, GROUPS), expected)
 
 
 def test_gpg():
     alpha = 9 / 7  # two of nine rewards are 0
-    close(adv.gpg(REWARDS, GROUPS, f_norm=0.5), alpha / 0.5 * by_group(lambda r, k: r[k] - mean(r) if len(r) > 1 else r[k]))
+    close(adv.gpg(REWARDS, GROUPS, f_norm=0.5), alpha / 0.5 * CENTRED)
 
 
 def test_pass_at_k():
@@ -107,17 +110,15 @@ def test_several_rewards():
     rewards, weights = g.normal(8, 3), torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
     rewards[1, 0] = rewards[3, 2] = math.nan
     rewards[6] = math.nan
-    expected = torch.zeros(8, dtype=torch.float64)
-    for i in range(8):
-        expected[i] = sum(w * x for w, x in zip(weights.tolist(), rewards[i].tolist(), strict=True) if not math.isnan(x))
+    expected = (rewards * weights).nansum(-1)
     expected[6] = math.nan
     torch.testing.assert_close(adv.combine_rewards(rewards, weights), expected, equal_nan=True)
 
     normalised = torch.full_like(rewards, math.nan)
     for k in range(3):
-        for start in (0, 4):
-            known = [x for x in rewards[start : start + 4, k].tolist() if not math.isnan(x)]
-            normalised[start : start + 4, k] = (rewards[start : start + 4, k] - mean(known)) / (stdev(known) + 1e-4)
+        for rows in (slice(0, 4), slice(4, 8)):
+            known = [x for x in rewards[rows, k].tolist() if not math.isnan(x)]
+            normalised[rows, k] = (rewards[rows, k] - mean(known)) / (stdev(known) + 1e-4)
     total = (normalised * weights).nansum(-1)
     scored = [i for i in range(8) if i != 6]
     result = adv.gdpo(rewards, 4, weights)
@@ -130,8 +131,6 @@ def test_overlong_penalty():
     expected = torch.tensor([0, 0, -0.25, -0.5, -0.95, -1, -1]) * 0.5
     torch.testing.assert_close(adv.overlong_penalty(lengths, 100, 20, factor=0.5), expected)
 
-
-# --- per token -------------------------------------------------------------------------------------------------------------------------------
 
 MASK = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])  # a hole, two ends, an empty row
 
@@ -162,9 +161,7 @@ def test_reinforce_plus_plus():
             if MASK[i, t]:  # the reward behind the hole reaches the tokens before it
                 running = rewards[i, t] + 0.9 * running
                 returns[i, t] = running
-    result = adv.reinforce_plus_plus(rewards, MASK, gamma=0.9)
-    close(result.returns, returns)
-    close(result.advantages, naive_whiten(returns, MASK))
+    close(tuple(adv.reinforce_plus_plus(rewards, MASK, gamma=0.9)), (naive_whiten(returns, MASK), returns))
 
 
 def test_reinforce_plus_plus_baseline():
@@ -197,8 +194,7 @@ def test_gae_equals_gae_on_the_compacted_sequence():
             assert result.returns[i, t].item() == pytest.approx(advantage + values[i, t].item())
     assert (result.advantages[MASK == 0] == 0).all() and (result.returns[MASK == 0] == 0).all()
     whitened = adv.gae(rewards, values, MASK, gamma=0.9, lam=0.8)
-    close(whitened.advantages, naive_whiten(result.advantages, MASK))
-    close(whitened.returns, result.returns)
+    close(tuple(whitened), (naive_whiten(result.advantages, MASK), result.returns))
 
 
 def naive_otb(rewards, logp, s2, groups, mask, importance, zero_tail):
@@ -211,15 +207,12 @@ def naive_otb(rewards, logp, s2, groups, mask, importance, zero_tail):
             w[i, t] = sum((1 - 2 * logp[i, s].exp() + s2[i, s]) * importance[i, s] ** 2 for s in range(t + 1) if mask[i, s])
     out = torch.zeros_like(rewards)
     for indices in members(groups).values():
-        lengths = sorted((int(mask[i].sum()), i) for i in indices)
+        second = sorted(int(mask[i].sum()) for i in indices)[-2:][0]  # the length of the second longest response
         for t in range(length):
             inside = [i for i in indices if mask[i, t]]
             baseline = sum(to_go[i, t] * w[i, t] for i in inside) / (sum(w[i, t] for i in inside) + 1e-8)
-            for i in inside:
-                tail = (
-                    zero_tail and len(indices) > 1 and lengths[-1] == (lengths[-1][0], i) and lengths[-2][0] < lengths[-1][0] and t >= lengths[-2][0]
-                )
-                out[i, t] = to_go[i, t] - (0 if tail or len(indices) == 1 else baseline)
+            for i in inside:  # in the tail there is none but the longest
+                out[i, t] = to_go[i, t] - (0 if len(indices) == 1 or (zero_tail and t >= second) else baseline)
     return out
 
 
@@ -234,8 +227,6 @@ def test_otb(zero_tail):
     plain = adv.otb(rewards, logp, s2, groups, mask, zero_tail=zero_tail)
     close(plain.advantages, naive_otb(rewards, logp, s2, groups, mask, torch.ones(6, 6), zero_tail))
 
-
-# --- all -------------------------------------------------------------------------------------------------------------------------------------
 
 ALL = {
     "grpo": lambda r, x: adv.grpo(r, GROUPS),
@@ -272,11 +263,9 @@ def test_no_sync_no_gradient_and_float32(name):
 @pytest.mark.parametrize("groups", [1, torch.zeros(0, dtype=torch.int64)], ids=["int", "ids"])
 def test_empty_batch(groups):
     none, tokens = torch.zeros(0), torch.zeros(0, 4)
-    for result in (
-        adv.grpo(none, groups), adv.lite_ppo(none, groups), adv.rloo(none, groups), adv.gpg(none, groups), adv.pass_at_k(none, groups),
-        adv.opo(none, none, groups), adv.gdpo(torch.zeros(0, 2), groups), adv.overlong_penalty(none, 10, 5),
-    ):  # fmt: skip
-        assert result.shape == (0,)
+    one_number = [estimator(none, groups) for estimator in (adv.grpo, adv.dr_grpo, adv.lite_ppo, adv.rloo, adv.gpg, adv.pass_at_k)]
+    one_number += [adv.opo(none, none, groups), adv.gdpo(torch.zeros(0, 2), groups), adv.overlong_penalty(none, 10, 5)]
+    assert all(result.shape == (0,) for result in one_number)
     for result in (adv.reinforce_plus_plus(tokens, tokens), adv.gae(tokens, tokens, tokens), adv.otb(tokens, tokens, tokens, groups, tokens)):
         assert result.advantages.shape == (0, 4)
 
@@ -290,16 +279,15 @@ def test_no_tokens():
 
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 def test_masked_garbage(garbage):
-    rewards, values = token_inputs()
-    clean = [adv.gae(rewards, values, MASK), adv.reinforce_plus_plus(rewards, MASK), adv.otb(rewards, values, values.exp(), 2, MASK)]
-    clean += [adv.remax(rewards, values[:, 0], MASK), (adv.whiten(rewards, MASK),)]
-    greedy = values[:, 0].clone()
-    for x in (rewards, values):
-        x[MASK == 0] = garbage
-    dirty = [adv.gae(rewards, values, MASK), adv.reinforce_plus_plus(rewards, MASK), adv.otb(rewards, values, values.exp(), 2, MASK)]
-    dirty += [adv.remax(rewards, greedy, MASK), (adv.whiten(rewards, MASK),)]
-    for a, b in zip(clean, dirty, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    inputs = token_inputs()
+    greedy = inputs[1][:, 0]
+
+    def results(rewards, values):
+        named = adv.gae(rewards, values, MASK), adv.reinforce_plus_plus(rewards, MASK), adv.otb(rewards, values, values.exp(), 2, MASK)
+        return battery.tensors_of((*named, adv.remax(rewards, greedy, MASK), adv.whiten(rewards, MASK)))
+
+    dirty = [torch.where(MASK == 0, garbage, x) for x in inputs]
+    assert all(torch.equal(a, b) for a, b in zip(results(*inputs), results(*dirty), strict=True))
 
 
 def test_integer_and_bool_rewards():

@@ -1,4 +1,4 @@
-"""BGPOAccumulator: its two modes against the naive objective with all graphs kept, metrics, order of calls, and memory."""
+"""BGPOAccumulator: both modes against the objective with all graphs kept, metrics, order of calls, memory."""
 
 import json
 import math
@@ -10,11 +10,10 @@ from pathlib import Path
 import loss_battery as battery
 import pytest
 import torch
-from bgpo_batch import F64, KL, B, Batch, N, agree, bound, differentiate, elbo, naive_objective
+from bgpo_batch import F64, KL, B, Batch, N, agree, bound, elbo, naive_objective, of_draws
+from derivatives import differentiate
 
 import rlkern
-
-# --- the exact objective, in two passes --------------------------------------------------------------------------------------------------------
 
 EXACT = {
     "plain": {},
@@ -34,41 +33,32 @@ def test_two_passes_are_the_naive_objective(name):
     want = differentiate(lambda z: naive_objective(z, batch, **options | {"kl": kl}), batch.logits)
 
     ref = {"ref_elbo": (batch.omega * batch.ref).sum(-1)} if kl else {}
-    total = sum(batch.omega[:, j] * elbo(batch.logits[j], batch, j) for j in range(N))
+    total = (batch.omega * batch.elbos()).sum(-1)
     q = rlkern.elbo_coeff(total, (batch.omega * batch.old).sum(-1), batch.advantages, ratio_scale=batch.scale, **ref, **options)
-    second = [
-        differentiate(lambda z, j=j: -(batch.seq_weight * q * batch.omega[:, j] * batch.scale * elbo(z, batch, j)).sum(), batch.logits[j])[1]
-        for j in range(N)
-    ]
-    agree(torch.stack(second), want[1], 1e-10)
+    c = (batch.seq_weight * q * batch.scale)[:, None] * batch.omega
+    agree(of_draws(lambda j, z: -(c[:, j] * elbo(z, batch, j)).sum(), batch.logits)[1], want[1], 1e-10)
     assert (name not in ("clip", "dual")) or 0 < (q == 0).sum() - 1 < B - 1  # bounds stop some sequences beyond the one with A = 0
 
     acc = rlkern.BGPOAccumulator(
         batch.advantages, batch.old, batch.seq_weight, mode="exact", mc_weights=batch.omega, ratio_scale=batch.scale,
         ref_elbo=batch.ref if kl else None, **options,
     )  # fmt: skip
-    for j in range(N):
-        acc.observe(j, batch.logits[j], batch.targets, weight=batch.weight[j], mask=batch.mask[j])
-    parts = [
-        differentiate(lambda z, j=j: acc.loss(j, z, batch.targets, weight=batch.weight[j], mask=batch.mask[j]), batch.logits[j]) for j in range(N)
-    ]
-    agree((sum(value for value, _ in parts), torch.stack([d for _, d in parts])), want, 1e-10)
+    observe(acc, batch)
+    agree(accumulate(acc, batch), want, 1e-10)
     agree(acc.metrics()["loss"], want[0], 1e-10)
-    acc.observe(0, batch.logits[1], batch.targets, weight=batch.weight[0], mask=batch.mask[0])  # a first pass anew
-    again = acc.loss(1, batch.logits[1], batch.targets, weight=batch.weight[1], mask=batch.mask[1])
-    assert abs(again - parts[1][0]) > 1e-6
+    before = acc.loss(1, batch.logits[1], **batch.draw(1))
+    acc.observe(0, batch.logits[1], **batch.draw(0))  # a first pass anew
+    assert abs(acc.loss(1, batch.logits[1], **batch.draw(1)) - before) > 1e-6
 
 
-# --- the accumulator ---------------------------------------------------------------------------------------------------------------------------
+def observe(acc, batch):
+    for j in range(N):
+        acc.observe(j, batch.logits[j], **batch.draw(j))
 
 
-def accumulate(acc, batch, **options):
+def accumulate(acc, batch):
     """(sum of the losses, gradients [n, ...])."""
-    parts = [
-        differentiate(lambda z, j=j: acc.loss(j, z, batch.targets, weight=batch.weight[j], mask=batch.mask[j], **options), batch.logits[j])
-        for j in range(batch.n)
-    ]
-    return sum(value for value, _ in parts), torch.stack([d for _, d in parts])
+    return of_draws(lambda j, z: acc.loss(j, z, **batch.draw(j)), batch.logits)
 
 
 def test_accumulator_of_the_bound():
@@ -78,7 +68,7 @@ def test_accumulator_of_the_bound():
     assert acc.num_mc == N and not acc.two_pass
     value, gradient = accumulate(acc, batch)
     agree((value, gradient), bound(batch.logits, batch, **options))
-    ells = torch.stack([elbo(batch.logits[j], batch, j) for j in range(N)], -1)
+    ells = batch.elbos()
     agree(acc.elbo, ells)
     d = batch.scale[:, None] * (ells - batch.old)
     w = batch.omega * d.exp()
@@ -120,19 +110,16 @@ def test_accumulator_with_stored_log_probabilities():
     batch.old = torch.stack([ell for ell, _ in stored], -1)
     batch.omega = torch.full((B, N), 1 / N, dtype=F64)
     options = {"seq_weight": batch.seq_weight, "ratio_scale": batch.scale, "num_mc": N}
-    for mode, want in (
-        ("bound", bound(batch.logits, batch)),
-        ("exact", differentiate(lambda z: naive_objective(z, batch), batch.logits)),
-    ):
+    rows = [batch.draw(j) | {"old_token_logp": stored[j][1]} for j in range(N)]
+    exact = differentiate(lambda z: naive_objective(z, batch), batch.logits)
+    for mode, want in (("bound", bound(batch.logits, batch)), ("exact", exact)):
         acc = rlkern.BGPOAccumulator(batch.advantages, mode=mode, **options)
-        rows = [{"weight": batch.weight[j], "mask": batch.mask[j], "old_token_logp": stored[j][1]} for j in range(N)]
         if mode == "exact":
             with pytest.raises(RuntimeError, match="needs observe"):
-                acc.loss(0, batch.logits[0], batch.targets, **rows[0])
+                acc.loss(0, batch.logits[0], **rows[0])
             for j in range(N):
-                acc.observe(j, batch.logits[j], batch.targets, **rows[j])
-        parts = [differentiate(lambda z, a=acc, r=rows, j=j: a.loss(j, z, batch.targets, **r[j]), batch.logits[j]) for j in range(N)]
-        agree((sum(value for value, _ in parts), torch.stack([d for _, d in parts])), want, 1e-10)
+                acc.observe(j, batch.logits[j], **rows[j])
+        agree(of_draws(lambda j, z, acc=acc: acc.loss(j, z, **rows[j]), batch.logits), want, 1e-10)
 
 
 def test_accumulator_packed_and_without_a_sync():
@@ -140,21 +127,19 @@ def test_accumulator_packed_and_without_a_sync():
     options = {"ratio_scale": batch.scale, "clip": (0.2, 0.2), "kl_coef": 0.1, "ref_elbo": batch.ref, "mc_weights": batch.omega}
     for mode in ("bound", "exact"):
         dense, packed = (rlkern.BGPOAccumulator(batch.advantages, batch.old, batch.seq_weight, mode=mode, **options) for _ in range(2))
-        sequence = [batch.mask[j].nonzero()[:, 0] for j in range(N)]
-        rows = [
-            (batch.logits[j][batch.mask[j]], batch.targets[batch.mask[j]], {"weight": batch.weight[j][sequence[j]], "seq_idx": sequence[j]})
-            for j in range(N)
-        ]
+        rows = []
+        for z, m, w in zip(batch.logits, batch.mask, batch.weight, strict=True):
+            sequence = m.nonzero()[:, 0]
+            rows.append({"logits": z[m], "targets": batch.targets[m], "weight": w[sequence], "seq_idx": sequence})
         if mode == "exact":
-            for j, (z, y, o) in enumerate(rows):
-                packed.observe(j, z, y, **o)
+            for j, row in enumerate(rows):
+                packed.observe(j, **row)
         with battery.NoSyncingOperators(), battery.NoSyncingMethods():
-            for j in range(N):
-                if mode == "exact":
-                    dense.observe(j, batch.logits[j], batch.targets, weight=batch.weight[j], mask=batch.mask[j])
-            got = sum(dense.loss(j, batch.logits[j], batch.targets, weight=batch.weight[j], mask=batch.mask[j]) for j in range(N))
+            if mode == "exact":
+                observe(dense, batch)
+            got = sum(dense.loss(j, batch.logits[j], **batch.draw(j)) for j in range(N))
             metrics = dense.metrics()
-        agree(sum(packed.loss(j, z, y, **o) for j, (z, y, o) in enumerate(rows)), got)
+        agree(sum(packed.loss(j, **row) for j, row in enumerate(rows)), got)
         agree(packed.metrics(), metrics)
 
 
@@ -162,7 +147,7 @@ def test_metrics_before_the_last_draw():
     batch = Batch()
     acc = rlkern.BGPOAccumulator(batch.advantages, None, 1.0, mc_weights=batch.omega, ratio_scale=1.0)
     for j in (2, 0):
-        loss = acc.loss(j, batch.logits[j], batch.targets, weight=batch.weight[j], mask=batch.mask[j])
+        loss = acc.loss(j, batch.logits[j], **batch.draw(j))
         assert loss.item() == pytest.approx(-(batch.omega[:, j] * batch.advantages).sum().item())
     some = batch.omega[:, [0, 2]] / batch.omega[:, [0, 2]].sum(-1, keepdim=True)
     agree(acc.metrics()["elbo"], sum(some[:, i] * elbo(batch.logits[j], batch, j) for i, j in enumerate((0, 2))).mean())
@@ -173,32 +158,30 @@ def test_on_policy_with_a_reference_takes_two_passes():
     options = {"mc_weights": batch.omega, "ratio_scale": batch.scale, "ref_elbo": batch.ref, "kl_coef": 0.3, "kl": "k3"}
     acc = rlkern.BGPOAccumulator(batch.advantages, None, batch.seq_weight, mode="exact", **options)
     assert acc.two_pass
-    for j in range(N):
-        acc.observe(j, batch.logits[j], batch.targets, weight=batch.weight[j], mask=batch.mask[j])
+    observe(acc, batch)
     want = differentiate(lambda z: naive_objective(z, batch, on_policy=True, kl_coef=0.3, kl=KL["k3"]), batch.logits)
     agree(accumulate(acc, batch), want, 1e-10)
 
 
 def test_calls_out_of_order():
     batch = Batch()
-    draw = (batch.logits[0], batch.targets)
-    rows = {"weight": batch.weight[0], "mask": batch.mask[0]}
+    draw = {"logits": batch.logits[0], **batch.draw(0)}
     acc = rlkern.BGPOAccumulator(batch.advantages, batch.old, 1.0, mode="exact", ratio_scale=1.0)
     for call, words in (
         (lambda: acc.metrics(), "metrics needs at least one loss"),
         (lambda: acc.elbo, r"elbo needs loss\(j, ...\) of all 4 draws before it; missing \[0, 1, 2, 3\]"),
-        (lambda: acc.loss(0, *draw, **rows), r"needs observe\(j, ...\) of all 4 draws before it; missing \[0, 1, 2, 3\]"),
+        (lambda: acc.loss(0, **draw), r"needs observe\(j, ...\) of all 4 draws before it; missing \[0, 1, 2, 3\]"),
     ):
         with pytest.raises(RuntimeError, match=words):
             call()
-    acc.observe(2, *draw, **rows)
+    acc.observe(2, **draw)
     with pytest.raises(RuntimeError, match=r"missing \[0, 1, 3\]"):
-        acc.loss(2, *draw, **rows)
+        acc.loss(2, **draw)
     with pytest.raises(RuntimeError, match="observe is the first pass of mode='exact'"):
-        rlkern.BGPOAccumulator(batch.advantages, batch.old, 1.0, ratio_scale=1.0).observe(0, *draw, **rows)
+        rlkern.BGPOAccumulator(batch.advantages, batch.old, 1.0, ratio_scale=1.0).observe(0, **draw)
     for j, error in ((4, IndexError), (-1, IndexError), (1.0, TypeError), (True, TypeError)):
         with pytest.raises(error, match="draw"):
-            acc.loss(j, *draw, **rows)
+            acc.loss(j, **draw)
     with pytest.raises(ValueError, match="must hold the 5 sequences that the advantages are of"):
         acc.observe(0, batch.logits[0][:2], batch.targets[:2], weight=torch.ones(2, dtype=F64))
 
@@ -220,11 +203,8 @@ def test_accumulator_errors(changes, error, words):
         rlkern.BGPOAccumulator(**{"advantages": torch.ones(2), "seq_weight": 1.0, "ratio_scale": 1.0} | changes)
 
 
-# --- memory ------------------------------------------------------------------------------------------------------------------------------------
-
-
 class Retained:
-    """Bytes that autograd holds, and the most it held: hooks wrap every saved tensor in an object that says when it is dropped."""
+    """Bytes that autograd holds, and the most it held. Saved tensors are wrapped, to tell when they go."""
 
     def __init__(self):
         self.now = self.peak = 0
@@ -305,7 +285,7 @@ print([peak_memory("cpu", (lambda _: step(n),)) for step, n in ((bgpo, 1), (bgpo
 
 @pytest.mark.slow
 def test_peak_memory_of_64_draws():
-    """Resident memory of a process whose malloc hands blocks above 64 KB straight back to the system. Logits of a draw are 14 MB."""
+    """Resident memory where malloc returns blocks above 64 KB at once. Logits of a draw are 14 MB."""
     command = [sys.executable, "-c", PEAK, str(Path(__file__).resolve().parent.parent / "benchmarks")]
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)

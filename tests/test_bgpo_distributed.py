@@ -1,22 +1,19 @@
-"""BGPO split over micro-batches, Monte-Carlo draws and processes has the gradient of one process that sees everything at once.
+"""BGPO split over micro-batches, draws and processes has the gradient of one process that sees everything.
 
-As a script this file is one of two gloo processes; the test starts both once, for all ways of training.
+As a script this file is one of two gloo processes. The test starts both once, for all ways of training.
 """
 
 import contextlib
-import subprocess
-import sys
-from datetime import timedelta
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from two_processes import WORLD, one_of_them, results_of
 
 import rlkern
 
-WORLD, NUM_MC, VOCAB, MASK_ID, SEED = 2, 4, 11, 10, 7
-# Rows 0-2 are rank 0's, 3-5 rank 1's; each is two micro-batches. The second of rank 1 has nothing to guess at all.
+NUM_MC, VOCAB, MASK_ID, SEED = 4, 11, 10, 7
+# Rows 0-2 are rank 0's, 3-5 rank 1's, in two micro-batches each. The second of rank 1 has nothing to guess.
 LENGTHS = torch.tensor([5, 0, 3, 6, 1, 0])
 ADVANTAGES = torch.tensor([1.5, -0.5, -2.0, 0.7, 0.0, -1.0], dtype=torch.float64)
 MICRO_BATCHES = {0: [[0, 1], [2]], 1: [[3, 4], [5]]}
@@ -68,20 +65,14 @@ def micro_batches(rank):
 
 
 def bound(model, old, batches, context, average_over=1):
-    """The loop of docs/diffusion.md: every draw of every micro-batch by itself, c over the sequences of the whole step."""
+    """The loop of docs/diffusion.md: every draw of every micro-batch by itself, c over the whole step."""
     for k, batch in enumerate(batches):
         for j in range(NUM_MC):
             noisy, mask, weight = batch.draw(j)
             with context(k == len(batches) - 1 and j == NUM_MC - 1):
-                loss, _ = rlkern.bgpo_loss(
-                    *(model(noisy), batch.ids, weight, batch.advantages, batch.elbo(old, j)),
-                    mask=mask,
-                    mc_weight=1 / NUM_MC,
-                    seq_weight=1 / len(LENGTHS),
-                    ratio_scale=batch.scale,
-                    clip=CLIP,
-                    inplace_backward=True,
-                )
+                rows = model(noisy), batch.ids, weight, batch.advantages, batch.elbo(old, j)
+                options = {"mask": mask, "mc_weight": 1 / NUM_MC, "seq_weight": 1 / len(LENGTHS), "ratio_scale": batch.scale}
+                loss, _ = rlkern.bgpo_loss(*rows, clip=CLIP, inplace_backward=True, **options)
                 (loss * average_over).backward()
 
 
@@ -98,7 +89,7 @@ def exact(model, old, batches, context, average_over=1):
                 (-(q * batch.scale * ell).sum() / NUM_MC / len(LENGTHS) * average_over).backward()
 
 
-# --- one of two processes ------------------------------------------------------------------------------------------------------------------------
+# --- one of two processes ---
 
 
 def with_ddp(step):
@@ -125,26 +116,21 @@ def with_fsdp(step, only_last):
     return [p.grad.full_tensor() for p in model.parameters()]
 
 
-def main(rank, folder):
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(str(folder / "store"), WORLD)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=60))
+def gradients(rank):
     old = Model(1)
 
     def step_of(objective):
         return lambda model, context: objective(model, old, micro_batches(rank), context, average_over=WORLD)
 
-    grads = {
+    return {
         "DDP, no_sync": with_ddp(step_of(bound)),
         "DDP, no_sync, exact": with_ddp(step_of(exact)),
         "FSDP2, every backward": with_fsdp(step_of(bound), only_last=False),
         "FSDP2, last backward": with_fsdp(step_of(bound), only_last=True),
     }
-    torch.save(grads, folder / f"rank{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
-# --- the parent ----------------------------------------------------------------------------------------------------------------------------------
+# --- the parent ---
 
 
 def naive_gradient(exact_objective):
@@ -179,7 +165,7 @@ def check(grads, expected):
 
 @pytest.mark.parametrize("objective", [bound, exact])
 def test_micro_batches_and_draws(objective):
-    """Any grouping: each row by itself, several at a time, all draws stacked as one batch of B n sequences."""
+    """Any grouping: each row by itself, several at a time, all at once."""
     expected, old, alone = naive_gradient(objective is exact), Model(1), lambda last: contextlib.nullcontext()
     for batches in ([Batch([i]) for i in range(6)], micro_batches(0) + micro_batches(1), [Batch(list(range(6)))]):
         model = Model(0)
@@ -192,32 +178,19 @@ def test_draws_stacked_in_the_batch():
     noisy, mask, weight = (torch.cat(parts) for parts in zip(*(batch.draw(j) for j in range(NUM_MC)), strict=True))
     old_elbo = torch.cat([batch.elbo(old, j) for j in range(NUM_MC)])
     ids, advantages, scale = (x.repeat(NUM_MC, *[1] * (x.dim() - 1)) for x in (batch.ids, batch.advantages, batch.scale))
-    loss, _ = rlkern.bgpo_loss(
-        *(model(noisy), ids, weight, advantages, old_elbo), mask=mask, mc_weight=1 / NUM_MC, seq_weight=1 / 6, ratio_scale=scale, clip=CLIP
-    )
-    loss.backward()
+    options = {"mask": mask, "mc_weight": 1 / NUM_MC, "seq_weight": 1 / 6, "ratio_scale": scale}
+    rlkern.bgpo_loss(model(noisy), ids, weight, advantages, old_elbo, clip=CLIP, **options).loss.backward()
     check([p.grad for p in model.parameters()], naive_gradient(False))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes(tmp_path):
-    logs = [tmp_path / f"rank{rank}.txt" for rank in range(WORLD)]
-    processes = []
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, __file__, str(rank), str(tmp_path)]
-            processes.append(subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT))
-        for process, log in zip(processes, logs, strict=True):
-            assert process.wait(timeout=180) == 0, log.read_text()
-    finally:
-        for process in processes:
-            process.kill()
-    expected = naive_gradient(False)
-    for rank in range(WORLD):
-        for name, grads in torch.load(tmp_path / f"rank{rank}.pt").items():
-            check(grads, naive_gradient(True) if "exact" in name else expected)
+    for grads in results_of(__file__, tmp_path):
+        for name, got in grads.items():
+            check(got, naive_gradient("exact" in name))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    with one_of_them() as (rank, results):
+        results.update(gradients(rank))

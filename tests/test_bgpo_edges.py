@@ -1,4 +1,4 @@
-"""Diffusion BGPO where it is easily wrong: advantages of zero, ratios far off, nothing masked, infinite logits; and what it refuses."""
+"""Diffusion BGPO where it is easily wrong: A = 0, ratios far off, nothing masked, infinite logits; errors."""
 
 import math
 
@@ -54,7 +54,7 @@ def test_far_off_policy():
 
 
 def test_nothing_masked():
-    """The value stays in the mean, the gradient is 0 and the loss is connected, so that every process can run its backward."""
+    """The value stays in the mean. The gradient is 0, and connected: every process can run its backward."""
     logits = torch.randn(2, 3, 5, requires_grad=True)
     targets, a = torch.zeros(2, 3, dtype=torch.long), torch.tensor([1.0, -2.0])
     nothing = {"mask": torch.zeros(2, 3, dtype=torch.bool)}
@@ -91,8 +91,6 @@ def test_minus_inf_logits():
     batch.mask[0, 0, 0] = False
     bound(batch.logits, batch)
 
-
-# --- errors -------------------------------------------------------------------------------------------------------------------------------------
 
 GOOD = {"mc_weight": 0.5, "seq_weight": 0.5, "ratio_scale": 1.0}
 

@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 import torch
-from bgpo_batch import F64, INF, KL, B, Batch, N, S, V, agree, bound, differentiate, elbo
-from torch._dynamo.testing import CompileCounterWithBackend
+from bgpo_batch import F64, INF, KL, B, Batch, N, S, V, agree, bound, elbo
+from derivatives import differentiate
+from loss_battery import assert_compiles_once
 
 import rlkern
 
@@ -89,22 +90,21 @@ def test_elbo_coeff_on_policy_and_at_the_bounds():
 def test_temperature_and_kl_and_token_logp():
     batch = Batch(spread=0.8)
     scale, c = batch.scale, batch.seq_weight
-    for j in range(N):
-        for name, f in KL.items():
+    common = {"mc_weight": 0.25, "seq_weight": c, "ratio_scale": scale, "kl_coef": 0.3, "temperature": 0.7}
+    for name, f in KL.items():
 
-            def naive(z, j=j, f=f):
-                ell = elbo(z, batch, j, 0.7)
-                d, a = scale * (ell - batch.old[:, j]), batch.advantages
-                g = torch.where(a > 0, a * (1 + d), a * d.exp())
-                return -(c * 0.25 * (g - 0.3 * f(scale * (ell - batch.ref[:, j])))).sum()
+        def naive(j, z, f=f):
+            ell = elbo(z, batch, j, 0.7)
+            d, a = scale * (ell - batch.old[:, j]), batch.advantages
+            g = torch.where(a > 0, a * (1 + d), a * d.exp())
+            return -(c * 0.25 * (g - 0.3 * f(scale * (ell - batch.ref[:, j])))).sum()
 
-            def ours(z, j=j, name=name):
-                return rlkern.bgpo_loss(
-                    z, *batch.rows(j), batch.advantages, batch.old[:, j], mask=batch.mask[j], mc_weight=0.25, seq_weight=c, ratio_scale=scale,
-                    ref_elbo=batch.ref[:, j], kl_coef=0.3, kl=name, temperature=0.7,
-                ).loss  # fmt: skip
+        def ours(j, z, name=name):
+            options = {"mask": batch.mask[j], "ref_elbo": batch.ref[:, j], "kl": name, **common}
+            return rlkern.bgpo_loss(z, *batch.rows(j), batch.advantages, batch.old[:, j], **options).loss
 
-            agree(differentiate(ours, batch.logits[j]), differentiate(naive, batch.logits[j]))
+        for j, z in enumerate(batch.logits):
+            agree(*(differentiate(lambda x, f=f, j=j: f(j, x), z) for f in (ours, naive)))
 
 
 def test_stats_and_old_token_logp():
@@ -116,11 +116,12 @@ def test_stats_and_old_token_logp():
     assert (first.d == 0).all() and (first.ratio == 1).all() and (first.clipped == 0).all()
 
     moved = batch.logits[0] + 1.5 * torch.randn(B, S, V, generator=torch.Generator().manual_seed(2), dtype=F64)
-    by_elbo = differentiate(lambda z: rlkern.bgpo_loss(z, *arguments, first.ell, **common).loss, moved)
-    by_token = differentiate(lambda z: rlkern.bgpo_loss(z, *arguments, old_token_logp=first.token_logp, **common).loss, moved)
-    agree(by_token, by_elbo)
-    by_live_elbo = differentiate(lambda z: rlkern.bgpo_loss(z, *arguments, first.ell.clone().requires_grad_(), **common).loss, moved)
-    agree(by_live_elbo, by_elbo)  # an old ELBO is detached, not refused
+
+    def by(**old):
+        return differentiate(lambda z: rlkern.bgpo_loss(z, *arguments, **old, **common).loss, moved)
+
+    agree(by(old_token_logp=first.token_logp), by(old_elbo=first.ell))
+    agree(by(old_elbo=first.ell.clone().requires_grad_()), by(old_elbo=first.ell))  # detached, not refused
     stats = rlkern.bgpo_loss(moved, *arguments, first.ell, **common).stats
     d = batch.scale * (elbo(moved, batch, 0) - first.ell)
     agree((stats.d, stats.ratio), (d, torch.where(batch.advantages > 0, 1 + d, torch.where(batch.advantages == 0, 1, d.exp()))))
@@ -130,35 +131,17 @@ def test_stats_and_old_token_logp():
 
 def test_coefficients_do_not_compile_again():
     batch = Batch(spread=0.8)
-    inputs = [x.float() for x in (batch.logits[0], batch.weight[0], batch.advantages, batch.old[:, 0], batch.ref[:, 0])]
-    names = {
-        "clip_low": 0.2,
-        "clip_high": 0.3,
-        "dual_clip": 3.0,
-        "max_log_ratio": 10.0,
-        "kl_coef": 0.1,
-        "mc_weight": 0.2,
-        "seq_weight": 0.5,
-        "s": 0.2,
-    }
+    vectors = (batch.logits[0], batch.weight[0], batch.advantages, batch.old[:, 0], batch.ref[:, 0])
+    logits, weight, advantages, old, ref = (x.float() for x in vectors)
+    coefficients = {"low": 0.2, "high": 0.3, "dual_clip": 3.0, "max_log_ratio": 10.0, "kl_coef": 0.1}
+    coefficients |= {"mc_weight": 0.2, "seq_weight": 0.5, "ratio_scale": 0.2}
 
-    def loss(logits, weight, advantages, old, ref, o):
-        return rlkern.bgpo_loss(
-            logits, batch.targets, weight, advantages, old, mask=batch.mask[0], clip=(o["clip_low"], o["clip_high"]), dual_clip=o["dual_clip"],
-            max_log_ratio=o["max_log_ratio"], ref_elbo=ref, kl_coef=o["kl_coef"], mc_weight=o["mc_weight"], seq_weight=o["seq_weight"],
-            ratio_scale=o["s"],
-        ).loss  # fmt: skip
+    def loss(c):
+        options = {name: c[name] for name in coefficients if name not in ("low", "high")}
+        options |= {"clip": (c["low"], c["high"]), "mask": batch.mask[0], "ref_elbo": ref}
+        return rlkern.bgpo_loss(logits, batch.targets, weight, advantages, old, **options).loss
 
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
-    for factor in (1.0, 1.01):  # the second value is where torch.compile may still learn that a float varies
-        compiled(*inputs, {name: value * factor for name, value in names.items()})
-    frames = counter.frame_count
-    for factor in (1.02, 1.05, 1.1):
-        options = {name: value * factor for name, value in names.items()}
-        torch.testing.assert_close(compiled(*inputs, options), loss(*inputs, options))
-    assert counter.frame_count == frames
+    assert_compiles_once(loss, coefficients)
 
 
 def test_benchmark_contenders_compute_the_same(monkeypatch):

@@ -1,4 +1,4 @@
-"""What a caller may not pass: advantages and weights with a gradient that the loss would drop without a word."""
+"""Advantages and weights with a gradient, which a loss would drop without a word, are refused."""
 
 import pytest
 import torch
@@ -7,6 +7,7 @@ import rlkern
 from rlkern.checks import per_token
 
 LOGP = torch.tensor([[-1.0, -2.0, -0.5], [-0.1, -3.0, -1.5]])
+LEAF, MASK, PLAIN = LOGP.clone().requires_grad_(), torch.ones(2, 3), torch.ones(2)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (2, 1), (2,)])
@@ -23,21 +24,23 @@ def test_a_gradient_that_would_be_lost_is_refused(shape):
     "loss", [rlkern.ppo_loss, rlkern.grpo_loss, rlkern.gspo_loss, rlkern.clip_cov_loss, rlkern.kl_cov_loss, rlkern.reinforce_loss]
 )
 def test_policy_losses_refuse_it(loss):
-    logp, mask, plain = LOGP.clone().requires_grad_(), torch.ones(2, 3), torch.ones(2)
     with pytest.raises(ValueError, match="advantages must not require grad"):
-        loss(logp, LOGP, (2 * logp).sum(-1), mask)
+        loss(LEAF, LOGP, (2 * LEAF).sum(-1), MASK)
     with pytest.raises(ValueError, match="weights must not require grad"):
-        loss(logp, LOGP, plain, mask, weights=logp.exp())
+        loss(LEAF, LOGP, PLAIN, MASK, weights=LEAF.exp())
     # The log-probabilities of the step themselves are how on-policy is written: detached.
-    on_policy = torch.autograd.grad(loss(logp, logp, plain, mask).loss, logp)[0]
-    assert torch.equal(on_policy, torch.autograd.grad(loss(logp, logp.detach(), plain, mask).loss, logp)[0])
+    on_policy, detached = (torch.autograd.grad(loss(LEAF, old, PLAIN, MASK).loss, LEAF) for old in (LEAF, LOGP))
+    assert torch.equal(*on_policy, *detached)
 
 
-def test_others_refuse_it():
-    logp, mask, plain = LOGP.clone().requires_grad_(), torch.ones(2, 3), torch.ones(2)
-    with pytest.raises(ValueError, match="advantages must not require grad"):
-        rlkern.lp_reg_loss(logp, LOGP, LOGP, logp, mask)
-    with pytest.raises(ValueError, match="advantages must not require grad"):
-        rlkern.token_covariance(logp, logp, mask)
-    with pytest.raises(ValueError, match="kl_scale must not require grad"):
-        rlkern.grpo_loss(logp, LOGP, plain, mask, reference_logp=LOGP, kl_coef=0.1, kl_scale=logp)
+@pytest.mark.parametrize(
+    "name, call",
+    [
+        ("advantages", lambda: rlkern.lp_reg_loss(LEAF, LOGP, LOGP, LEAF, MASK)),
+        ("advantages", lambda: rlkern.token_covariance(LEAF, LEAF, MASK)),
+        ("kl_scale", lambda: rlkern.grpo_loss(LEAF, LOGP, PLAIN, MASK, reference_logp=LOGP, kl_coef=0.1, kl_scale=LEAF)),
+    ],
+)
+def test_others_refuse_it(name, call):
+    with pytest.raises(ValueError, match=f"{name} must not require grad"):
+        call()

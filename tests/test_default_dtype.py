@@ -1,4 +1,4 @@
-"""torch.set_default_dtype is the caller's: primitives, mask samplers and estimators of advantages give the same bits and dtypes under any."""
+"""torch.set_default_dtype is the caller's: primitives, masks and advantages have the same bits under any."""
 
 import loss_battery as battery
 import pytest
@@ -6,6 +6,7 @@ import torch
 from calls import CALLS, moved
 
 import rlkern
+from rlkern.primitives.selection import selected_means
 
 OTHERS = [call for call in CALLS if not call.function.__module__.startswith("rlkern.losses")]  # the battery has the losses
 INTERPRETED = ("entropy_from_logits", "token_covariance")  # the interpreter is slow
@@ -40,8 +41,6 @@ def test_results_do_not_follow_the_default_dtype(default, backend):
 
 def test_selections(default):
     """What losses take of them, in plain PyTorch."""
-    from rlkern.primitives.selection import selected_means
-
     values, selected, mask = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[True, False, False]]), torch.ones(1, 3, dtype=torch.bool)
     torch.set_default_dtype(default)
     with rlkern.use_backend("reference"):

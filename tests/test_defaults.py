@@ -1,4 +1,4 @@
-"""Defaults that papers, TRL, verl or OpenRLHF have. They are part of what a loss promises: a trainer that names none must get these."""
+"""Defaults that papers, TRL, verl or OpenRLHF have, and that a trainer who names none must get."""
 
 import inspect
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -15,17 +16,20 @@ from rlkern.diffusion import masks as diffusion_masks
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [0, 1, 1, 1, 0, 0, 0, 0], [0] * 8, [0, 0, 0, 0, 0, 0, 0, 1]])  # L = 5, 3, 0, 1
 SAMPLERS = {
     "count": count_masks,
-    "count, alone": lambda *a, **k: count_masks(*a, stratified=False, **k),
-    "count, pairs": lambda *a, **k: count_masks(*a, complementary=True, **k),
+    "count, alone": partial(count_masks, stratified=False),
+    "count, pairs": partial(count_masks, complementary=True),
     "bernoulli": bernoulli_masks,
-    "bernoulli, alone": lambda *a, **k: bernoulli_masks(*a, stratified=False, **k),
-    "bernoulli, pairs": lambda *a, **k: bernoulli_masks(*a, complementary=True, low=0.2, high=0.8, **k),
+    "bernoulli, alone": partial(bernoulli_masks, stratified=False),
+    "bernoulli, pairs": partial(bernoulli_masks, complementary=True, low=0.2, high=0.8),
 }
+OF_ALL_LEVELS = {name: SAMPLERS[name] for name in ("count", "count, alone", "count, pairs")}
+OF_ALL_LEVELS["bernoulli"] = partial(bernoulli_masks, low=0)
+OF_ALL_LEVELS["bernoulli, pairs"] = partial(bernoulli_masks, low=0, high=1 - 1e-9, complementary=True)
 every_sampler = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
 
 
 def elbo_weight(m, length):
-    """The total weight that a pattern with m masked tokens has in the ELBO: the integral of t^(m-1) (1-t)^(L-m) over (0, 1)."""
+    """What a pattern of m masked tokens weighs in the ELBO: the integral of t^(m-1) (1-t)^(L-m) on (0, 1)."""
     return 1 / (m * math.comb(length, m))
 
 
@@ -40,6 +44,10 @@ def bits_of(u):
     return whole - 2**64 if whole >= 2**63 else whole
 
 
+def identical(got, mask, weight):
+    return torch.equal(got.mask, mask) and torch.equal(got.weight, weight)
+
+
 def enumerate_stream(monkeypatch, shared, tokens):
     """Replaces the random bits: `shared` numbers in [0, 1) a row, `tokens` [rows, L] int64 bits."""
     own = torch.tensor([[bits_of(u)] for u in shared])
@@ -50,13 +58,10 @@ def enumerate_stream(monkeypatch, shared, tokens):
     monkeypatch.setattr(diffusion_masks, "_stream", stream)
 
 
-# --- the expectation -------------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("complementary", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 4])
 def test_count_scheme_enumerated(monkeypatch, length, complementary):
-    """Every order of the tokens times every level: each draw by itself gives each pattern exactly the ELBO's weight."""
+    """Every order of the tokens times every level: each draw gives each pattern the ELBO's weight."""
     num_mc = 4
     grid = 8 * length * (length + 1)  # whole multiples of the number of levels, so that the grid's mean is the integral
     orders = torch.tensor(list(itertools.permutations(range(length))))
@@ -86,17 +91,7 @@ def test_bernoulli_scheme_enumerated(monkeypatch, length):
         assert total[row].item() == pytest.approx(elbo_weight(count, length) if count else 0, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "sampler",
-    [
-        SAMPLERS["count"],
-        SAMPLERS["count, alone"],
-        SAMPLERS["count, pairs"],
-        lambda *a, **k: bernoulli_masks(*a, low=0, **k),
-        lambda *a, **k: bernoulli_masks(*a, low=0, high=1 - 1e-9, complementary=True, **k),
-    ],
-    ids=["count", "count, alone", "count, pairs", "bernoulli", "bernoulli, pairs"],
-)
+@pytest.mark.parametrize("sampler", OF_ALL_LEVELS.values(), ids=OF_ALL_LEVELS)
 def test_expectation_of_what_is_really_drawn(sampler):
     length, rows = 4, 40_000
     draws = sampler(torch.ones(rows, length), 2, seed=11)
@@ -105,9 +100,6 @@ def test_expectation_of_what_is_really_drawn(sampler):
         m = bin(pattern).count("1")
         values = torch.where(which[:, j] == pattern, draws.weight[:, j].double(), 0)
         assert abs(values.mean().item() - elbo_weight(m, length)) < 5 * values.std().item() / math.sqrt(rows), pattern
-
-
-# --- levels ----------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("length", "num_mc"), [(5, 2), (7, 4), (8, 4), (12, 8), (51, 16)])
@@ -159,13 +151,9 @@ def test_given_levels():
     assert both.mask[2, 0].all() and both.weight[2, 0] == 1
     seen = both.mask.any(-1)
     torch.testing.assert_close(both.weight[seen], (1 / levels)[seen])
-    second = bernoulli_masks(response, 2, seed=2, p=levels, draw=1)
-    assert torch.equal(second.mask, both.mask[:, 1]) and torch.equal(second.weight, both.weight[:, 1])
+    assert identical(bernoulli_masks(response, 2, seed=2, p=levels, draw=1), both.mask[:, 1], both.weight[:, 1])
     pairs = bernoulli_masks(response, 4, seed=2, p=levels.clamp(max=0.9), complementary=True)
     assert torch.equal(pairs.mask[:, 1], ~pairs.mask[:, 0]) and pairs.weight[0, 1] == pytest.approx(1 / 0.9) and pairs.weight[0, 2] == 1 / 0.9
-
-
-# --- which tokens ----------------------------------------------------------------------------------------------------------------------------
 
 
 @every_sampler
@@ -202,23 +190,18 @@ def test_pairs_share_out_the_response(name):
         torch.testing.assert_close((1 / w[:, 0::2] + 1 / w[:, 1::2])[both], torch.ones(both.sum(), dtype=torch.float64), rtol=1e-6, atol=0)
 
 
-# --- a mask is a function of its numbers ---------------------------------------------------------------------------------------------------------
-
-
 @every_sampler
 def test_draw_alone(sampler):
     everything = sampler(LEFT, 6, seed=9)
     for j in range(6):
-        alone = sampler(LEFT, 6, seed=9, draw=j)
-        assert torch.equal(alone.mask, everything.mask[:, j]) and torch.equal(alone.weight, everything.weight[:, j])
+        assert identical(sampler(LEFT, 6, seed=9, draw=j), everything.mask[:, j], everything.weight[:, j])
 
 
 @every_sampler
 def test_neither_batch_nor_padding_matters(sampler):
     everything = sampler(LEFT, 6, seed=9)
     rows = torch.tensor([3, 0])
-    part = sampler(LEFT[rows], 6, seed=9, rollouts=rows)
-    assert torch.equal(part.mask, everything.mask[rows]) and torch.equal(part.weight, everything.weight[rows])
+    assert identical(sampler(LEFT[rows], 6, seed=9, rollouts=rows), everything.mask[rows], everything.weight[rows])
     padded = sampler(torch.nn.functional.pad(LEFT, (3, 2)), 6, seed=9)
     assert torch.equal(padded.mask[..., 3:-2], everything.mask) and torch.equal(padded.weight, everything.weight)
 
@@ -235,7 +218,7 @@ def test_every_number_matters(sampler):
 
 
 def test_random_bits():
-    """The published first outputs of SplitMix64 seeded with 0, and no correlation between neighbours in any direction."""
+    """SplitMix64's published first outputs for seed 0. Neighbours do not correlate in any direction."""
     state = torch.arange(1, 4) * diffusion_masks._GOLDEN
     expected = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
     assert [x % 2**64 for x in diffusion_masks._mix(state).tolist()] == expected
@@ -252,9 +235,6 @@ def test_a_known_mask():
     assert (draw.mask.int().tolist(), draw.weight.tolist()) == ([[1, 0, 0, 0, 1, 0, 1, 1]], [2.0])
 
 
-# --- execution -------------------------------------------------------------------------------------------------------------------------------
-
-
 @every_sampler
 def test_no_host_sync(sampler):
     response, rollouts = LEFT.clone(), torch.arange(4)
@@ -268,9 +248,7 @@ def test_compiles():
     torch._dynamo.reset()
     compiled = torch.compile(lambda response, seed: count_masks(response, 4, seed=seed), fullgraph=True, dynamic=True, backend="aot_eager")
     for response in (LEFT, LEFT[:3, 1:]):
-        expected = count_masks(response, 4, seed=3)
-        got = compiled(response, torch.tensor(3))
-        assert torch.equal(got.mask, expected.mask) and torch.equal(got.weight, expected.weight)
+        assert identical(compiled(response, torch.tensor(3)), *count_masks(response, 4, seed=3))
 
 
 @every_sampler
@@ -309,11 +287,8 @@ def test_errors(error, match, call):
         call()
 
 
-# --- with the ELBO -----------------------------------------------------------------------------------------------------------------------------
-
-
 def test_all_draws_of_a_small_response_average_to_its_elbo():
-    """A model whose guesses depend on what it sees: the mean over many draws meets the sum over all patterns."""
+    """Guesses depend on what the model sees. The mean over draws meets the sum over all patterns."""
     g = torch.Generator().manual_seed(0)
     length, vocab, rows = 3, 5, 20_000
     ids = torch.randint(vocab, (1, length), generator=g)
@@ -325,14 +300,14 @@ def test_all_draws_of_a_small_response_average_to_its_elbo():
         exact += elbo_weight(len(masked), length) * sum(logp[k, ids[0, k]].item() for k in masked)
     every = (torch.arange(2**length).unsqueeze(-1) >> torch.arange(length)) % 2 == 1
     guesses = masked_elbo(table, ids.expand(len(every), -1), torch.ones(len(every)), mask=every)
-    for sampler in (SAMPLERS["count"], SAMPLERS["count, pairs"], lambda *a, **k: bernoulli_masks(*a, low=0, **k)):
-        draws = sampler(torch.ones(rows, length), 2, seed=3)
+    for name in ("count", "count, pairs", "bernoulli"):
+        draws = OF_ALL_LEVELS[name](torch.ones(rows, length), 2, seed=3)
         elbo = (guesses[patterns(draws.mask)] * draws.weight).mean(-1)
         assert abs(elbo.mean().item() - exact) < 5 * elbo.std().item() / math.sqrt(rows)
 
 
 def test_dream_rows_without_copying_the_logits():
-    """Dream's row k - 1 predicts token k: shifting ids and mask gives what shifting the logits gives, and leaves the gradient where it belongs."""
+    """Dream's row k - 1 predicts token k. Shifting ids and mask does what shifting the logits does."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 6, 9, generator=g, dtype=torch.float64, requires_grad=True)
     ids = torch.randint(9, (2, 6), generator=g)

@@ -1,4 +1,4 @@
-"""What compile and export are told of the operators: shapes and dtypes of fake tensors are those of real ones, for any number of dimensions."""
+"""What compile and export are told of the operators: fake tensors have the shapes and dtypes of real ones."""
 
 import pytest
 import torch

@@ -1,5 +1,6 @@
-"""Which one-sided derivative a loss takes where two of its branches meet: every clamp, clip and hinge exactly at its bound, on every backend, against
-the number that docs/losses.md promises. PyTorch's own answer for clamp has changed between versions.
+"""Which one-sided derivative a loss takes where two of its branches meet: every clamp, clip and hinge exactly
+at its bound, on every backend, against the number that docs/losses.md promises. PyTorch's own answer for
+clamp has changed between versions.
 
 A gradient below is by log-probability, of the sum over the tokens."""
 
@@ -15,15 +16,20 @@ F64 = torch.float64
 SUM = {"aggregation": "token-mean", "normalizer": 1.0}
 
 
-def of_token(function, d=0.0, advantage=1.0, **options):
-    """The gradient of a policy loss at one token whose log ratio to the old policy is d."""
+def of_logp(loss):
+    """The gradient by one token's log-probability, of loss(logp, its detached value, ones [1, 1])."""
 
     def run(device):
         logp = torch.full((1, 1), -1.0, dtype=F64, device=device, requires_grad=True)
-        old, ones = logp.detach() - d, torch.ones(1, 1, dtype=F64, device=device)
-        return torch.autograd.grad(getattr(rlkern, function)(logp, old, advantage * ones, ones, **{**SUM, **options}).loss, logp)[0]
+        return torch.autograd.grad(loss(logp, logp.detach(), torch.ones_like(logp)), logp)[0]
 
     return run
+
+
+def of_token(function, d=0.0, advantage=1.0, **options):
+    """The gradient of a policy loss at one token whose log ratio to the old policy is d."""
+    options = {**SUM, **options}
+    return of_logp(lambda logp, x, ones: getattr(rlkern, function)(logp, x - d, advantage * ones, ones, **options).loss)
 
 
 def of_numbers(function, *numbers):
@@ -47,7 +53,7 @@ def dpo(policy_chosen, **options):
 
 
 def aot(loss_type):
-    """Two pairs with equal margins, against 0 and 2 of the reference, or for "aot_unpaired" of the rejected responses."""
+    """Two pairs with equal margins, against 0 and 2 of the reference, or of the rejected ("aot_unpaired")."""
 
     def run(device):
         chosen = torch.ones(2, dtype=F64, device=device, requires_grad=True)
@@ -60,24 +66,13 @@ def aot(loss_type):
 
 def kl(d, kind, clamp=None, **options):
     """The KL penalty of `grpo_loss` alone, for a token that is d above the reference."""
-
-    def run(device):
-        logp = torch.full((1, 1), -1.0, dtype=F64, device=device, requires_grad=True)
-        zero, ones = torch.zeros(1, 1, dtype=F64, device=device), torch.ones(1, 1, device=device)
-        penalty = {"reference_logp": logp.detach() - d, "kl_coef": 1.0, "kl_kind": kind, "kl_clamp": clamp, **options}
-        return torch.autograd.grad(rlkern.grpo_loss(logp, None, zero, ones, **SUM, **penalty).loss, logp)[0]
-
-    return run
+    options = {"kl_coef": 1.0, "kl_kind": kind, "kl_clamp": clamp, **SUM, **options}
+    return of_logp(lambda logp, x, ones: rlkern.grpo_loss(logp, None, 0 * ones, ones, reference_logp=x - d, **options).loss)
 
 
 def nft(d, correct, **options):
-    def run(device):
-        logp = torch.full((1, 1), -1.0, dtype=F64, device=device, requires_grad=True)
-        half, ones = torch.full((1,), 0.5, device=device), torch.ones(1, 1, device=device)
-        options_ = {"normalize": 0, "normalizer": 1.0, **options}
-        return torch.autograd.grad(rlkern.nft_loss(logp, logp.detach() - d, half, correct * ones[0], ones, **options_).loss, logp)[0]
-
-    return run
+    options = {"normalize": 0, "normalizer": 1.0, **options}
+    return of_logp(lambda logp, x, ones: rlkern.nft_loss(logp, x - d, ones[0] / 2, correct * ones[0], ones, **options).loss)
 
 
 def epo(entropy):
@@ -90,23 +85,12 @@ def epo(entropy):
 
 
 def lp_reg(d, **options):
-    def run(device):
-        logp = torch.full((1, 1), -1.0, dtype=F64, device=device, requires_grad=True)
-        ones = torch.ones(1, 1, dtype=F64, device=device)
-        full = {"kl_term": "full", "kept_logmass": 0 * logp, **SUM, **options}
-        return torch.autograd.grad(rlkern.lp_reg_loss(logp, logp.detach() - d, logp.detach(), ones, ones, **full).loss, logp)[0]
-
-    return run
-
-
-def espo(device):
-    elbo = torch.full((1,), -1.0, dtype=F64, device=device, requires_grad=True)
-    one = torch.ones(1, dtype=F64, device=device)
-    return torch.autograd.grad(rlkern.espo_loss(elbo, None, one, one, clip_low=0.0, clip_high=0.0).loss, elbo)[0]
+    options = {"kl_term": "full", **SUM, **options}
+    return of_logp(lambda logp, x, ones: rlkern.lp_reg_loss(logp, x - d, x, ones, ones, kept_logmass=0 * logp, **options).loss)
 
 
 def bgpo(advantage, d=0.0, coeff=False, **options):
-    """By the ELBO of a response of one token; `coeff` gives the same of `elbo_coeff`, whose sign is that of the objective."""
+    """By the ELBO of a response of one token. `coeff`: of `elbo_coeff`, which has the objective's sign."""
 
     def run(device):
         logits = torch.zeros(1, 1, 2, dtype=F64, device=device, requires_grad=True)
@@ -124,9 +108,15 @@ def bgpo(advantage, d=0.0, coeff=False, **options):
     return run
 
 
+def bradley_terry(chosen, rejected, **options):
+    return of_numbers(lambda a, b: rlkern.bradley_terry_loss(a, b, **options).loss, chosen, rejected)
+
+
 NO_CLIP = {"clip_low": 0.0, "clip_high": 0.0}
 E = math.exp(0.5)
+BARRIER = {"penalty": "log_barrier", "penalty_weight": 1.0, "reward_bound": 5.0}
 EDGE = 5.0 - 1e-3  # of the barrier
+LOSES = 1 / (1 + math.exp(EDGE))  # the probability that a reward of 0 beats it
 CASES = {
     # the ratio is its clip: the token learns
     **{f"{name}, A {a}": (of_token(f"{name}_loss", advantage=a, **NO_CLIP), -a) for name in ("ppo", "grpo", "gspo", "gmpo") for a in (1, -2)},
@@ -136,7 +126,7 @@ CASES = {
     "gmpo, upper": (of_token("gmpo_loss", d=0.5, clip_high=0.5), -E),
     "gmpo, lower": (of_token("gmpo_loss", d=-0.5, advantage=-1.0, clip_low=0.5), 1 / E),
     "gmpo, exponent": (of_token("gmpo_loss", d=80.0, clip_high=80.0), -math.exp(80)),
-    "espo": (espo, -1),
+    "espo": (of_logp(lambda elbo, x, ones: rlkern.espo_loss(elbo[0], None, ones[0], ones[0], **NO_CLIP).loss), -1),
     "lp_reg, full": (lp_reg(0.0, **NO_CLIP), -1),
     # a weight at its cap has no gradient, the token has that of log pi
     "cispo, clip": (of_token("cispo_loss", **NO_CLIP), -1),
@@ -182,15 +172,9 @@ CASES = {
     "discopop": (dpo(-1e4, beta=1.0, loss_type="discopop"), -1),  # of the part that is not bounded
     "aot": (aot("aot"), [-1 / (1 + math.e), -1 / (1 + 1 / math.e)]),  # the first of two equal ones has the smaller rank
     "aot_unpaired": (aot("aot_unpaired"), [-1 / (1 + math.e), -1 / (1 + 1 / math.e)]),
-    "barrier": (
-        of_numbers(lambda a, b: rlkern.bradley_terry_loss(a, b, penalty="log_barrier", penalty_weight=1.0, reward_bound=5.0).loss, EDGE, 0.0),
-        [1 / (5 - EDGE) - 1 / (5 + EDGE) - 1 / (1 + math.exp(EDGE)), 1 / (1 + math.exp(EDGE))],
-    ),
-    "barrier below": (
-        of_numbers(lambda a, b: rlkern.bradley_terry_loss(a, b, penalty="log_barrier", penalty_weight=1.0, reward_bound=5.0).loss, 0.0, -EDGE),
-        [-1 / (1 + math.exp(EDGE)), 1 / (5 + EDGE) - 1 / (5 - EDGE) + 1 / (1 + math.exp(EDGE))],
-    ),
-    "focal": (of_numbers(lambda a, b: rlkern.bradley_terry_loss(a, b, focal_gamma=2.0).loss, 0.0, 0.0), [-0.5, 0.5]),
+    "barrier": (bradley_terry(EDGE, 0.0, **BARRIER), [1 / (5 - EDGE) - 1 / (5 + EDGE) - LOSES, LOSES]),
+    "barrier below": (bradley_terry(0.0, -EDGE, **BARRIER), [-LOSES, 1 / (5 + EDGE) - 1 / (5 - EDGE) + LOSES]),
+    "focal": (bradley_terry(0.0, 0.0, focal_gamma=2.0), [-0.5, 0.5]),
     # a row of equal logits has no standardised logit
     "spherical": (of_numbers(lambda x: rlkern.spherical_z_loss(x.expand(3).unsqueeze(0), torch.zeros(1, dtype=torch.long, device=x.device)), 1.0), 0),
 }  # fmt: skip
@@ -208,12 +192,9 @@ def test_losses_at_their_kinks(backend, device):
     assert not wrong, wrong
 
 
-INF, NAN = math.inf, math.nan
-
-
 @pytest.mark.parametrize("compiled", [False, True])
 def test_helpers(compiled):
-    """Values as clamp and relu have them, gradients where they are meant to flow; the bounds of a compiled caller may change."""
+    """Values as clamp and relu have them, gradients where they should flow; bounds may change, compiled."""
     if compiled:
         torch._dynamo.reset()
 
@@ -222,16 +203,16 @@ def test_helpers(compiled):
 
     function = torch.compile(both, fullgraph=True, backend="eager") if compiled else both
     for low, high in ((-1.0, 2.0), (-0.5, 0.5), (0.0, 0.0)):
-        points = [-INF, low - 1, low, (low + high) / 2, high, high + 1, INF]
+        points = [-math.inf, low - 1, low, (low + high) / 2, high, high + 1, math.inf]
         x = torch.tensor(points, dtype=F64, requires_grad=True)
         at_most, at_least = [min(p, high) for p in points], [max(p, low) for p in points]
         values = [[max(p, low) for p in at_most], at_least, at_most, [max(p - high, 0.0) for p in points]]
-        slopes = [[float(low <= p <= high) for p in points], [float(p >= low) for p in points], [float(p <= high) for p in points]]
-        slopes.append([float(p > high) for p in points])
+        flows = (lambda p: low <= p <= high), (lambda p: p >= low), (lambda p: p <= high), (lambda p: p > high)  # noqa: B023
+        slopes = [[float(flow(p)) for p in points] for flow in flows]
         for result, value, slope in zip(function(x, low, high), values, slopes, strict=True):
             assert result.tolist() == value
             assert torch.autograd.grad(result.sum(), x, retain_graph=True)[0].tolist() == slope
-    x = torch.tensor([NAN], requires_grad=True)
+    x = torch.tensor([math.nan], requires_grad=True)
     assert all(result.isnan().all() for result in function(x, -1.0, 1.0))
 
 

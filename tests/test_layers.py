@@ -1,4 +1,4 @@
-"""Imports point one way, nothing private crosses a file, and one file holds the operators. Read from the sources, so a lazy import counts as well."""
+"""Imports go one way, nothing private crosses a file, one file holds the operators. Lazy imports count."""
 
 import ast
 import re
@@ -53,11 +53,10 @@ def rooms(path: Path) -> set[str]:
     return found
 
 
-def ids(path: Path) -> str:
-    return str(path.relative_to(PACKAGE).with_suffix(""))
+every_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE).with_suffix("")))
 
 
-@pytest.mark.parametrize("path", FILES, ids=ids)
+@every_file
 def test_imports_go_one_way(path):
     room = path.relative_to(PACKAGE).with_suffix("").parts[0]
     if room == "backends":
@@ -69,13 +68,13 @@ def test_imports_go_one_way(path):
     assert rooms(path) <= set().union(*FLOORS[: floor + 1])
 
 
-@pytest.mark.parametrize("path", FILES, ids=ids)
+@every_file
 def test_nothing_private_is_imported(path):
     private = [name for module, names in imports(path) for name in [*module.split("."), *names] if re.match(r"_(?!_)", name)]
     assert set(private) <= ({"_cpu"} if path.stem == "native" else set())
 
 
-@pytest.mark.parametrize("path", FILES, ids=ids)
+@every_file
 def test_one_file_names_the_machinery_of_operators(path):
     assert path.stem == "operator" or not re.search(r"torch\.library|_functorch|torch\.ops\.rlkern", path.read_text())
 

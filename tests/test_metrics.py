@@ -1,22 +1,37 @@
-"""Metrics of parts of a batch merged into those of the whole, against the formulas over all tokens in float64."""
+"""Metrics of parts of a batch merged into those of the whole, against formulas over all tokens in float64.
+
+As a script this file is one of two gloo processes, which merges its metrics with the other's.
+"""
 
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import loss_battery as battery
-import metrics_process
 import pytest
 import torch
-from metrics_process import BATCHES, WORLD, draw, parts_of
-from test_bgpo_accumulator import Batch
+from bgpo_batch import Batch
+from two_processes import one_of_them, results_of
 
 import rlkern
 from rlkern.metrics.merge import RULES
 
 F64 = torch.float64
+
+
+def draw(lengths, seed=0, spread=0.5):
+    """One sequence a length: (logp, old_logp, advantages, mask)."""
+    g = torch.Generator().manual_seed(seed)
+    shape = len(lengths), max([*lengths, 1])
+    d = spread * torch.randn(shape, generator=g, dtype=F64)
+    old = -1 - torch.rand(shape, generator=g, dtype=F64)
+    return old + d, old, torch.randn(shape, generator=g, dtype=F64), torch.arange(shape[1]) < torch.tensor(lengths, dtype=torch.int64).view(-1, 1)
+
+
+# Micro-batches of two processes, empty ones among them.
+BATCHES = {0: [draw([5, 0, 3], 1), draw([0, 0], 2)], 1: [draw([1], 3, spread=2.0), draw([7, 2], 4), draw([2], 5)]}
+
+
+def parts_of(rank):
+    return [rlkern.ppo_loss(*batch).metrics for batch in BATCHES[rank]]
 
 
 def expected(batches):
@@ -34,9 +49,6 @@ def expected(batches):
         "tokens": torch.tensor(float(len(r)), dtype=F64),
         "log_mean_ratio": r.mean().log(),
     }
-
-
-# --- numbers ---------------------------------------------------------------------------------------------------------------------------------
 
 
 def clipped(count, tokens, largest):
@@ -60,18 +72,18 @@ def test_against_the_formulas(form):
     merged = rlkern.metrics.merge_metrics(parts)
     torch.testing.assert_close(merged, expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
     assert list(merged) == list(parts[0]) and all(value.dtype == F64 and value.dim() == 0 for value in merged.values())
-    in_steps = rlkern.metrics.merge_metrics(
-        [rlkern.metrics.merge_metrics(parts[:2]), rlkern.metrics.merge_metrics([rlkern.metrics.merge_metrics(parts[2:4]), parts[4]])]
-    )
+    merge = rlkern.metrics.merge_metrics
+    in_steps = merge([merge(parts[:2]), merge([merge(parts[2:4]), parts[4]])])
     torch.testing.assert_close(in_steps, merged, rtol=1e-12, atol=1e-14)
 
 
 def test_float32_metrics_keep_their_accuracy():
-    batches = [tuple(t.float() if t.is_floating_point() else t for t in batch) for batch in BATCHES[0] + BATCHES[1]]
+    def cast(batches, dtype):
+        return [tuple(t.to(dtype) if t.is_floating_point() else t for t in batch) for batch in batches]
+
+    batches = cast(BATCHES[0] + BATCHES[1], torch.float32)
     merged = rlkern.metrics.merge_metrics([rlkern.ppo_loss(*batch).metrics for batch in batches])
-    torch.testing.assert_close(
-        merged, expected([tuple(t.double() if t.is_floating_point() else t for t in b) for b in batches]), rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(merged, expected(cast(batches, F64)), rtol=1e-5, atol=1e-6)
 
 
 def test_empty_parts_do_not_count():
@@ -86,7 +98,7 @@ def test_empty_parts_do_not_count():
 
 
 def test_ratios_that_overflow():
-    """exp(800) is no number in float64: infinite where it is reported, and no obstacle to the effective sample size."""
+    """exp(800) overflows float64: reported as infinite, it does not hinder the effective sample size."""
     d = torch.tensor([[800.0, 799.0], [797.0, 800.5], [-0.5, 0.3]], dtype=F64)
     parts = [rlkern.ppo_loss(x, torch.zeros_like(x), torch.ones(1), torch.ones_like(x)).metrics for x in d.split(1)]
     merged = rlkern.metrics.merge_metrics([*parts, rlkern.ppo_loss(*draw([0])).metrics])
@@ -98,7 +110,7 @@ def test_ratios_that_overflow():
 
 
 def test_tokens_that_the_policy_forbids(backend, device):
-    """Ratios of 0: a part of nothing else has no effective sample size, and takes no part in that of the whole."""
+    """Ratios of 0: a part of nothing else has no effective sample size, and no part in that of the whole."""
     forbidden, old = torch.full((1, 3), -math.inf, device=device), torch.full((1, 3), -1.0, device=device)
     parts = [rlkern.ppo_loss(x, old, torch.ones(1, device=device), torch.ones_like(x)).metrics for x in (forbidden, old - 0.5)]
     assert parts[0]["log_mean_ratio"] == -math.inf
@@ -142,13 +154,11 @@ def test_bgpo_accumulators():
     batch = Batch(spread=0.8)
     merged = rlkern.metrics.merge_metrics([bgpo_metrics(rows, batch) for rows in (slice(0, 1), slice(1, 1), slice(1, None))])
     whole = bgpo_metrics(slice(None), batch)
-    torch.testing.assert_close({k: v for k, v in merged.items()}, whole, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(merged, whole, rtol=1e-10, atol=1e-12)
     assert whole["clip_fraction"] > 0 and set(whole) <= set(RULES)
 
 
 def test_every_rule_is_a_metric_of_some_loss():
-    import test_loss_battery  # noqa: F401, which registers the cases
-
     batch = Batch()
     names = set().union(*(battery.metrics_of(case(case.inputs()[0])) for case in battery.CASES))
     names |= set(bgpo_metrics(slice(None), batch)) | set(rlkern.metrics.displacement_metrics(*torch.zeros(4, 1)))
@@ -179,22 +189,15 @@ def test_errors(parts, error, message):
         rlkern.metrics.merge_metrics(parts)
 
 
-# --- processes -------------------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_two_processes(tmp_path):
-    """Two and three micro-batches, empty ones among them."""
-    logs = [tmp_path / f"rank{rank}.txt" for rank in range(WORLD)]
-    processes, environment = [], os.environ | {"PYTHONPATH": str(Path(rlkern.__file__).parents[1])}  # the rlkern that is tested here
-    try:
-        for rank, log in enumerate(logs):
-            command = [sys.executable, metrics_process.__file__, str(rank), str(tmp_path)]
-            processes.append(subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment))
-        for process, log in zip(processes, logs, strict=True):
-            assert process.wait(timeout=180) == 0, log.read_text()
-    finally:
-        for process in processes:
-            process.kill()
-    for rank in range(WORLD):
-        torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}.pt"), expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
+    for merged in results_of(__file__, tmp_path):
+        torch.testing.assert_close(merged, expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
+
+
+if __name__ == "__main__":
+    with one_of_them() as (rank, results):
+        parts = parts_of(rank)
+        if rank == 1:
+            parts = [dict(reversed(part.items())) for part in parts]
+        results.update(rlkern.metrics.merge_metrics(parts, group=torch.distributed.group.WORLD))

@@ -1,9 +1,10 @@
-"""The PPO family against naive float64 versions of the papers' formulas, one token at a time; what the losses share; their errors."""
+"""The PPO family against naive float64 versions of the papers' formulas, token by token; errors."""
 
 import math
 
 import pytest
 import torch
+from derivatives import agree, tokens_of, value_and_gradient
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rlkern
@@ -26,18 +27,15 @@ def draw(seed=0, batch=6, length=9, spread=0.5):
     return logp.requires_grad_(), old, advantages, mask
 
 
-def value_and_gradient(loss, *leaves):
-    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
-
-
-def agree(ours, naive, *leaves):
-    torch.testing.assert_close(value_and_gradient(ours, *leaves), value_and_gradient(naive, *leaves), rtol=1e-12, atol=1e-13)
+def mean_of(f, mask):
+    """The mean of f(token) over the tokens, by a loop."""
+    values = [f(i) for i in tokens_of(mask)]
+    return sum(values) / len(values)
 
 
 def token_mean(f, logp, old, advantages, mask):
-    """The mean of f(logp, old, A) over the tokens, by a loop."""
-    values = [f(logp[i, t], old[i, t], advantages[i, t].item()) for i in range(len(mask)) for t in range(mask.shape[1]) if mask[i, t]]
-    return sum(values) / len(values)
+    """The mean of f(logp, old, A)."""
+    return mean_of(lambda i: f(logp[i], old[i], advantages[i].item()), mask)
 
 
 def sequences(f, logp, old, advantages, mask):
@@ -85,21 +83,13 @@ def test_ppo_metrics():
     }
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
-        assert value != 0, name
-        torch.testing.assert_close(
-            metrics[name].double(), value, rtol=2e-7 if "fraction" in name else 1e-11, atol=0, msg=lambda m, name=name: f"{name}: {m}"
-        )
-        assert metrics[name].dim() == 0 and not metrics[name].requires_grad
+        assert value != 0 and not metrics[name].requires_grad, name
+        rtol = 2e-7 if "fraction" in name else 1e-11
+        torch.testing.assert_close(metrics[name].double(), value, rtol=rtol, atol=0, msg=lambda m, name=name: f"{name}: {m}")
 
 
-KL = {
-    "k1": lambda d: d,
-    "abs": abs,
-    "k2": lambda d: d * d / 2,
-    "k3": lambda d: (-d).exp() - 1 + d,
-    "mse": lambda d: d * d / 2,
-    "low_var_kl": lambda d: (-d).exp() - 1 + d,
-}
+KL = {"k1": lambda d: d, "abs": abs, "k2": lambda d: d * d / 2, "k3": lambda d: (-d).exp() - 1 + d}
+KL |= {"mse": KL["k2"], "low_var_kl": KL["k3"]}
 
 
 @pytest.mark.parametrize("kind", KL)
@@ -108,15 +98,12 @@ def test_grpo(kind):
     reference = old - 0.3
     scale = torch.tensor([0.5, 1, 1, 0.5, 1, 0], dtype=F64)
 
-    def f(i, t):
-        policy = ppo(0.2, 0.2)(logp[i, t], old[i, t], advantages[i, t].item())
-        return policy + 0.7 * scale[i] * KL[kind](logp[i, t] - reference[i, t])
+    def f(i):
+        return ppo(0.2, 0.2)(logp[i], old[i], advantages[i].item()) + 0.7 * scale[i[0]] * KL[kind](logp[i] - reference[i])
 
-    tokens = [f(i, t) for i in range(6) for t in range(9) if mask[i, t]]
     ours = rlkern.grpo_loss(*x, reference_logp=reference, kl_coef=0.7, kl_kind=kind, kl_scale=scale)
-    agree(ours.loss, sum(tokens) / len(tokens), logp)
-    expected = torch.stack([KL[kind](logp[i, t] - reference[i, t]) for i in range(6) for t in range(9) if mask[i, t]]).mean()
-    torch.testing.assert_close(ours.metrics["kl"], expected.detach())
+    agree(ours.loss, mean_of(f, mask), logp)
+    torch.testing.assert_close(ours.metrics["kl"], mean_of(lambda i: KL[kind](logp[i] - reference[i]), mask).detach())
 
 
 def test_grpo_paper():
@@ -125,15 +112,11 @@ def test_grpo_paper():
     reference, group_advantages = old - 0.3, torch.tensor([1.0, -0.5, 0.3, -2, 0.8, 1.2], dtype=F64)
 
     def f(i):
-        tokens = [
-            ppo(0.2, 0.2)(logp[i, t], old[i, t], group_advantages[i].item()) + 0.04 * KL["k3"](logp[i, t] - reference[i, t])
-            for t in range(9)
-            if mask[i, t]
-        ]
-        return sum(tokens) / len(tokens)
+        return ppo(0.2, 0.2)(logp[i], old[i], group_advantages[i[0]].item()) + 0.04 * KL["k3"](logp[i] - reference[i])
 
     ours = rlkern.grpo_loss(logp, old, group_advantages, mask, reference_logp=reference, kl_coef=0.04, aggregation="grpo")
-    agree(ours.loss, sum(f(i) for i in range(6)) / 6, logp)
+    rows = torch.eye(6, dtype=torch.bool).unsqueeze(-1) & mask
+    agree(ours.loss, sum(mean_of(f, row) for row in rows) / 6, logp)
 
 
 def test_kl_straight_through_and_clamp():
@@ -155,33 +138,6 @@ def test_kl_straight_through_and_clamp():
     torch.testing.assert_close(small, torch.tensor([5e-9]), rtol=1e-2, atol=0)
 
 
-def test_kl_gradients_in_expectation():
-    """The table of rlkern.primitives.kl, enumerated over a vocabulary: which divergence each estimate's gradient belongs to."""
-    g = torch.Generator().manual_seed(1)
-    z, w = torch.randn(7, generator=g, dtype=F64).requires_grad_(), torch.randn(7, generator=g, dtype=F64)
-    lp, ref = z.log_softmax(-1), w.log_softmax(-1)
-    p = lp.exp().detach()
-    reverse = torch.autograd.grad((lp.exp() * (lp - ref)).sum(), z, retain_graph=True)[0]
-    forward = torch.autograd.grad(-(ref.exp() * lp).sum(), z, retain_graph=True)[0]
-    expected = {"k1": 0 * reverse, "k2": reverse, "k3": forward, "k1+": reverse, "k3+": reverse}
-    for kind, divergence in expected.items():
-        gradient = torch.autograd.grad((p * kl_estimate(lp, ref, kind)).sum(), z, retain_graph=True)[0]
-        torch.testing.assert_close(gradient, divergence, msg=kind)
-
-
-def test_kl_times_ratio():
-    """On stale samples, ratio * k3 has the gradient of KL(pi || pi_ref)."""
-    g = torch.Generator().manual_seed(1)
-    z, w, old = torch.randn(7, generator=g, dtype=F64).requires_grad_(), *torch.randn(2, 7, generator=g, dtype=F64).log_softmax(-1)
-    lp = z.log_softmax(-1)
-    reverse = torch.autograd.grad((lp.exp() * (lp - w)).sum(), z, retain_graph=True)[0]
-    total = 0
-    for v in range(7):  # every token once, weighted by the policy that drew it
-        x = (lp[v].view(1, 1), old[v].view(1, 1), torch.zeros(1, 1, dtype=F64), torch.ones(1, 1))
-        total = total + old[v].exp() * rlkern.grpo_loss(*x, reference_logp=w[v].view(1, 1), kl_coef=1.0, kl_times_ratio=True).loss
-    torch.testing.assert_close(torch.autograd.grad(total, z)[0], reverse)
-
-
 @pytest.mark.parametrize("seed", range(3))
 def test_gspo(seed):
     logp, old, advantages, mask = draw(seed, spread=0.02)
@@ -191,8 +147,8 @@ def test_gspo(seed):
         s, a = d.mean().exp(), a[0].item()
         return max(-a * s, -a * clip(s, 1 - 3e-3, 1 + 4e-3))
 
-    expected = sequences(f, logp, old, advantages.expand(6, 9), mask)
-    agree(rlkern.gspo_loss(logp, old, advantages, mask, clip_low=3e-3, clip_high=4e-3).loss, expected, logp)
+    ours = rlkern.gspo_loss(logp, old, advantages, mask, clip_low=3e-3, clip_high=4e-3).loss
+    agree(ours, sequences(f, logp, old, advantages.expand(6, 9), mask), logp)
 
 
 def test_gspo_token_advantages():
@@ -233,8 +189,8 @@ def test_gmpo():
         clipped = d.clamp(max=0.3) if a > 0 else d.clamp(min=-0.2)
         return -a * clipped.mean().exp()
 
-    expected = sequences(f, logp, old, advantages.expand(6, 9), mask)
-    agree(rlkern.gmpo_loss(logp, old, advantages, mask, clip_low=0.2, clip_high=0.3).loss, expected, logp)
+    ours = rlkern.gmpo_loss(logp, old, advantages, mask, clip_low=0.2, clip_high=0.3).loss
+    agree(ours, sequences(f, logp, old, advantages.expand(6, 9), mask), logp)
 
 
 def test_reinforce_family():
@@ -252,18 +208,19 @@ def test_reinforce_family():
 def test_vespo():
     logp, old, advantages, mask = x = draw(spread=0.2)
 
-    def f(i, t):
-        w = (logp[i, mask[i]] - old[i, mask[i]]).sum().exp().item()
-        a = advantages[i, t].item()
+    def f(i):
+        row = i[0], mask[i[0]]
+        w, a = (logp[row] - old[row]).sum().exp().item(), advantages[i].item()
         k, rate = (1.5, 2.5) if a >= 0 else (3.5, 0.5)
-        return -(math.exp(rate) * w**k * math.exp(-rate * w)) * a * logp[i, t]
+        return -(math.exp(rate) * w**k * math.exp(-rate * w)) * a * logp[i]
 
-    tokens = [f(i, t) for i in range(6) for t in range(9) if mask[i, t]]
-    agree(rlkern.vespo_loss(*x, k_positive=1.5, lambda_positive=2.5, k_negative=3.5, lambda_negative=0.5).loss, sum(tokens) / len(tokens), logp)
+    ours = rlkern.vespo_loss(*x, k_positive=1.5, lambda_positive=2.5, k_negative=3.5, lambda_negative=0.5)
+    agree(ours.loss, mean_of(f, mask), logp)
 
 
 def test_vespo_rollout_weights_are_part_of_the_sequences_ratio():
-    """Weights of tokens, of sequences, and the bounds: log w in [log 1e-8, 20] each, their sum with the log ratios too; `weights` stay outside."""
+    """log w of tokens or sequences, and its sum with the log ratios, is in [log 1e-8, 20]. `weights` stay
+    outside."""
     logp, old, advantages, mask = x = draw(spread=0.2)
     tokens = 0.5 + torch.rand(logp.shape, dtype=logp.dtype)
     tokens[0, 0], tokens[1, 0], tokens[2, 0] = 0, 1e30, math.inf
@@ -298,7 +255,7 @@ def test_vespo_rollout_weights_errors(weights, error, message):
 
 
 TOKEN_LOSSES = ["ppo", "grpo", "cispo", "reinforce", "tis", "topr", "vespo", "clip_cov", "kl_cov"]
-SEQUENCE_LOSSES = ["gspo", "sapo", "gmpo"]
+every_loss = pytest.mark.parametrize("name", [*TOKEN_LOSSES, "gspo", "sapo", "gmpo"])
 
 
 def loss_of(name):
@@ -306,7 +263,7 @@ def loss_of(name):
 
 
 @pytest.mark.parametrize("old_given", [True, False])
-@pytest.mark.parametrize("name", TOKEN_LOSSES + SEQUENCE_LOSSES)
+@every_loss
 def test_on_policy_gradient_is_minus_the_advantage(name, old_given):
     logp, _, advantages, mask = draw()
     advantages = advantages[:, 1:2]
@@ -317,7 +274,7 @@ def test_on_policy_gradient_is_minus_the_advantage(name, old_given):
     torch.testing.assert_close(torch.autograd.grad(loss, logp)[0], expected, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("name", TOKEN_LOSSES + SEQUENCE_LOSSES)
+@every_loss
 def test_overflowing_ratio(name):
     """A ratio beyond float32: nothing at A = 0, nothing where the clip cuts it off, and no NaN anywhere."""
     logp = torch.tensor([[-1.0, -1.0, -1.0, -1.0]], requires_grad=True)
@@ -327,15 +284,14 @@ def test_overflowing_ratio(name):
     loss = loss_of(name)(logp, old, advantages, torch.ones(1, 4), aggregation="token-mean", **options).loss
     value, gradient = value_and_gradient(loss, logp)
     assert value.isfinite() and gradient.isfinite().all(), (value, gradient)
-    if name in ("ppo", "grpo", "clip_cov"):
-        assert gradient[0, 1] == 0
-    if name not in ("gspo", "gmpo", "kl_cov"):  # those two couple the tokens of a sequence; KL-Cov has a penalty whatever A is
-        assert gradient[0, 0] == 0
+    assert gradient[0, 1] == 0 or name not in ("ppo", "grpo", "clip_cov")
+    # GSPO and GMPO couple the tokens of a sequence. KL-Cov has a penalty whatever A is.
+    assert gradient[0, 0] == 0 or name in ("gspo", "gmpo", "kl_cov")
 
 
-@pytest.mark.parametrize("name", TOKEN_LOSSES + SEQUENCE_LOSSES)
+@every_loss
 def test_forbidden_token(name):
-    """logp = -inf, a token that the policy cannot draw: no NaN in a gradient; without an advantage it changes nothing."""
+    """logp = -inf, what the policy cannot draw: no NaN in a gradient, no change without an advantage."""
     logp = torch.tensor([[-math.inf, -1.0, -2.0]], requires_grad=True)
     old = torch.tensor([[-3.0, -1.1, -2.3]])
     loss = loss_of(name)(logp, old, torch.tensor([[0.0, 1.0, -0.5]]), torch.ones(1, 3)).loss
@@ -413,13 +369,13 @@ def test_errors(change, error, words):
 
 
 @pytest.mark.parametrize(
-    "name, options",
-    [("cispo", {"cap": -1.0}), ("sapo", {"tau_positive": 0}), ("gmpo", {"clip_low": -0.1}), ("reinforce", {"square_coef": -1}), ("tis", {"cap": -1}),
-     ("topr", {"cap": -1}), ("vespo", {"k_negative": -1}), ("gspo", {"log_ratio_clamp": 100})],
+    "name, option, value",
+    [("cispo", "cap", -1.0), ("sapo", "tau_positive", 0), ("gmpo", "clip_low", -0.1), ("reinforce", "square_coef", -1), ("tis", "cap", -1),
+     ("topr", "cap", -1), ("vespo", "k_negative", -1), ("gspo", "log_ratio_clamp", 100)],
 )  # fmt: skip
-def test_option_errors(name, options):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        loss_of(name)(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2), torch.ones(2, 3), **options)
+def test_option_errors(name, option, value):
+    with pytest.raises(ValueError, match=option):
+        loss_of(name)(torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(2), torch.ones(2, 3), **{option: value})
 
 
 COMPILED = {

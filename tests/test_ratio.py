@@ -1,11 +1,12 @@
-"""The clipped ratio, the KL estimates and what is reported of them, in one pass or in plain PyTorch, against float64 token by token."""
+"""The clipped ratio, the KL estimates and their metrics, in one pass or plain, against float64 by tokens."""
 
 import importlib
 import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from derivatives import tokens_of
+from loss_battery import Operators
 
 import rlkern
 from rlkern.losses.aggregate import aggregate_terms
@@ -19,7 +20,8 @@ TOLERANCE = {torch.float32: {"rtol": 2e-5, "atol": 2e-6}, F64: {"rtol": 1e-11, "
 
 
 def draw(n=50, dtype=F64, spread=0.5, device="cpu"):
-    """[2, n]: ratios on both sides of every bound, some far beyond; advantages of both signs and 0; a token that the policy forbids."""
+    """[2, n]: ratios on both sides of every bound, some far beyond; advantages of both signs and 0; a token
+    that the policy forbids."""
     g = torch.Generator().manual_seed(n)
     logp = -0.05 - 3 * torch.rand(2, n, generator=g, dtype=F64)
     old = logp + spread * torch.randn(2, n, generator=g, dtype=F64)
@@ -32,10 +34,9 @@ def draw(n=50, dtype=F64, spread=0.5, device="cpu"):
 
 
 def expected_terms(logp, old, advantages, mask, unclipped, low, high, dual, clamp):
-    """Of every token: value, slope, free; from max and min as the papers print them, the slope by autograd."""
+    """Of every token: value, slope, free. The values are max and min as the papers print them."""
     values, slopes, free = torch.zeros_like(logp), torch.zeros_like(logp), torch.zeros_like(mask)
-    for i in mask.nonzero().tolist():
-        i = tuple(i)
+    for i in tokens_of(mask):
         x, a = logp[i].clone().requires_grad_(), advantages[i].item()
         r = torch.clamp(x - old[i], -(clamp or math.inf), clamp or 80).exp()
         clips = low is not None and ((a < 0 and r < 1 - low) or (a > 0 and r > 1 + high))
@@ -66,8 +67,8 @@ def expected_metrics(logp, old, advantages, mask, low, high, dual, clamp):
     return metrics
 
 
-def terms_of(terms, x, leaf):
-    """(values, slopes) of terms of either kind, once more through the gradient of what becomes of them."""
+def terms_of(terms, leaf):
+    """(values, slopes)"""
     values = terms.tensor()
     return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
@@ -95,7 +96,7 @@ def test_ratio_terms(backend, device, monkeypatch, name, dtype):
         out = clipped_ratio(x, low, high, dual, unclipped=given, with_distance=True)
         spared = (torch.zeros_like(mask) if given is None else given).cpu()
         values, slopes, free = expected_terms(*wide, mask.cpu(), spared, low, high, dual, clamp)
-        got = terms_of(out.terms, x, leaf)
+        got = terms_of(out.terms, leaf)
         torch.testing.assert_close([t.double().cpu() for t in got], [values, slopes], **TOLERANCE[dtype])
         assert torch.equal(out.free.cpu(), free) and out.tokens.item() == mask.sum().item()
         metrics = expected_metrics(*wide, mask.cpu(), low, high, dual, clamp)
@@ -111,18 +112,19 @@ def test_bounds_let_the_gradient_through(backend, device):
     """At a bound, not beyond it: with clip_low = clip_high = 0 on-policy tokens learn."""
     logp = torch.full((1, 3), -1.0, device=device, requires_grad=True)
     x = policy_inputs(logp, None, torch.tensor([[1.0, -2.0, 0.5]], device=device), torch.ones(1, 3, device=device))
-    values, slopes = terms_of(clipped_ratio(x, 0.0, 0.0).terms, x, logp)
+    values, slopes = terms_of(clipped_ratio(x, 0.0, 0.0).terms, logp)
     assert values.tolist() == slopes.tolist() == [[-1.0, 2.0, -0.5]]
 
 
 def test_far_ratios(backend, device):
-    """exp of them overflows or vanishes, in float32 and then in float64: no NaN in a slope, and an effective sample size all the same."""
+    """exp overflows or vanishes, in float32 and then in float64. No slope is NaN, and there is an effective
+    sample size all the same."""
     for center in (90.0, -120.0, 500.0, -600.0):
         d = torch.tensor([[center, center + 1, center - 2]], dtype=F64, device=device)
         logp = (d - 700).requires_grad_()
         x = policy_inputs(logp, torch.full_like(d, -700.0), torch.tensor([[1.0, -1.0, 0.0]], device=device), torch.ones_like(d))
         out = clipped_ratio(x, 0.2, 0.2)
-        values, slopes = terms_of(out.terms, x, logp)
+        values, slopes = terms_of(out.terms, logp)
         assert values.isfinite().all() and slopes.isfinite().all() and slopes[0, 2] == 0
         assert center < 0 or (values[0, 1] == math.exp(80) and slopes[0, 1] == 0)  # the exponent stops there
         w = (d - center).exp()
@@ -145,7 +147,7 @@ def test_forbidden_masked_and_no_tokens(backend, device):
     advantages, mask = torch.tensor([[1.0, 1.0, math.nan, -1.0]], device=device), torch.tensor([[1, 1, 0, 1]], device=device)
     x = policy_inputs(logp, old, advantages, mask)
     out = clipped_ratio(x, 0.2, 0.2)
-    values, slopes = terms_of(out.terms, x, logp)
+    values, slopes = terms_of(out.terms, logp)
     assert out.free.tolist() == [[False, False, False, True]] and out.metrics["ratio_min"] == 0
     torch.testing.assert_close(values.cpu(), torch.tensor([[0, -1.2, 0, 1]]))
     torch.testing.assert_close(slopes.cpu(), torch.tensor([[0.0, 0, 0, 1]]))
@@ -176,7 +178,7 @@ def test_kl_terms(backend, device, monkeypatch, kind, dtype):
         value = KL[kind.removesuffix("+")](d)
         expected = value if clamp is None else value.clamp(-clamp, clamp)
         slope = torch.autograd.grad(expected.sum(), wide, retain_graph=True)[0] if not kind.endswith("+") else d
-        got = terms_of(kl_penalty(x.logp, old, where, kind, clamp), x, leaf)
+        got = terms_of(kl_penalty(x.logp, old, where, kind, clamp), leaf)
         zero = torch.zeros_like(d)
         wanted = [torch.where(where.cpu(), t.detach(), zero) for t in (expected, slope)]
         torch.testing.assert_close([t.double().cpu() for t in got], wanted, **TOLERANCE[dtype])
@@ -187,27 +189,26 @@ def test_kl_far_away(backend, device):
     """k3's exponent stops at 80: a finite value, and no slope beyond."""
     logp = torch.tensor([[-200.0, -90.0, -1.0]], device=device, requires_grad=True)
     x = policy_inputs(logp, logp.detach(), torch.ones(1, device=device), torch.ones(1, 3, device=device))
-    values, slopes = terms_of(kl_penalty(x.logp, torch.zeros(1, 3, device=device), x.mask, "k3", None), x, logp)
+    values, slopes = terms_of(kl_penalty(x.logp, torch.zeros(1, 3, device=device), x.mask, "k3", None), logp)
     assert values.isfinite().all() and slopes[0, :2].tolist() == [0, 0]
     torch.testing.assert_close(slopes[0, 2].item(), 1 - math.e, rtol=1e-5, atol=0)
-
-
-# --- selection -------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fraction, minimum, least", [(0.0, 0, 0), (0.0, 3, 0), (0.29, 1, 0), (0.29, 1, 30), (1.0, 0, 0), (0.02, 1, 2)])
 def test_select_fraction(backend, device, fraction, minimum, least):
     g = torch.Generator().manual_seed(0)
     values, valid, group = torch.randn(4, 25, generator=g), torch.rand(4, 25, generator=g) < 0.7, torch.ones(4, 25, dtype=torch.bool)
+    on_device = [t.to(device) for t in (values, valid, group)]
+    options = {"minimum": minimum, "least": least}
     count = max(int(100 * fraction), minimum)  # 0.29 of 100 is 28.999... in float64, 29 in float32
     count = 0 if count < least else count
-    got = select_fraction(values.to(device), valid.to(device), group.to(device), fraction, minimum=minimum, least=least)
+    got = select_fraction(*on_device, fraction, **options)
     with rlkern.use_backend("reference"):
         assert torch.equal(got.cpu(), select_bottom(values, valid, count))
     assert got.sum() == min(count, int(valid.sum()))
-    smaller = select_fraction(values.to(device), valid.to(device), (group & valid).to(device), fraction, minimum=minimum, least=least)
+    smaller = select_fraction(*on_device[:2], on_device[1], fraction, **options)
     assert fraction != 1.0 or torch.equal(smaller.cpu(), valid)
-    assert select_fraction(*(t[:0].to(device) for t in (values, valid, group)), fraction).shape == (0, 25)
+    assert select_fraction(*(t[:0] for t in on_device), fraction).shape == (0, 25)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
@@ -222,46 +223,49 @@ def test_selected_means(backend, device, dtype):
     assert [t.item() for t in selected_means(values[:0], selected[:0], mask[:0])] == [0, 0, 0]
 
 
-# --- losses on either form -------------------------------------------------------------------------------------------------------------------
-
-LOSSES = {
-    "ppo": lambda x, o, a, m: rlkern.ppo_loss(x, o, a, m, dual_clip=1.5, log_ratio_clamp=0.6),
+LOSSES = {  # of logp, old_logp, advantages and mask
+    "ppo": lambda *x: rlkern.ppo_loss(*x, dual_clip=1.5, log_ratio_clamp=0.6),
     "grpo": lambda x, o, a, m: rlkern.grpo_loss(x, o, a, m, reference_logp=o - 0.3, kl_coef=0.1, kl_kind="k3+", weights=a * a, normalizer=31.0),
     "grpo_ratio": lambda x, o, a, m: rlkern.grpo_loss(x, o, a, m, reference_logp=o, kl_coef=0.1, kl_times_ratio=True, kl_scale=a * a),
     "grpo_constant_ratio": lambda x, o, a, m: rlkern.grpo_loss(
         x, o, a, m, reference_logp=o - 0.3, kl_coef=0.1, kl_kind="k2", kl_times_ratio=True, kl_clamp=0.2, log_ratio_clamp=0.4
     ),
-    "sequence": lambda x, o, a, m: rlkern.grpo_loss(x, o, a, m, aggregation="seq-mean-token-mean"),
-    "clip_cov": lambda x, o, a, m: rlkern.clip_cov_loss(x, o, a, m, select_ratio=1.0, cov_low=0.1, keep_value=True),
+    "sequence": lambda *x: rlkern.grpo_loss(*x, aggregation="seq-mean-token-mean"),
+    "clip_cov": lambda *x: rlkern.clip_cov_loss(*x, select_ratio=1.0, cov_low=0.1, keep_value=True),
     "clip_cov_drop": lambda x, o, a, m: rlkern.clip_cov_loss(x, o, a, m, select_ratio=1.0, cov_low=0.1, preset="verl", weights=a * a),
     "kl_cov": lambda x, o, a, m: rlkern.kl_cov_loss(x, o, a, m, select_ratio=0.3, weights=a * a),
     "lp_reg": lambda x, o, a, m: rlkern.lp_reg_loss(x, o, o + 0.5, a, m, rho=0.5, clip_high=0.1, weights=a * a),
     "epo": lambda x, o, a, m: rlkern.epo_loss(x, o, x.detach() ** 2, a, m, mean_entropy=torch.ones(()), coef=0.1),
     "kdrl": lambda x, o, a, m: rlkern.kdrl_loss(x, o, o, a, m, kd_coef=0.3, kd_norm="kept"),
-    "gspo": lambda x, o, a, m: rlkern.gspo_loss(x, o, a, m),
+    "gspo": rlkern.gspo_loss,
 }
+
+
+def loss_and_gradient(name, logp, *others):
+    leaf = logp.detach().clone().requires_grad_()
+    output = LOSSES[name](leaf, *others)
+    return output, torch.autograd.grad(output.loss, leaf)[0]
 
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_same_loss_on_every_backend(backend, device, name):
     tokens = draw(12, device=device)
-    results = []
-    for form in (backend, "reference"):
-        with rlkern.use_backend(form):
-            leaf = tokens[0].clone().requires_grad_()
-            output = LOSSES[name](leaf, *tokens[1:])
-            results.append([output.loss.detach(), torch.autograd.grad(output.loss, leaf)[0], output.metrics])
-    (*ours, metrics), (*plain, plain_metrics) = results
-    torch.testing.assert_close(ours, plain, rtol=1e-11, atol=1e-12)
-    torch.testing.assert_close(metrics, plain_metrics, rtol=1e-10, atol=1e-12)
+    ours, gradient = loss_and_gradient(name, *tokens)
+    with rlkern.use_backend("reference"):
+        plain, plain_gradient = loss_and_gradient(name, *tokens)
+    torch.testing.assert_close([ours.loss, gradient], [plain.loss, plain_gradient], rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(ours.metrics, plain.metrics, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["ppo", "grpo", "kl_cov", "lp_reg"])
 def test_functional_transforms_see_the_plain_form(name):
     logp, *others = draw(12)
-    expected = torch.autograd.grad(LOSSES[name](leaf := logp.clone().requires_grad_(), *others).loss, leaf)[0]
-    torch.testing.assert_close(torch.func.grad(lambda x: LOSSES[name](x, *others).loss)(logp), expected)
-    assert torch.func.hessian(lambda x: LOSSES[name](x, *others).loss)(logp).any()
+
+    def loss(x):
+        return LOSSES[name](x, *others).loss
+
+    torch.testing.assert_close(torch.func.grad(loss)(logp), loss_and_gradient(name, logp, *others)[1])
+    assert torch.func.hessian(loss)(logp).any()
 
 
 def test_gradients_of_other_dtypes_and_of_a_changed_input():
@@ -289,29 +293,17 @@ def test_a_second_derivative_raises():
         assert torch.autograd.grad(gradient.sum(), leaf)[0].any()
 
 
-class Count(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize(
     "name, most", [("ppo", 12), ("grpo_ratio", 32), ("grpo_constant_ratio", 26), ("clip_cov_drop", 26), ("kl_cov", 26), ("lp_reg", 28)]
 )
 def test_few_operations(name, most):
-    """Each costs a launch on a GPU, and on a CPU whose caches the logits have just swept about as much as the arithmetic of all of them."""
-    logp, old, advantages, mask = draw(12)
-    leaf = logp.clone().requires_grad_()
-    with Count() as count:
-        torch.autograd.grad(LOSSES[name](leaf, old, advantages, mask).loss, leaf)
-    assert len(count.names) <= most, count.names
-
-
-# --- the operators ---------------------------------------------------------------------------------------------------------------------------
+    """Each costs a launch on a GPU. On a CPU whose caches the logits have just swept, it costs about as much
+    as the arithmetic of all of them."""
+    logp, *others = draw(12)
+    leaf = logp.requires_grad_()
+    with Operators() as ran:
+        torch.autograd.grad(LOSSES[name](leaf, *others).loss, leaf)
+    assert len(ran.calls) <= most, [str(function) for function, _, _ in ran.calls]
 
 
 def test_operators():

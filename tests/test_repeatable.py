@@ -1,5 +1,6 @@
-"""The same bits every time and on every device, as far as that shows without a GPU: no operator adds floats in an order that a GPU chooses, masks
-come of arithmetic that no device does otherwise, and what nobody checks there does no harm there."""
+"""The same bits every time and on every device, as far as that shows without a GPU. No operator adds floats
+in an order that a GPU chooses. Masks come of arithmetic that no device does otherwise. What nobody checks on
+a GPU does no harm there."""
 
 import ast
 import math
@@ -10,6 +11,7 @@ import loss_battery as battery
 import pytest
 import torch
 from calls import CALLS
+from derivatives import differentiate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlkern
@@ -28,7 +30,7 @@ def test_no_source_adds_in_any_order():
 
 
 class Ordered(TorchDispatchMode):
-    """Raises for operators that add floats in any order on a GPU. Indices alone make no order: integers may be added as they come."""
+    """Raises for operators that add floats in any order on a GPU. Integers may be added as they come."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name.removeprefix("aten::").rstrip("_")
@@ -52,40 +54,33 @@ def test_no_operator_adds_in_any_order(name):
 
 
 def test_the_mode_sees_one():
-    with Ordered(), pytest.raises(AssertionError, match="index_add"):
-        torch.zeros(3).index_add_(0, torch.zeros(2, dtype=torch.long), torch.ones(2))
-    x = torch.ones(3, requires_grad=True)
-    with Ordered(), pytest.raises(AssertionError, match="index_add"):
-        x.index_select(0, torch.zeros(2, dtype=torch.long)).sum().backward()
+    x, first = torch.ones(3, requires_grad=True), torch.zeros(2, dtype=torch.long)
+    for add in (lambda: torch.zeros(3).index_add_(0, first, torch.ones(2)), lambda: x.index_select(0, first).sum().backward()):
+        with Ordered(), pytest.raises(AssertionError, match="index_add"):
+            add()
 
 
-class Divisions(TorchDispatchMode):
-    """Keeps the results of divisions; raises for one of a tensor by a Python number, which CUDA does by its reciprocal."""
-
-    def __init__(self):
-        super().__init__()
-        self.results = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
+def divisions(sample, *args, **options):
+    """The results of a mask sampler's divisions. None is by a number, which CUDA does by its reciprocal."""
+    with battery.Operators() as ran:
+        sample(*args, **options)
+    found = []
+    for func, arguments, results in ran.calls:
         if func._schema.name.startswith(("aten::div", "aten::true_divide")) and "rounding_mode" not in str(func):
-            assert isinstance(args[1], torch.Tensor), f"{func} by the number {args[1]}"
-            self.results.append(out)
-        return out
+            assert isinstance(arguments[1], torch.Tensor), f"{func} by the number {arguments[1]}"
+            found += results
+    return found
 
 
 def test_masks_divide_by_tensors_in_float64():
     response = torch.ones(2, 3, dtype=torch.bool)
     for n in range(2, 257):
-        with Divisions() as divisions:
-            rlkern.diffusion.count_masks(response, n, seed=n)
-        shares, weights = divisions.results
+        shares, weights = divisions(rlkern.diffusion.count_masks, response, n, seed=n)
         assert shares.dtype == weights.dtype == torch.float64
         assert shares.tolist() == [float(Fraction(j, n)) for j in range(n)]
-    with Divisions():
-        rlkern.diffusion.count_masks(response, 4, seed=0, complementary=True, draw=1)
-        rlkern.diffusion.bernoulli_masks(response, 4, seed=0, low=0.1, high=0.9, complementary=True)
-        rlkern.diffusion.bernoulli_masks(response, 4, seed=0, p=0.3)
+    divisions(rlkern.diffusion.count_masks, response, 4, seed=0, complementary=True, draw=1)
+    divisions(rlkern.diffusion.bernoulli_masks, response, 4, seed=0, low=0.1, high=0.9, complementary=True)
+    divisions(rlkern.diffusion.bernoulli_masks, response, 4, seed=0, p=0.3)
 
 
 def test_weights_of_masks_are_rounded_once():
@@ -97,20 +92,21 @@ def test_weights_of_masks_are_rounded_once():
 
 
 def test_sequences_of_packed_rows_without_a_check(monkeypatch):
-    """On a GPU nobody looks at seq_idx: a row of no sequence is left out, with gradient 0, and is not read by its index."""
+    """Nobody looks at seq_idx on a GPU. A row of no sequence is left out, with gradient 0."""
     monkeypatch.setattr(elbo, "values_readable", lambda x: False)
     g = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(6, 7, generator=g, dtype=torch.float64), torch.randint(0, 7, (6,), generator=g)
     seq_idx = torch.tensor([-3, 0, 0, 2, 3, 10**6])
-    leaf, upstream = logits.clone().requires_grad_(), torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
-    ell = rlkern.masked_elbo(leaf, targets, torch.ones(6), seq_idx=seq_idx, num_seqs=3)
-    (ell * upstream).sum().backward()
-    exact = logits.clone().requires_grad_()
-    logp = exact.log_softmax(-1)[torch.arange(6), targets]
-    expected = torch.stack([logp[1] + logp[2], 0 * logp[0], logp[3]])
-    (expected * upstream).sum().backward()
-    torch.testing.assert_close(ell, expected, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(leaf.grad, exact.grad, rtol=1e-12, atol=1e-12)
+    upstream = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+
+    def ours(z):
+        return rlkern.masked_elbo(z, targets, torch.ones(6), seq_idx=seq_idx, num_seqs=3)
+
+    def naive(z):
+        logp = z.log_softmax(-1)[torch.arange(6), targets]
+        return torch.stack([logp[1] + logp[2], 0 * logp[0], logp[3]])
+
+    torch.testing.assert_close(*(differentiate(f, logits, upstream) for f in (ours, naive)), rtol=1e-12, atol=1e-12)
 
 
 def test_ids_to_keep(monkeypatch):

@@ -1,5 +1,5 @@
-"""A gradient that cannot be differentiated again says what can, and that is so: each remedy is followed, and has the second derivatives of the
-formula in float64."""
+"""A gradient that cannot be differentiated again says what can. Each such remedy has the second derivatives
+of the formula in float64."""
 
 import loss_battery as battery
 import pytest
@@ -22,13 +22,26 @@ def at(log_p, y):
     return log_p[torch.arange(len(y)), y]
 
 
+def kl(p, q):
+    return (p * (p / q).log()).sum(-1)
+
+
 def mixture(x, beta=0.3):
     p, q = x.softmax(-1), OTHER.softmax(-1)
     m = beta * q + (1 - beta) * p
-    return beta * (q * (q / m).log()).sum(-1) + (1 - beta) * (p * (p / m).log()).sum(-1)
+    return beta * kl(q, m) + (1 - beta) * kl(p, m)
 
 
-# name -> (rlkern's, what its error says, the same by the remedy, the same by the formula); functions of X [B, V], one number a row
+def divergence(formula, kind="reverse_kl", beta=0.5):
+    return (
+        lambda x: rlkern.token_divergence(x, OTHER, kind=kind, beta=beta),
+        r"use rlkern\.reference\.token_divergence",
+        lambda x: reference.token_divergence(x, OTHER, kind, beta),
+        formula,
+    )
+
+
+# name -> (rlkern's, what its error says, the same by the remedy, and by the formula), functions of X [B, V]
 REMEDIES = {
     "token_stats": (
         lambda x: rlkern.token_logprobs(x, Y),
@@ -48,24 +61,9 @@ REMEDIES = {
         lambda x: reference.token_stats(linear(x, WEIGHT, BIAS), Y.unsqueeze(-1)).logp.squeeze(-1),
         lambda x: at(log_softmax(x @ WEIGHT.T + BIAS, -1), Y),
     ),
-    "reverse_kl": (
-        lambda x: rlkern.token_divergence(x, OTHER),
-        r"use rlkern\.reference\.token_divergence",
-        lambda x: reference.token_divergence(x, OTHER),
-        lambda x: (x.softmax(-1) * (x.softmax(-1) / OTHER.softmax(-1)).log()).sum(-1),
-    ),
-    "forward_kl": (
-        lambda x: rlkern.token_divergence(x, OTHER, kind="forward_kl"),
-        r"use rlkern\.reference\.token_divergence",
-        lambda x: reference.token_divergence(x, OTHER, "forward_kl"),
-        lambda x: (OTHER.softmax(-1) * (OTHER.softmax(-1) / x.softmax(-1)).log()).sum(-1),
-    ),
-    "jsd": (
-        lambda x: rlkern.token_divergence(x, OTHER, kind="jsd", beta=0.3),
-        r"use rlkern\.reference\.token_divergence",
-        lambda x: reference.token_divergence(x, OTHER, "jsd", 0.3),
-        mixture,
-    ),
+    "reverse_kl": divergence(lambda x: kl(x.softmax(-1), OTHER.softmax(-1))),
+    "forward_kl": divergence(lambda x: kl(OTHER.softmax(-1), x.softmax(-1)), "forward_kl"),
+    "jsd": divergence(mixture, "jsd", 0.3),
     "moments": (
         lambda x: (lambda m: m.centred_target + m.variance)(moments.row_moments(x, Y)),
         r"use rlkern\.reference\.row_moments",
@@ -115,9 +113,8 @@ def test_remedy_of_losses(name):
 
     leaves = [inputs[name].clone().requires_grad_() for name in wrt]
     gradient = torch.autograd.grad(loss(*leaves), leaves[0], create_graph=True)[0]
-    with pytest.raises(
-        RuntimeError, match=r'where you need that, compute the loss under rlkern.use_backend\("reference"\), or differentiate it with torch.func'
-    ):
+    remedies = r'compute the loss under rlkern.use_backend\("reference"\), or differentiate it with torch.func'
+    with pytest.raises(RuntimeError, match=f"where you need that, {remedies}"):
         gradient.square().sum().backward()
     with rlkern.use_backend("reference"):
         assert torch.autograd.gradgradcheck(loss, leaves, fast_mode=True)

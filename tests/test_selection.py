@@ -11,7 +11,7 @@ from loss_battery import NoSyncingMethods, NoSyncingOperators
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import rlkern
-from rlkern.primitives.selection import fraction_count, select_bottom, select_random, select_top
+from rlkern.primitives.selection import fraction_count, select_bottom, select_fraction, select_random, select_top
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
@@ -21,13 +21,12 @@ def chosen(mask):
 
 
 def smallest(values, valid, count):
-    """Flat indices of the `count` smallest by Python's sort, NaN last; -0.0 == 0.0 to it, and equals keep their order."""
-    entries = [i for i, ok in enumerate(valid) if ok]
+    """Flat indices of the `count` smallest by Python's sort: NaN last, -0.0 == 0.0, equals in order."""
+    values = values.flatten().tolist()
+    entries = chosen(valid)
     entries.sort(key=lambda i: (math.isnan(values[i]), 0.0 if math.isnan(values[i]) else values[i]))
     return sorted(entries[: max(count, 0)])
 
-
-# --- against a sort --------------------------------------------------------------------------------------------------------------------------
 
 SPECIAL = [0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, -math.nan, 1e-40, -1e-40, 3e38, -3e38]
 entries = st.lists(st.tuples(st.one_of(st.sampled_from(SPECIAL), st.integers(-3, 3).map(float), st.floats(width=32)), st.booleans()), max_size=70)
@@ -36,7 +35,7 @@ entries = st.lists(st.tuples(st.one_of(st.sampled_from(SPECIAL), st.integers(-3,
 def check_against_sort(drawn, count, dtype, device="cpu"):
     values = torch.tensor([value for value, _ in drawn], dtype=torch.float64).to(dtype)
     valid = torch.tensor([ok for _, ok in drawn], dtype=torch.bool)
-    expected = smallest(values.double().tolist(), valid.tolist(), count)
+    expected = smallest(values.double(), valid, count)
     assert chosen(select_bottom(values.to(device), valid.to(device), count)) == expected
     assert chosen(select_top((-values).to(device), valid.to(device), torch.tensor(count, device=device))) == expected
 
@@ -58,7 +57,7 @@ def test_any_input_on_triton(drawn, count, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_special_values(backend, device, dtype):
-    """All of them twice, valid and not, every fourth K: NaN with any bits is the largest, the zeros tie, subnormals do not."""
+    """All of them twice, valid and not. NaN of any bits is the largest, the zeros tie, subnormals do not."""
     drawn = [(value, ok) for value in SPECIAL for ok in (True, False, True)]
     bits = {torch.float32: torch.int32, torch.float64: torch.int64}[dtype]
     values = torch.tensor([value for value, _ in drawn], dtype=dtype)
@@ -67,19 +66,19 @@ def test_special_values(backend, device, dtype):
     valid = torch.tensor([ok for _, ok in drawn] + [True, False, True])
     for count in (0, 5, 10, 20, 25):  # 10: two of the four zeros
         got = select_bottom(values.to(device), valid.to(device), count)
-        assert chosen(got) == smallest(values.tolist(), valid.tolist(), count), count
+        assert chosen(got) == smallest(values, valid, count), count
 
 
 @pytest.mark.parametrize("distinct", [1, 3, 1000])
 def test_ties_across_blocks(backend, device, monkeypatch, distinct):
-    """Blocks of 4, more than 4 of them: what a block takes of the equals depends on all before it, which it reads 4 at a time."""
+    """Blocks of 4, more than 4. What one takes of the equals depends on all before it, read 4 at a time."""
     if backend == "triton":
         monkeypatch.setattr(importlib.import_module("rlkern.triton_kernels.selection"), "BLOCK", 4)
     g = torch.Generator().manual_seed(distinct)
     values = torch.randint(distinct, (23,), generator=g).float() - 1
     valid = torch.rand(23, generator=g) < 0.8
     for count in (3, int(valid.sum()) - 1):
-        assert chosen(select_bottom(values.to(device), valid.to(device), count)) == smallest(values.tolist(), valid.tolist(), count)
+        assert chosen(select_bottom(values.to(device), valid.to(device), count)) == smallest(values, valid, count)
 
 
 @pytest.mark.parametrize("n", [4099, 300_001])
@@ -100,12 +99,8 @@ def test_shapes_and_strides(backend, device):
     values, valid = torch.randn(6, 8, generator=g).to(device), torch.rand(6, 8, generator=g).to(device) < 0.7
     for v, ok in ((values.t(), valid.t()), (values[::2, 1:], valid[::2, 1:]), (values[:, :1].expand(6, 8), valid), (values[2, 3], valid[2, 3])):
         got = select_bottom(v, ok, 3)
-        assert got.shape == v.shape
-        assert chosen(got) == smallest(v.flatten().tolist(), ok.flatten().tolist(), 3)
+        assert got.shape == v.shape and chosen(got) == smallest(v, ok, 3)
     assert select_bottom(values[:0], valid[:0], 3).shape == (0, 8)
-
-
-# --- the rest -------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -114,10 +109,9 @@ def test_top_and_bottom_with_ties(seed, count):
     g = torch.Generator().manual_seed(seed)
     values = torch.randint(0, 4, (5, 8), generator=g).float()
     valid = torch.rand(5, 8, generator=g) < 0.6
-    flat = [(v, i) for i, (v, ok) in enumerate(zip(values.flatten().tolist(), valid.flatten().tolist(), strict=True)) if ok]
     for k in (count, torch.tensor(count)):
-        assert chosen(select_top(values, valid, k)) == sorted(i for _, i in sorted((-v, i) for v, i in flat)[:count])
-        assert chosen(select_bottom(values, valid.int(), k)) == sorted(i for _, i in sorted(flat)[:count])
+        assert chosen(select_top(values, valid, k)) == smallest(-values, valid, count)
+        assert chosen(select_bottom(values, valid.int(), k)) == smallest(values, valid, count)
 
 
 def test_selection_of_extreme_values():
@@ -140,8 +134,7 @@ def test_random_selection():
         counts += picked
     assert ((counts[valid] / 3000 - 0.5).abs() < 0.05).all()  # five standard deviations
     assert torch.equal(select_random(valid, 9), valid)
-    again = [select_random(torch.ones(1000), 10, torch.Generator().manual_seed(7)) for _ in range(2)]
-    assert torch.equal(*again)
+    assert torch.equal(*(select_random(torch.ones(1000), 10, torch.Generator().manual_seed(7)) for _ in range(2)))
     torch.manual_seed(3)
     first = select_random(torch.ones(1000), 10)
     torch.manual_seed(3)
@@ -155,32 +148,27 @@ def test_fraction_count(fraction):
             assert fraction_count(torch.tensor(total), fraction, minimum).item() == max(int(total * fraction), minimum)
 
 
-def test_selection_errors():
-    with pytest.raises(ValueError, match="fraction in \\[0, 1\\], not a percentage, got 2"):
-        fraction_count(torch.tensor(5), 2)
-    with pytest.raises(TypeError, match="values must be a float tensor"):
-        select_top(torch.ones(3, dtype=torch.int64), torch.ones(3), 1)
-    with pytest.raises(TypeError, match="valid must be"):
-        select_bottom(torch.ones(3), None, 1)
-    with pytest.raises(TypeError, match="valid must be"):
-        select_random([True], 1)
-    with pytest.raises(ValueError, match="valid must have the shape"):
-        select_top(torch.ones(3), torch.ones(4), 1)
-    with pytest.raises(ValueError, match="count must be one number"):
-        select_top(torch.ones(3), torch.ones(3), torch.ones(2))
-    with pytest.raises(TypeError, match="count must be an integer tensor, got torch.float32"):
-        select_top(torch.ones(3), torch.ones(3), torch.ones(1))
-    with pytest.raises(TypeError, match="count must be an integer, got 1.5"):
-        select_top(torch.ones(3), torch.ones(3), 1.5)
-    for valid, count, name in (
-        (torch.ones(3, device="meta"), 1, "valid"),
-        (torch.ones(3), torch.ones((), dtype=torch.int64, device="meta"), "count"),
-    ):
-        with pytest.raises(ValueError, match=f"{name} must be on the device of values cpu, got meta"):
-            select_bottom(torch.ones(3), valid, count)
+ONES = torch.ones(3)
 
 
-# --- as PyTorch sees it ----------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "error, message, function, arguments",
+    [
+        (ValueError, r"fraction in \[0, 1\], not a percentage, got 2", fraction_count, (torch.tensor(5), 2)),
+        (TypeError, "values must be a float tensor", select_top, (ONES.long(), ONES, 1)),
+        (TypeError, "valid must be", select_bottom, (ONES, None, 1)),
+        (TypeError, "valid must be", select_random, ([True], 1)),
+        (ValueError, "valid must have the shape", select_top, (ONES, torch.ones(4), 1)),
+        (ValueError, "count must be one number", select_top, (ONES, ONES, torch.ones(2))),
+        (TypeError, "count must be an integer tensor, got torch.float32", select_top, (ONES, ONES, torch.ones(1))),
+        (TypeError, "count must be an integer, got 1.5", select_top, (ONES, ONES, 1.5)),
+        (ValueError, "valid must be on the device of values cpu, got meta", select_bottom, (ONES, ONES.to("meta"), 1)),
+        (ValueError, "count must be on the device of values cpu, got meta", select_bottom, (ONES, ONES, torch.tensor(1).to("meta"))),
+    ],
+)
+def test_selection_errors(error, message, function, arguments):
+    with pytest.raises(error, match=message):
+        function(*arguments)
 
 
 def test_operator():
@@ -193,14 +181,11 @@ def test_compiled():
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda values, valid, count: select_bottom(values, valid, count), fullgraph=True, dynamic=True, backend=counter)
     g = torch.Generator().manual_seed(0)
-    for n, count in ((40, 5), (41, 6), (50, 11)):
-        values, valid = torch.randn(n, generator=g), torch.rand(n, generator=g) < 0.7
-        assert torch.equal(compiled(values, valid, count), select_bottom(values, valid, count))
-    assert counter.frame_count == 1
-    for n, count in ((40, 5), (41, 6)):
-        values, valid = torch.randn(n, generator=g), torch.rand(n, generator=g) < 0.7
-        assert torch.equal(compiled(values, valid, torch.tensor(count)), select_bottom(values, valid, count))
-    assert counter.frame_count == 2
+    for kind, frames in ((int, 1), (torch.tensor, 2)):
+        for n, count in ((40, 5), (41, 6), (50, 11)):
+            values, valid = torch.randn(n, generator=g), torch.rand(n, generator=g) < 0.7
+            assert torch.equal(compiled(values, valid, kind(count)), select_bottom(values, valid, count))
+        assert counter.frame_count == frames
 
 
 def test_no_host_sync(backend, device):
@@ -211,3 +196,12 @@ def test_no_host_sync(backend, device):
         select_top(values, valid, fraction_count(valid.sum(), 0.3, 1))
         select_bottom(values, valid, 3)
         select_random(valid, count, generator)
+
+
+def test_a_bool_that_is_neither_0_nor_1_counts_as_true():
+    """Such bytes stand in memory that was never written. They must not move anything past the end of an array."""
+    values, odd = torch.arange(200.0).flip(0), torch.full((200,), 200, dtype=torch.uint8).view(torch.bool)
+    odd[150:] = False
+    for count in (3, 150, 10**6):
+        assert torch.equal(select_bottom(values, odd, count), select_bottom(values, torch.arange(200) < 150, count))
+    assert torch.equal(select_fraction(values, odd, odd, 0.1), select_fraction(values, *[torch.arange(200) < 150] * 2, 0.1))

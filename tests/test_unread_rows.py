@@ -1,5 +1,5 @@
-"""Rows that are documented as not read may hold anything, their temperature and their targets included: no check reads them, and nothing of them
-reaches a value or a gradient."""
+"""Rows that are documented as not read may hold anything, temperature and targets included. No check reads
+them, and nothing of them reaches a value or a gradient."""
 
 import math
 
@@ -13,7 +13,7 @@ GARBAGE = (0.0, -1.0, math.nan, math.inf)
 
 
 def draw(garbage, device="cpu"):
-    """Logits, targets, mask and temperature [2, 5]; of the rows that are not read one is masked, the others have an ignored target."""
+    """Logits, targets, mask, temperature [2, 5]. One unread row is masked, the others' target is ignored."""
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 5, 7, generator=g).masked_fill(~READ.unsqueeze(-1), math.nan)
     targets = torch.randint(0, 7, (2, 5), generator=g).masked_fill(~READ, -100)
@@ -28,83 +28,69 @@ def read(x):
     return READ.to(x.device)
 
 
-def log_probs(logits, temperature):
-    return (logits.double() / temperature.double().unsqueeze(-1)).log_softmax(-1)
-
-
 def at(log_p, targets):
     return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
-def entropy(log_p):
+def entropy(log_p, targets):
     return -(log_p.exp() * log_p).sum(-1)
 
 
-def reverse_kl(log_p, log_q):
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
+def reverse_kl(log_p, targets):
+    """To what has the logits in reverse."""
+    return (log_p.exp() * (log_p - log_p.detach().flip(-1))).sum(-1)
 
 
-# name -> (the function of (logits, targets, mask, temperature), the same in float64 of the rows that are read); one number a row
+# name -> (rlkern's, the same in float64 by log-probabilities and targets of the rows that are read)
 ROWS = {
     "token_stats": (
         lambda x, y, m, t: (lambda s: s.logp + s.entropy)(rlkern.token_stats(x, y, mask=m, temperature=t, with_sum_sq=True, min_p=0.1)),
-        lambda x, y, t: at(log_probs(x, t), y) + entropy(log_probs(x, t)),
+        lambda log_p, y: at(log_p, y) + entropy(log_p, y),
     ),
-    "token_logprobs": (
-        lambda x, y, m, t: rlkern.token_logprobs(x, y, mask=m, temperature=t),
-        lambda x, y, t: at(log_probs(x, t), y),
-    ),
+    "token_logprobs": (lambda x, y, m, t: rlkern.token_logprobs(x, y, mask=m, temperature=t), at),
     "several targets": (
         lambda x, y, m, t: rlkern.token_logprobs(x, torch.stack([y, y], -1), mask=m, temperature=t).sum(-1),
-        lambda x, y, t: 2 * at(log_probs(x, t), y),
+        lambda log_p, y: 2 * at(log_p, y),
     ),
-    "entropy_from_logits": (
-        lambda x, y, m, t: rlkern.entropy_from_logits(x, mask=read(x), temperature=t),
-        lambda x, y, t: entropy(log_probs(x, t)),
-    ),
-    "token_divergence": (
-        lambda x, y, m, t: rlkern.token_divergence(x, x.detach().flip(-1), mask=read(x), temperature=t),
-        lambda x, y, t: reverse_kl(log_probs(x, t), log_probs(x.detach().flip(-1), t)),
-    ),
+    "entropy_from_logits": (lambda x, y, m, t: rlkern.entropy_from_logits(x, mask=read(x), temperature=t), entropy),
+    "token_divergence": (lambda x, y, m, t: rlkern.token_divergence(x, x.detach().flip(-1), mask=read(x), temperature=t), reverse_kl),
     "token_did_entropy": (
         lambda x, y, m, t: rlkern.token_did_entropy(x, x.detach().flip(-1), mask=read(x), temperature=t),
-        lambda x, y, t: entropy(log_probs(x.double() - x.detach().double().flip(-1), t)),
+        lambda log_p, y: entropy((log_p - log_p.detach().flip(-1)).log_softmax(-1), y),
     ),
     "linear_token_stats": (
         lambda x, y, m, t: rlkern.linear_token_stats(x, torch.eye(7, device=x.device), y, mask=m, temperature=t, chunk_rows=2).logp,
-        lambda x, y, t: at(log_probs(x, t), y),
+        at,
     ),
-    "nlpo_stats": (
-        lambda x, y, m, t: rlkern.nlpo_stats(x, y, read(x).unsqueeze(-1).expand(2, 5, 7), mask=m, temperature=t).logp,
-        lambda x, y, t: at(log_probs(x, t), y),
-    ),
+    "nlpo_stats": (lambda x, y, m, t: rlkern.nlpo_stats(x, y, read(x).unsqueeze(-1).expand(2, 5, 7), mask=m, temperature=t).logp, at),
     "masked_elbo": (
         lambda x, y, m, t: rlkern.masked_elbo(x, y, torch.where(read(x), 2.0, math.nan).masked_fill(y == -100, -1), mask=m, temperature=t) / 2,
-        lambda x, y, t: at(log_probs(x, t), y),
+        at,
     ),
-    "sequence_logps": (
-        lambda x, y, m, t: rlkern.sequence_logps(x, y.masked_fill(~m, -100), shift=False, temperature=t),
-        lambda x, y, t: at(log_probs(x, t), y),
-    ),
+    "sequence_logps": (lambda x, y, m, t: rlkern.sequence_logps(x, y.masked_fill(~m, -100), shift=False, temperature=t), at),
 }
+
+
+def check(function, naive, garbage, device="cpu"):
+    logits, targets, mask, temperature = draw(garbage, device)
+    rows = read(logits)
+    leaf, exact = logits.clone().requires_grad_(), logits[rows].double().requires_grad_()
+    log_p = (exact / temperature[rows].double().unsqueeze(-1)).log_softmax(-1)
+    values, expected = function(leaf, targets, mask, temperature), naive(log_p, targets[rows])
+    if values.shape == rows.shape:
+        assert (values[~rows] == 0).all()
+        torch.testing.assert_close(values[rows].double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(values.double().sum(), expected.sum(), rtol=1e-5, atol=1e-5)
+    values.sum().backward()
+    expected.sum().backward()
+    assert (leaf.grad[~rows] == 0).all()
+    torch.testing.assert_close(leaf.grad[rows].double(), exact.grad, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_a_row_that_is_not_read_may_have_any_temperature(name, backend, device):
-    function, naive = ROWS[name]
     for garbage in GARBAGE:
-        logits, targets, mask, temperature = draw(garbage, device)
-        rows = read(logits)
-        leaf, exact = logits.clone().requires_grad_(), logits[rows].double().requires_grad_()
-        values, expected = function(leaf, targets, mask, temperature), naive(exact, targets[rows], temperature[rows])
-        if values.shape == rows.shape:
-            assert (values[~rows] == 0).all()
-            torch.testing.assert_close(values[rows].double(), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(values.double().sum(), expected.sum(), rtol=1e-5, atol=1e-5)
-        values.sum().backward()
-        expected.sum().backward()
-        assert (leaf.grad[~rows] == 0).all()
-        torch.testing.assert_close(leaf.grad[rows].double(), exact.grad, rtol=1e-5, atol=1e-5)
+        check(*ROWS[name], garbage, device)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -122,14 +108,7 @@ def test_compiled(name):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for garbage in (0.0, math.nan):
-        logits, targets, mask, temperature = draw(garbage)
-        leaf, exact = logits.clone().requires_grad_(), logits[READ].double().requires_grad_()
-        values, expected = compiled(leaf, targets, mask, temperature), naive(exact, targets[READ], temperature[READ])
-        values.sum().backward()
-        expected.sum().backward()
-        assert (values[~READ] == 0).all() and (leaf.grad[~READ] == 0).all()
-        torch.testing.assert_close(values[READ].double(), expected, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(leaf.grad[READ].double(), exact.grad, rtol=1e-5, atol=1e-5)
+        check(compiled, naive, garbage)
 
 
 def test_fake_tensors():

@@ -168,9 +168,9 @@ def _check_matrix(hidden: Any, weight: Any, bias: Any) -> None:
     for name, x, layout in (("weight", weight, "[V, H]"), ("bias", bias, "[V]")):
         if name == "bias" and x is None:
             continue
-        expect(name, x, "real", layout)
-        if x.dtype != hidden.dtype:
+        if isinstance(x, Tensor) and x.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden {hidden.dtype} (or run under torch.autocast), got {x.dtype}")
+        expect(name, x, "float", layout)
         if x.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden {hidden.device}, got {x.device}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
