@@ -1,5 +1,8 @@
-"""Where no GPU is found the Triton kernels run in Triton's interpreter, so that the whole suite runs on any machine. Workers of pytest-xdist compute
-on one thread each: with more, threads that wait for one another keep the cores from the other workers, and small models take ten times as long."""
+"""Without a GPU the Triton kernels run in Triton's interpreter, so the whole suite runs on any machine.
+
+Workers of pytest-xdist compute on one thread each. With more, waiting threads keep the cores from the other
+workers, and small models take ten times as long.
+"""
 
 import os
 
@@ -11,8 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import torch  # noqa: E402
 from torch.testing import _comparison  # noqa: E402
 
-# What assert_close takes where a test says nothing. PyTorch's own 1e-7 for float64 lets a float32 in the middle of a computation pass, its absolute
-# 1e-5 for float32 is one per cent of a gradient of 1e-3.
+# The tolerances of assert_close unless a test says otherwise. PyTorch's own 1e-7 for float64 lets a float32
+# in the middle of a computation pass. Its absolute 1e-5 for float32 is one per cent of a gradient of 1e-3.
 _comparison._DTYPE_PRECISIONS.update({torch.float64: (1e-11, 1e-12), torch.float32: (1.3e-6, 1e-6)})
 
 if not torch.cuda.is_available():
@@ -26,7 +29,7 @@ BACKENDS = ("reference", "native", "triton")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Runs the test once with each backend; a missing one is a failure unless the environment says it is meant to be missing."""
+    """Runs the test with each backend. A missing one is a failure, unless RLKERN_TEST_WITHOUT names it."""
     missing = backends._load(request.param)
     if isinstance(missing, Exception):
         if request.param in os.environ.get("RLKERN_TEST_WITHOUT", "").split(","):

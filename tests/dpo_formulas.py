@@ -1,4 +1,4 @@
-"""The losses of the DPO family in float64, written as the papers print them, and the pairs and logits that the tests draw."""
+"""The DPO family in float64, as the papers print it, and the pairs and logits that tests draw."""
 
 import torch
 

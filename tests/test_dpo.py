@@ -1,4 +1,4 @@
-"""The DPO family against the formulas of the papers, written naively in float64; what each loss is for; how the options combine."""
+"""The DPO family against the papers' formulas in float64; what each loss is for; how options combine."""
 
 import math
 
@@ -88,7 +88,7 @@ def test_options_may_change_without_recompiling():
     assert counts[1] == counts[-1]
 
 
-# --- what the losses are for ----------------------------------------------------------------------------------------------------------------
+# --- what the losses are for --------------------------------------------------------------------------------
 
 
 def test_robust_is_unbiased_under_flipped_labels():

@@ -1,4 +1,4 @@
-"""dpo_loss_from_logits against the same formulas over a softmax written out, with its weights of tokens and of pairs."""
+"""dpo_loss_from_logits against the same formulas over a softmax, with its weights of tokens and pairs."""
 
 import math
 
@@ -81,7 +81,7 @@ def test_weighted_preference_optimisation():
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_length_desensitised(alpha):
-    """2409.06411: tokens behind the length of the shorter response count alpha times, in policy and reference."""
+    """2409.06411: tokens behind the shorter response's length count alpha times, in policy and reference."""
     logits, other, labels = draw_logits()
     (logps, kept, _), ref = naive_token_logps(logits, labels), naive_token_logps(other, labels)[0]
     lengths = kept.sum(-1)

@@ -37,7 +37,7 @@ def test_far_out_values_and_gradients_are_finite(kind, dtype):
 
 
 def test_hinge_lets_go_at_its_kink():
-    """relu's convention, and TRL's: no gradient where the margin is 1 exactly, as bfloat16 log-probabilities can have it."""
+    """As relu and TRL: no gradient at a margin of exactly 1, which bfloat16 log-probabilities reach."""
     pc, zero = torch.tensor([2.0, 1.5, 2.5], requires_grad=True), torch.zeros(3)
     losses = dpo_loss(pc, zero, zero, zero, 0.5, loss_type="hinge").losses
     assert torch.equal(losses, torch.tensor([0.0, 0.25, 0.0]))

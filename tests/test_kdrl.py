@@ -1,4 +1,4 @@
-"""kdrl_loss against its formula, and the facts about its estimators by summing over all tokens of a small vocabulary."""
+"""kdrl_loss against its formula, and its estimators by sums over all tokens of a small vocabulary."""
 
 import math
 
@@ -69,7 +69,7 @@ def test_exact_divergence_through_token_divergence():
 
 
 def expected_gradient(kd, z, teacher):
-    """sum over all tokens v of p_v times the gradient of the estimate at v: what sampling from the student gives on average."""
+    """sum over tokens v of p_v times the gradient at v: the mean over the student's samples."""
     leaf = z.clone().requires_grad_()
     total = torch.zeros_like(z)
     for v in range(len(z)):

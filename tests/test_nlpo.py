@@ -1,4 +1,4 @@
-"""NLPO: the kept set by sorting one row at a time, the masked policy by its definition, the loss as PPO on it."""
+"""NLPO: the kept set by sorting row by row, the masked policy by its definition, the loss as PPO on it."""
 
 import math
 

@@ -70,7 +70,7 @@ def test_large_differences_are_finite():
 
 
 def test_untrained_head_gets_the_ranking_gradient():
-    """All rewards are equal under a zero-initialised head; the focal weight is 1 there and contributes no gradient."""
+    """A zero-initialised head gives equal rewards: the focal weight is 1 and has no gradient."""
     leaf = torch.zeros(4, requires_grad=True)
     bradley_terry_loss(leaf, torch.zeros(4), focal_gamma=2.0).loss.backward()
     assert (leaf.grad == -0.5 / 4).all()

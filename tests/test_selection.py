@@ -199,7 +199,7 @@ def test_no_host_sync(backend, device):
 
 
 def test_a_bool_that_is_neither_0_nor_1_counts_as_true():
-    """Such bytes stand in memory that was never written. They must not move anything past the end of an array."""
+    """Memory that was never written holds such bytes. They must not push anything past an array's end."""
     values, odd = torch.arange(200.0).flip(0), torch.full((200,), 200, dtype=torch.uint8).view(torch.bool)
     odd[150:] = False
     for count in (3, 150, 10**6):

@@ -44,7 +44,7 @@ def test_equals_formula(options, monkeypatch):
 
 
 def test_closed_form_of_the_gradient():
-    """-(rho / sigma) (1{v = y} - 1/D - z_y z_v / D): orthogonal to shifts and to scaling, which change nothing."""
+    """-(rho / sigma) (1{v = y} - 1/D - z_y z_v / D): orthogonal to shifts and scaling."""
     logits, targets = draw(5, 9)
     leaf = logits.clone().requires_grad_()
     spherical_z_loss(leaf, targets).backward()
