@@ -1,6 +1,6 @@
-"""Accuracy, not speed: errors against float64 beside eager PyTorch's, and the inputs on which other kernels break.
+"""Accuracy, not speed: errors against float64 beside eager PyTorch's, and inputs that break other kernels.
 
-python benchmarks/accuracy.py            # TRITON_INTERPRET=1 adds the Triton kernels on a machine without a GPU
+python benchmarks/accuracy.py          # without a GPU, TRITON_INTERPRET=1 adds the Triton kernels
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def truth(logits, targets):
 
 
 def error(got, want) -> float:
-    """Largest error of an entry, relative to the largest entry; nan where something is not finite that should be."""
+    """Largest error of an entry, relative to the largest entry; nan if a result is not finite."""
     return math.nan if not torch.isfinite(got).all() else float((got - want).abs().max() / want.abs().max().clamp_min(1e-300))
 
 

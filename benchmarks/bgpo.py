@@ -1,10 +1,11 @@
-"""One Monte-Carlo draw of diffusion BGPO, forward and backward from the logits, against eager PyTorch; time and memory, in interleaved rounds.
+"""Time and memory of one Monte-Carlo draw of diffusion BGPO, logits to gradient, against eager PyTorch.
 
-    python benchmarks/bgpo.py                                  bfloat16 logits [4, 256, 32768], half of the positions masked
+    python benchmarks/bgpo.py                    bfloat16 logits [4, 256, 32768], half of the positions masked
     python benchmarks/bgpo.py --shape 1x512x126464 --masked 0.3 --dtype fp32 --rounds 21 --out results.json
 
-"eager" is what training codes write: a float32 log_softmax of all positions, gather, mask. "eager, masked rows" takes the masked rows out first.
-"packed" starts from the logits of the masked rows alone, which is all that a model has to compute if its hidden states are gathered before the head.
+Rounds are interleaved. "eager" is what training codes write: float32 log_softmax of all positions, gather,
+mask. "eager, masked rows" takes the masked rows out first. "packed" starts from the logits of the masked rows
+alone: a model that gathers its hidden states before the head computes no others.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ CONTENDERS = (
 
 
 def gradient(contender: Contender, draw: Draw) -> tuple[Tensor, Tensor]:
-    """(loss, gradient by the logits that the contender starts from). The in-place one leaves `draw.logits` overwritten."""
+    """(loss, gradient by the contender's logits). The in-place one overwrites `draw.logits`."""
     leaf = (draw.logits[draw.mask] if contender.packed else draw.logits).detach().requires_grad_()
     loss = contender.loss(draw, leaf)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]

@@ -1,10 +1,10 @@
-"""`make bench-check`: reruns a small set and compares speed-ups over eager PyTorch with the committed results; exits 1 beyond 15 %.
+"""`make bench-check`: compares speed-ups over eager PyTorch with the committed ones; exits 1 beyond 15 %.
 
     python benchmarks/check.py [--device cpu] [--against benchmarks/results/cpu-....json] [--tolerance 0.15]
 
-Ratios only, never absolute times: both sides run in the same rounds, so that a slower clock or a busy machine slows both. They still depend on the
-processor, so results of another processor are compared but not judged (--strict judges them too). A case that fails is measured once more, and the
-better of the two counts.
+Reruns a small set. Ratios only, never absolute times: both sides run in the same rounds, so a slower clock or
+a busy machine slows both. Ratios still depend on the processor: results of another one are compared but not
+judged (--strict judges them too). A case that fails is measured once more, and the better of the two counts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _CHECKED = ("rlkern", "rlkern, in place")
 
 
 def same_machine(a: dict, b: dict) -> bool:
-    """Results of one kind of machine: the GPU's name, or the processor's with its instruction set and the number of threads."""
+    """The same GPU; without one the same processor, instruction set and number of threads."""
     if "gpu" in a or "gpu" in b:
         return a.get("gpu") == b.get("gpu")
     return all(a.get(key) == b.get(key) for key in ("cpu", "threads")) and _isa(a) == _isa(b)
@@ -53,7 +53,7 @@ def speedups(case: dict) -> dict[str, float]:
 
 
 def compare(committed: dict[str, float], measured: dict[str, float], tolerance: float) -> dict[str, float]:
-    """The names that fell back by more than `tolerance`, with measured / committed; a name that is missing now counts as 0."""
+    """measured / committed of the names that fell by more than `tolerance`; a missing one counts as 0."""
     return {name: now / was for name, was in committed.items() if (now := measured.get(name, 0.0)) < (1 - tolerance) * was}
 
 

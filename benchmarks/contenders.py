@@ -1,8 +1,9 @@
-"""Every way to get log-probabilities, and entropies, with their gradient from logits, behind one call: `outputs = forward(x, y)`.
+"""Every way from logits to log-probabilities and entropies, behind one call: `outputs = forward(x, y)`.
 
-`x` is [N, V] and requires grad, `y` [N] int64; `forward` returns (logp, entropy) or (logp,), from which autograd takes the gradient. A contender
-that returns losses instead (-logp) costs the same. Contenders are only ever compared with those that compute the same thing.
-Peers are optional: one that is not installed, or does not load, is reported in one line and left out.
+`x` is [N, V] and requires grad, `y` [N] int64; `forward` returns (logp, entropy) or (logp,), from which
+autograd takes the gradient. A contender that returns losses instead (-logp) costs the same. Contenders are
+compared only with those that compute the same thing. Peers are optional: one that is not installed, or does
+not load, is reported in one line and left out.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class Contender(NamedTuple):
     slow: bool = False  # seconds to compile for every new shape
 
 
-# --- rlkern ----------------------------------------------------------------------------------------------------------------------------------
+# --- rlkern -------------------------------------------------------------------------------------------------
 
 
 def _rlkern_both(x, y, inplace=False):
@@ -47,7 +48,7 @@ def _rlkern_logp(x, y, inplace=False):
     return (rlkern.token_logprobs(x, y, inplace_backward=inplace),)
 
 
-# --- plain PyTorch, as trainers write it -----------------------------------------------------------------------------------------------------
+# --- plain PyTorch, as trainers write it --------------------------------------------------------------------
 
 
 def log_softmax_both(x, y):
@@ -65,7 +66,7 @@ def logsumexp_both(x, y):
 
 
 def row_loop_both(x, y, sequences=8, chunk=128):
-    """TRL's way without its kernel: a loop over sequences for logp, over chunks of rows for the entropy; in the dtype of the logits."""
+    """TRL's way without its kernel, in the logits' dtype: logp by sequence, entropy by chunks of rows."""
     logps, entropies = [], []
     for rows, labels in zip(x.chunk(sequences), y.chunk(sequences), strict=True):
         if x.dtype == torch.float32:
@@ -91,11 +92,11 @@ def cross_entropy_logp(x, y):
     return (F.cross_entropy(x.float(), y, reduction="none"),)
 
 
-# --- other packages --------------------------------------------------------------------------------------------------------------------------
+# --- other packages -----------------------------------------------------------------------------------------
 
 
 def _load_file(package: str, path: str):
-    """A module of an installed package by its file alone: the package's own imports, and what they depend on, stay out of it."""
+    """A module of an installed package by its file alone, without the package's own imports."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ImportError(f"{package} is not installed")
@@ -163,7 +164,7 @@ def _compiled(forward):
 
 
 def contenders(device: str, peers: bool = True) -> tuple[list[Contender], list[str]]:
-    """All contenders that exist on `device` ("cpu" or "cuda"), with other packages' if `peers`, and one line for each that is absent."""
+    """Those that exist on `device` ("cpu" or "cuda"; peers too if asked), a line for each that is absent."""
     found = [
         Contender("rlkern", BOTH, _rlkern_both, "rlkern"),
         Contender("rlkern, in place", BOTH, lambda x, y: _rlkern_both(x, y, True), "rlkern", in_place=True),

@@ -1,11 +1,12 @@
-"""`make bench-losses`: Clip-Cov, KL-Cov and Lp-Reg from bf16 logits to the gradient of the logits, rlkern against eager PyTorch.
+"""`make bench-losses`: Clip-Cov, KL-Cov and Lp-Reg, bf16 logits to their gradient, against eager PyTorch.
 
     python benchmarks/losses.py                                  2048 tokens, a vocabulary of 32,768
     python benchmarks/losses.py --rows 4096 --vocab 151936 --device cuda --json out.json
 
-The eager side restates what the methods' published code does: float32 log_softmax and gather, a selection through nonzero, randperm and topk on the
-host, numbers for the log read with item(). Its Lp-Reg makes the proxy with a second softmax: probabilities below min_p times the largest are filled
-up with -1e4 and the rest is renormalised. All contenders run once a round, in turn; medians over the rounds.
+The eager side restates the methods' published code: float32 log_softmax and gather, a selection through
+nonzero, randperm and topk on the host, numbers for the log read with item(). Its Lp-Reg gets the proxy from a
+second softmax: probabilities below min_p times the largest are filled up with -1e4 and the rest is
+renormalised. All contenders run once a round, in turn; medians over the rounds.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import rlkern
 SEQUENCES, MIN_P = 8, 0.02
 
 
-# --- eager, as published ---------------------------------------------------------------------------------------------------------------------
+# --- eager, as published ------------------------------------------------------------------------------------
 
 
 def _gather_logp(logits: Tensor, ids: Tensor) -> Tensor:
@@ -75,7 +76,7 @@ def eager_kl_cov(logits, ids, old_logp, advantages, mask, *, select_ratio=2e-3, 
 
 
 def _eager_proxy(logits, ids):
-    """log-probability of the token after min-p and renormalisation; about -1e4 where the token itself was filtered out."""
+    """log-probability of the token after min-p and renormalisation; about -1e4 for a token filtered out."""
     with torch.no_grad():
         p = torch.softmax(logits.float(), dim=-1)
         dropped = p < MIN_P * p.max(dim=-1, keepdim=True).values
@@ -102,7 +103,7 @@ def eager_lp_reg(logits, ids, old_logp, advantages, mask, *, rho=0.01):
     return _mean(values, mask), metrics
 
 
-# --- rlkern ----------------------------------------------------------------------------------------------------------------------------------
+# --- rlkern -------------------------------------------------------------------------------------------------
 
 
 def _clip_cov(stats, old_logp, advantages, mask, **options):
@@ -124,11 +125,11 @@ LOSSES = {  # name: (eager loss of logits, rlkern's loss of the statistics, what
 }
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def draw(rows: int, vocab: int, dtype: torch.dtype, device: str):
-    """(logits [B, T, V], ids, old_logp, advantages, mask [B, T]): likely tokens and rare ones, a tenth masked, ratios around 1."""
+    """(logits [B, T, V], ids, old_logp, advantages, mask [B, T]): ratios around 1, a tenth masked."""
     g = torch.Generator(device).manual_seed(0)
     shape = (SEQUENCES, rows // SEQUENCES)
     logits = torch.empty(*shape, vocab, dtype=dtype, device=device)
@@ -149,7 +150,7 @@ def eager_phases(loss, logits, tokens):
 
 
 def rlkern_phases(loss, needs, logits, tokens, in_place: bool):
-    """forward to the statistics, loss, gradient of the statistics, gradient of the logits: the middle two are the [B, T] part."""
+    """Statistics, loss, gradient of the statistics, gradient of the logits. The middle two are [B, T]."""
     x, (ids, *tokens) = logits.detach().requires_grad_(), tokens
 
     def statistics(_):

@@ -1,4 +1,4 @@
-"""Timing and memory, on a GPU and on a CPU, in interleaved rounds: every contender runs once per round, so that a drifting clock hits all alike."""
+"""Timing and memory on GPU and CPU. Each contender runs once a round: a drifting clock hits all alike."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def few_rows(case: Case) -> bool:
 
 
 class _GpuClock:
-    """Times phases with events. A read of half a gigabyte goes first: it leaves no input and no unwritten line in the cache. Then the card sleeps
-    while the host queues the launches, so that what the host takes for them is not mistaken for kernel time."""
+    """Times phases with events. A read of half a gigabyte first leaves no input and no unwritten line in the
+    cache. Then the card sleeps while the host queues the launches, whose cost is no kernel time."""
 
     def __init__(self):
         self.flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
@@ -77,8 +77,8 @@ def clock(device: str):
 
 
 class Replay:
-    """Zero-argument calls, captured one after the other into one CUDA graph: `ms()` is the time of one call, with no host in it. Every call needs
-    tensors of its own, or the second one finds the first one's in the cache. On a CPU the calls just run."""
+    """Zero-argument calls, captured in turn into one CUDA graph: `ms()` is the time of one call, hostless.
+    Each needs its own tensors, or finds an earlier one's in the cache. On a CPU the calls just run."""
 
     def __init__(self, calls, device: str = "cuda"):
         self.device, self.calls, self.kept = device, list(calls), []
@@ -86,7 +86,8 @@ class Replay:
             self.run = self._run_all
             self.run()
             return
-        # Compiles first. The second time whatever waits for the card raises: a capture that fails halfway leaves PyTorch's allocator unusable.
+        # Compiles first. Then whatever waits for the card raises: a capture that fails halfway would leave
+        # PyTorch's allocator unusable.
         side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -112,7 +113,7 @@ class Replay:
 
 
 def rotation(case: Case) -> int:
-    """How many tensors of the logits' size a replay goes through: more than four times the cache, within reason."""
+    """How many tensors of the logits' size a replay takes: over four times the cache, within reason."""
     if case.device != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -132,7 +133,7 @@ def spread(values) -> float:
 
 
 def inputs(case: Case):
-    """Logits, targets and upstream gradients for logp and entropy. Random, never zeros: kernels can be faster on those."""
+    """Logits, targets, upstream gradients of logp and entropy. Random: kernels can be faster on zeros."""
     generator = torch.Generator(case.device).manual_seed(0)
     x = torch.empty(case.rows, case.vocab, dtype=DTYPES[case.dtype], device=case.device)
     for rows in x.split(max(1, (1 << 28) // case.vocab)):
@@ -143,7 +144,7 @@ def inputs(case: Case):
 
 
 def _gradient(outputs, x, grads):
-    """One backward pass; the upstream gradients are cut to what the contender returned (one peer drops a row)."""
+    """One backward pass, the upstream gradients cut to what the contender returned (one peer drops a row)."""
     grads = [g[: out.shape[0]].to(out.dtype) for out, g in zip(outputs, grads, strict=False)]
     return torch.autograd.grad(outputs, x, grads)[0]
 
@@ -179,7 +180,7 @@ class _Run:
         return times
 
     def warm_up(self, timer):
-        """Compiles, and measures on the way what needs measuring once: the error of logp and the peak memory."""
+        """Compiles, and measures what needs measuring once: the error of logp and the peak memory."""
         logp = self.phases()[0](None)[0].detach()
         self.restore()
         self.error = _logp_error(logp, self.x, self.y)
@@ -189,7 +190,7 @@ class _Run:
 
 
 class _ReplayedRun(_Run):
-    """The same for few rows: a replay of forwards, one of forwards with backwards, and the backward is the difference."""
+    """For few rows: replays forwards, then forwards with backwards; the backward is the difference."""
 
     forwards = both = None
 
@@ -210,7 +211,7 @@ class _ReplayedRun(_Run):
 
 
 def _logp_error(logp, x, y, sample=16) -> float | None:
-    """Largest error of |logp| against float64 over a few rows; None for a contender that returns something else (a GRPO loss)."""
+    """Largest error of |logp| against float64 over a few rows; None for other results (a GRPO loss)."""
     if logp.shape[0] != x.shape[0]:
         return None
     rows = torch.linspace(0, x.shape[0] - 1, min(sample, x.shape[0])).long().to(x.device)
@@ -238,7 +239,7 @@ def _chain(phases):
 
 
 def _cpu_peak_memory(phases) -> int | None:
-    """PyTorch keeps no statistics of CPU memory; Linux keeps a process's largest resident size, and resets it on request."""
+    """By Linux, which keeps a process's largest resident size and resets it; PyTorch counts no CPU memory."""
     try:
         spare.release()  # what earlier runs freed would otherwise be used again, unseen
         ctypes.CDLL(None).malloc_trim(0)
@@ -263,7 +264,7 @@ def design_bytes(case: Case, phase: str) -> int:
 
 
 def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, replayed: bool | None = None) -> dict:
-    """Measures `contenders` on `case`: a JSON-ready dict with one entry per contender, and the machine's own copy in the same rounds.
+    """JSON-ready: an entry for each contender on `case`, and the machine's own copy in the same rounds.
     `replayed`: times replays of CUDA graphs; by default few rows on a GPU."""
     timer = clock(case.device)
     replayed = case.device == "cuda" and few_rows(case) if replayed is None else replayed
@@ -316,7 +317,7 @@ def _size_of(case: Case) -> str:
 
 
 def share_copy(measured: list[dict]) -> None:
-    """Judges the replayed cases by the copy of the largest case: what a copy of few rows writes stays in the cache."""
+    """Judges replayed cases by the copy of the largest case: a copy of few rows stays in the cache."""
 
     def case_of(entry):
         return Case(*(entry[field] for field in Case._fields))

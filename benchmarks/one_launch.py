@@ -1,4 +1,4 @@
-"""One forward and one backward of log-probability and entropy between cudaProfilerStart and cudaProfilerStop, warmed up before: for a profiler.
+"""For a profiler: one warm forward and backward between cudaProfilerStart and cudaProfilerStop.
 
 ncu --profile-from-start off --set full python benchmarks/one_launch.py [--shape 8192x151936] [--dtype bf16]
 """

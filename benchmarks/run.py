@@ -1,6 +1,6 @@
-"""`make bench`: rlkern against eager PyTorch, torch.compile and the peers that are installed; time, memory, share of the copy bandwidth.
+"""`make bench`: time, memory and share of the copy bandwidth, against eager, torch.compile and peers.
 
-    python benchmarks/run.py                       the default set of this machine (a GPU where there is one, else the CPU; about three minutes)
+    python benchmarks/run.py                  the default set of the GPU, else the CPU; about three minutes
     python benchmarks/run.py --device cpu --dtypes bf16 --shapes 512x32768 --computes logp+entropy
     python benchmarks/run.py --full                all vocabularies, both dtypes, logp alone too
 
@@ -66,7 +66,7 @@ def save(document: dict, folder: str, name: str) -> str:
 
 
 def measure_all(cases, rounds, budget, log=print, on_case=lambda document: None, compiled=True, peers=True, replayed=()) -> dict:
-    """Runs `cases` until `budget` seconds are spent; the ones that did not fit are named in the result. `replayed`: cases to replay on a CPU too."""
+    """Runs `cases` for `budget` seconds; names those that did not fit. `replayed`: to replay on a CPU too."""
     document = {"machine": machine(), "cases": [], "absent": [], "left_out": []}
     found, document["absent"] = contenders(cases[0].device, peers)
     for line in document["absent"]:

@@ -1,4 +1,4 @@
-"""A stage of `make gpu`: steps with time limits, one after another or beside each other, whose results are kept whatever becomes of the others."""
+"""A stage of `make gpu`: steps with time limits, whose results are kept whatever becomes of the others."""
 
 from __future__ import annotations
 
@@ -51,8 +51,9 @@ def group_limit(group: Group) -> float:
 
 
 def run_process(command: list[str], env: dict, limit: float, on_line: Callable[[str], None], cancelled: threading.Event) -> int | None:
-    """The exit code of a command, whose output goes to `on_line`; None if it was stopped, at its limit or because of `cancelled`."""
-    # A process group, to stop what the command has started too; where possible no session, so that whoever ends this one's ends those as well.
+    """Its exit code; None if it was stopped, at its limit or by `cancelled`. Lines of output to `on_line`."""
+    # A process group, to stop what the command has started too; where possible no session, so that the end
+    # of this one's is theirs as well.
     group = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     try:
@@ -77,7 +78,7 @@ def run_process(command: list[str], env: dict, limit: float, on_line: Callable[[
 
 
 class PytestLines:
-    """Reads `pytest -v`, with or without xdist, line by line: so a run that is stopped has told what passed until then."""
+    """Reads `pytest -v`, with or without xdist, by lines: a stopped run has told what passed until then."""
 
     _RESULT = re.compile(
         r"^\[gw\d+\] \[ *\d+%\] (?P<after>[A-Z]+) (?P<name>.+?) *$"
@@ -109,7 +110,7 @@ class PytestLines:
 
 
 class Session:
-    """One stage: runs steps with a time limit, keeps what they printed, remembers how each ended, and writes all of it as it comes."""
+    """Runs the steps of a stage, writes as it comes what they print, measure, and how they end."""
 
     def __init__(self, stage: str, out: Path, results: Path, runner=run_process, clock=time.monotonic, started: float | None = None):
         self.stage, self.out, self.results, self.runner, self.clock = stage, out, results, runner, clock
@@ -223,7 +224,7 @@ class Session:
         return read(self.out / FILES[self.stage][step]) if step in self.begun & FILES[self.stage].keys() else None
 
     def save(self) -> dict:
-        """Adds what this stage has to the results of this card and day: its steps, cases and variants in place of its earlier ones."""
+        """Puts its steps, cases and variants into the results of this card and day, for earlier ones."""
         if self.gpu is None:
             return {}
         with self.lock:
@@ -244,7 +245,7 @@ class Session:
             return document
 
     def close(self) -> int:
-        """What was measured, what failed, how each step ended, in few lines, since a long output may lose its beginning; 1 if a step failed."""
+        """Prints figures, failures, ends of steps, briefly: long output loses its start. 1 if one failed."""
         document = self.save()
         cases = [case for case in document.get("cases", []) if case["stage"] == self.stage]
         if cases:

@@ -1,4 +1,4 @@
-"""Measured cases as text: `python benchmarks/table.py benchmarks/results/*.json` prints them again, `--markdown` for a document."""
+"""Measured cases as text: `python benchmarks/table.py [--markdown] benchmarks/results/*.json`"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ EAGER = "eager log_softmax"  # what ratios are given against: float32 log_softma
 
 
 def ratios(case: dict, phase: str = "total") -> dict[str, dict[str, float]]:
-    """For each contender its speed-up, in `phase`, over the eager baseline, the fastest eager and the fastest compiled variant."""
+    """Each contender's speed-up over the eager baseline, the fastest eager and the fastest compiled one."""
     ms = {r["name"]: r[phase]["ms"] for r in case["results"] if phase in r}
     kinds = {r["name"]: r["kind"] for r in case["results"]}
     base = {

@@ -1,6 +1,6 @@
-"""The same contenders under pytest-benchmark, for those who like its tables: `pytest benchmarks/test_speed.py --benchmark-group-by=param:case`.
+"""Under pytest-benchmark: `pytest benchmarks/test_speed.py --benchmark-group-by=param:case`
 
-Outside of `make test`, which collects tests/ alone. On a GPU every call ends in a synchronisation, so small sizes show launch latency.
+Not part of `make test`. On a GPU every call ends in a synchronisation, so small sizes show launch latency.
 """
 
 import pytest

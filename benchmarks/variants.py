@@ -1,9 +1,10 @@
-"""Which way to launch the token_stats kernels is fastest on this card: every variant beside the one in use, in interleaved rounds.
+"""The fastest way to launch the token_stats kernels on this card: variants beside the one in use.
 
-    python benchmarks/variants.py --out variants.json [--budget 90] [--shapes 8192x151936 ...] [--dtypes bf16 fp32]
+    python benchmarks/variants.py --out FILE [--budget 90] [--shapes 8192x151936 ...] [--dtypes bf16 fp32]
 
-A variant wins where it is faster by more than its own and the present one's spread together, and nowhere slower by more than that at the same
-vocabulary. The winners are printed as a table for triton_kernels/launch.py. Each variant's results are compared with those of the shape in use first.
+Rounds are interleaved. First each variant's results are compared with those of the shape in use. A variant
+wins where it is faster by more than both spreads together, and nowhere slower by more than that at the same
+vocabulary. The winners are printed as a table for triton_kernels/launch.py.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def distinct(variants: dict) -> dict:
 
 
 def launch_cases() -> list:
-    """The same for the offline report: every variant of the shapes that an H100 gets, on rows that start on boundaries and on rows that do not."""
+    """For the offline report: variants of the shapes that an H100 gets, on rows aligned and not."""
     from offline.cases import DTYPES, LAYOUTS, Case
 
     card, found = kernels.gpu(torch.device("cpu"))._replace(capability=(9, 0)), []
@@ -108,7 +109,7 @@ def launch_shape(direction: str, shape):
 
 
 class Operators:
-    """The two operators on one case, without autograd around them; several copies of the logits where replays go from one to the next."""
+    """The two operators on one case, without autograd; several copies of the logits for replays."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -157,7 +158,7 @@ class Timer:
 
 
 def agrees(operators: Operators, direction: str, shape, expected: torch.Tensor) -> bool:
-    """Every entry within what another order of the same sums may change. Rows are few enough at a time that their copies fit."""
+    """Equal but for the order of sums. Rows are compared few at a time, so that their copies fit."""
     with launch_shape(direction, shape):
         found = operators.results(direction)
     tolerance = 1e-5 if direction == "forward" or found.dtype == torch.float32 else 2**-7
@@ -203,7 +204,7 @@ def measure(operators: Operators, direction: str, rounds: int, deadline: float) 
     return {**case._asdict(), "direction": direction, "rounds": len(copies), "copy_gb_s": copy_gb_s, "variants": ordered}
 
 
-# --- what follows from the figures -----------------------------------------------------------------------------------------------------------
+# --- what follows from the figures --------------------------------------------------------------------------
 
 
 def gain(now: dict, other: dict) -> tuple[float, bool]:
@@ -213,7 +214,7 @@ def gain(now: dict, other: dict) -> tuple[float, bool]:
 
 
 def winners(found: list[dict]) -> dict[tuple, dict]:
-    """(direction, dtype, vocab) -> the variant that wins there, with its geometric mean gain; absent where none does."""
+    """(direction, dtype, vocab) -> the winner, with its geometric mean gain; absent where none wins."""
     groups: dict[tuple, list[dict]] = {}
     for case in found:
         groups.setdefault((case["direction"], case["dtype"], case["vocab"]), []).append(case)
@@ -254,7 +255,7 @@ def summary(found: list[dict]) -> str:
 
 
 def precompile(cases: list[Case], part: int, parts: int) -> None:
-    """Launches this part of all variants on a few rows, which puts the kernels into Triton's cache on disk."""
+    """Launches this part of all variants on a few rows: the kernels are then in Triton's cache on disk."""
     jobs = 0
     for case in cases:
         operators = Operators(case._replace(rows=8))

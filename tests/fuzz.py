@@ -1,10 +1,11 @@
 """Random calls of the public functions, to find bare errors, crashes and silent NaN.
 
-    python tests/fuzz.py --calls 20000 --seed 0        # RLKERN_BACKEND=reference, or triton with TRITON_INTERPRET=1, for the other backends
+    python tests/fuzz.py --calls 20000 --seed 0  # RLKERN_BACKEND=reference, or triton with TRITON_INTERPRET=1
     python tests/fuzz.py --seed 0 --only 1234          # one of them again, with its traceback
 
-Each starts from a valid call (tests/calls.py) of random size, and changes dtypes, strides, devices, values and options. What may come of it: results,
-or a ValueError, TypeError or IndexError that a raise statement of rlkern's made. Where all numbers are finite and legal, no result and no gradient
+Each starts from a valid call (tests/calls.py) of random size, and changes dtypes, strides, devices, values,
+options. What may come of it: results, or a ValueError, TypeError or IndexError that a raise statement of
+rlkern's made. Where all numbers are finite and legal, no result and no gradient
 may be NaN. Calls run in a child process, so that a crash is one more finding and not the end.
 """
 
@@ -38,7 +39,7 @@ NUMBERS = (0, 1, 2, 0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4)
 ROWS = {"logits", "other", "hidden", "mask_logits", "reference_logits", "shifted_logits"}
 
 
-# --- changes: (random, arguments) -> arguments. They keep a legal call legal, but for `wrong` and `other_device` -------------------------------
+# --- changes: (random, arguments) -> arguments. All but `wrong` and `other_device` keep calls legal ---------
 
 
 def _tensors(arguments: dict) -> list[str]:
@@ -180,7 +181,7 @@ CHANGES = {dtypes: 0.5, values: 0.5, options: 0.3, strides: 0.4, garbage: 0.3, n
 LEGAL = (dtypes, values, strides, garbage, no_tokens)  # after these alone a NaN is a finding
 
 
-# --- one call ----------------------------------------------------------------------------------------------------------------------------------
+# --- one call -----------------------------------------------------------------------------------------------
 
 
 def draw(seed: int, index: int) -> tuple[Call, dict, bool]:
@@ -259,7 +260,7 @@ def findings(seed: int, start: int, stop: int):
             yield index, wrong
 
 
-# --- the script --------------------------------------------------------------------------------------------------------------------------------
+# --- the script ---------------------------------------------------------------------------------------------
 
 
 def _child(seed: int, start: int, stop: int) -> None:

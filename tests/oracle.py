@@ -1,9 +1,8 @@
-"""Shared by the tests: the float64 answer on the rounded inputs, and a comparison at the tolerances that the project promises."""
+"""token_stats in float64 on the rounded inputs, and comparisons at the tolerances that rlkern promises."""
 
 import torch
 
-from rlkern import token_stats
-from rlkern import reference
+from rlkern import reference, token_stats
 
 FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -16,7 +15,7 @@ def upstream(fields, seed=0):
 
 
 def run(logits, targets, *, seed=0, only=None, **options):
-    """(fields, dlogits) of rlkern, with random upstream gradients for `only` these fields (default: all there are)."""
+    """(fields, dlogits) of rlkern, with random upstream gradients of the fields in `only` (default: all)."""
     leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     stats = token_stats(leaf, targets, **options)
     fields = {name: getattr(stats, name) for name in FIELDS if getattr(stats, name) is not None}
@@ -50,7 +49,7 @@ def expected(logits, targets, *, seed=0, only=None, mask=None, temperature=1.0, 
 
 
 def check(logits, targets, *, only=None, seed=0, **options):
-    """Asserts that values (float32 whatever the logits) and dlogits (rounded to the logits' dtype) are right."""
+    """Asserts that the values (float32) and dlogits (in the logits' dtype) are right; returns both."""
     got, d_logits = run(logits, targets, only=only, seed=seed, **options)
     want, d_want = expected(logits, targets, only=only, seed=seed, **options)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -61,8 +60,8 @@ def check(logits, targets, *, only=None, seed=0, **options):
         torch.testing.assert_close(got[name].double().cpu(), want[name], rtol=tol, atol=0.1 * tol, msg=lambda m, name=name: f"{name}: {m}")
     assert d_logits.dtype == logits.dtype and d_logits.shape == logits.shape
     tol = max(TOLERANCE[logits.dtype], TOLERANCE[acc])
-    # The rounding of a gradient is relative to its own size. The absolute part covers float32 accumulation, which is relative to the largest entry
-    # (with 10,000 logits most are below 1e-5), and half of float16's smallest number.
+    # A gradient's rounding is relative to its size. The absolute part covers float32 accumulation, relative to
+    # the largest entry (with 10,000 logits most are below 1e-5), and half of float16's smallest number.
     atol = max(0.01 * TOLERANCE[acc] * d_want.abs().max().item() if d_want.numel() else 0.0, 2**-25 if logits.dtype == torch.float16 else 0.0)
     torch.testing.assert_close(d_logits.double().cpu(), d_want, rtol=tol, atol=atol, msg=lambda m: f"dlogits: {m}")
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, and their arithmetic is right. Nothing here looks at a clock: speed is `make bench` and `make bench-check`."""
+"""The benchmarks run, and their arithmetic is right. No clock is looked at: see `make bench-check`."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ import sanitize  # noqa: E402
 import shared_card  # noqa: E402
 import table  # noqa: E402
 
-# Of the peers TRL's kernel runs interpreted; Liger's, where installed, return something else than log-probabilities.
+# Of the peers TRL's kernel runs interpreted; Liger's return something else than log-probabilities.
 HERE = [c for c in contenders.contenders("cpu")[0] if not c.slow and not c.name.startswith("Liger")]
 
 

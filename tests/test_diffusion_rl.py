@@ -1,4 +1,4 @@
-"""The diffusion example: its task, its sampler, its three objectives and its memory counter are right, and the whole runs."""
+"""The diffusion example: its task, sampler, three objectives and memory counter are right, and it runs."""
 
 import copy
 import csv
@@ -105,7 +105,7 @@ def batch():
 
 
 def _oracle(model, answers, n, old, bounded):
-    """Gradient of Eq. 6-7, or of the bound of Eq. 13-14, from the masks that rlkern draws; everything else written anew."""
+    """Gradient of Eq. 6-7, or of the bound of Eq. 13-14, written anew but for the masks, rlkern's."""
     import rlkern
 
     mask, weight = rlkern.diffusion.count_masks(answers.response, n, seed=answers.seed, rollouts=answers.rows)

@@ -42,14 +42,14 @@ def exact(x, y, g_logp, g_entropy, temperature=1.0):
 
 
 def gradient_terms(log_p, entropy, y, g_logp, g_entropy):
-    """The sizes of the terms that an entry of d_x [R, V] is the sum of: where they cancel, an error in proportion to them remains."""
+    """Sizes of the terms of entries of d_x [R, V]: an error in proportion remains where they cancel."""
     p = log_p.exp()
     terms = p * (g_logp.abs().unsqueeze(-1) + g_entropy.abs().unsqueeze(-1) * (log_p.clamp_min(-1e4).abs() + entropy.unsqueeze(-1)))
     return terms.scatter_add_(-1, y.unsqueeze(-1), g_logp.abs().unsqueeze(-1))
 
 
 def check_gradient(x, y, d_x, grads, temperature=1.0):
-    """Compares the gradient of rows [R, V] by logits with float64: each entry to its own rounding, and to the sizes of the terms it is the sum of."""
+    """Compares d_x [R, V] with float64: to an entry's own rounding, and to the sizes of its terms."""
     g_logp, g_entropy = (g.double() for g in grads)
     _, entropy, gradient = exact(x, y, g_logp, g_entropy, temperature)
     tolerance = 1e-11 if x.dtype == torch.float64 else 1e-5
@@ -59,7 +59,7 @@ def check_gradient(x, y, d_x, grads, temperature=1.0):
 
 
 def check_entries(d_x, gradient, tolerance):
-    # float16 has subnormals: below 6e-5 an entry is rounded to a multiple of 6e-8, not in proportion. What is below float32's smallest is 0.
+    # Below 6e-5 float16 is rounded to a multiple of 6e-8. What is below float32's smallest is 0.
     smallest = {torch.float16: 6e-8, torch.float64: 0}.get(d_x.dtype, 1e-35)
     allowed = ROUNDING[d_x.dtype] * gradient.abs() + tolerance + smallest
     excess = (d_x.double() - gradient).abs() - allowed
@@ -87,7 +87,7 @@ def spread_rows(n, count=24):
     return torch.linspace(0, n - 1, count, device="cuda").long()
 
 
-# --- full size -------------------------------------------------------------------------------------------------------------------------------
+# --- full size ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (VOCAB, torch.float32), (50_257, torch.bfloat16), (32_000, torch.float16)])
@@ -139,7 +139,7 @@ def test_memory_is_one_gradient():
     assert torch.cuda.max_memory_allocated() - before < size + (1 << 20)
 
 
-# --- dtypes, sizes, strides ------------------------------------------------------------------------------------------------------------------
+# --- dtypes, sizes, strides ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -188,7 +188,7 @@ def test_one_temperature_per_row():
         torch.testing.assert_close(d_alone[0], d_x[i])
 
 
-# --- values ----------------------------------------------------------------------------------------------------------------------------------
+# --- values -------------------------------------------------------------------------------------------------
 
 
 def test_masked_rows_are_not_read():
@@ -273,7 +273,7 @@ def test_targets_out_of_range_give_nan_and_no_wild_read():
     assert logp.isnan().tolist() == [False, True, True, True]
 
 
-# --- how it runs -----------------------------------------------------------------------------------------------------------------------------
+# --- how it runs --------------------------------------------------------------------------------------------
 
 
 def test_in_place_gradient_has_the_same_bits_and_no_memory():
@@ -379,7 +379,7 @@ def test_autocast_keeps_float32_results():
     assert torch.equal(stats.logp, rlkern.token_logprobs(x, y))
 
 
-# --- statistics over all tokens --------------------------------------------------------------------------------------------------------------
+# --- statistics over all tokens -----------------------------------------------------------------------------
 
 
 def on_reference(function, *args):

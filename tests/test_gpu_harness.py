@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: the orchestration with a clock and commands that are declared, and once with real ones. Nothing here imports torch."""
+"""`make gpu` without a GPU: its steps with a declared clock and commands, and real ones. No torch here."""
 
 import contextlib
 import io
@@ -66,7 +66,7 @@ COMMANDS = {"first": FIRST, "second": SECOND}
 
 
 class Machine:
-    """A clock that only commands move, each thread's by itself as if they ran beside each other, and the commands."""
+    """The commands, and a clock that only they move, each thread's by itself as if they ran in parallel."""
 
     def __init__(self, commands: dict[str, Command], out: Path):
         self.commands, self.out = commands, out

@@ -1,5 +1,7 @@
-"""The primitives on a real GPU at the sizes of training, against float64, and twice with the same bits: what test_gpu.py does for one target a row,
-here for many, for kept sets of split rows, and for everything around token_stats. Skipped where there is no GPU; `make gpu` runs it."""
+"""The primitives on a real GPU at the sizes of training, against float64, and twice with the same bits.
+
+test_gpu.py has one target a row; here are many, kept sets of split rows, and everything around token_stats.
+"""
 
 import math
 
@@ -9,8 +11,7 @@ from test_diffusion_masks import SAMPLERS
 from test_gpu import check_entries, check_gradient, random_logits, random_targets, upstream
 
 import rlkern
-from rlkern import advantages
-from rlkern import reference
+from rlkern import advantages, reference
 from rlkern.primitives.moments import row_moments
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -34,11 +35,11 @@ def twice(function):
     return first
 
 
-# --- token_stats: many targets, kept sets, split rows ----------------------------------------------------------------------------------------
+# --- token_stats: many targets, kept sets, split rows -------------------------------------------------------
 
 
 def check_statistics(x, y, *, temperature=1.0, **kept):
-    """All fields for logits [N, V] and targets [N, K], -100 among them, and the gradient of all of them together."""
+    """All fields for logits [N, V] and targets [N, K], -100 among them, and the gradient of all together."""
     ignored, tolerance = y == -100, TOLERANCE[x.dtype]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -76,7 +77,7 @@ def check_statistics(x, y, *, temperature=1.0, **kept):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_targets", [9, 64, 1000, 8192])
 def test_many_targets_a_row(n_targets, dtype):
-    """Equal ones must be added up by one thread, in one order: all equal, two values, five, all but one ignored, some ignored, all different."""
+    """One thread must add up equal ones, in one order."""
     x, y = random_logits(8, VOCAB, dtype=dtype), random_targets(VOCAB, 8, n_targets)
     y[0] = 77
     y[1] = torch.where(y[1] % 2 == 0, 0, VOCAB - 1)
@@ -120,7 +121,7 @@ def test_a_backward_continues_another_backends_forward(first, then):
     torch.testing.assert_close(gradient(first, then), want, rtol=1e-5, atol=1e-6)
 
 
-# --- the evidence lower bound ----------------------------------------------------------------------------------------------------------------
+# --- the evidence lower bound -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
@@ -156,7 +157,7 @@ def test_masked_elbo(dtype, packed, inplace):
     check_gradient(x, y, d_x, (g_logp, torch.zeros_like(g_logp)))
 
 
-# --- from hidden states ----------------------------------------------------------------------------------------------------------------------
+# --- from hidden states -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])  # the matrix is the embedding too
@@ -193,7 +194,7 @@ def test_linear_token_stats(dtype, tied):
         assert error < tolerance, f"{name}: a relative error of {error:.1e}"
 
 
-# --- plain PyTorch over rows -----------------------------------------------------------------------------------------------------------------
+# --- plain PyTorch over rows --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
@@ -295,11 +296,11 @@ def test_nlpo_stats(renorm):
     check_entries(d_x, gradient, 1e-5 * terms.detach().scatter_add_(-1, y.unsqueeze(-1), sizes))
 
 
-# --- advantages and masks --------------------------------------------------------------------------------------------------------------------
+# --- advantages and masks -----------------------------------------------------------------------------------
 
 
 def _sum_of_squares(logp):
-    """Of a distribution that gives the other tokens half of what is left in one: what no distribution has makes weights that cancel."""
+    """Of a distribution with one other token of half the rest: impossible sums make weights that cancel."""
     p = logp.exp()
     return p.square() + 0.5 * (1 - p).square()
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of token_stats are right where it is easily wrong, for rows of one program and of several, and with one tile a program or more.
+"""Hard cases of the Triton kernels of token_stats: one program a row or several, one tile a program or more.
 Tiles are small, so that short rows have many."""
 
 import math

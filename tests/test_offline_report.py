@@ -1,4 +1,4 @@
-"""Budgets of the GPU kernels, read from what the compilers make of them: no GPU is needed, and a kernel that regresses fails here first."""
+"""Budgets of the GPU kernels, read from what the compilers make of them, without a GPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ EXP2_OF_A_ROW = 1  # besides one per logit a kernel may compute one of its row's
 # On B200 the exponentials alone take 86 % of the time that a bf16 forward has.
 MEMORY_BOUND = ("forward", "backward logp", "backward logp+entropy")
 
-# Instructions per logit on the hot path in bf16, all kernels of a case together, the worst of the row layouts and a twentieth more. Twice as much
-# memory time passes per fp32 logit, whose tiles are smaller: half as many again are allowed there.
+# Instructions per logit on the hot path in bf16, all kernels of a case together: the worst of the row layouts
+# and a twentieth more. fp32 takes twice the memory time, in smaller tiles: half as many again are allowed.
 CEILINGS = {
     "sm_80": {
         "forward": 12.6,
@@ -71,7 +71,7 @@ CEILINGS = {
 }
 FP32_ALLOWANCE = 1.5
 IN_FLIGHT = 80 << 10  # bytes a multiprocessor: launch shapes that ask for less were slower on an H100
-# Instructions more that Triton 3.6 and other old ones may emit: the ceilings are for those that the kernels are developed on.
+# Instructions more that old Tritons (up to 3.7) may emit: the ceilings are for the kernels' own.
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 OLD_TRITON_ALLOWANCE = {"sm_80": 0.7, "sm_90": 0.7, "sm_100": 0.7, "gfx942": 1.3}
 REGISTERS_OVER_TOKENS = 128 if OLD_TRITON else 96  # a thread: four, five programs of four warps on a multiprocessor
@@ -97,7 +97,7 @@ def report_on(tmp_path: Path, *args: str) -> tuple[list[dict], list[dict]]:
 
 
 def kernels_in_the_package() -> set[str]:
-    """The launchable functions of triton_kernels/: a new one needs cases of its own in benchmarks/offline/cases.py or tokens.py."""
+    """A new one needs cases of its own in benchmarks/offline/cases.py or tokens.py."""
     files = (ROOT / "triton_kernels").glob("*.py")
     names = (node.name for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef))
     return {name for name in names if name.endswith("_kernel")}
@@ -111,7 +111,7 @@ def violations(rows: list[dict]) -> list[str]:
         if row["resources"]["spilled_bytes"]:
             found.append(f"{row['resources']['spilled_bytes']} bytes spilled in {row['kernel']}")
     for row in filter(lambda row: row["block"], rows):
-        # Where the compiler has put the two halves of a tile into branches of their own a path shows one of them, and none but 16-byte loads.
+        # If the halves of a tile have branches of their own, a path shows one of them: 16-byte loads only.
         if row["wide_share"] < 1 and {int(width) for width in row["load_widths"]} != {16}:
             found.append(f"{row['wide_share']:.0%} of the logits in 16-byte loads: {row['load_widths']}")
         lanes = row["block"] / row["warps"] / build.TARGETS[arch].warp_size
@@ -176,9 +176,10 @@ def test_unknown_architecture_names_the_known_ones():
         build.target("gfx1")
 
 
-# --- reading assembly ------------------------------------------------------------------------------------------------------------------------
+# --- reading assembly ---------------------------------------------------------------------------------------
 
-# A loop over tiles: loads, a test for a rare branch that holds more code and one exponential, the exponentials, the jump back; then a trap.
+# A loop over tiles: loads, a test for a rare branch with more code and one exponential, the exponentials, the
+# jump back; then a trap.
 SASS = """
 .text.kernel:
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -249,7 +250,7 @@ def test_gcn_loads_that_no_lane_may_want_are_on_the_path():
     assert resources == machine.Resources(registers=33, spilled_bytes=8 + 4 * 3, shared_bytes=128, scalar_registers=20)
 
 
-# --- what is compiled ------------------------------------------------------------------------------------------------------------------------
+# --- what is compiled ---------------------------------------------------------------------------------------
 
 
 def kernel_for_signature(logits_ptr, rows, stride, vocab, temperature, flag, BLOCK: triton.language.constexpr):
@@ -282,7 +283,7 @@ def test_large_integers_are_64_bit():
     assert [source.signature[name] for name in ("rows", "stride")] == ["i64", "i32"]
 
 
-# --- the model -------------------------------------------------------------------------------------------------------------------------------
+# --- the model ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -314,7 +315,7 @@ def test_bound_is_what_runs_out_first():
     assert model.bound(2, 1, 4, h100).limit == "exp2"
 
 
-# --- rows split over programs ----------------------------------------------------------------------------------------------------------------
+# --- rows split over programs -------------------------------------------------------------------------------
 
 
 def forward_row(arch: str) -> report_of_a_kernel.Row:

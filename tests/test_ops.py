@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: validation, compile, export, opcheck, checkpointing, autocast, in-place gradients, memory."""
+"""The operators as PyTorch sees them: validation, compile, export, checkpointing, in place, memory."""
 
 import math
 
@@ -31,7 +31,7 @@ def gradient(f, x, *args):
     return torch.autograd.grad(f(x, *args), x)[0]
 
 
-# --- validation ------------------------------------------------------------------------------------------------------------------------------
+# --- validation ---------------------------------------------------------------------------------------------
 
 X, Y = torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.long)
 
@@ -115,7 +115,7 @@ def test_integer_types_of_targets(backend, device):
         assert torch.equal(rlkern.token_logprobs(x.to(device), y.to(dtype).to(device)), want)
 
 
-# --- what trainers do with the results -------------------------------------------------------------------------------------------------------
+# --- what trainers do with the results ----------------------------------------------------------------------
 
 
 def test_results_may_be_written_into(backend, device):
@@ -157,7 +157,7 @@ def test_no_grad_and_detached(backend, device):
     assert not rlkern.token_logprobs(x.detach().to(device), y.to(device)).requires_grad
 
 
-# --- torch.library, compile, export ----------------------------------------------------------------------------------------------------------
+# --- torch.library, compile, export -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kept_kind", [0, 1, 2])
@@ -296,7 +296,7 @@ def test_double_backward_is_refused(backend, device):
         (first.square().sum() + x.sum()).backward()
 
 
-# --- in-place gradients ----------------------------------------------------------------------------------------------------------------------
+# --- in-place gradients -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -347,12 +347,12 @@ def test_two_uses_of_overwritten_logits_raise(backend, device):
         (first.sum() + second.sum()).backward()
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_no_memory_grows_with_the_vocabulary(inplace):
-    """Native: the forward allocates nothing of vocabulary size, the backward the one gradient, in place nothing."""
+    """Native: the forward allocates nothing of this size, the backward the one gradient, in place nothing."""
     rows, vocab = 8, 20000
     gradient_bytes = rows * vocab * 2
     x = torch.randn(rows, vocab).bfloat16().requires_grad_()
@@ -372,7 +372,7 @@ def test_no_memory_grows_with_the_vocabulary(inplace):
     assert inplace or backward >= gradient_bytes
 
 
-# --- backends --------------------------------------------------------------------------------------------------------------------------------
+# --- backends -----------------------------------------------------------------------------------------------
 
 
 def test_use_backend_restores():

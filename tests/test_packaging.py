@@ -1,4 +1,4 @@
-"""What a user installs: sdist, wheel, editable tree, all imported from outside the source tree; and what a failed build says."""
+"""What a user installs (sdist, wheel, editable tree), used outside of the source tree; failed builds."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def run(*command, cwd, env=(), ok=True):
 
 @pytest.fixture(scope="module", autouse=True)
 def sources_compiled_once(tmp_path_factory):
-    """The CPU kernels are built four times here, from the same sources: what differs is how, and what is there already."""
+    """The CPU kernels are built four times here, in different ways, from the same sources."""
     objects = tmp_path_factory.mktemp("objects")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CMAKE_CXX_COMPILER_LAUNCHER", f"{sys.executable};{ROOT / 'tests' / 'compile_once.py'};{objects}")
@@ -73,7 +73,7 @@ def python(tmp_path):
 
 
 def use(python, cwd, env=()):
-    """Imports and runs rlkern; returns where it and its Triton kernels were found, and what backend_info says of the CPU kernels."""
+    """Runs rlkern: ([where it was found, and its Triton kernels], backend_info of the CPU kernels)."""
     places, native = run(python, "-c", USE, cwd=cwd, env=env).stdout.strip().splitlines()
     return [Path(p) for p in places.split()], native
 

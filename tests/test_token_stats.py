@@ -1,4 +1,4 @@
-"""token_stats on every backend against float64: dtypes, shapes, strides, options, and what breaks other kernels."""
+"""token_stats on every backend against float64: dtypes, shapes, strides, options, hard inputs."""
 
 import math
 
@@ -79,7 +79,7 @@ MANY = (1, 2, 8, 9, 16, 17, 33, 300)  # across the numbers from which backends g
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_many_targets_a_row(backend, device, dtype):
-    """Repeated targets add up, ignored entries add nothing, in rows that start anywhere, in place where K is even."""
+    """Repeated targets add up, ignored ones add nothing, rows start anywhere, even K works in place."""
     for k in MANY:
         logits, y = draw(2, 3, 402, dtype=dtype, device=device)[:, 1:, :-1], ids(401, 2, 2, k, device=device, seed=k)
         y[..., 3::3] = y[..., :1]
@@ -192,7 +192,7 @@ def test_rows_without_upstream_gradient_are_zero(backend, device):
     assert (x.grad[1:3] == 0).all() and (x.grad[0] != 0).any()
 
 
-# --- strides ---------------------------------------------------------------------------------------------------------------------------------
+# --- strides ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -236,7 +236,7 @@ def test_expanded_logits(backend, device):
     assert torch.equal(stats.logp, stats.logp[:1].expand(3))
 
 
-# --- the inputs that break other kernels -----------------------------------------------------------------------------------------------------
+# --- the inputs that break other kernels --------------------------------------------------------------------
 
 
 def minus_inf(where):
@@ -340,7 +340,7 @@ def test_target_at_minus_inf(backend, device):
     torch.testing.assert_close(d.double().cpu(), d_want, rtol=1e-5, atol=1e-6)
 
 
-# --- kept set --------------------------------------------------------------------------------------------------------------------------------
+# --- kept set -----------------------------------------------------------------------------------------------
 
 
 def test_proxy_logp(backend, device):
@@ -376,7 +376,7 @@ def test_empty_kept_set(backend, device, dtype):
     assert (x.grad == 0).all()
 
 
-# --- agreements ------------------------------------------------------------------------------------------------------------------------------
+# --- agreements ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -393,7 +393,7 @@ def test_never_worse_than_eager(backend, device, dtype, scale):
     leaf = x.clone().requires_grad_()
     d_truth = expected(x, y, only=["logp"])[1]
     eager(leaf, y)[0].backward(upstream([truth["logp"]])[0].to(dtype))
-    # Triton's interpreter truncates where hardware rounds to the nearest bfloat16: up to four times the error, in it alone.
+    # Triton's interpreter truncates where hardware rounds to the nearest bfloat16: up to 4 times the error.
     truncates = 4 if backend == "triton" and device == "cpu" and dtype == torch.bfloat16 else 1.01
     assert (d.double().cpu() - d_truth).norm() <= (leaf.grad.double() - d_truth).norm() * truncates
 
@@ -445,7 +445,7 @@ def test_drawn_inputs(backend, device, data):
     assert (stats.logp <= 0).all() and (stats.entropy >= 0).all() and (stats.entropy <= math.log(vocab) * (1 + 1e-6) + 1e-6).all()
 
 
-# --- drop-ins --------------------------------------------------------------------------------------------------------------------------------
+# --- drop-ins -----------------------------------------------------------------------------------------------
 
 
 def test_token_logprobs_and_entropy_from_logits(backend, device):

@@ -1,6 +1,6 @@
-"""What the Triton kernels of token_stats do by themselves: rows split over several programs, rows that start anywhere, gradients in groups of tiles.
+"""The Triton kernels of token_stats: rows that are split or start anywhere, gradients in groups of tiles.
 
-test_token_stats.py compares every backend with float64. Here launch shapes are made small, so that short rows have many tiles and parts.
+test_token_stats.py compares every backend with float64. Here small launch shapes give short rows many tiles.
 """
 
 import math
@@ -61,7 +61,7 @@ def forward(x, y, **options):
     return torch.stack([s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass])
 
 
-# --- rows split over several programs --------------------------------------------------------------------------------------------------------
+# --- rows split over several programs -----------------------------------------------------------------------
 
 # Fewer tiles than parts, empty parts at the end, a last part of one column, one of a whole tile.
 LENGTHS = (1, BLOCK, 3 * BLOCK, 5 * BLOCK - 7, 9 * BLOCK + 1)
@@ -101,7 +101,7 @@ def test_scratch_is_written_before_it_is_read(shape, monkeypatch):
 @pytest.mark.parametrize("fill", [-INF, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("first", [0, 2 * BLOCK, 7 * BLOCK])
 def test_parts_without_a_probability(shape, first, fill):
-    """Parts that are -inf throughout, or the lowest number that frameworks mask with, before, between and after the others."""
+    """Parts that are -inf, or the lowest number that frameworks mask with: before, between, after others."""
     shape(SPLIT)
     x = draw(1, 8 * BLOCK)
     live = slice(first, first + BLOCK)
@@ -143,7 +143,7 @@ def test_the_number_of_parts_follows_from_the_vocabulary_alone():
     assert launch.forward_shape(launch.Gpu(), 50_257, 2).splits == 1 and launch.forward_shape(launch.Gpu(), 262_144, 2).splits > 1
 
 
-# --- the same bits in any batch, and at any address ------------------------------------------------------------------------------------------
+# --- the same bits in any batch, and at any address ---------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", [WHOLE, SPLIT], ids=["whole rows", "split rows"])
@@ -201,7 +201,7 @@ def test_nothing_behind_the_last_row_is_read(shape, dtype, vocab, monkeypatch):
     assert not behind and stats.entropy.isfinite().all()
 
 
-# --- the backward's groups of tiles ----------------------------------------------------------------------------------------------------------
+# --- the backward's groups of tiles -------------------------------------------------------------------------
 
 
 def gradients(x, y, **options):

@@ -1,4 +1,4 @@
-"""The launches that users cause, recorded without a GPU: the package's launchers run on meta tensors, which have shapes and strides and no memory."""
+"""The launches that users cause, recorded without a GPU: the package's launchers run on meta tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STATE = 6
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# name -> (vocabulary, elements between rows). 50304 lets every row start on a 16-byte boundary, 50257 and 262145 do not.
+# name -> (vocabulary, elements between rows). Of 50304 all rows start on 16 bytes, of 50257 and 262145 not.
 LAYOUTS = {
     "V=151936": (151936, 151936),
     "V=50257 padded": (50257, 50304),
@@ -59,7 +59,7 @@ class Case:
 
 
 def core_cases() -> list[Case]:
-    """Every variant in bf16 on the common layout; the two that most losses use also on every other layout, and in fp32."""
+    """Every variant in bf16 on the common layout; the two of most losses on every layout, and in fp32."""
     cases = [Case(variant, "bf16", "V=151936") for variant in (*FORWARD, *BACKWARD)]
     for variant in ("forward", "backward logp+entropy"):
         cases += [Case(variant, "bf16", layout) for layout in LAYOUTS]
@@ -103,7 +103,7 @@ class _Recorder:
 
 @contextmanager
 def _pretending(module, target, case: Case) -> Iterator[None]:
-    """While it lasts, the module's launchers take tensors to be on `target`, a GPUTarget, and the launch shape that `case` asks for."""
+    """The module's launchers take tensors to be on `target`, a GPUTarget, and the launch shape of `case`."""
     hip = target.backend == "hip"
     card = module.gpu(torch.device("cpu"))._replace(capability=(0, 0) if hip else divmod(target.arch, 10), warp_size=target.warp_size, amd=hip)
     with ExitStack() as stack:

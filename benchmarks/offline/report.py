@@ -1,4 +1,4 @@
-"""One row of the report: a kernel that a case launches, compiled for an architecture, and what its hot path costs per logit."""
+"""One row of the report: a kernel of a case, compiled, and what its hot path costs per logit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Row:
 
     @property
     def bytes_per_logit(self) -> int:
-        """What must move: one read a sweep forward (a second one may hit a cache), one read and one write backward."""
+        """What must move: forward a read a sweep (a second may hit a cache), backward one and a write."""
         return (2 if self.case.backward else self.sweeps) * self.case.element_size
 
     @property
@@ -51,7 +51,7 @@ class Row:
 
 
 def analyse(case: Case, arch: str) -> list[Row]:
-    """Compiles what `case` launches for `arch` and reads the assembly. Raises ValueError for an unknown architecture."""
+    """Compiles the launches of `case` for `arch`, reads the assembly. ValueError for an unknown `arch`."""
     return [_analyse_launch(case, launch, arch) for launch in record(case, target(arch))]
 
 
@@ -69,7 +69,7 @@ def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
     for path in paths:
         steps = [program.instructions[i] for i in path]
         loads = Counter(step.width for step in steps if step.kind == "load")
-        # A row's few scalars are narrower than a vector of logits: of a path's loads those that are as wide as the widest are logits. Some may be
+        # A row's few scalars are narrower than a vector of logits: a path's widest loads are logits. Some may be
         # loaded twice, so an unrolled loop shows in its exponentials too.
         widest, path_exps = max(loads, default=0), program.count(path, "exp2")
         tiles = max(1, min(widest * loads[widest] // (tile * case.element_size), path_exps // tile)) if block else 1
