@@ -45,8 +45,8 @@ def nvidia_tool(name: str) -> Path:
 
 
 def source(launch: Launch) -> tuple[ASTSource, dict]:
-    """(what to compile, compiler options). As in a launch an integer 1 is folded, and integers and pointers are
-    marked if they are multiples of 16, unless the kernel's code is not to depend on that argument."""
+    """(what to compile, compiler options). As in a launch an integer 1 is folded, and integers and pointers
+    are marked if they are multiples of 16, unless the kernel's code is not to depend on that argument."""
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False)) | launch.kwargs
     options = {name: value for name, value in launch.kwargs.items() if name not in names}

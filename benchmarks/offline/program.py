@@ -58,9 +58,9 @@ class Program:
         return None
 
     def loops(self) -> list[Loop]:
-        """Natural loops, smallest first: an edge back to an instruction that every way to the edge has passed.
-        Code moved out of line returns to one that it need not have passed, and a jump to itself is a trap:
-        neither is a loop."""
+        """Natural loops, smallest first: an edge back to an instruction that every way to the edge has
+        passed. Code moved out of line returns to one that it need not have passed, and a jump to itself is a
+        trap: neither is a loop."""
         predecessors: dict[int, set[int]] = {}
         for i in range(len(self.instructions)):
             for j in self.successors(i):
@@ -102,9 +102,9 @@ class Program:
     def hot_paths(self, tile: int) -> list[list[int]]:
         """One path per sweep over a row. `tile`: the logits of one tile that a thread has.
 
-        Once round each innermost loop with at least half a tile's exponentials; in a kernel without such a loop
-        from entry to exit. Rare branches (a new maximum, a masked tile) make a way longer: the shortest one has
-        none of them."""
+        Once round each innermost loop with at least half a tile's exponentials; in a kernel without such a
+        loop from entry to exit. Rare branches (a new maximum, a masked tile) make a way longer: the shortest
+        one has none of them."""
         hot: dict[int, list[int]] = {}
         for loop in self.loops():
             if not loop.body & hot.keys():

@@ -69,8 +69,8 @@ def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
     for path in paths:
         steps = [program.instructions[i] for i in path]
         loads = Counter(step.width for step in steps if step.kind == "load")
-        # A row's few scalars are narrower than a vector of logits: a path's widest loads are logits. Some may be
-        # loaded twice, so an unrolled loop shows in its exponentials too.
+        # A row's few scalars are narrower than a vector of logits: a path's widest loads are logits. Some may
+        # be loaded twice, so an unrolled loop shows in its exponentials too.
         widest, path_exps = max(loads, default=0), program.count(path, "exp2")
         tiles = max(1, min(widest * loads[widest] // (tile * case.element_size), path_exps // tile)) if block else 1
         logits = tiles * tile
