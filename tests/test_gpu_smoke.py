@@ -7,6 +7,7 @@ import pytest
 import torch
 from calls import CALLS, moved
 from loss_battery import assert_same, tensors_of
+from test_gpu import no_wait
 from torch.utils._pytree import tree_leaves
 
 DEVICE = "cuda"
@@ -78,12 +79,8 @@ def test_the_same_bits_in_deterministic_mode(call, deterministic):
 def test_does_not_wait_for_the_device(call):
     run = prepare(call, DEVICE)
     run()  # compiles and loads the kernels
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_all_tensors_are_moved():
