@@ -112,10 +112,7 @@ def _load_file(package: str, path: str):
 
 def _trl() -> list[Contender]:
     kernel = _load_file("trl", "kernels/logprob_entropy.py").selective_log_softmax_and_entropy
-    return [
-        Contender("TRL kernel", BOTH, lambda x, y: kernel(x, y), "peer"),
-        Contender("TRL kernel", LOGP, lambda x, y: kernel(x, y)[:1], "peer"),
-    ]
+    return [Contender("TRL kernel", BOTH, lambda x, y: kernel(x, y), "peer"), Contender("TRL kernel", LOGP, lambda x, y: kernel(x, y)[:1], "peer")]
 
 
 def _liger() -> list[Contender]:

@@ -78,10 +78,7 @@ def launch_cases() -> list:
     card, found = kernels.gpu(torch.device("cpu"))._replace(capability=(9, 0)), []
     for layout, dtype in (("V=151936", "bf16"), ("V=50257", "bf16"), ("V=151936", "fp32")):
         row = (card, LAYOUTS[layout][0], DTYPES[dtype].itemsize)
-        tables = {
-            "forward": forward_variants(in_use("forward", *row)),
-            "backward logp+entropy": backward_variants(in_use("backward", *row)),
-        }
+        tables = {"forward": forward_variants(in_use("forward", *row)), "backward logp+entropy": backward_variants(in_use("backward", *row))}
         found += [Case(name, dtype, layout, shape, label) for name, shapes in tables.items() for label, shape in shapes.items()]
     return found
 

@@ -134,11 +134,7 @@ def test_results_may_be_written_into(backend, device):
 @pytest.mark.parametrize("cut", [lambda x: x[:, :9], lambda x: x[:, :, :2], lambda x: x[1:], lambda x: x.transpose(0, 1)])
 @pytest.mark.parametrize(
     "value",
-    [
-        lambda x, y: rlkern.token_logprobs(x, y),
-        lambda x, y: rlkern.token_divergence(x, x.detach().flip(-1)),
-        lambda x, y: row_moments(x, y).variance,
-    ],
+    [lambda x, y: rlkern.token_logprobs(x, y), lambda x, y: rlkern.token_divergence(x, x.detach().flip(-1)), lambda x, y: row_moments(x, y).variance],
 )
 def test_gradients_of_slices_of_four_dimensions(backend, device, value, cut):
     """Their rows need not have a view, and the gradient must reach its memory all the same."""

@@ -17,19 +17,10 @@ STATE = 6
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 # name -> (vocabulary, elements between rows). Of 50304 all rows start on 16 bytes, of 50257 and 262145 not.
-LAYOUTS = {
-    "V=151936": (151936, 151936),
-    "V=50257 padded": (50257, 50304),
-    "V=50257": (50257, 50257),
-    "V=262144 odd stride": (262144, 262145),
-}
+LAYOUTS = {"V=151936": (151936, 151936), "V=50257 padded": (50257, 50304)}
+LAYOUTS |= {"V=50257": (50257, 50257), "V=262144 odd stride": (262144, 262145)}
 
-FORWARD = {
-    "forward": {},
-    "forward +sum_sq": {"sum_sq": True},
-    "forward +kept": {"kept": 1},
-    "forward K=8": {"targets": 8},
-}
+FORWARD = {"forward": {}, "forward +sum_sq": {"sum_sq": True}, "forward +kept": {"kept": 1}, "forward K=8": {"targets": 8}}
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},
