@@ -1,11 +1,23 @@
 """token_stats in float64 on the rounded inputs, and comparisons at the tolerances that rlkern promises."""
 
+import math
+
+import pytest
 import torch
 
 from rlkern import reference, token_stats
 
+INF = math.inf
 FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
+
+
+def draw(*shape, dtype=torch.float32, device="cpu", scale=3.0, seed=0):
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(device)
+
+
+def ids(vocab, *shape, device="cpu", seed=1):
+    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def upstream(fields, seed=0):
@@ -64,6 +76,47 @@ def check(logits, targets, *, only=None, seed=0, **options):
     # to the largest entry (with 10,000 logits most are below 1e-5), and half of float16's smallest number.
     atol = max(0.01 * TOLERANCE[acc] * d_want.abs().max().item() if d_want.numel() else 0.0, 2**-25 if logits.dtype == torch.float16 else 0.0)
     torch.testing.assert_close(d_logits.double().cpu(), d_want, rtol=tol, atol=atol, msg=lambda m: f"dlogits: {m}")
+    return got, d_logits
+
+
+def check_confident(vocab, where, gap, offset=0.0, device="cpu", **options):
+    """A row with maxima at `where` and all else `gap` below: closed forms, which float64's softmax loses."""
+    x = torch.full((1, vocab), offset - gap, device=device)
+    x[0, where] = offset
+    got, d = run(x, torch.tensor([where[0]], device=device), only=["logp"], **options)
+    k, rest = len(where), (vocab - len(where)) * math.exp(-gap)
+    g = upstream([got["logp"]])[0].item()
+    want = {
+        "logp": -math.log(k) - math.log1p(rest / k),
+        "entropy": math.log(k) + math.log1p(rest / k) + rest * gap / (k + rest),
+        "at the label": g * (k - 1 + rest) / (k + rest),
+        "elsewhere": -g * math.exp(-gap) / (k + rest),
+    }
+    got |= {"at the label": d[0, where[0]], "elsewhere": d[0, where[0] - 1]}
+    for name, value in want.items():
+        assert got[name].item() == pytest.approx(value, rel=1e-5, abs=0), name
+    return got
+
+
+def check_undefined(vocab, device="cpu", **options):
+    """A row of -inf, one with a NaN and one with +inf are NaN, and no others."""
+    x = draw(5, vocab, device=device)
+    x[1] = -INF
+    x[2, vocab // 2], x[3, vocab - 1] = math.nan, INF
+    stats = token_stats(x, ids(vocab, 5, device=device), **options)
+    for t in (stats.logp, stats.entropy, *([] if stats.kept_logmass is None else [stats.kept_logmass])):
+        assert t.isnan().tolist() == [False, True, True, True, False]
+    assert stats.logsumexp[1] == -INF and stats.logsumexp[2:4].isnan().all()
+
+
+def check_skipped(vocab, device="cpu", **options):
+    """A masked row of NaN and an ignored one give zeros."""
+    x, y = draw(4, vocab, device=device), ids(vocab, 4, device=device)
+    x[1], x[2], y[2] = math.nan, math.nan, -100
+    stats, d = run(x, y, mask=torch.tensor([True, False, True, True], device=device), **options)
+    for t in (*stats.values(), d):
+        assert (t[1:3] == 0).all() and (t[[0, 3]] != 0).all()
+    check(x[[0, 3]], y[[0, 3]], **options)
 
 
 def eager(logits, targets, temperature=1.0):

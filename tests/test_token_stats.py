@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from oracle import FIELDS, TOLERANCE, check, eager, expected, run, upstream
+from oracle import FIELDS, INF, TOLERANCE, check, check_confident, check_undefined, draw, eager, expected, ids, run, upstream
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -14,18 +14,7 @@ import rlkern
 from rlkern import backends
 from rlkern.backends import reference
 
-INF = math.inf
 TILED = 9001  # more than two tiles of every backend, odd
-
-
-def draw(*shape, dtype=torch.float32, device="cpu", scale=3.0, seed=0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(device)
-
-
-def ids(vocab, *shape, device="cpu", seed=1):
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed)).to(device)
-
-
 OPTIONS = {
     "plain": {},
     "temperature": {"temperature": 0.6},
@@ -192,9 +181,6 @@ def test_rows_without_upstream_gradient_are_zero(backend, device):
     assert (x.grad[1:3] == 0).all() and (x.grad[0] != 0).any()
 
 
-# --- strides ------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("vocab", [64, 301, TILED])
 def test_slices_are_not_copied(backend, device, dtype, vocab, monkeypatch):
@@ -234,9 +220,6 @@ def test_expanded_logits(backend, device):
     x = draw(1, 40, device=device)
     stats = rlkern.token_stats(x.expand(3, 40), ids(40, 1, device=device).expand(3))
     assert torch.equal(stats.logp, stats.logp[:1].expand(3))
-
-
-# --- the inputs that break other kernels --------------------------------------------------------------------
 
 
 def minus_inf(where):
@@ -287,16 +270,7 @@ def test_huge_spread(backend, device):
 @pytest.mark.parametrize("at", [0, 4095, 4096, TILED - 1])
 @pytest.mark.parametrize("gap", [15.0, 16.2, 21.0, 24.0, 30.0, 60.0])
 def test_confident_tokens_keep_relative_accuracy(backend, device, gap, at):
-    x = torch.full((1, TILED), -gap, device=device)
-    x[0, at] = 0.0
-    rest = (TILED - 1) * math.exp(-gap)  # closed forms: float64's own softmax loses these
-    want = {"logp": -math.log1p(rest), "entropy": math.log1p(rest) + rest * gap / (1 + rest)}
-    got, d = run(x, torch.tensor([at], device=device), only=["logp"])
-    for name, value in want.items():
-        assert got[name].item() == pytest.approx(value, rel=1e-5, abs=0), name
-    g = upstream([got["logp"]])[0].item()
-    assert d[0, at].item() == pytest.approx(g * rest / (1 + rest), rel=1e-5, abs=0)
-    assert d[0, at - 1].item() == pytest.approx(-g * math.exp(-gap) / (1 + rest), rel=1e-5, abs=0)
+    check_confident(TILED, [at], gap, device=device)
 
 
 def test_confident_kept_mass(backend, device):
@@ -321,13 +295,7 @@ def test_rising_and_falling_maxima(backend, device):
 
 
 def test_undefined_rows_are_nan_not_something_else(backend, device):
-    x = draw(5, 300, device=device)
-    x[1] = -INF
-    x[2, 7], x[3, 7] = math.nan, INF
-    stats = rlkern.token_stats(x, ids(300, 5, device=device))
-    for t in (stats.logp, stats.entropy):
-        assert t.isnan().tolist() == [False, True, True, True, False]
-    assert stats.logsumexp[1] == -INF and stats.logsumexp[2:4].isnan().all()
+    check_undefined(300, device)
 
 
 def test_target_at_minus_inf(backend, device):
@@ -338,9 +306,6 @@ def test_target_at_minus_inf(backend, device):
     _, d_want = expected(x, y, only=["logp"])
     assert got["logp"][0] == -INF and torch.isfinite(got["entropy"]).all()
     torch.testing.assert_close(d.double().cpu(), d_want, rtol=1e-5, atol=1e-6)
-
-
-# --- kept set -----------------------------------------------------------------------------------------------
 
 
 def test_proxy_logp(backend, device):
@@ -374,9 +339,6 @@ def test_empty_kept_set(backend, device, dtype):
     assert (stats.kept_logmass == -INF).all() and (stats.proxy_logp == -INF).all()
     stats.kept_logmass.backward(torch.ones(2, dtype=dtype, device=device))
     assert (x.grad == 0).all()
-
-
-# --- agreements ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -443,9 +405,6 @@ def test_drawn_inputs(backend, device, data):
     check(x, y, mask=mask, temperature=temperature, **kept, with_sum_sq=data.draw(st.booleans()))
     stats = rlkern.token_stats(x, y, mask=mask, temperature=temperature)
     assert (stats.logp <= 0).all() and (stats.entropy >= 0).all() and (stats.entropy <= math.log(vocab) * (1 + 1e-6) + 1e-6).all()
-
-
-# --- drop-ins -----------------------------------------------------------------------------------------------
 
 
 def test_token_logprobs_and_entropy_from_logits(backend, device):
