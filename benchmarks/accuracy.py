@@ -9,6 +9,7 @@ import math
 import os
 
 import torch
+from table import columns
 
 import rlkern
 from rlkern import backends
@@ -35,10 +36,6 @@ def fused(name):
         return stats.logp, stats.entropy
 
     return run
-
-
-def contenders():
-    return {"eager": eager, **{name: fused(name) for name in names()}}
 
 
 def measure(run, logits, targets):
@@ -85,30 +82,24 @@ def stress_cases():
     yield "confident, p = 1 - 1e-7", confident, y
 
 
-def table(title, rows, header):
-    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    print(f"\n{title}")
-    for r in (header, *rows):
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))).rstrip())
-
-
 def main() -> None:
-    runs = contenders()
+    runs = {"eager": eager, **{name: fused(name) for name in names()}}
     header = ["", *(f"{name} {what}" for name in runs for what in ("logp", "H", "grad"))]
-    rows = []
+
+    def errors(x, y):
+        want = truth(x, y)
+        return [f"{error(a, b):.0e}" for run in runs.values() for a, b in zip(measure(run, x, y), want, strict=True)]
+
+    rows = [header]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for scale in (0.1, 3.0, 12.0):
             g = torch.Generator().manual_seed(1)
             x, y = (torch.randn(ROWS, VOCAB, generator=g) * scale).to(dtype), torch.randint(0, VOCAB, (ROWS,), generator=g)
-            want = truth(x, y)
-            errors = [f"{error(a, b):.0e}" for run in runs.values() for a, b in zip(measure(run, x, y), want, strict=True)]
-            rows.append([f"{str(dtype).removeprefix('torch.')}, scale {scale}", *errors])
-    table(f"Largest error against float64 on the same rounded logits, relative to the largest value, {ROWS} x {VOCAB}", rows, header)
-    rows = []
-    for name, x, y in stress_cases():
-        want = truth(x, y)
-        rows.append([name, *(f"{error(a, b):.0e}" for run in runs.values() for a, b in zip(measure(run, x, y), want, strict=True))])
-    table("The inputs that break other kernels, float32", rows, header)
+            rows.append([f"{str(dtype).removeprefix('torch.')}, scale {scale}", *errors(x, y)])
+    print(f"\nLargest error against float64 on the same rounded logits, relative to the largest value, {ROWS} x {VOCAB}")
+    print(columns(rows))
+    print("\nThe inputs that break other kernels, float32")
+    print(columns([header, *([name, *errors(x, y)] for name, x, y in stress_cases())]))
 
 
 if __name__ == "__main__":

@@ -10,14 +10,13 @@ alone: a model that gathers its hidden states before the head computes no others
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from measure import DTYPES, clock, machine, median, peak_memory, spread
+from measure import DTYPES, argument_parser, arguments, clock, machine, median, peak_memory, spread
 from torch import Tensor
 
 import rlkern
@@ -50,27 +49,19 @@ def make_draw(shape: tuple[int, int, int], masked: float, dtype: torch.dtype, de
     return Draw(logits, targets, mask, weight, advantages, elbo + 0.03 * length * torch.randn(batch, generator=g, device=device), 1 / length)
 
 
+def _loss(draw: Draw, *rows: Tensor, **options) -> Tensor:
+    """Of logits, targets and weights."""
+    options |= {"mc_weight": 1.0, "seq_weight": 1 / len(draw.weight), "ratio_scale": draw.scale}
+    return rlkern.bgpo_loss(*rows, draw.advantages, draw.old_elbo, **options).loss
+
+
 def bgpo(draw: Draw, logits: Tensor, inplace: bool = False) -> Tensor:
-    return rlkern.bgpo_loss(
-        *(logits, draw.targets, draw.weight, draw.advantages, draw.old_elbo),
-        mask=draw.mask,
-        mc_weight=1.0,
-        seq_weight=1 / len(draw.weight),
-        ratio_scale=draw.scale,
-        inplace_backward=inplace,
-    ).loss
+    return _loss(draw, logits, draw.targets, draw.weight, mask=draw.mask, inplace_backward=inplace)
 
 
 def packed(draw: Draw, rows: Tensor) -> Tensor:
     sequence = draw.mask.nonzero()[:, 0]
-    return rlkern.bgpo_loss(
-        *(rows, draw.targets[draw.mask], draw.weight[sequence], draw.advantages, draw.old_elbo),
-        seq_idx=sequence,
-        num_seqs=len(draw.weight),
-        mc_weight=1.0,
-        seq_weight=1 / len(draw.weight),
-        ratio_scale=draw.scale,
-    ).loss
+    return _loss(draw, rows, draw.targets[draw.mask], draw.weight[sequence], seq_idx=sequence, num_seqs=len(draw.weight))
 
 
 def bound(draw: Draw, ell: Tensor) -> Tensor:
@@ -95,6 +86,10 @@ class Contender(NamedTuple):
     in_place: bool = False
     packed: bool = False
 
+    def logits(self, draw: Draw) -> Tensor:
+        """What it starts from, as a leaf."""
+        return (draw.logits[draw.mask] if self.packed else draw.logits).detach().requires_grad_()
+
 
 CONTENDERS = (
     Contender("rlkern", bgpo),
@@ -107,7 +102,7 @@ CONTENDERS = (
 
 def gradient(contender: Contender, draw: Draw) -> tuple[Tensor, Tensor]:
     """(loss, gradient by the contender's logits). The in-place one overwrites `draw.logits`."""
-    leaf = (draw.logits[draw.mask] if contender.packed else draw.logits).detach().requires_grad_()
+    leaf = contender.logits(draw)
     loss = contender.loss(draw, leaf)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
@@ -120,7 +115,7 @@ def measure(draw: Draw, rounds: int) -> dict[str, dict]:
     peaks = {}
     for round_number in range(rounds + 2):  # two to warm up
         for contender in CONTENDERS:
-            leaf = (draw.logits[draw.mask] if contender.packed else draw.logits).detach().requires_grad_()
+            leaf = contender.logits(draw)
             phases = (lambda _, c=contender, x=leaf: c.loss(draw, x), lambda loss, x=leaf: torch.autograd.grad(loss, x)[0])
             if round_number == 1:
                 peaks[contender.name] = peak_memory(device, phases)
@@ -132,17 +127,11 @@ def measure(draw: Draw, rounds: int) -> dict[str, dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser = argument_parser(__doc__, "device", "dtype", "rounds", "threads")
     parser.add_argument("--shape", default="4x256x32768", metavar="BxSxV")
     parser.add_argument("--masked", type=float, default=0.5, help="fraction of the positions that the draw masked")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", help="also write the figures to this JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = arguments(parser)
     shape = tuple(int(n) for n in args.shape.split("x"))
     results = measure(make_draw(shape, args.masked, DTYPES[args.dtype], args.device), args.rounds)
 

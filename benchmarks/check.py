@@ -9,15 +9,13 @@ judged (--strict judges them too). A case that fails is measured once more, and 
 
 from __future__ import annotations
 
-import argparse
 import glob
 import json
 import os
 import sys
 
-import torch
 from contenders import BOTH, EAGER, contenders
-from measure import Case, machine, results_folder, run_case
+from measure import Case, argument_parser, arguments, machine, results_folder, run_case
 from table import columns, ratios
 
 _CHECKED = ("rlkern", "rlkern, in place")
@@ -70,17 +68,12 @@ def check(case: dict, rounds: int, tolerance: float) -> tuple[dict[str, float], 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argument_parser(__doc__, "device", "rounds", rounds=9)
     parser.add_argument("--against", metavar="JSON", help="committed results (default: the newest of this machine's kind)")
     parser.add_argument("--tolerance", type=float, default=0.15)
     parser.add_argument("--cases", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--strict", action="store_true", help="judge also against results of another machine")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: nothing compared")
-        return 0
+    args = arguments(parser)
     here = machine()
     if args.device == "cpu":
         here.pop("gpu", None)

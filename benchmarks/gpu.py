@@ -27,39 +27,25 @@ line. --rehearse does all of it on a processor, on tiny inputs, and writes into 
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
+
+from session import FILES, ROOT, TOTALS, Group, Session, Step
 
 STARTED = time.monotonic()
-
-import argparse  # noqa: E402
-import importlib.util  # noqa: E402
-import os  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import threading  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from session import FILES, ROOT, TOTALS, Group, Session, Step  # noqa: E402
-
 BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "benchmarks" / "results"
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_primitives.py", "tests/test_gpu_smoke.py")
-SUITE = (
-    "tests/test_triton_token_stats.py",
-    "tests/test_launch_shapes.py",
-    "tests/test_token_stats.py",
-    "tests/test_ratio.py",
-    "tests/test_selection.py",
-    "tests/test_covariance.py",
-    "tests/test_unread_rows.py",
-    "tests/test_ops.py",
-    "tests/test_elbo.py",
-    "tests/test_bgpo_options.py",
-    "tests/test_kinks.py",
-    "tests/test_metrics.py",
-    "tests/test_default_dtype.py",
-)
+TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "gpu_primitives", "gpu_smoke"))
+KERNELS = ("triton_token_stats", "launch_shapes", "token_stats", "ratio", "selection", "covariance", "unread_rows")
+USERS = ("ops", "elbo", "bgpo_options", "kinks", "metrics", "default_dtype")
+SUITE = tuple(f"tests/test_{name}.py" for name in (*KERNELS, *USERS))
 DRAWN = "drawn_inputs"  # dozens of kernels one after the other in one worker
 REHEARSED = ("tests/test_triton_token_stats.py",), ("-k", "every_type or skipped")
 CHOICE = ("tests", "variants", "compile", "bench", "suite", "memcheck", "racecheck", "ncu")

@@ -11,22 +11,18 @@ renormalised. All contenders run once a round, in turn; medians over the rounds.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
 
 import torch
-from measure import DTYPES, clock, machine, median, peak_memory, spread
+from measure import DTYPES, argument_parser, arguments, clock, machine, median, peak_memory, spread
 from table import columns
 from torch import Tensor
 
 import rlkern
 
 SEQUENCES, MIN_P = 8, 0.02
-
-
-# --- eager, as published ------------------------------------------------------------------------------------
 
 
 def _gather_logp(logits: Tensor, ids: Tensor) -> Tensor:
@@ -103,29 +99,15 @@ def eager_lp_reg(logits, ids, old_logp, advantages, mask, *, rho=0.01):
     return _mean(values, mask), metrics
 
 
-# --- rlkern -------------------------------------------------------------------------------------------------
-
-
-def _clip_cov(stats, old_logp, advantages, mask, **options):
-    return rlkern.clip_cov_loss(stats.logp, old_logp, advantages, mask, **options)
-
-
-def _kl_cov(stats, old_logp, advantages, mask, **options):
-    return rlkern.kl_cov_loss(stats.logp, old_logp, advantages, mask, **options)
-
-
-def _lp_reg(stats, old_logp, advantages, mask, **options):
-    return rlkern.lp_reg_loss(stats.logp, old_logp, stats.proxy_logp, advantages, mask, **options)
-
-
 LOSSES = {  # name: (eager loss of logits, rlkern's loss of the statistics, what these need)
-    "Clip-Cov": (eager_clip_cov, _clip_cov, {}),
-    "KL-Cov": (eager_kl_cov, _kl_cov, {}),
-    "Lp-Reg": (eager_lp_reg, _lp_reg, {"min_p": MIN_P}),
+    "Clip-Cov": (eager_clip_cov, lambda stats, *tokens, **options: rlkern.clip_cov_loss(stats.logp, *tokens, **options), {}),
+    "KL-Cov": (eager_kl_cov, lambda stats, *tokens, **options: rlkern.kl_cov_loss(stats.logp, *tokens, **options), {}),
+    "Lp-Reg": (
+        eager_lp_reg,
+        lambda stats, old, *tokens, **options: rlkern.lp_reg_loss(stats.logp, old, stats.proxy_logp, *tokens, **options),
+        {"min_p": MIN_P},
+    ),
 }
-
-
-# --- measuring ----------------------------------------------------------------------------------------------
 
 
 def draw(rows: int, vocab: int, dtype: torch.dtype, device: str):
@@ -193,19 +175,13 @@ def run(rows: int, vocab: int, dtype: str, device: str, rounds: int) -> list[dic
         base = median([sum(t) for t in times["eager"]])
         for contender, phases in times.items():
             totals = [sum(t) for t in phases]
-            tokens_part = [sum(t[1:3]) for t in phases] if len(phases[0]) == 4 else None
-            entries.append(
-                {
-                    "loss": name,
-                    "contender": contender,
-                    "ms": median(totals),
-                    "spread": spread(totals),
-                    "ratio": base / median(totals),
-                    "peak_bytes": peaks[contender],
-                    "tokens_ms": tokens_part and median(tokens_part),
-                    "tokens_share": tokens_part and median([part / total for part, total in zip(tokens_part, totals, strict=True)]),
-                }
-            )
+            entry = {"loss": name, "contender": contender, "ms": median(totals), "spread": spread(totals), "ratio": base / median(totals)}
+            entry |= {"peak_bytes": peaks[contender], "tokens_ms": None, "tokens_share": None}
+            if len(phases[0]) == 4:
+                parts = [sum(t[1:3]) for t in phases]
+                shares = [part / total for part, total in zip(parts, totals, strict=True)]
+                entry |= {"tokens_ms": median(parts), "tokens_share": median(shares)}
+            entries.append(entry)
     return entries
 
 
@@ -221,22 +197,13 @@ def render(entries: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "device", "dtype", "rounds", "threads", rounds=9)
     parser.add_argument("--rows", type=int, default=2048, help=f"tokens, a multiple of {SEQUENCES}")
     parser.add_argument("--vocab", type=int, default=32_768)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: nothing measured (--device cpu measures this processor)")
-        return 0
+    args = arguments(parser)
     if args.rows % SEQUENCES or args.rows <= 0:
         parser.error(f"--rows must be a positive multiple of {SEQUENCES}, got {args.rows}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     info = machine()
     print("\n".join(f"{key}: {value}" for key, value in info.items()))
     entries = run(args.rows, args.vocab, args.dtype, args.device, args.rounds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import datetime
 import functools
@@ -9,21 +10,49 @@ import gc
 import itertools
 import os
 import platform
-import statistics
 import subprocess
 import time
+from statistics import median, quantiles
 from typing import NamedTuple
 
 import torch
 
 import rlkern
-from rlkern.backends import gradient_memory as spare
-from rlkern.backends import reference
+from rlkern import reference
+from rlkern.backends import gradient_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 FEW_ROWS_BYTES = 64 << 20  # logits below this take a GPU less time than the host takes to queue the launches
 _FLUSH_BYTES = 512 << 20
 _HEAD_START = 10_000_000  # cycles, 5 ms at 2 GHz: after another contender's long step the host takes over 1 ms to queue a forward and a backward
+
+
+OPTIONS = {
+    "device": {"choices": ("cpu", "cuda"), "default": "cuda" if torch.cuda.is_available() else "cpu"},
+    "dtype": {"choices": tuple(DTYPES), "default": "bf16"},
+    "rounds": {"type": int, "default": 11},
+    "threads": {"type": int, "help": "CPU threads"},
+}
+
+
+def argument_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
+    """With those of OPTIONS that a script has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in options:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command's; ends the process, with 0, where it asks for a GPU that is not there."""
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: nothing measured (--device cpu measures this processor)")
+        parser.exit()
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
+    return args
 
 
 class Case(NamedTuple):
@@ -120,15 +149,11 @@ def rotation(case: Case) -> int:
     return min(64, 4 * cache // design_bytes(case, "forward") + 1)
 
 
-def median(values):
-    return statistics.median(values)
-
-
 def spread(values) -> float:
     """Half the distance between the quartiles, as a fraction of the median."""
     if len(values) < 4:
         return (max(values) - min(values)) / 2 / median(values)
-    low, _, high = statistics.quantiles(values, n=4)
+    low, _, high = quantiles(values, n=4)
     return (high - low) / 2 / median(values)
 
 
@@ -241,7 +266,7 @@ def _chain(phases):
 def _cpu_peak_memory(phases) -> int | None:
     """By Linux, which keeps a process's largest resident size and resets it; PyTorch counts no CPU memory."""
     try:
-        spare.release()  # what earlier runs freed would otherwise be used again, unseen
+        gradient_memory.release()  # what earlier runs freed would otherwise be used again, unseen
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
@@ -296,8 +321,7 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, re
         if case.device == "cuda":
             torch.cuda.empty_cache()
     copies = []
-    done = 0
-    while done < rounds:
+    for _ in range(rounds):
         copies.append(timer(lambda _: pristine.copy_(x))[0])
         for run in list(runs):
             try:
@@ -306,9 +330,15 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, re
                 runs.remove(run)
                 skipped[run.contender.name] = f"OutOfMemoryError: {str(error).splitlines()[0][:160]}"
                 x.copy_(pristine)
-        done += 1
     copy_gb_s = 2 * x.numel() * x.element_size() / median(copies) / 1e6
-    measured = {**case._asdict(), "rounds": done, "copy_ms": median(copies), "copy_gb_s": copy_gb_s, "copy_of": _size_of(case), "replayed": replayed}
+    measured = {
+        **case._asdict(),
+        "rounds": rounds,
+        "copy_ms": median(copies),
+        "copy_gb_s": copy_gb_s,
+        "copy_of": _size_of(case),
+        "replayed": replayed,
+    }
     return {**measured, "results": [_summary(run, case, copy_gb_s) for run in runs], "skipped": skipped}
 
 
@@ -333,17 +363,11 @@ def share_copy(measured: list[dict]) -> None:
 
 
 def _summary(run: _Run, case: Case, copy_gb_s: float) -> dict:
-    entry = {
-        "name": run.contender.name,
-        "kind": run.contender.kind,
-        "in_place": run.contender.in_place,
-        "logp_error": run.error,
-        "peak_bytes": run.peak,
-    }
+    contender = run.contender
+    entry = {"name": contender.name, "kind": contender.kind, "in_place": contender.in_place, "logp_error": run.error, "peak_bytes": run.peak}
     phases = {"forward": [t[0] for t in run.times]}
-    if run.contender.backward:
-        phases["backward"] = [t[1] for t in run.times]
-        phases["total"] = [sum(t) for t in run.times]
+    if contender.backward:
+        phases |= {"backward": [t[1] for t in run.times], "total": [sum(t) for t in run.times]}
     for phase, times in phases.items():
         ms = median(times)
         entry[phase] = {"ms": ms, "spread": spread(times), "min_ms": min(times), "of_copy": design_bytes(case, phase) / ms / 1e6 / copy_gb_s}
@@ -354,9 +378,7 @@ def machine() -> dict:
     """What a figure depends on, without what identifies a computer."""
     info = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "python": platform.python_version(),
-        "cpu": _cpu_model(),
-        "threads": torch.get_num_threads(),
+        **{"python": platform.python_version(), "cpu": _cpu_model(), "threads": torch.get_num_threads()},
         **rlkern.backend_info(),
     }
     if torch.cuda.is_available():

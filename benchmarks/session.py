@@ -241,7 +241,7 @@ class Session:
             if variants:
                 document["variants"] = variants
             for folder in {self.results, self.out}:
-                write(folder / self.path().name, json.dumps(document, indent=1) + "\n")
+                write(folder / self.path().name, document)
             return document
 
     def close(self) -> int:
@@ -287,8 +287,8 @@ def read(path: Path):
         return None
 
 
-def write(path: Path, text: str) -> None:
-    """A reader, or whoever comes after a kill, finds the old file or the new one, whole."""
+def write(path: Path, document: dict) -> None:
+    """As JSON. A reader, or whoever comes after a kill, finds the old file or the new one, whole."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(json.dumps(document, indent=1) + "\n")
     os.replace(part, path)

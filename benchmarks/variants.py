@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import subprocess
@@ -23,7 +22,8 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 import torch
-from measure import DTYPES, Case, Replay, clock, design_bytes, few_rows, inputs, median, rotation, spread
+from measure import DTYPES, Case, Replay, argument_parser, clock, design_bytes, few_rows, inputs, median, rotation, spread
+from session import write
 
 import rlkern
 from rlkern.triton_kernels import token_stats as kernels
@@ -201,9 +201,6 @@ def measure(operators: Operators, direction: str, rounds: int, deadline: float) 
     return {**case._asdict(), "direction": direction, "rounds": len(copies), "copy_gb_s": copy_gb_s, "variants": ordered}
 
 
-# --- what follows from the figures --------------------------------------------------------------------------
-
-
 def gain(now: dict, other: dict) -> tuple[float, bool]:
     """(the present time over the other's, whether they differ by more than both spreads)"""
     margin = now["ms"] * now["spread"] + other["ms"] * other["spread"]
@@ -265,12 +262,11 @@ def precompile(cases: list[Case], part: int, parts: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "rounds")
     parser.add_argument("--out", type=Path, default=Path("variants.json"))
     parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS")
     parser.add_argument("--shapes", nargs="+", metavar="NxV", help="such as 8192x151936")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
-    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes in Triton's interpreter: everything but the figures is real")
     parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--precompile", type=int, nargs=2, metavar=("PART", "PARTS"), help=argparse.SUPPRESS)
@@ -306,9 +302,7 @@ def main() -> int:
         for direction in DIRECTIONS:
             found.append(measure(operators, direction, args.rounds, started + args.budget))
             document = {"rehearsed": args.rehearse, "cases": found, "summary": summary(found)}
-            part = args.out.with_name(args.out.name + ".part")  # a kill leaves the last file whole
-            part.write_text(json.dumps(document, indent=1) + "\n")
-            os.replace(part, args.out)
+            write(args.out, document)
         print(f"{case}: {time.perf_counter() - started:.0f} s", flush=True)
         del operators
         if device == "cuda":
