@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 from measure import DTYPES, argument_parser, arguments, clock, machine, median, peak_memory, spread
+from table import megabytes
 from torch import Tensor
 
 import rlkern
@@ -140,8 +141,7 @@ def main() -> None:
     print(f"{args.dtype} logits {list(shape)}, {args.masked:.0%} masked; {where}")
     print(f"{'':20} {'ms':>9} {'spread':>7} {'peak MB':>8} {'speed':>7}")
     for name, entry in results.items():
-        peak = "" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:.0f}"
-        print(f"{name:20} {entry['ms']:9.2f} {entry['spread']:7.0%} {peak:>8} {results[EAGER]['ms'] / entry['ms']:6.1f}x")
+        print(f"{name:20} {entry['ms']:9.2f} {entry['spread']:7.0%} {megabytes(entry):>8} {results[EAGER]['ms'] / entry['ms']:6.1f}x")
     if args.out:
         with open(args.out, "w") as file:
             json.dump({"machine": info, "shape": shape, "dtype": args.dtype, "masked": args.masked, "results": results}, file, indent=1)

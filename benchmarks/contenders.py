@@ -8,6 +8,7 @@ not load, is reported in one line and left out.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -36,9 +37,6 @@ class Contender(NamedTuple):
     slow: bool = False  # seconds to compile for every new shape
 
 
-# --- rlkern -------------------------------------------------------------------------------------------------
-
-
 def _rlkern_both(x, y, inplace=False):
     stats = rlkern.token_stats(x, y, inplace_backward=inplace)
     return stats.logp, stats.entropy
@@ -46,9 +44,6 @@ def _rlkern_both(x, y, inplace=False):
 
 def _rlkern_logp(x, y, inplace=False):
     return (rlkern.token_logprobs(x, y, inplace_backward=inplace),)
-
-
-# --- plain PyTorch, as trainers write it --------------------------------------------------------------------
 
 
 def log_softmax_both(x, y):
@@ -90,9 +85,6 @@ def logsumexp_logp(x, y):
 
 def cross_entropy_logp(x, y):
     return (F.cross_entropy(x.float(), y, reduction="none"),)
-
-
-# --- other packages -----------------------------------------------------------------------------------------
 
 
 def _load_file(package: str, path: str):
@@ -162,22 +154,17 @@ def _compiled(forward):
 
 def contenders(device: str, peers: bool = True) -> tuple[list[Contender], list[str]]:
     """Those that exist on `device` ("cpu" or "cuda"; peers too if asked), a line for each that is absent."""
-    found = [
-        Contender("rlkern", BOTH, _rlkern_both, "rlkern"),
-        Contender("rlkern, in place", BOTH, lambda x, y: _rlkern_both(x, y, True), "rlkern", in_place=True),
-        Contender(EAGER, BOTH, log_softmax_both),
-        Contender("eager logsumexp (verl)", BOTH, logsumexp_both),
-        Contender("eager row loop (TRL)", BOTH, row_loop_both),
-        Contender("compiled log_softmax", BOTH, _compiled(log_softmax_both), "compiled", slow=True),
-        Contender("compiled logsumexp", BOTH, _compiled(logsumexp_both), "compiled", slow=True),
-        Contender("rlkern", LOGP, _rlkern_logp, "rlkern"),
-        Contender("rlkern, in place", LOGP, lambda x, y: _rlkern_logp(x, y, True), "rlkern", in_place=True),
-        Contender(EAGER, LOGP, log_softmax_logp),
-        Contender("eager logsumexp", LOGP, logsumexp_logp),
-        Contender("eager cross_entropy", LOGP, cross_entropy_logp),
-        Contender("compiled log_softmax", LOGP, _compiled(log_softmax_logp), "compiled", slow=True),
-        Contender("compiled logsumexp", LOGP, _compiled(logsumexp_logp), "compiled", slow=True),
-    ]
+    eager = {
+        BOTH: {EAGER: log_softmax_both, "eager logsumexp (verl)": logsumexp_both, "eager row loop (TRL)": row_loop_both},
+        LOGP: {EAGER: log_softmax_logp, "eager logsumexp": logsumexp_logp, "eager cross_entropy": cross_entropy_logp},
+    }
+    found = []
+    for computes, fused in ((BOTH, _rlkern_both), (LOGP, _rlkern_logp)):
+        found += [Contender("rlkern", computes, fused, "rlkern")]
+        found += [Contender("rlkern, in place", computes, functools.partial(fused, inplace=True), "rlkern", in_place=True)]
+        found += [Contender(name, computes, forward) for name, forward in eager[computes].items()]
+        for name, forward in zip(("log_softmax", "logsumexp"), eager[computes].values(), strict=False):
+            found += [Contender(f"compiled {name}", computes, _compiled(forward), "compiled", slow=True)]
     absent = []
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for name, load in _PEERS.items() if peers else ():

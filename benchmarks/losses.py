@@ -17,7 +17,7 @@ import sys
 
 import torch
 from measure import DTYPES, argument_parser, arguments, clock, machine, median, peak_memory, spread
-from table import columns
+from table import columns, megabytes
 from torch import Tensor
 
 import rlkern
@@ -188,11 +188,9 @@ def run(rows: int, vocab: int, dtype: str, device: str, rounds: int) -> list[dic
 def render(entries: list[dict]) -> str:
     rows = [["", "ms", "spread", "x eager", "extra MB", "[B, T] ms", "share"]]
     for e in entries:
-        rows.append(
-            [f"{e['loss']}: {e['contender']}", f"{e['ms']:.2f}", f"{100 * e['spread']:.0f}%", f"{e['ratio']:.1f}"]
-            + ["-" if e["peak_bytes"] is None else f"{e['peak_bytes'] / 1e6:,.0f}"]
-            + (["-", "-"] if e["tokens_ms"] is None else [f"{e['tokens_ms']:.2f}", f"{100 * e['tokens_share']:.1f}%"])
-        )
+        figures = [f"{e['ms']:.2f}", f"{100 * e['spread']:.0f}%", f"{e['ratio']:.1f}", megabytes(e)]
+        tokens = ["-", "-"] if e["tokens_ms"] is None else [f"{e['tokens_ms']:.2f}", f"{100 * e['tokens_share']:.1f}%"]
+        rows.append([f"{e['loss']}: {e['contender']}", *figures, *tokens])
     return columns(rows)
 
 

@@ -1,8 +1,8 @@
-"""Compares every variant of every kernel with the reference, on small inputs, under compute-sanitizer.
+"""Launches every variant of every kernel on small inputs against the reference, for compute-sanitizer.
 
     compute-sanitizer --tool memcheck --error-exitcode 9 python benchmarks/sanitize.py
 
-Inputs are made on the CPU: the tool has little else to watch than the kernels. Exits 1 if a result is wrong.
+Inputs are made on the CPU: the tool watches little but the kernels under test. Exits 1 if a result is wrong.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def variants():
 
 
 def _logits(dtype, vocab, layout, generator):
-    """[A, B, V] with the strides of `layout`; the storage around it holds NaN, so a stray read shows."""
+    """[A, B, V] on the CPU with the strides of `layout`; storage around it is NaN, so a stray read shows."""
     outer, inner = 2, 3
     width = {"odd stride": vocab + 1}.get(layout, vocab)
     height = inner + 1 if layout == "slice" else inner

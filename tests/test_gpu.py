@@ -145,9 +145,6 @@ def captured(step):
     return graph, results
 
 
-# --- full size ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (VOCAB, torch.float32), (50_257, torch.bfloat16), (32_000, torch.float16)])
 def test_full_size(vocab, dtype):
     x, y, grads = example(ROWS, vocab=vocab, dtype=dtype)
@@ -184,9 +181,6 @@ def test_memory_is_one_gradient():
         (stats.logp + stats.entropy).sum().backward()
 
 
-# --- dtypes, sizes, strides ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 2, 7, 33, 255, 1024, 4095, 4096, 4097, 12_289, 32_000, 50_257, 151_937])
 def test_dtypes_and_vocabularies(dtype, vocab):
@@ -218,9 +212,6 @@ def test_one_temperature_per_row():
         alone, _, d_alone = forward_backward(x[i : i + 1], y[i : i + 1], [g[i : i + 1] for g in grads], temperature=t)
         torch.testing.assert_close(alone[0], logp[i])
         torch.testing.assert_close(d_alone[0], d_x[i])
-
-
-# --- values -------------------------------------------------------------------------------------------------
 
 
 def test_masked_rows_are_not_read():
@@ -298,9 +289,6 @@ def test_targets_out_of_range_give_nan_and_no_wild_read():
     assert logp.isnan().tolist() == [False, True, True, True]
 
 
-# --- how it runs --------------------------------------------------------------------------------------------
-
-
 def test_in_place_gradient_has_the_same_bits_and_no_memory():
     x, y, grads = example(512, vocab=VOCAB)
     *_, expected = forward_backward(x, y, grads)
@@ -374,9 +362,6 @@ def test_autocast_keeps_float32_results():
         stats = rlkern.token_stats(x, y)
     assert stats.logp.dtype == torch.float32
     assert torch.equal(stats.logp, rlkern.token_logprobs(x, y))
-
-
-# --- statistics over all tokens -----------------------------------------------------------------------------
 
 
 def on_reference(function, *args):

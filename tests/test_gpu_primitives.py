@@ -48,9 +48,6 @@ def assert_close(got, want, rtol=1e-5, atol=1e-5):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
 
 
-# --- token_stats: many targets, kept sets, split rows -------------------------------------------------------
-
-
 def check_statistics(x, y, *, temperature=1.0, **kept):
     """All fields for logits [N, V] and targets [N, K], -100 among them, and the gradient of all together."""
     ignored, tolerance = y == -100, TOLERANCE[x.dtype]
@@ -133,9 +130,6 @@ def test_a_backward_continues_another_backends_forward(first, then):
     torch.testing.assert_close(gradient(first, then), want, rtol=1e-5, atol=1e-6)
 
 
-# --- the evidence lower bound -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -161,9 +155,6 @@ def test_masked_elbo(dtype, packed, inplace):
     torch.testing.assert_close(elbo.double(), expected, rtol=1e-5, atol=1e-5)
     g_logp = weight * g[sequence]
     check_gradient(x, y, d_x, (g_logp, torch.zeros_like(g_logp)))
-
-
-# --- from hidden states -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])  # the matrix is the embedding too
@@ -198,9 +189,6 @@ def test_linear_token_stats(dtype, tied):
     ):
         error = ((got.double() - want).norm() / want.norm()).item()
         assert error < tolerance, f"{name}: a relative error of {error:.1e}"
-
-
-# --- plain PyTorch over rows --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
@@ -280,9 +268,6 @@ def test_nlpo_stats(renorm):
     sizes = sum(g.abs() for g in grads).double().unsqueeze(-1)
     terms = (log_p - mass).exp() * sizes * (1 + log_p.abs() + entropy)  # the probabilities are those on the set
     check_entries(d_x, gradient, 1e-5 * terms.scatter_add_(-1, y.unsqueeze(-1), sizes))
-
-
-# --- advantages and masks -----------------------------------------------------------------------------------
 
 
 def _sum_of_squares(logp):

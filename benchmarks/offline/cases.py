@@ -10,9 +10,11 @@ from unittest import mock
 
 import torch
 
+from rlkern.backends.contract import State
+from rlkern.backends.gradient_memory import new_gradient
+
 BATCH, TIME = 8, 1024  # rows come as [8, 1024, V], the shape in which trainers hold them
 TEMPERATURE, IGNORE, LOG_KEPT = 0.7, -100, -3.0
-STATE = 6
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -120,7 +122,7 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def record(case: Case, gpu) -> list[Launch]:
     """The launches that `case` stands for, as rlkern.triton_kernels makes them on `gpu`, a GPUTarget."""
-    module, ops = (importlib.import_module(f"rlkern.{name}") for name in ("triton_kernels.token_stats", "ops"))
+    module = importlib.import_module("rlkern.triton_kernels.token_stats")
     dtype = DTYPES[case.dtype]
     vocab, stride = LAYOUTS[case.layout]
     rows = BATCH * TIME
@@ -134,11 +136,11 @@ def record(case: Case, gpu) -> list[Launch]:
         if case.backward:
             wanted = options["grads"]
             grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
-            out = ops._new_gradient(logits)
-            module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, _meta(rows, STATE + n_targets), grads, out)
+            out = new_gradient(logits)
+            module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, _meta(rows, State.TARGETS + n_targets), grads, out)
         else:
             sum_sq = _meta(rows) if options.get("sum_sq") else None
             kept = _meta(rows) if options.get("kept") else None
-            out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, _meta(rows, STATE + n_targets))
+            out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, _meta(rows, State.TARGETS + n_targets))
             module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out)
     return launches

@@ -83,25 +83,10 @@ def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
     tile_bytes = (block or 0) * case.element_size
     # a shifted row's tile has two buffers, the second nearly empty
     buffers = resources.shared_bytes // (tile_bytes * (2 if launch.kwargs.get("SHIFTED") else 1)) if block else 0
-    return Row(
-        case=case,
-        kernel=launch.kernel.__name__,
-        arch=arch,
-        block=block,
-        warps=warps,
-        resources=resources,
-        sweeps=len(paths) if block else 0,
-        bytes_in_flight=tile_bytes * max(1, buffers),
-        instructions_per_logit=instructions,
-        exp2_per_logit=exps,
-        load_widths=dict(sorted(widths.items())),
-        wide_share=min(1.0, wide / covered),
-        operations=dict(operations.most_common()),
-    )
-
-
-def _analyse(job: tuple[Case, str]) -> list[Row]:
-    return analyse(*job)
+    costs = {"instructions_per_logit": instructions, "exp2_per_logit": exps, "operations": dict(operations.most_common())}
+    costs |= {"load_widths": dict(sorted(widths.items())), "wide_share": min(1.0, wide / covered)}
+    costs |= {"sweeps": len(paths) if block else 0, "bytes_in_flight": tile_bytes * max(1, buffers)}
+    return Row(case, launch.kernel.__name__, arch, block, warps, resources, **costs)
 
 
 def analyse_all(cases: list[Case], archs: list[str], workers: int) -> list[Row]:
@@ -112,4 +97,4 @@ def analyse_all(cases: list[Case], archs: list[str], workers: int) -> list[Row]:
     if workers < 2:
         return [row for job in jobs for row in analyse(*job)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(_analyse, jobs) for row in rows]
+        return [row for rows in pool.map(analyse, *zip(*jobs, strict=True)) for row in rows]
