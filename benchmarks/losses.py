@@ -152,7 +152,6 @@ def rlkern_phases(loss, needs, logits, tokens, in_place: bool):
 
 
 def run(rows: int, vocab: int, dtype: str, device: str, rounds: int) -> list[dict]:
-    """One entry for each loss and contender, ready for JSON."""
     logits, *tokens = draw(rows, vocab, DTYPES[dtype], device)
     pristine, timer, entries = logits.clone(), clock(device), []
     for name, (eager, fused, needs) in LOSSES.items():

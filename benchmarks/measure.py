@@ -36,7 +36,6 @@ OPTIONS = {
 
 
 def argument_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
-    """With those of OPTIONS that a script has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in options:
         parser.add_argument(f"--{name}", **OPTIONS[name])

@@ -51,7 +51,6 @@ def megabytes(entry):
 
 
 def render(case: dict) -> str:
-    """One case as a table, fastest first."""
     head = f"{case['computes']}, {case['dtype']}, N = {case['rows']:,}, V = {case['vocab']:,}, {case['device']}: copy {case['copy_gb_s']:,.0f} GB/s"
     if case.get("replayed"):
         head += f" (of {case['copy_of']}); replayed"
@@ -77,7 +76,6 @@ def _compact_rows(case: dict) -> list[list[str]]:
 
 
 def compact(case: dict) -> str:
-    """The columns that matter, one line per contender."""
     return columns(_compact_rows(case))
 
 
@@ -100,7 +98,6 @@ def overview(cases: list[dict]) -> str:
 
 
 def markdown(case: dict) -> str:
-    """The compact table for a document."""
     head, *rows = _compact_rows(case)
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["---:"] * (len(head) - 1), *rows)]
     return "\n".join(lines)

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
@@ -47,10 +48,8 @@ def backward_variants(now: BackwardShape) -> dict[str, BackwardShape]:
     found = {"now": now}
     found |= {f"{n} tiles": now._replace(tiles=n) for n in (1, 2, 4, 8)}
     tiles = ((1, 1), (2, 1), (2, 2), (1, 0.5), (0.5, 1), (0.5, 0.5), (0.5, 0.25))
-    found |= {
-        f"{_named(shape)}, {shape.tiles} tiles": shape
-        for shape in (_tile(now, *t)._replace(stages=n, tiles=k) for t in tiles for n in (1, 3) for k in (1, 2))
-    }
+    shapes = [_tile(now, *t)._replace(stages=n, tiles=k) for t in tiles for n in (1, 3) for k in (1, 2)]
+    found |= {f"{_named(shape)}, {shape.tiles} tiles": shape for shape in shapes}
     return distinct(found)
 
 
@@ -95,14 +94,8 @@ def variants_of(direction: str, case: Case, x: torch.Tensor) -> dict:
 
 @contextlib.contextmanager
 def launch_shape(direction: str, shape):
-    """Makes the launcher take `shape` in one direction."""
-    name = f"{direction}_shape"
-    table = getattr(kernels, name)
-    setattr(kernels, name, lambda *_: shape)
-    try:
+    with mock.patch.object(kernels, f"{direction}_shape", lambda *_: shape):
         yield
-    finally:
-        setattr(kernels, name, table)
 
 
 class Operators:
@@ -119,9 +112,7 @@ class Operators:
         return torch.ops.rlkern.token_stats(self.logits[i], self.y, *self.options)
 
     def backward(self, i: int = 0):
-        return torch.ops.rlkern.token_stats_backward(
-            self.logits[i], self.y, *self.options, self.state, *self.grads, None, None, None
-        )  # fmt: skip
+        return torch.ops.rlkern.token_stats_backward(self.logits[i], self.y, *self.options, self.state, *self.grads, None, None, None)
 
     def copy(self, i: int = 0):
         return self.logits[i].clone()
@@ -159,10 +150,9 @@ def agrees(operators: Operators, direction: str, shape, expected: torch.Tensor) 
     with launch_shape(direction, shape):
         found = operators.results(direction)
     tolerance = 1e-5 if direction == "forward" or found.dtype == torch.float32 else 2**-7
-    for a, b in zip(found.split(256), expected.split(256), strict=True):
-        if not ((a - b).abs() <= tolerance * b.abs() + (1e-5 if direction == "forward" else 1e-7)).all():
-            return False
-    return True
+    absolute = 1e-5 if direction == "forward" else 1e-7
+    pairs = zip(found.split(256), expected.split(256), strict=True)
+    return all(((a - b).abs() <= tolerance * b.abs() + absolute).all() for a, b in pairs)
 
 
 def measure(operators: Operators, direction: str, rounds: int, deadline: float) -> dict:

@@ -90,7 +90,6 @@ def disassemble(cubin: bytes) -> str:
 
 
 def _asked(tool: str, option: str, cubin: bytes) -> str:
-    """What the tool prints about a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(cubin)

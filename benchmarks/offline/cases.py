@@ -66,7 +66,6 @@ def all_cases() -> list[Case]:
 
 
 def other_cases() -> list[Case]:
-    """What all_cases() has beyond core_cases()."""
     core = core_cases()
     return [case for case in all_cases() if case not in core]
 

@@ -20,7 +20,6 @@ class Resources:
 
 
 def read(compiled) -> tuple[Program, Resources]:
-    """`compiled`: what build() returns."""
     if "amdgcn" in compiled.asm:
         program, resources = _read_gcn(compiled.asm["amdgcn"])
         return program, replace(resources, shared_bytes=compiled.metadata.shared)  # allotted at launch, so not in the assembly

@@ -42,7 +42,6 @@ def _cells(row: Row) -> list[str]:
 
 
 def text(rows: list[Row]) -> str:
-    """One table per architecture."""
     parts = []
     for arch in dict.fromkeys(row.arch for row in rows):
         device = next(device for device in DEVICES.values() if device.arch == arch)

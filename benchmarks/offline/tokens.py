@@ -71,5 +71,4 @@ def text(rows: list[Row]) -> str:
 
 
 def data(rows: list[Row]) -> list[dict]:
-    """For json.dump."""
     return [asdict(row) | {"resident": row.resident} for row in rows]

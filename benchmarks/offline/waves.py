@@ -2,8 +2,8 @@
 
 Programs start in order while there is room for them. Each waits for its first tile, then takes its tiles no
 faster than a lone program does them, and all together no faster than memory; starts and speeds vary, or all
-would end at once. Figures that no data sheet has are guesses: they decide how
-small a batch gains, not whether a large one loses.
+would end at once. Figures of no data sheet are guesses: they decide how small a batch gains, not whether
+a large one loses.
 """
 
 from __future__ import annotations
