@@ -134,21 +134,12 @@ def eager_phases(loss, logits, tokens):
 def rlkern_phases(loss, needs, logits, tokens, in_place: bool):
     """Statistics, loss, gradient of the statistics, gradient of the logits. The middle two are [B, T]."""
     x, (ids, *tokens) = logits.detach().requires_grad_(), tokens
-
-    def statistics(_):
-        return rlkern.token_stats(x, ids, mask=tokens[-1], with_entropy=False, inplace_backward=in_place, **needs)
-
-    def loss_of(stats):
-        return stats.logp, loss(stats, *tokens).loss
-
-    def to_logp(pair):
-        logp, value = pair
-        return logp, torch.autograd.grad(value, logp)[0]
-
-    def to_logits(pair):
-        return torch.autograd.grad(pair[0], x, pair[1])[0]
-
-    return statistics, loss_of, to_logp, to_logits
+    return (
+        lambda _: rlkern.token_stats(x, ids, mask=tokens[-1], with_entropy=False, inplace_backward=in_place, **needs),
+        lambda stats: (stats.logp, loss(stats, *tokens).loss),
+        lambda pair: (pair[0], torch.autograd.grad(pair[1], pair[0])[0]),
+        lambda pair: torch.autograd.grad(pair[0], x, pair[1])[0],
+    )
 
 
 def run(rows: int, vocab: int, dtype: str, device: str, rounds: int) -> list[dict]:

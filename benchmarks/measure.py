@@ -89,19 +89,18 @@ class _GpuClock:
         return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
 
 
-class _CpuClock:
-    def __call__(self, *phases) -> list[float]:
-        times, value = [], None
-        for phase in phases:
-            start = time.perf_counter()
-            value = phase(value)
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
+def _cpu_clock(*phases) -> list[float]:
+    times, value = [], None
+    for phase in phases:
+        start = time.perf_counter()
+        value = phase(value)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 @functools.cache
 def clock(device: str):
-    return _GpuClock() if device == "cuda" else _CpuClock()
+    return _GpuClock() if device == "cuda" else _cpu_clock
 
 
 class Replay:
@@ -249,17 +248,10 @@ def peak_memory(device: str, phases) -> int | None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _chain(phases)
+        functools.reduce(lambda value, phase: phase(value), phases, None)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     return _cpu_peak_memory(phases)
-
-
-def _chain(phases):
-    value = None
-    for phase in phases:
-        value = phase(value)
-    return value
 
 
 def _cpu_peak_memory(phases) -> int | None:
@@ -270,7 +262,7 @@ def _cpu_peak_memory(phases) -> int | None:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         before = _resident("VmRSS")
-        _chain(phases)
+        functools.reduce(lambda value, phase: phase(value), phases, None)
         return max(0, _resident("VmHWM") - before)
     except (OSError, AttributeError):
         return None

@@ -46,15 +46,9 @@ def expected(logits, targets, *, seed=0, only=None, mask=None, temperature=1.0, 
     x = torch.where(skipped.unsqueeze(-1), 0.0, leaf)
     t = temperature.double().cpu() if isinstance(temperature, torch.Tensor) else temperature
     ref = reference.token_stats(x, y.clamp(0, logits.shape[-1] - 1), t, min_p, min_prob)
-    values = {
-        "logp": torch.where(ignored | skipped.unsqueeze(-1), 0.0, ref.logp).view(targets.shape),
-        "entropy": torch.where(skipped, 0.0, ref.entropy),
-        "logsumexp": torch.where(skipped, 0.0, ref.logsumexp),
-    }
-    if with_sum_sq:
-        values["sum_sq_prob"] = torch.where(skipped, 0.0, ref.sum_sq_prob)
-    if ref.kept_logmass is not None:
-        values["kept_logmass"] = torch.where(skipped, 0.0, ref.kept_logmass)
+    values = {"logp": torch.where(ignored | skipped.unsqueeze(-1), 0.0, ref.logp).view(targets.shape)}
+    asked = {"sum_sq_prob": with_sum_sq, "kept_logmass": ref.kept_logmass is not None}
+    values |= {name: torch.where(skipped, 0.0, getattr(ref, name)) for name in FIELDS[1:] if asked.get(name, True)}
     used = [v for name, v in values.items() if only is None or name in only]
     torch.autograd.backward(used, upstream(used, seed))
     return values, leaf.grad

@@ -98,6 +98,12 @@ def test_many_targets_a_row(n_targets, dtype):
     check_statistics(x, y)
 
 
+def test_several_targets_kept_set_and_sum_of_squares():
+    x, y = random_logits(6, SMALL_VOCAB), random_targets(SMALL_VOCAB, 6, 5)
+    for options in ({"min_p": 0.2}, {"min_prob": 1e-4}):
+        check_statistics(x, y, temperature=1.3, **options)
+
+
 @pytest.mark.parametrize("kept", [{"min_p": 0.05}, {"min_prob": 1e-3}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("vocab", [SPLIT, SPLIT + 1])  # aligned, and not

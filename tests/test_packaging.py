@@ -95,19 +95,18 @@ def test_sdist_to_wheel_to_import(tree, python, tmp_path):
 
 
 def test_builds_in_one_tree_do_not_stumble_over_each_other(tree, python, tmp_path):
-    def check():
-        (package, kernels), native = use(python, tree, {"PYTHONPATH": "."})
+    def check(cwd, env=()):
+        (package, kernels), native = use(python, cwd, env)
         assert package == tree / "rlkern" and kernels.resolve() == tree / "triton_kernels"
         assert native.startswith("available")
 
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree)  # no network, no isolation: what a bare GPU machine can do
-    check()
+    check(tree, {"PYTHONPATH": "."})
     run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall", tree, cwd=tmp_path)
     assert use(python, tmp_path)[0][0].is_relative_to(tmp_path / "venv")
     run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", tree, cwd=tmp_path)
-    check()
-    (package, kernels), native = use(python, tmp_path)
-    assert package == tree / "rlkern" and kernels.resolve() == tree / "triton_kernels" and native.startswith("available")
+    check(tree, {"PYTHONPATH": "."})
+    check(tmp_path)
 
 
 def test_without_the_cpu_kernels(tree, python, tmp_path):
