@@ -3,8 +3,6 @@
 python benchmarks/accuracy.py          # without a GPU, TRITON_INTERPRET=1 adds the Triton kernels
 """
 
-from __future__ import annotations
-
 import math
 import os
 

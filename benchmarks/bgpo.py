@@ -8,15 +8,14 @@ mask. "eager, masked rows" takes the masked rows out first. "packed" starts from
 alone: a model that gathers its hidden states before the head computes no others.
 """
 
-from __future__ import annotations
-
+import functools
 import json
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from measure import DTYPES, argument_parser, arguments, clock, machine, median, peak_memory, spread
+from measure import DTYPES, argument_parser, arguments, interleaved, machine, median, spread
 from table import megabytes
 from torch import Tensor
 
@@ -84,7 +83,6 @@ def eager_masked_rows(draw: Draw, logits: Tensor) -> Tensor:
 class Contender(NamedTuple):
     name: str
     loss: Callable[[Draw, Tensor], Tensor]
-    in_place: bool = False
     packed: bool = False
 
     def logits(self, draw: Draw) -> Tensor:
@@ -94,7 +92,7 @@ class Contender(NamedTuple):
 
 CONTENDERS = (
     Contender("rlkern", bgpo),
-    Contender("rlkern, in place", lambda draw, logits: bgpo(draw, logits, inplace=True), in_place=True),
+    Contender("rlkern, in place", lambda draw, logits: bgpo(draw, logits, inplace=True)),
     Contender("rlkern, packed", packed, packed=True),
     Contender(EAGER, eager),
     Contender("eager, masked rows", eager_masked_rows),
@@ -110,21 +108,14 @@ def gradient(contender: Contender, draw: Draw) -> tuple[Tensor, Tensor]:
 
 def measure(draw: Draw, rounds: int) -> dict[str, dict]:
     """Milliseconds of forward plus backward and peak bytes beyond the logits, by contender."""
-    device = draw.logits.device.type
-    timer, pristine = clock(device), draw.logits.clone()
-    times: dict[str, list[float]] = {contender.name: [] for contender in CONTENDERS}
-    peaks = {}
-    for round_number in range(rounds + 2):  # two to warm up
-        for contender in CONTENDERS:
-            leaf = contender.logits(draw)
-            phases = (lambda _, c=contender, x=leaf: c.loss(draw, x), lambda loss, x=leaf: torch.autograd.grad(loss, x)[0])
-            if round_number == 1:
-                peaks[contender.name] = peak_memory(device, phases)
-            else:
-                times[contender.name].append(sum(timer(*phases)))
-            if contender.in_place:
-                draw.logits.copy_(pristine)
-    return {name: {"ms": median(t[1:]), "spread": spread(t[1:]), "peak_bytes": peaks[name]} for name, t in times.items()}
+
+    def phases(contender):
+        leaf = contender.logits(draw)
+        return lambda _: contender.loss(draw, leaf), lambda loss: torch.autograd.grad(loss, leaf)[0]
+
+    times, peaks = interleaved({c.name: functools.partial(phases, c) for c in CONTENDERS}, draw.logits, rounds)
+    totals = {name: [sum(t) for t in found] for name, found in times.items()}
+    return {name: {"ms": median(t), "spread": spread(t), "peak_bytes": peaks[name]} for name, t in totals.items()}
 
 
 def main() -> None:

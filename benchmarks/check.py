@@ -7,8 +7,6 @@ a busy machine slows both. Ratios still depend on the processor: results of anot
 judged (--strict judges them too). A case that fails is measured once more, and the better of the two counts.
 """
 
-from __future__ import annotations
-
 import glob
 import json
 import os

@@ -6,8 +6,6 @@ compared only with those that compute the same thing. Peers are optional: one th
 not load, is reported in one line and left out.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib
 import importlib.util

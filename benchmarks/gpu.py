@@ -25,8 +25,6 @@ the logs, the figures of each benchmark and the profile. Exits 1 if a step faile
 line. --rehearse does all of it on a processor, on tiny inputs, and writes into a temporary folder (or $OUT).
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib.util
 import os

@@ -9,14 +9,11 @@ second softmax: probabilities below min_p times the largest are filled up with -
 renormalised. All contenders run once a round, in turn; medians over the rounds.
 """
 
-from __future__ import annotations
-
-import gc
 import json
 import sys
 
 import torch
-from measure import DTYPES, argument_parser, arguments, clock, machine, median, peak_memory, spread
+from measure import DTYPES, argument_parser, arguments, interleaved, machine, median, spread
 from table import columns, megabytes
 from torch import Tensor
 
@@ -144,24 +141,14 @@ def rlkern_phases(loss, needs, logits, tokens, in_place: bool):
 
 def run(rows: int, vocab: int, dtype: str, device: str, rounds: int) -> list[dict]:
     logits, *tokens = draw(rows, vocab, DTYPES[dtype], device)
-    pristine, timer, entries = logits.clone(), clock(device), []
+    entries = []
     for name, (eager, fused, needs) in LOSSES.items():
         contenders = {
             "eager": lambda eager=eager: eager_phases(eager, logits, tokens),
             "rlkern": lambda fused=fused, needs=needs: rlkern_phases(fused, needs, logits, tokens, False),
             "rlkern, in place": lambda fused=fused, needs=needs: rlkern_phases(fused, needs, logits, tokens, True),
         }
-        times, peaks = {c: [] for c in contenders}, {}
-        for contender, phases in contenders.items():  # compiles, and counts memory
-            timer(*phases())
-            logits.copy_(pristine)
-            gc.collect()
-            peaks[contender] = peak_memory(device, phases())
-            logits.copy_(pristine)
-        for _ in range(rounds):
-            for contender, phases in contenders.items():
-                times[contender].append(timer(*phases()))
-                logits.copy_(pristine)
+        times, peaks = interleaved(contenders, logits, rounds)
         base = median([sum(t) for t in times["eager"]])
         for contender, phases in times.items():
             totals = [sum(t) for t in phases]

@@ -1,7 +1,5 @@
 """Timing and memory on GPU and CPU. Each contender runs once a round: a drifting clock hits all alike."""
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import datetime
@@ -242,6 +240,27 @@ def _logp_error(logp, x, y, sample=16) -> float | None:
     return (logp[rows].double().abs() - exact.abs()).abs().max().item()
 
 
+def interleaved(contenders: dict, logits: torch.Tensor, rounds: int) -> tuple[dict[str, list], dict[str, int | None]]:
+    """(milliseconds of each phase in each round, peak bytes) by name. A contender is called for its phases,
+    which may overwrite the logits; its first run compiles, its second is for the memory."""
+    device, pristine = logits.device.type, logits.clone()
+    timer, times, peaks = clock(device), {name: [] for name in contenders}, {}
+
+    def run(measured, phases):
+        result = measured(*phases())
+        logits.copy_(pristine)
+        gc.collect()
+        return result
+
+    for name, phases in contenders.items():
+        run(timer, phases)
+        peaks[name] = run(lambda *phases: peak_memory(device, phases), phases)
+    for _ in range(rounds):
+        for name, phases in contenders.items():
+            times[name].append(run(timer, phases))
+    return times, peaks
+
+
 def peak_memory(device: str, phases) -> int | None:
     """Bytes allocated at the highest point of a run, above what was there before (the logits)."""
     if device == "cuda":
@@ -322,19 +341,9 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, re
                 skipped[run.contender.name] = f"OutOfMemoryError: {str(error).splitlines()[0][:160]}"
                 x.copy_(pristine)
     copy_gb_s = 2 * x.numel() * x.element_size() / median(copies) / 1e6
-    measured = {
-        **case._asdict(),
-        "rounds": rounds,
-        "copy_ms": median(copies),
-        "copy_gb_s": copy_gb_s,
-        "copy_of": _size_of(case),
-        "replayed": replayed,
-    }
+    measured = {**case._asdict(), "rounds": rounds, "replayed": replayed, "copy_ms": median(copies), "copy_gb_s": copy_gb_s}
+    measured["copy_of"] = f"{case.rows} x {case.vocab} {case.dtype}"
     return {**measured, "results": [_summary(run, case, copy_gb_s) for run in runs], "skipped": skipped}
-
-
-def _size_of(case: Case) -> str:
-    return f"{case.rows} x {case.vocab} {case.dtype}"
 
 
 def share_copy(measured: list[dict]) -> None:

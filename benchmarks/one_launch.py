@@ -3,8 +3,6 @@
 ncu --profile-from-start off --set full python benchmarks/one_launch.py [--shape 8192x151936] [--dtype bf16]
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 

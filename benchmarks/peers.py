@@ -4,8 +4,6 @@ Wheels whole, without dependencies; of a source archive the package's Python fil
 One line for each.
 """
 
-from __future__ import annotations
-
 import sys
 import tarfile
 import zipfile

@@ -1,7 +1,5 @@
 """The measured cases as one figure: a bar of time per contender, the fastest on top."""
 
-from __future__ import annotations
-
 import matplotlib
 
 matplotlib.use("Agg")

@@ -5,8 +5,6 @@
 Exits with 2 for an unknown architecture, and where Triton or its disassemblers are missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

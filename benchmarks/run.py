@@ -7,8 +7,6 @@
 Writes benchmarks/results/<machine>-<date>.json, case by case, and .png.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

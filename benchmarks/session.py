@@ -1,7 +1,5 @@
 """A stage of `make gpu`: steps with time limits, whose results are kept whatever becomes of the others."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os

@@ -1,7 +1,5 @@
 """Measured cases as text: `python benchmarks/table.py [--markdown] benchmarks/results/*.json`"""
 
-from __future__ import annotations
-
 import argparse
 import json
 

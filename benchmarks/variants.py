@@ -7,8 +7,6 @@ wins where it is faster by more than both spreads together, and nowhere slower b
 vocabulary. The winners are printed as a table for triton_kernels/launch.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import math

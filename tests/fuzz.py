@@ -9,8 +9,6 @@ rlkern's made. Where all numbers are finite and legal, no result and no gradient
 child process: a crash is one more finding and not the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import linecache

@@ -273,20 +273,14 @@ session.run([[[step]] for step in steps])
 
 TINY = """
 import pytest
-
 @pytest.mark.parametrize("x", [1, 2], ids=["a b", "FAILED - c"])
 def test_good(x): pass
-
 def test_bad(): assert 1 == 2, "the reason"
-
 def test_skipped(): pytest.skip("needs a GPU")
-
 @pytest.mark.xfail
 def test_expected(): assert False
-
 @pytest.fixture
 def broken(): raise ValueError("no fixture")
-
 def test_error(broken): pass
 """
 

@@ -1,7 +1,5 @@
 """Budgets of the GPU kernels, read from what the compilers make of them, without a GPU."""
 
-from __future__ import annotations
-
 import ast
 import json
 import os

@@ -1,7 +1,5 @@
 """Compiles a recorded launch, specialised as a real one, for an architecture that need not be present."""
 
-from __future__ import annotations
-
 import functools
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The launches that users cause, recorded without a GPU: the package's launchers run on meta tensors."""
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager

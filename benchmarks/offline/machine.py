@@ -1,7 +1,5 @@
 """Reads what the assemblers wrote, NVIDIA's SASS and AMD's GCN, into a Program and the kernel's resources."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 

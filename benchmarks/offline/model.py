@@ -1,7 +1,5 @@
 """Occupancy, and the data sheet's bound: how fast a device can move, issue and exponentiate logits."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 from .machine import Resources

@@ -1,7 +1,5 @@
 """Control-flow graph of an assembly listing, and the path that nearly every logit takes through it."""
 
-from __future__ import annotations
-
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field

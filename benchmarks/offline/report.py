@@ -1,7 +1,5 @@
 """One row of the report: a kernel of a case, compiled, and what its hot path costs per logit."""
 
-from __future__ import annotations
-
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field

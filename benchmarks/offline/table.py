@@ -1,7 +1,5 @@
 """Rows of the report as text, and as plain data for a JSON file."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 
 from table import columns

@@ -3,8 +3,6 @@
 They move a few bytes a token, a row of logits hundreds of thousands: a bound on bandwidth would tell nothing.
 """
 
-from __future__ import annotations
-
 import importlib
 from dataclasses import asdict, dataclass
 

@@ -6,8 +6,6 @@ would end at once. Figures of no data sheet are guesses: they decide how small a
 a large one loses.
 """
 
-from __future__ import annotations
-
 import heapq
 import math
 
