@@ -50,7 +50,6 @@ def make_draw(shape: tuple[int, int, int], masked: float, dtype: torch.dtype, de
 
 
 def _loss(draw: Draw, *rows: Tensor, **options) -> Tensor:
-    """Of logits, targets and weights."""
     options |= {"mc_weight": 1.0, "seq_weight": 1 / len(draw.weight), "ratio_scale": draw.scale}
     return rlkern.bgpo_loss(*rows, draw.advantages, draw.old_elbo, **options).loss
 

@@ -13,7 +13,7 @@ import os
 import sys
 
 from contenders import BOTH, EAGER, contenders
-from measure import Case, argument_parser, arguments, machine, results_folder, run_case
+from measure import RESULTS, Case, argument_parser, arguments, machine, run_case
 from table import columns, ratios
 
 _CHECKED = ("rlkern", "rlkern, in place")
@@ -75,9 +75,9 @@ def main() -> int:
     here = machine()
     if args.device == "cpu":
         here.pop("gpu", None)
-    path = args.against or find_committed(here, args.device, results_folder())
+    path = args.against or find_committed(here, args.device, RESULTS)
     if path is None:
-        print(f"no committed results for {args.device} under {results_folder()}: `make bench` writes them")
+        print(f"no committed results for {args.device} under {RESULTS}: `make bench` writes them")
         return 1
     with open(path) as file:
         document = json.load(file)

@@ -20,6 +20,7 @@ from rlkern import reference
 from rlkern.backends import gradient_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
 FEW_ROWS_BYTES = 64 << 20  # logits below this take a GPU less time than the host takes to queue the launches
 _FLUSH_BYTES = 512 << 20
 _HEAD_START = 10_000_000  # cycles, 5 ms at 2 GHz: after another contender's long step the host takes over 1 ms to queue a forward and a backward
@@ -401,7 +402,3 @@ def _driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines()[0].strip()
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return "unknown"
-
-
-def results_folder() -> str:
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from contenders import BOTH, LOGP, contenders
-from measure import DTYPES, Case, argument_parser, arguments, machine, results_folder, run_case, share_copy
+from measure import DTYPES, RESULTS, Case, argument_parser, arguments, machine, run_case, share_copy
 from session import write
 from table import render
 
@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--no-plot", action="store_true", help="write the JSON alone")
     parser.add_argument("--rehearse", action="store_true", help="a few tiny cases on the processor, to see that everything runs")
     parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="start no further case after this time")
-    parser.add_argument("--out", default=results_folder(), help="folder for the JSON and the PNG")
+    parser.add_argument("--out", default=RESULTS, help="folder for the JSON and the PNG")
     parser.add_argument("--name", help="file name without its ending (default: <machine>-<date>)")
     args = arguments(parser)
     if args.rehearse:

@@ -97,8 +97,7 @@ def overview(cases: list[dict]) -> str:
 
 def markdown(case: dict) -> str:
     head, *rows = _compact_rows(case)
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["---:"] * (len(head) - 1), *rows)]
-    return "\n".join(lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] + ["---:"] * (len(head) - 1), *rows))
 
 
 def main() -> None:

@@ -13,13 +13,12 @@ import torch
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-from support import diffusion_train, sudoku  # noqa: E402
 from support.diffusion_memory import Retained  # noqa: E402
 from support.diffusion_objectives import Answers, elbos, gradient  # noqa: E402
-from support.diffusion_train import Settings, gradient_differences, train  # noqa: E402
+from support.diffusion_train import OBJECTIVES, Settings, gradient_differences, train  # noqa: E402
 from support.masked_diffusion import new_model, pretrain, unmask  # noqa: E402
 from support.processes import run_all  # noqa: E402
-from support.sudoku import MASK, Sudoku  # noqa: E402
+from support.sudoku import MASK, Sudoku, all_grids, rewards  # noqa: E402
 
 import rlkern  # noqa: E402
 
@@ -42,14 +41,14 @@ def _valid(grid: list[int]) -> bool:
 
 
 def test_task():
-    grids = sudoku.all_grids()
+    grids = all_grids()
     assert grids.shape == (288, 16) and len(grids.unique(dim=0)) == 288
     assert all(map(_valid, grids.tolist()))
 
     task = Sudoku((4, 6), held_out=300, seed=0)
     puzzles, solutions = task.draw(300)
     assert set((puzzles != MASK).sum(-1).tolist()) == {4, 5, 6}
-    assert sudoku.rewards(puzzles, solutions).all()
+    assert rewards(puzzles, solutions).all()
     known = set(map(tuple, task.grids.tolist()))
     assert len(known) == 240 and {tuple(s) for s in solutions.tolist()} <= known
     unseen = torch.tensor([g for g in map(tuple, grids.tolist()) if g not in known])
@@ -58,15 +57,15 @@ def test_task():
 
 def test_rewards():
     generator = torch.Generator().manual_seed(0)
-    grid = sudoku.all_grids()[100]
+    grid = all_grids()[100]
     answers = [grid.clone() for _ in range(60)]
     for answer in answers[1:]:  # break a few cells, the clues too
         answer[torch.randint(16, (2,), generator=generator)] = torch.randint(0, 5, (2,), generator=generator)
-    answers = torch.stack([*answers, *sudoku.all_grids()])
+    answers = torch.stack([*answers, *all_grids()])
     puzzle = torch.where(torch.arange(16) < 5, grid, MASK)
     expected = [float(_valid(a) and a[:5] == grid[:5].tolist()) for a in answers.tolist()]
     assert 1 < sum(expected) < len(expected) - 200
-    assert sudoku.rewards(puzzle.expand_as(answers), answers).tolist() == expected
+    assert rewards(puzzle.expand_as(answers), answers).tolist() == expected
 
 
 def test_unmask():
@@ -184,7 +183,7 @@ def test_training_compares_with_the_policy_that_answered(monkeypatch):
         calls.append((copy.deepcopy(model), answers, n, old_elbo))
         sum(p.sum() for p in model.parameters()).backward()
 
-    monkeypatch.setitem(diffusion_train.OBJECTIVES, "recorded", objective)
+    monkeypatch.setitem(OBJECTIVES, "recorded", objective)
     settings = Settings(steps=2, prompts=2, group=3, minibatches=3, lr=1e-2, held_out=4, seed=0, cells=6)
     train("recorded", 4, {name: value.numpy() for name, value in new_model().state_dict().items()}, settings)
     assert len(calls) == 6
@@ -225,9 +224,9 @@ def test_example_runs(tmp_path):
     result = subprocess.run([sys.executable, str(EXAMPLES / "diffusion_rl.py"), *options], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "diffusion_rl.png").stat().st_size > 10_000
-    rewards = list(csv.DictReader((tmp_path / "diffusion_rl_rewards.csv").open()))
+    steps = list(csv.DictReader((tmp_path / "diffusion_rl_rewards.csv").open()))
     pairs = list(itertools.product(("naive", "exact", "bound"), ("1", "4")))
-    assert sorted((r["objective"], r["n"], r["step"]) for r in rewards) == sorted((*pair, step) for pair in pairs for step in "12")
+    assert sorted((s["objective"], s["n"], s["step"]) for s in steps) == sorted((*pair, step) for pair in pairs for step in "12")
     summary = {(row["objective"], row["n"]): row for row in csv.DictReader((tmp_path / "diffusion_rl.csv").open())}
     assert set(summary) == set(pairs)
     for field, naive_grows, ours_grow in (("retained_bytes", 3.9, 1.0), ("peak_bytes", 2, 1.05)):

@@ -64,8 +64,7 @@ def all_cases() -> list[Case]:
 
 
 def other_cases() -> list[Case]:
-    core = core_cases()
-    return [case for case in all_cases() if case not in core]
+    return [case for case in all_cases() if case not in core_cases()]
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Control-flow graph of an assembly listing, and the path that nearly every logit takes through it."""
 
-import heapq
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -37,22 +37,15 @@ class Program:
 
     def shortest(self, start: int, goals: set[int], within: set[int] | None = None, avoid: int | None = None) -> list[int] | None:
         """The shortest way from `start` to one of `goals`, both included, through `within`, not `avoid`."""
-        if start == avoid:
-            return None
-        best, previous, queue = {start: 1}, {}, [(1, start)]
+        paths, queue = {start: [start]}, deque([] if start == avoid else [start])
         while queue:
-            cost, i = heapq.heappop(queue)
+            i = queue.popleft()
             if i in goals:
-                path = [i]
-                while path[-1] != start:
-                    path.append(previous[path[-1]])
-                return path[::-1]
-            if cost > best[i]:
-                continue
+                return paths[i]
             for j in self.successors(i):
-                if j != avoid and (within is None or j in within) and cost + 1 < best.get(j, 1 << 30):
-                    best[j], previous[j] = cost + 1, i
-                    heapq.heappush(queue, (cost + 1, j))
+                if j != avoid and (within is None or j in within) and j not in paths:
+                    paths[j] = [*paths[i], j]
+                    queue.append(j)
         return None
 
     def loops(self) -> list[Loop]:
