@@ -1,14 +1,13 @@
-"""Accuracy, not speed: errors against float64 beside eager PyTorch's, and the inputs on which other kernels break.
+"""Accuracy, not speed: errors against float64 beside eager PyTorch's, and inputs that break other kernels.
 
-python benchmarks/accuracy.py            # TRITON_INTERPRET=1 adds the Triton kernels on a machine without a GPU
+python benchmarks/accuracy.py          # without a GPU, TRITON_INTERPRET=1 adds the Triton kernels
 """
-
-from __future__ import annotations
 
 import math
 import os
 
 import torch
+from table import columns
 
 import rlkern
 from rlkern import backends
@@ -37,10 +36,6 @@ def fused(name):
     return run
 
 
-def contenders():
-    return {"eager": eager, **{name: fused(name) for name in names()}}
-
-
 def measure(run, logits, targets):
     """(logp, entropy, gradient of both) as float64."""
     leaf = logits.clone().requires_grad_()
@@ -50,23 +45,19 @@ def measure(run, logits, targets):
     return [t.detach().double().cpu() for t in (logp, entropy, leaf.grad)]
 
 
-def truth(logits, targets):
-    """float64 with p = 0 entries taken out of the entropy; a confident row's logp by log1p."""
-    leaf = logits.double().requires_grad_()
-    top = leaf.argmax(-1, keepdim=True)
-    shifted = leaf - leaf.gather(-1, top)
+def exact(logits, targets):
+    """For float64: p = 0 entries are taken out of the entropy, a confident row's logp is by log1p."""
+    top = logits.argmax(-1, keepdim=True)
+    shifted = logits - logits.gather(-1, top)
     rest = torch.where(torch.zeros_like(shifted, dtype=torch.bool).scatter(-1, top, True), 0, shifted.exp())
     log_p = shifted - torch.log1p(rest.sum(-1, keepdim=True))
     finite = torch.isfinite(shifted.detach())
     entropy = -torch.where(finite, log_p.exp() * torch.where(finite, log_p, 0), 0).sum(-1)
-    logp = log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    weights = torch.linspace(-1, 1, logp.numel(), dtype=torch.float64)
-    (logp * weights + 0.1 * entropy * weights.flip(0)).sum().backward()
-    return [logp.detach(), entropy.detach(), leaf.grad]
+    return log_p.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
 def error(got, want) -> float:
-    """Largest error of an entry, relative to the largest entry; nan where something is not finite that should be."""
+    """Largest error of an entry, relative to the largest entry; nan if a result is not finite."""
     return math.nan if not torch.isfinite(got).all() else float((got - want).abs().max() / want.abs().max().clamp_min(1e-300))
 
 
@@ -85,30 +76,24 @@ def stress_cases():
     yield "confident, p = 1 - 1e-7", confident, y
 
 
-def table(title, rows, header):
-    widths = [max(len(r[i]) for r in [header, *rows]) for i in range(len(header))]
-    print(f"\n{title}")
-    for r in (header, *rows):
-        print("  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))).rstrip())
-
-
 def main() -> None:
-    runs = contenders()
+    runs = {"eager": eager, **{name: fused(name) for name in names()}}
     header = ["", *(f"{name} {what}" for name in runs for what in ("logp", "H", "grad"))]
-    rows = []
+
+    def errors(x, y):
+        want = measure(exact, x.double(), y)
+        return [f"{error(a, b):.0e}" for run in runs.values() for a, b in zip(measure(run, x, y), want, strict=True)]
+
+    rows = [header]
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for scale in (0.1, 3.0, 12.0):
             g = torch.Generator().manual_seed(1)
             x, y = (torch.randn(ROWS, VOCAB, generator=g) * scale).to(dtype), torch.randint(0, VOCAB, (ROWS,), generator=g)
-            want = truth(x, y)
-            errors = [f"{error(a, b):.0e}" for run in runs.values() for a, b in zip(measure(run, x, y), want, strict=True)]
-            rows.append([f"{str(dtype).removeprefix('torch.')}, scale {scale}", *errors])
-    table(f"Largest error against float64 on the same rounded logits, relative to the largest value, {ROWS} x {VOCAB}", rows, header)
-    rows = []
-    for name, x, y in stress_cases():
-        want = truth(x, y)
-        rows.append([name, *(f"{error(a, b):.0e}" for run in runs.values() for a, b in zip(measure(run, x, y), want, strict=True))])
-    table("The inputs that break other kernels, float32", rows, header)
+            rows.append([f"{str(dtype).removeprefix('torch.')}, scale {scale}", *errors(x, y)])
+    print(f"\nLargest error against float64 on the same rounded logits, relative to the largest value, {ROWS} x {VOCAB}")
+    print(columns(rows))
+    print("\nThe inputs that break other kernels, float32")
+    print(columns([header, *([name, *errors(x, y)] for name, x, y in stress_cases())]))
 
 
 if __name__ == "__main__":

@@ -1,22 +1,22 @@
-"""One Monte-Carlo draw of diffusion BGPO, forward and backward from the logits, against eager PyTorch; time and memory, in interleaved rounds.
+"""Time and memory of one Monte-Carlo draw of diffusion BGPO, logits to gradient, against eager PyTorch.
 
-    python benchmarks/bgpo.py                                  bfloat16 logits [4, 256, 32768], half of the positions masked
+    python benchmarks/bgpo.py                    bfloat16 logits [4, 256, 32768], half of the positions masked
     python benchmarks/bgpo.py --shape 1x512x126464 --masked 0.3 --dtype fp32 --rounds 21 --out results.json
 
-"eager" is what training codes write: a float32 log_softmax of all positions, gather, mask. "eager, masked rows" takes the masked rows out first.
-"packed" starts from the logits of the masked rows alone, which is all that a model has to compute if its hidden states are gathered before the head.
+Rounds are interleaved. "eager" is what training codes write: float32 log_softmax of all positions, gather,
+mask. "eager, masked rows" takes the masked rows out first. "packed" starts from the logits of the masked rows
+alone: a model that gathers its hidden states before the head computes no others.
 """
 
-from __future__ import annotations
-
-import argparse
+import functools
 import json
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from measure import DTYPES, clock, machine, median, peak_memory, spread
+from measure import DTYPES, argument_parser, arguments, interleaved, machine, median, spread
+from table import megabytes
 from torch import Tensor
 
 import rlkern
@@ -49,27 +49,18 @@ def make_draw(shape: tuple[int, int, int], masked: float, dtype: torch.dtype, de
     return Draw(logits, targets, mask, weight, advantages, elbo + 0.03 * length * torch.randn(batch, generator=g, device=device), 1 / length)
 
 
+def _loss(draw: Draw, *rows: Tensor, **options) -> Tensor:
+    options |= {"mc_weight": 1.0, "seq_weight": 1 / len(draw.weight), "ratio_scale": draw.scale}
+    return rlkern.bgpo_loss(*rows, draw.advantages, draw.old_elbo, **options).loss
+
+
 def bgpo(draw: Draw, logits: Tensor, inplace: bool = False) -> Tensor:
-    return rlkern.bgpo_loss(
-        *(logits, draw.targets, draw.weight, draw.advantages, draw.old_elbo),
-        mask=draw.mask,
-        mc_weight=1.0,
-        seq_weight=1 / len(draw.weight),
-        ratio_scale=draw.scale,
-        inplace_backward=inplace,
-    ).loss
+    return _loss(draw, logits, draw.targets, draw.weight, mask=draw.mask, inplace_backward=inplace)
 
 
 def packed(draw: Draw, rows: Tensor) -> Tensor:
     sequence = draw.mask.nonzero()[:, 0]
-    return rlkern.bgpo_loss(
-        *(rows, draw.targets[draw.mask], draw.weight[sequence], draw.advantages, draw.old_elbo),
-        seq_idx=sequence,
-        num_seqs=len(draw.weight),
-        mc_weight=1.0,
-        seq_weight=1 / len(draw.weight),
-        ratio_scale=draw.scale,
-    ).loss
+    return _loss(draw, rows, draw.targets[draw.mask], draw.weight[sequence], seq_idx=sequence, num_seqs=len(draw.weight))
 
 
 def bound(draw: Draw, ell: Tensor) -> Tensor:
@@ -91,13 +82,16 @@ def eager_masked_rows(draw: Draw, logits: Tensor) -> Tensor:
 class Contender(NamedTuple):
     name: str
     loss: Callable[[Draw, Tensor], Tensor]
-    in_place: bool = False
     packed: bool = False
+
+    def logits(self, draw: Draw) -> Tensor:
+        """What it starts from, as a leaf."""
+        return (draw.logits[draw.mask] if self.packed else draw.logits).detach().requires_grad_()
 
 
 CONTENDERS = (
     Contender("rlkern", bgpo),
-    Contender("rlkern, in place", lambda draw, logits: bgpo(draw, logits, inplace=True), in_place=True),
+    Contender("rlkern, in place", lambda draw, logits: bgpo(draw, logits, inplace=True)),
     Contender("rlkern, packed", packed, packed=True),
     Contender(EAGER, eager),
     Contender("eager, masked rows", eager_masked_rows),
@@ -105,43 +99,30 @@ CONTENDERS = (
 
 
 def gradient(contender: Contender, draw: Draw) -> tuple[Tensor, Tensor]:
-    """(loss, gradient by the logits that the contender starts from). The in-place one leaves `draw.logits` overwritten."""
-    leaf = (draw.logits[draw.mask] if contender.packed else draw.logits).detach().requires_grad_()
+    """(loss, gradient by the contender's logits). The in-place one overwrites `draw.logits`."""
+    leaf = contender.logits(draw)
     loss = contender.loss(draw, leaf)
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
 def measure(draw: Draw, rounds: int) -> dict[str, dict]:
     """Milliseconds of forward plus backward and peak bytes beyond the logits, by contender."""
-    device = draw.logits.device.type
-    timer, pristine = clock(device), draw.logits.clone()
-    times: dict[str, list[float]] = {contender.name: [] for contender in CONTENDERS}
-    peaks = {}
-    for round_number in range(rounds + 2):  # two to warm up
-        for contender in CONTENDERS:
-            leaf = (draw.logits[draw.mask] if contender.packed else draw.logits).detach().requires_grad_()
-            phases = (lambda _, c=contender, x=leaf: c.loss(draw, x), lambda loss, x=leaf: torch.autograd.grad(loss, x)[0])
-            if round_number == 1:
-                peaks[contender.name] = peak_memory(device, phases)
-            else:
-                times[contender.name].append(sum(timer(*phases)))
-            if contender.in_place:
-                draw.logits.copy_(pristine)
-    return {name: {"ms": median(t[1:]), "spread": spread(t[1:]), "peak_bytes": peaks[name]} for name, t in times.items()}
+
+    def phases(contender):
+        leaf = contender.logits(draw)
+        return lambda _: contender.loss(draw, leaf), lambda loss: torch.autograd.grad(loss, leaf)[0]
+
+    times, peaks = interleaved({c.name: functools.partial(phases, c) for c in CONTENDERS}, draw.logits, rounds)
+    totals = {name: [sum(t) for t in found] for name, found in times.items()}
+    return {name: {"ms": median(t), "spread": spread(t), "peak_bytes": peaks[name]} for name, t in totals.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser = argument_parser(__doc__, "device", "dtype", "rounds", "threads")
     parser.add_argument("--shape", default="4x256x32768", metavar="BxSxV")
     parser.add_argument("--masked", type=float, default=0.5, help="fraction of the positions that the draw masked")
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--out", help="also write the figures to this JSON file")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    args = arguments(parser)
     shape = tuple(int(n) for n in args.shape.split("x"))
     results = measure(make_draw(shape, args.masked, DTYPES[args.dtype], args.device), args.rounds)
 
@@ -150,8 +131,7 @@ def main() -> None:
     print(f"{args.dtype} logits {list(shape)}, {args.masked:.0%} masked; {where}")
     print(f"{'':20} {'ms':>9} {'spread':>7} {'peak MB':>8} {'speed':>7}")
     for name, entry in results.items():
-        peak = "" if entry["peak_bytes"] is None else f"{entry['peak_bytes'] / 1e6:.0f}"
-        print(f"{name:20} {entry['ms']:9.2f} {entry['spread']:7.0%} {peak:>8} {results[EAGER]['ms'] / entry['ms']:6.1f}x")
+        print(f"{name:20} {entry['ms']:9.2f} {entry['spread']:7.0%} {megabytes(entry):>8} {results[EAGER]['ms'] / entry['ms']:6.1f}x")
     if args.out:
         with open(args.out, "w") as file:
             json.dump({"machine": info, "shape": shape, "dtype": args.dtype, "masked": args.masked, "results": results}, file, indent=1)

@@ -1,30 +1,26 @@
-"""`make bench-check`: reruns a small set and compares speed-ups over eager PyTorch with the committed results; exits 1 beyond 15 %.
+"""`make bench-check`: compares speed-ups over eager PyTorch with the committed ones; exits 1 beyond 15 %.
 
     python benchmarks/check.py [--device cpu] [--against benchmarks/results/cpu-....json] [--tolerance 0.15]
 
-Ratios only, never absolute times: both sides run in the same rounds, so that a slower clock or a busy machine slows both. They still depend on the
-processor, so results of another processor are compared but not judged (--strict judges them too). A case that fails is measured once more, and the
-better of the two counts.
+Reruns a small set. Ratios only, never absolute times: both sides run in the same rounds, so a slower clock or
+a busy machine slows both. Ratios still depend on the processor: results of another one are compared but not
+judged (--strict judges them too). A case that fails is measured once more, and the better of the two counts.
 """
 
-from __future__ import annotations
-
-import argparse
 import glob
 import json
 import os
 import sys
 
-import torch
 from contenders import BOTH, EAGER, contenders
-from measure import Case, machine, results_folder, run_case
+from measure import RESULTS, Case, argument_parser, arguments, machine, run_case
 from table import columns, ratios
 
 _CHECKED = ("rlkern", "rlkern, in place")
 
 
 def same_machine(a: dict, b: dict) -> bool:
-    """Results of one kind of machine: the GPU's name, or the processor's with its instruction set and the number of threads."""
+    """The same GPU; without one the same processor, instruction set and number of threads."""
     if "gpu" in a or "gpu" in b:
         return a.get("gpu") == b.get("gpu")
     return all(a.get(key) == b.get(key) for key in ("cpu", "threads")) and _isa(a) == _isa(b)
@@ -53,7 +49,7 @@ def speedups(case: dict) -> dict[str, float]:
 
 
 def compare(committed: dict[str, float], measured: dict[str, float], tolerance: float) -> dict[str, float]:
-    """The names that fell back by more than `tolerance`, with measured / committed; a name that is missing now counts as 0."""
+    """measured / committed of the names that fell by more than `tolerance`; a missing one counts as 0."""
     return {name: now / was for name, was in committed.items() if (now := measured.get(name, 0.0)) < (1 - tolerance) * was}
 
 
@@ -70,23 +66,18 @@ def check(case: dict, rounds: int, tolerance: float) -> tuple[dict[str, float], 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argument_parser(__doc__, "device", "rounds", rounds=9)
     parser.add_argument("--against", metavar="JSON", help="committed results (default: the newest of this machine's kind)")
     parser.add_argument("--tolerance", type=float, default=0.15)
     parser.add_argument("--cases", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--strict", action="store_true", help="judge also against results of another machine")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: nothing compared")
-        return 0
+    args = arguments(parser)
     here = machine()
     if args.device == "cpu":
         here.pop("gpu", None)
-    path = args.against or find_committed(here, args.device, results_folder())
+    path = args.against or find_committed(here, args.device, RESULTS)
     if path is None:
-        print(f"no committed results for {args.device} under {results_folder()}: `make bench` writes them")
+        print(f"no committed results for {args.device} under {RESULTS}: `make bench` writes them")
         return 1
     with open(path) as file:
         document = json.load(file)

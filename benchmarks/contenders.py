@@ -1,12 +1,12 @@
-"""Every way to get log-probabilities, and entropies, with their gradient from logits, behind one call: `outputs = forward(x, y)`.
+"""Every way from logits to log-probabilities and entropies, behind one call: `outputs = forward(x, y)`.
 
-`x` is [N, V] and requires grad, `y` [N] int64; `forward` returns (logp, entropy) or (logp,), from which autograd takes the gradient. A contender
-that returns losses instead (-logp) costs the same. Contenders are only ever compared with those that compute the same thing.
-Peers are optional: one that is not installed, or does not load, is reported in one line and left out.
+`x` is [N, V] and requires grad, `y` [N] int64; `forward` returns (logp, entropy) or (logp,), from which
+autograd takes the gradient. A contender that returns losses instead (-logp) costs the same. Contenders are
+compared only with those that compute the same thing. Peers are optional: one that is not installed, or does
+not load, is reported in one line and left out.
 """
 
-from __future__ import annotations
-
+import functools
 import importlib
 import importlib.util
 import os
@@ -35,9 +35,6 @@ class Contender(NamedTuple):
     slow: bool = False  # seconds to compile for every new shape
 
 
-# --- rlkern ----------------------------------------------------------------------------------------------------------------------------------
-
-
 def _rlkern_both(x, y, inplace=False):
     stats = rlkern.token_stats(x, y, inplace_backward=inplace)
     return stats.logp, stats.entropy
@@ -45,9 +42,6 @@ def _rlkern_both(x, y, inplace=False):
 
 def _rlkern_logp(x, y, inplace=False):
     return (rlkern.token_logprobs(x, y, inplace_backward=inplace),)
-
-
-# --- plain PyTorch, as trainers write it -----------------------------------------------------------------------------------------------------
 
 
 def log_softmax_both(x, y):
@@ -65,7 +59,7 @@ def logsumexp_both(x, y):
 
 
 def row_loop_both(x, y, sequences=8, chunk=128):
-    """TRL's way without its kernel: a loop over sequences for logp, over chunks of rows for the entropy; in the dtype of the logits."""
+    """TRL's way without its kernel, in the logits' dtype: logp by sequence, entropy by chunks of rows."""
     logps, entropies = [], []
     for rows, labels in zip(x.chunk(sequences), y.chunk(sequences), strict=True):
         if x.dtype == torch.float32:
@@ -91,11 +85,8 @@ def cross_entropy_logp(x, y):
     return (F.cross_entropy(x.float(), y, reduction="none"),)
 
 
-# --- other packages --------------------------------------------------------------------------------------------------------------------------
-
-
 def _load_file(package: str, path: str):
-    """A module of an installed package by its file alone: the package's own imports, and what they depend on, stay out of it."""
+    """A module of an installed package by its file alone, without the package's own imports."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         raise ImportError(f"{package} is not installed")
@@ -111,10 +102,7 @@ def _load_file(package: str, path: str):
 
 def _trl() -> list[Contender]:
     kernel = _load_file("trl", "kernels/logprob_entropy.py").selective_log_softmax_and_entropy
-    return [
-        Contender("TRL kernel", BOTH, lambda x, y: kernel(x, y), "peer"),
-        Contender("TRL kernel", LOGP, lambda x, y: kernel(x, y)[:1], "peer"),
-    ]
+    return [Contender("TRL kernel", BOTH, lambda x, y: kernel(x, y), "peer"), Contender("TRL kernel", LOGP, lambda x, y: kernel(x, y)[:1], "peer")]
 
 
 def _liger() -> list[Contender]:
@@ -163,23 +151,18 @@ def _compiled(forward):
 
 
 def contenders(device: str, peers: bool = True) -> tuple[list[Contender], list[str]]:
-    """All contenders that exist on `device` ("cpu" or "cuda"), with other packages' if `peers`, and one line for each that is absent."""
-    found = [
-        Contender("rlkern", BOTH, _rlkern_both, "rlkern"),
-        Contender("rlkern, in place", BOTH, lambda x, y: _rlkern_both(x, y, True), "rlkern", in_place=True),
-        Contender(EAGER, BOTH, log_softmax_both),
-        Contender("eager logsumexp (verl)", BOTH, logsumexp_both),
-        Contender("eager row loop (TRL)", BOTH, row_loop_both),
-        Contender("compiled log_softmax", BOTH, _compiled(log_softmax_both), "compiled", slow=True),
-        Contender("compiled logsumexp", BOTH, _compiled(logsumexp_both), "compiled", slow=True),
-        Contender("rlkern", LOGP, _rlkern_logp, "rlkern"),
-        Contender("rlkern, in place", LOGP, lambda x, y: _rlkern_logp(x, y, True), "rlkern", in_place=True),
-        Contender(EAGER, LOGP, log_softmax_logp),
-        Contender("eager logsumexp", LOGP, logsumexp_logp),
-        Contender("eager cross_entropy", LOGP, cross_entropy_logp),
-        Contender("compiled log_softmax", LOGP, _compiled(log_softmax_logp), "compiled", slow=True),
-        Contender("compiled logsumexp", LOGP, _compiled(logsumexp_logp), "compiled", slow=True),
-    ]
+    """Those that exist on `device` ("cpu" or "cuda"; peers too if asked), a line for each that is absent."""
+    eager = {
+        BOTH: {EAGER: log_softmax_both, "eager logsumexp (verl)": logsumexp_both, "eager row loop (TRL)": row_loop_both},
+        LOGP: {EAGER: log_softmax_logp, "eager logsumexp": logsumexp_logp, "eager cross_entropy": cross_entropy_logp},
+    }
+    found = []
+    for computes, fused in ((BOTH, _rlkern_both), (LOGP, _rlkern_logp)):
+        found += [Contender("rlkern", computes, fused, "rlkern")]
+        found += [Contender("rlkern, in place", computes, functools.partial(fused, inplace=True), "rlkern", in_place=True)]
+        found += [Contender(name, computes, forward) for name, forward in eager[computes].items()]
+        for name, forward in zip(("log_softmax", "logsumexp"), eager[computes].values(), strict=False):
+            found += [Contender(f"compiled {name}", computes, _compiled(forward), "compiled", slow=True)]
     absent = []
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     for name, load in _PEERS.items() if peers else ():

@@ -1,12 +1,12 @@
-"""`make gpu`: everything worth knowing about rlkern on this machine's GPU, in two stages of five minutes each, with no network.
+"""`make gpu`: rlkern on this machine's GPU, in two stages of five minutes each, without a network.
 
     python benchmarks/gpu.py [--stage first] [--steps tests,bench] [--rehearse]
-    PEERS=folder python benchmarks/gpu.py --stage second      (by default build/peers, where `make peers` puts them)
+    PEERS=folder python benchmarks/gpu.py --stage second      (by default build/peers, filled by `make peers`)
 
 first (330 seconds at most; what decides whether the kernels are right and fast):
 
-    install    the project into a temporary folder, as users install it; where that fails the Python files alone
-    tests      full size, all dtypes and layouts, CUDA graphs, no host sync; every primitive, every public function
+    install    the project into a temporary folder, as users do; where that fails the Python files alone
+    tests      full size, dtypes, layouts, CUDA graphs, no host sync; every primitive, every public function
     variants   launch shapes against each other
     bench      rlkern against eager PyTorch, beside the card's own copy bandwidth
 
@@ -19,46 +19,31 @@ second (300 seconds at most; no CPU kernels, which it does not need):
     memcheck, racecheck   compute-sanitizer over every kernel variant
     ncu        Nsight Compute on one launch of each direction
 
-Each step has its own time limit and runs whatever became of the others. Results are written as they come: benchmarks/results/<gpu>-<date>.json and
-.png, to which the second stage adds, and in $OUT (else out/) the same with the logs, the figures of each benchmark and the profile. Exits 1 if a step
-failed, and names it in the last line. --rehearse does all of it on a processor, on tiny inputs, and writes into a temporary folder (or $OUT).
+Each step has its own time limit and runs whatever became of the others. Results are written as they come, to
+benchmarks/results/<gpu>-<date>.json and .png, to which the second stage adds. $OUT (else out/) gets the same,
+the logs, the figures of each benchmark and the profile. Exits 1 if a step failed, and names it in the last
+line. --rehearse does all of it on a processor, on tiny inputs, and writes into a temporary folder (or $OUT).
 """
 
-from __future__ import annotations
-
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
 import time
+from pathlib import Path
+
+from session import FILES, ROOT, TOTALS, Group, Session, Step
 
 STARTED = time.monotonic()
-
-import argparse  # noqa: E402
-import importlib.util  # noqa: E402
-import os  # noqa: E402
-import shutil  # noqa: E402
-import signal  # noqa: E402
-import sys  # noqa: E402
-import tempfile  # noqa: E402
-import threading  # noqa: E402
-from pathlib import Path  # noqa: E402
-
-from session import FILES, ROOT, TOTALS, Group, Session, Step  # noqa: E402
-
 BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "benchmarks" / "results"
-TESTS = ("tests/test_gpu.py", "tests/test_gpu_primitives.py", "tests/test_gpu_smoke.py")
-SUITE = (
-    "tests/test_triton_token_stats.py",
-    "tests/test_launch_shapes.py",
-    "tests/test_token_stats.py",
-    "tests/test_ratio.py",
-    "tests/test_selection.py",
-    "tests/test_covariance.py",
-    "tests/test_unread_rows.py",
-    "tests/test_ops.py",
-    "tests/test_elbo.py",
-    "tests/test_bgpo_options.py",
-    "tests/test_kinks.py",
-    "tests/test_metrics.py",
-    "tests/test_default_dtype.py",
-)
+TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "gpu_primitives", "gpu_smoke"))
+KERNELS = ("triton_token_stats", "launch_shapes", "token_stats", "ratio", "selection", "covariance", "unread_rows")
+USERS = ("ops", "elbo", "bgpo_options", "kinks", "metrics", "default_dtype")
+SUITE = tuple(f"tests/test_{name}.py" for name in (*KERNELS, *USERS))
 DRAWN = "drawn_inputs"  # dozens of kernels one after the other in one worker
 REHEARSED = ("tests/test_triton_token_stats.py",), ("-k", "every_type or skipped")
 CHOICE = ("tests", "variants", "compile", "bench", "suite", "memcheck", "racecheck", "ncu")
@@ -103,9 +88,9 @@ class Plan:
         folder = Path(os.environ.get("PEERS") or ROOT / "build" / "peers").resolve()
         peers = Step("peers", 15, lambda limit: [sys.executable, BENCHMARKS / "peers.py", folder, self.peers])
         script = [sys.executable, BENCHMARKS / "sanitize.py", *(["--rehearse"] if self.rehearse else [])]
-        # Several processes compile the kernels, and check them without the tool; under it they come from Triton's cache.
+        # Several processes compile and check the kernels; the tool then finds them in Triton's cache.
         compiled = Step("compile", 55, lambda limit: [*script, "--jobs", min(8, os.cpu_count() or 1)])
-        # Without PyTorch's caching allocator every tensor is an allocation of its own, so that a read past its end is seen.
+        # Without PyTorch's caching allocator each tensor is its own allocation: a read past its end is seen.
         sanitizer = [self.tool("compute-sanitizer"), "--error-exitcode", "9", "--print-limit", "20"]
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         memcheck = Step("memcheck", 50, lambda limit: [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *script], env)
@@ -113,7 +98,7 @@ class Plan:
         ncu = [self.tool("ncu"), "--set", "full", "--clock-control", "none", "--profile-from-start", "off", "--page", "details"]
         ncu += ["--log-file", self.session.out / FILES["second"]["ncu"], sys.executable, BENCHMARKS / "one_launch.py"]
         ncu += ["--device", "cpu", "--shape", "4x300"] if self.rehearse else []
-        # The key figures, which must be there: a profiler that may not read the counters says so in its log, and need not fail.
+        # The key figures must be there: a profiler that may not read the counters need not fail.
         shown = '"$@" && grep -E "token_stats|Duration|Throughput  " "$0" && grep -q Duration "$0" || { tail -n 5 "$0"; exit 1; }'
         ncu = ["sh", "-c", shown, self.session.out / FILES["second"]["ncu"], *ncu]
         return [
@@ -124,7 +109,7 @@ class Plan:
         ]
 
     def card(self, limit: float) -> Step:
-        """Asks another process: this one never opens the card, so the steps have all of its memory; and the first import of torch is slow."""
+        """In another process: this one opens no card, whose memory is the steps', nor imports torch, slow."""
         ask = "print('GPU: rehearsal')" if self.rehearse else ASK
         return Step("gpu", limit, lambda _: [sys.executable, "-c", ask], required=True)
 

@@ -1,31 +1,25 @@
-"""`make bench-losses`: Clip-Cov, KL-Cov and Lp-Reg from bf16 logits to the gradient of the logits, rlkern against eager PyTorch.
+"""`make bench-losses`: Clip-Cov, KL-Cov and Lp-Reg, bf16 logits to their gradient, against eager PyTorch.
 
     python benchmarks/losses.py                                  2048 tokens, a vocabulary of 32,768
     python benchmarks/losses.py --rows 4096 --vocab 151936 --device cuda --json out.json
 
-The eager side restates what the methods' published code does: float32 log_softmax and gather, a selection through nonzero, randperm and topk on the
-host, numbers for the log read with item(). Its Lp-Reg makes the proxy with a second softmax: probabilities below min_p times the largest are filled
-up with -1e4 and the rest is renormalised. All contenders run once a round, in turn; medians over the rounds.
+The eager side restates the methods' published code: float32 log_softmax and gather, a selection through
+nonzero, randperm and topk on the host, numbers for the log read with item(). Its Lp-Reg gets the proxy from a
+second softmax: probabilities below min_p times the largest are filled up with -1e4 and the rest is
+renormalised. All contenders run once a round, in turn; medians over the rounds.
 """
 
-from __future__ import annotations
-
-import argparse
-import gc
 import json
 import sys
 
 import torch
-from measure import DTYPES, clock, machine, median, peak_memory, spread
-from table import columns
+from measure import DTYPES, argument_parser, arguments, interleaved, machine, median, spread
+from table import columns, megabytes
 from torch import Tensor
 
 import rlkern
 
 SEQUENCES, MIN_P = 8, 0.02
-
-
-# --- eager, as published ---------------------------------------------------------------------------------------------------------------------
 
 
 def _gather_logp(logits: Tensor, ids: Tensor) -> Tensor:
@@ -75,7 +69,7 @@ def eager_kl_cov(logits, ids, old_logp, advantages, mask, *, select_ratio=2e-3, 
 
 
 def _eager_proxy(logits, ids):
-    """log-probability of the token after min-p and renormalisation; about -1e4 where the token itself was filtered out."""
+    """log-probability of the token after min-p and renormalisation; about -1e4 for a token filtered out."""
     with torch.no_grad():
         p = torch.softmax(logits.float(), dim=-1)
         dropped = p < MIN_P * p.max(dim=-1, keepdim=True).values
@@ -102,33 +96,19 @@ def eager_lp_reg(logits, ids, old_logp, advantages, mask, *, rho=0.01):
     return _mean(values, mask), metrics
 
 
-# --- rlkern ----------------------------------------------------------------------------------------------------------------------------------
-
-
-def _clip_cov(stats, old_logp, advantages, mask, **options):
-    return rlkern.clip_cov_loss(stats.logp, old_logp, advantages, mask, **options)
-
-
-def _kl_cov(stats, old_logp, advantages, mask, **options):
-    return rlkern.kl_cov_loss(stats.logp, old_logp, advantages, mask, **options)
-
-
-def _lp_reg(stats, old_logp, advantages, mask, **options):
-    return rlkern.lp_reg_loss(stats.logp, old_logp, stats.proxy_logp, advantages, mask, **options)
-
-
 LOSSES = {  # name: (eager loss of logits, rlkern's loss of the statistics, what these need)
-    "Clip-Cov": (eager_clip_cov, _clip_cov, {}),
-    "KL-Cov": (eager_kl_cov, _kl_cov, {}),
-    "Lp-Reg": (eager_lp_reg, _lp_reg, {"min_p": MIN_P}),
+    "Clip-Cov": (eager_clip_cov, lambda stats, *tokens, **options: rlkern.clip_cov_loss(stats.logp, *tokens, **options), {}),
+    "KL-Cov": (eager_kl_cov, lambda stats, *tokens, **options: rlkern.kl_cov_loss(stats.logp, *tokens, **options), {}),
+    "Lp-Reg": (
+        eager_lp_reg,
+        lambda stats, old, *tokens, **options: rlkern.lp_reg_loss(stats.logp, old, stats.proxy_logp, *tokens, **options),
+        {"min_p": MIN_P},
+    ),
 }
 
 
-# --- measuring -------------------------------------------------------------------------------------------------------------------------------
-
-
 def draw(rows: int, vocab: int, dtype: torch.dtype, device: str):
-    """(logits [B, T, V], ids, old_logp, advantages, mask [B, T]): likely tokens and rare ones, a tenth masked, ratios around 1."""
+    """(logits [B, T, V], ids, old_logp, advantages, mask [B, T]): ratios around 1, a tenth masked."""
     g = torch.Generator(device).manual_seed(0)
     shape = (SEQUENCES, rows // SEQUENCES)
     logits = torch.empty(*shape, vocab, dtype=dtype, device=device)
@@ -149,93 +129,56 @@ def eager_phases(loss, logits, tokens):
 
 
 def rlkern_phases(loss, needs, logits, tokens, in_place: bool):
-    """forward to the statistics, loss, gradient of the statistics, gradient of the logits: the middle two are the [B, T] part."""
+    """Statistics, loss, gradient of the statistics, gradient of the logits. The middle two are [B, T]."""
     x, (ids, *tokens) = logits.detach().requires_grad_(), tokens
-
-    def statistics(_):
-        return rlkern.token_stats(x, ids, mask=tokens[-1], with_entropy=False, inplace_backward=in_place, **needs)
-
-    def loss_of(stats):
-        return stats.logp, loss(stats, *tokens).loss
-
-    def to_logp(pair):
-        logp, value = pair
-        return logp, torch.autograd.grad(value, logp)[0]
-
-    def to_logits(pair):
-        return torch.autograd.grad(pair[0], x, pair[1])[0]
-
-    return statistics, loss_of, to_logp, to_logits
+    return (
+        lambda _: rlkern.token_stats(x, ids, mask=tokens[-1], with_entropy=False, inplace_backward=in_place, **needs),
+        lambda stats: (stats.logp, loss(stats, *tokens).loss),
+        lambda pair: (pair[0], torch.autograd.grad(pair[1], pair[0])[0]),
+        lambda pair: torch.autograd.grad(pair[0], x, pair[1])[0],
+    )
 
 
 def run(rows: int, vocab: int, dtype: str, device: str, rounds: int) -> list[dict]:
-    """One entry for each loss and contender, ready for JSON."""
     logits, *tokens = draw(rows, vocab, DTYPES[dtype], device)
-    pristine, timer, entries = logits.clone(), clock(device), []
+    entries = []
     for name, (eager, fused, needs) in LOSSES.items():
         contenders = {
             "eager": lambda eager=eager: eager_phases(eager, logits, tokens),
             "rlkern": lambda fused=fused, needs=needs: rlkern_phases(fused, needs, logits, tokens, False),
             "rlkern, in place": lambda fused=fused, needs=needs: rlkern_phases(fused, needs, logits, tokens, True),
         }
-        times, peaks = {c: [] for c in contenders}, {}
-        for contender, phases in contenders.items():  # compiles, and counts memory
-            timer(*phases())
-            logits.copy_(pristine)
-            gc.collect()
-            peaks[contender] = peak_memory(device, phases())
-            logits.copy_(pristine)
-        for _ in range(rounds):
-            for contender, phases in contenders.items():
-                times[contender].append(timer(*phases()))
-                logits.copy_(pristine)
+        times, peaks = interleaved(contenders, logits, rounds)
         base = median([sum(t) for t in times["eager"]])
         for contender, phases in times.items():
             totals = [sum(t) for t in phases]
-            tokens_part = [sum(t[1:3]) for t in phases] if len(phases[0]) == 4 else None
-            entries.append(
-                {
-                    "loss": name,
-                    "contender": contender,
-                    "ms": median(totals),
-                    "spread": spread(totals),
-                    "ratio": base / median(totals),
-                    "peak_bytes": peaks[contender],
-                    "tokens_ms": tokens_part and median(tokens_part),
-                    "tokens_share": tokens_part and median([part / total for part, total in zip(tokens_part, totals, strict=True)]),
-                }
-            )
+            entry = {"loss": name, "contender": contender, "ms": median(totals), "spread": spread(totals), "ratio": base / median(totals)}
+            entry |= {"peak_bytes": peaks[contender], "tokens_ms": None, "tokens_share": None}
+            if len(phases[0]) == 4:
+                parts = [sum(t[1:3]) for t in phases]
+                shares = [part / total for part, total in zip(parts, totals, strict=True)]
+                entry |= {"tokens_ms": median(parts), "tokens_share": median(shares)}
+            entries.append(entry)
     return entries
 
 
 def render(entries: list[dict]) -> str:
     rows = [["", "ms", "spread", "x eager", "extra MB", "[B, T] ms", "share"]]
     for e in entries:
-        rows.append(
-            [f"{e['loss']}: {e['contender']}", f"{e['ms']:.2f}", f"{100 * e['spread']:.0f}%", f"{e['ratio']:.1f}"]
-            + ["-" if e["peak_bytes"] is None else f"{e['peak_bytes'] / 1e6:,.0f}"]
-            + (["-", "-"] if e["tokens_ms"] is None else [f"{e['tokens_ms']:.2f}", f"{100 * e['tokens_share']:.1f}%"])
-        )
+        figures = [f"{e['ms']:.2f}", f"{100 * e['spread']:.0f}%", f"{e['ratio']:.1f}", megabytes(e)]
+        tokens = ["-", "-"] if e["tokens_ms"] is None else [f"{e['tokens_ms']:.2f}", f"{100 * e['tokens_share']:.1f}%"]
+        rows.append([f"{e['loss']}: {e['contender']}", *figures, *tokens])
     return columns(rows)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "device", "dtype", "rounds", "threads", rounds=9)
     parser.add_argument("--rows", type=int, default=2048, help=f"tokens, a multiple of {SEQUENCES}")
     parser.add_argument("--vocab", type=int, default=32_768)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--json", metavar="PATH", help="also write the figures there")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: nothing measured (--device cpu measures this processor)")
-        return 0
+    args = arguments(parser)
     if args.rows % SEQUENCES or args.rows <= 0:
         parser.error(f"--rows must be a positive multiple of {SEQUENCES}, got {args.rows}")
-    if args.threads:
-        torch.set_num_threads(args.threads)
     info = machine()
     print("\n".join(f"{key}: {value}" for key, value in info.items()))
     entries = run(args.rows, args.vocab, args.dtype, args.device, args.rounds)

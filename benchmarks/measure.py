@@ -1,7 +1,6 @@
-"""Timing and memory, on a GPU and on a CPU, in interleaved rounds: every contender runs once per round, so that a drifting clock hits all alike."""
+"""Timing and memory on GPU and CPU. Each contender runs once a round: a drifting clock hits all alike."""
 
-from __future__ import annotations
-
+import argparse
 import ctypes
 import datetime
 import functools
@@ -9,21 +8,49 @@ import gc
 import itertools
 import os
 import platform
-import statistics
 import subprocess
 import time
+from statistics import median, quantiles
 from typing import NamedTuple
 
 import torch
 
 import rlkern
 from rlkern import reference
-from rlkern.backends import gradient_memory as spare
+from rlkern.backends import gradient_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
 FEW_ROWS_BYTES = 64 << 20  # logits below this take a GPU less time than the host takes to queue the launches
 _FLUSH_BYTES = 512 << 20
 _HEAD_START = 10_000_000  # cycles, 5 ms at 2 GHz: after another contender's long step the host takes over 1 ms to queue a forward and a backward
+
+
+OPTIONS = {
+    "device": {"choices": ("cpu", "cuda"), "default": "cuda" if torch.cuda.is_available() else "cpu"},
+    "dtype": {"choices": tuple(DTYPES), "default": "bf16"},
+    "rounds": {"type": int, "default": 11},
+    "threads": {"type": int, "help": "CPU threads"},
+}
+
+
+def argument_parser(doc: str, *options: str, **defaults) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in options:
+        parser.add_argument(f"--{name}", **OPTIONS[name])
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def arguments(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command's; ends the process, with 0, where it asks for a GPU that is not there."""
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: nothing measured (--device cpu measures this processor)")
+        parser.exit()
+    if getattr(args, "threads", None):
+        torch.set_num_threads(args.threads)
+    return args
 
 
 class Case(NamedTuple):
@@ -42,8 +69,8 @@ def few_rows(case: Case) -> bool:
 
 
 class _GpuClock:
-    """Times phases with events. A read of half a gigabyte goes first: it leaves no input and no unwritten line in the cache. Then the card sleeps
-    while the host queues the launches, so that what the host takes for them is not mistaken for kernel time."""
+    """Times phases with events. A read of half a gigabyte first leaves no input and no unwritten line in the
+    cache. Then the card sleeps while the host queues the launches, whose cost is no kernel time."""
 
     def __init__(self):
         self.flush = torch.zeros(_FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
@@ -61,24 +88,23 @@ class _GpuClock:
         return [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
 
 
-class _CpuClock:
-    def __call__(self, *phases) -> list[float]:
-        times, value = [], None
-        for phase in phases:
-            start = time.perf_counter()
-            value = phase(value)
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
+def _cpu_clock(*phases) -> list[float]:
+    times, value = [], None
+    for phase in phases:
+        start = time.perf_counter()
+        value = phase(value)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
 
 
 @functools.cache
 def clock(device: str):
-    return _GpuClock() if device == "cuda" else _CpuClock()
+    return _GpuClock() if device == "cuda" else _cpu_clock
 
 
 class Replay:
-    """Zero-argument calls, captured one after the other into one CUDA graph: `ms()` is the time of one call, with no host in it. Every call needs
-    tensors of its own, or the second one finds the first one's in the cache. On a CPU the calls just run."""
+    """Zero-argument calls, captured in turn into one CUDA graph: `ms()` is the time of one call, hostless.
+    Each needs its own tensors, or finds an earlier one's in the cache. On a CPU the calls just run."""
 
     def __init__(self, calls, device: str = "cuda"):
         self.device, self.calls, self.kept = device, list(calls), []
@@ -86,7 +112,8 @@ class Replay:
             self.run = self._run_all
             self.run()
             return
-        # Compiles first. The second time whatever waits for the card raises: a capture that fails halfway leaves PyTorch's allocator unusable.
+        # Compiles first. Then whatever waits for the card raises: a capture that fails halfway would leave
+        # PyTorch's allocator unusable.
         side, mode = torch.cuda.Stream(), torch.cuda.get_sync_debug_mode()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -112,27 +139,23 @@ class Replay:
 
 
 def rotation(case: Case) -> int:
-    """How many tensors of the logits' size a replay goes through: more than four times the cache, within reason."""
+    """How many tensors of the logits' size a replay takes: over four times the cache, within reason."""
     if case.device != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     return min(64, 4 * cache // design_bytes(case, "forward") + 1)
 
 
-def median(values):
-    return statistics.median(values)
-
-
 def spread(values) -> float:
     """Half the distance between the quartiles, as a fraction of the median."""
     if len(values) < 4:
         return (max(values) - min(values)) / 2 / median(values)
-    low, _, high = statistics.quantiles(values, n=4)
+    low, _, high = quantiles(values, n=4)
     return (high - low) / 2 / median(values)
 
 
 def inputs(case: Case):
-    """Logits, targets and upstream gradients for logp and entropy. Random, never zeros: kernels can be faster on those."""
+    """Logits, targets, upstream gradients of logp and entropy. Random: kernels can be faster on zeros."""
     generator = torch.Generator(case.device).manual_seed(0)
     x = torch.empty(case.rows, case.vocab, dtype=DTYPES[case.dtype], device=case.device)
     for rows in x.split(max(1, (1 << 28) // case.vocab)):
@@ -143,7 +166,7 @@ def inputs(case: Case):
 
 
 def _gradient(outputs, x, grads):
-    """One backward pass; the upstream gradients are cut to what the contender returned (one peer drops a row)."""
+    """One backward pass, the upstream gradients cut to what the contender returned (one peer drops a row)."""
     grads = [g[: out.shape[0]].to(out.dtype) for out, g in zip(outputs, grads, strict=False)]
     return torch.autograd.grad(outputs, x, grads)[0]
 
@@ -179,7 +202,7 @@ class _Run:
         return times
 
     def warm_up(self, timer):
-        """Compiles, and measures on the way what needs measuring once: the error of logp and the peak memory."""
+        """Compiles, and measures what needs measuring once: the error of logp and the peak memory."""
         logp = self.phases()[0](None)[0].detach()
         self.restore()
         self.error = _logp_error(logp, self.x, self.y)
@@ -189,7 +212,7 @@ class _Run:
 
 
 class _ReplayedRun(_Run):
-    """The same for few rows: a replay of forwards, one of forwards with backwards, and the backward is the difference."""
+    """For few rows: replays forwards, then forwards with backwards; the backward is the difference."""
 
     forwards = both = None
 
@@ -210,12 +233,33 @@ class _ReplayedRun(_Run):
 
 
 def _logp_error(logp, x, y, sample=16) -> float | None:
-    """Largest error of |logp| against float64 over a few rows; None for a contender that returns something else (a GRPO loss)."""
+    """Largest error of |logp| against float64 over a few rows; None for other results (a GRPO loss)."""
     if logp.shape[0] != x.shape[0]:
         return None
     rows = torch.linspace(0, x.shape[0] - 1, min(sample, x.shape[0])).long().to(x.device)
     exact = reference.token_stats(x[rows].double(), y[rows].unsqueeze(-1)).logp.squeeze(-1)
     return (logp[rows].double().abs() - exact.abs()).abs().max().item()
+
+
+def interleaved(contenders: dict, logits: torch.Tensor, rounds: int) -> tuple[dict[str, list], dict[str, int | None]]:
+    """(milliseconds of each phase in each round, peak bytes) by name. A contender is called for its phases,
+    which may overwrite the logits; its first run compiles, its second is for the memory."""
+    device, pristine = logits.device.type, logits.clone()
+    timer, times, peaks = clock(device), {name: [] for name in contenders}, {}
+
+    def run(measured, phases):
+        result = measured(*phases())
+        logits.copy_(pristine)
+        gc.collect()
+        return result
+
+    for name, phases in contenders.items():
+        run(timer, phases)
+        peaks[name] = run(lambda *phases: peak_memory(device, phases), phases)
+    for _ in range(rounds):
+        for name, phases in contenders.items():
+            times[name].append(run(timer, phases))
+    return times, peaks
 
 
 def peak_memory(device: str, phases) -> int | None:
@@ -224,28 +268,21 @@ def peak_memory(device: str, phases) -> int | None:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        _chain(phases)
+        functools.reduce(lambda value, phase: phase(value), phases, None)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     return _cpu_peak_memory(phases)
 
 
-def _chain(phases):
-    value = None
-    for phase in phases:
-        value = phase(value)
-    return value
-
-
 def _cpu_peak_memory(phases) -> int | None:
-    """PyTorch keeps no statistics of CPU memory; Linux keeps a process's largest resident size, and resets it on request."""
+    """By Linux, which keeps a process's largest resident size and resets it; PyTorch counts no CPU memory."""
     try:
-        spare.release()  # what earlier runs freed would otherwise be used again, unseen
+        gradient_memory.release()  # what earlier runs freed would otherwise be used again, unseen
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")
         before = _resident("VmRSS")
-        _chain(phases)
+        functools.reduce(lambda value, phase: phase(value), phases, None)
         return max(0, _resident("VmHWM") - before)
     except (OSError, AttributeError):
         return None
@@ -263,7 +300,7 @@ def design_bytes(case: Case, phase: str) -> int:
 
 
 def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, replayed: bool | None = None) -> dict:
-    """Measures `contenders` on `case`: a JSON-ready dict with one entry per contender, and the machine's own copy in the same rounds.
+    """JSON-ready: an entry for each contender on `case`, and the machine's own copy in the same rounds.
     `replayed`: times replays of CUDA graphs; by default few rows on a GPU."""
     timer = clock(case.device)
     replayed = case.device == "cuda" and few_rows(case) if replayed is None else replayed
@@ -295,8 +332,7 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, re
         if case.device == "cuda":
             torch.cuda.empty_cache()
     copies = []
-    done = 0
-    while done < rounds:
+    for _ in range(rounds):
         copies.append(timer(lambda _: pristine.copy_(x))[0])
         for run in list(runs):
             try:
@@ -305,18 +341,14 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, re
                 runs.remove(run)
                 skipped[run.contender.name] = f"OutOfMemoryError: {str(error).splitlines()[0][:160]}"
                 x.copy_(pristine)
-        done += 1
     copy_gb_s = 2 * x.numel() * x.element_size() / median(copies) / 1e6
-    measured = {**case._asdict(), "rounds": done, "copy_ms": median(copies), "copy_gb_s": copy_gb_s, "copy_of": _size_of(case), "replayed": replayed}
+    measured = {**case._asdict(), "rounds": rounds, "replayed": replayed, "copy_ms": median(copies), "copy_gb_s": copy_gb_s}
+    measured["copy_of"] = f"{case.rows} x {case.vocab} {case.dtype}"
     return {**measured, "results": [_summary(run, case, copy_gb_s) for run in runs], "skipped": skipped}
 
 
-def _size_of(case: Case) -> str:
-    return f"{case.rows} x {case.vocab} {case.dtype}"
-
-
 def share_copy(measured: list[dict]) -> None:
-    """Judges the replayed cases by the copy of the largest case: what a copy of few rows writes stays in the cache."""
+    """Judges replayed cases by the copy of the largest case: a copy of few rows stays in the cache."""
 
     def case_of(entry):
         return Case(*(entry[field] for field in Case._fields))
@@ -332,17 +364,11 @@ def share_copy(measured: list[dict]) -> None:
 
 
 def _summary(run: _Run, case: Case, copy_gb_s: float) -> dict:
-    entry = {
-        "name": run.contender.name,
-        "kind": run.contender.kind,
-        "in_place": run.contender.in_place,
-        "logp_error": run.error,
-        "peak_bytes": run.peak,
-    }
+    contender = run.contender
+    entry = {"name": contender.name, "kind": contender.kind, "in_place": contender.in_place, "logp_error": run.error, "peak_bytes": run.peak}
     phases = {"forward": [t[0] for t in run.times]}
-    if run.contender.backward:
-        phases["backward"] = [t[1] for t in run.times]
-        phases["total"] = [sum(t) for t in run.times]
+    if contender.backward:
+        phases |= {"backward": [t[1] for t in run.times], "total": [sum(t) for t in run.times]}
     for phase, times in phases.items():
         ms = median(times)
         entry[phase] = {"ms": ms, "spread": spread(times), "min_ms": min(times), "of_copy": design_bytes(case, phase) / ms / 1e6 / copy_gb_s}
@@ -353,9 +379,7 @@ def machine() -> dict:
     """What a figure depends on, without what identifies a computer."""
     info = {
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "python": platform.python_version(),
-        "cpu": _cpu_model(),
-        "threads": torch.get_num_threads(),
+        **{"python": platform.python_version(), "cpu": _cpu_model(), "threads": torch.get_num_threads()},
         **rlkern.backend_info(),
     }
     if torch.cuda.is_available():
@@ -378,7 +402,3 @@ def _driver() -> str:
         return subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.splitlines()[0].strip()
     except (OSError, IndexError, subprocess.TimeoutExpired):
         return "unknown"
-
-
-def results_folder() -> str:
-    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")

@@ -1,30 +1,22 @@
-"""One forward and one backward of log-probability and entropy between cudaProfilerStart and cudaProfilerStop, warmed up before: for a profiler.
+"""For a profiler: one warm forward and backward between cudaProfilerStart and cudaProfilerStop.
 
 ncu --profile-from-start off --set full python benchmarks/one_launch.py [--shape 8192x151936] [--dtype bf16]
 """
 
-from __future__ import annotations
-
-import argparse
 import contextlib
 import sys
 
 import torch
 from contenders import BOTH
-from measure import DTYPES, Case, inputs
+from measure import Case, argument_parser, arguments, inputs
 
 import rlkern
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser = argument_parser(__doc__, "device", "dtype", device="cuda")
     parser.add_argument("--shape", default="8192x151936", metavar="NxV")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
-    args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: nothing launched")
-        return 0
+    args = arguments(parser)
     x, y, grads = inputs(Case(args.device, args.dtype, *map(int, args.shape.split("x")), BOTH))
     x.requires_grad_()
     for watched in (False, True):

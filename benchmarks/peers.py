@@ -1,9 +1,8 @@
-"""Unpacks what `make peers` fetched, for a machine without a network: python benchmarks/peers.py build/peers TARGET
+"""Unpacks what `make peers` fetched, for a machine without a network.
 
-Wheels whole, without their dependencies; of a source archive only the package's Python files, for their Triton kernels. One line for each.
+Wheels whole, without dependencies; of a source archive the package's Python files, for their Triton kernels.
+One line for each.
 """
-
-from __future__ import annotations
 
 import sys
 import tarfile

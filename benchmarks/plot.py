@@ -1,6 +1,4 @@
-"""The measured cases as one figure: bars of time per contender, fastest on top, forward and backward stacked."""
-
-from __future__ import annotations
+"""The measured cases as one figure: a bar of time per contender, the fastest on top."""
 
 import matplotlib
 

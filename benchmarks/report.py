@@ -1,11 +1,9 @@
-"""The GPU kernels judged without a GPU: compiles every Triton kernel for each architecture and prints what the compiler made of it.
+"""The GPU kernels judged without a GPU: what the compiler makes of each, for each architecture.
 
     python benchmarks/report.py [--arch sm_90 ...] [--all | --others | --variants] [--json FILE] [--waves]
 
 Exits with 2 for an unknown architecture, and where Triton or its disassemblers are missing.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -14,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-# The kernels must compile, not be interpreted, and come from this checkout where the package is not installed.
+# The kernels must compile, not be interpreted, and come from this checkout if the package is not installed.
 os.environ.pop("TRITON_INTERPRET", None)
 for folder in (Path(__file__).parent, Path(__file__).parents[1]):
     if str(folder) not in sys.path:

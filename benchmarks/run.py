@@ -1,24 +1,21 @@
-"""`make bench`: rlkern against eager PyTorch, torch.compile and the peers that are installed; time, memory, share of the copy bandwidth.
+"""`make bench`: time, memory and share of the copy bandwidth, against eager, torch.compile and peers.
 
-    python benchmarks/run.py                       the default set of this machine (a GPU where there is one, else the CPU; about three minutes)
+    python benchmarks/run.py                  the default set of the GPU, else the CPU; about three minutes
     python benchmarks/run.py --device cpu --dtypes bf16 --shapes 512x32768 --computes logp+entropy
     python benchmarks/run.py --full                all vocabularies, both dtypes, logp alone too
 
 Writes benchmarks/results/<machine>-<date>.json, case by case, and .png.
 """
 
-from __future__ import annotations
-
-import argparse
-import json
 import os
 import re
 import sys
 import time
+from pathlib import Path
 
-import torch
 from contenders import BOTH, LOGP, contenders
-from measure import DTYPES, Case, machine, results_folder, run_case, share_copy
+from measure import DTYPES, RESULTS, Case, argument_parser, arguments, machine, run_case, share_copy
+from session import write
 from table import render
 
 VOCABULARIES = (32_000, 128_256, 151_936, 262_144, 50_257)
@@ -58,15 +55,12 @@ def slug(info: dict, device: str) -> str:
 def save(document: dict, folder: str, name: str) -> str:
     os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, name + ".json")
-    with open(path + ".part", "w") as file:
-        json.dump(document, file, indent=1)
-        file.write("\n")
-    os.replace(path + ".part", path)  # a reader, or whoever comes after a kill, finds a whole file
+    write(Path(path), document)
     return path
 
 
 def measure_all(cases, rounds, budget, log=print, on_case=lambda document: None, compiled=True, peers=True, replayed=()) -> dict:
-    """Runs `cases` until `budget` seconds are spent; the ones that did not fit are named in the result. `replayed`: cases to replay on a CPU too."""
+    """Runs `cases` for `budget` seconds; names those that did not fit. `replayed`: to replay on a CPU too."""
     document = {"machine": machine(), "cases": [], "absent": [], "left_out": []}
     found, document["absent"] = contenders(cases[0].device, peers)
     for line in document["absent"]:
@@ -90,8 +84,7 @@ def measure_all(cases, rounds, budget, log=print, on_case=lambda document: None,
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = argument_parser(__doc__, "device", "rounds", "threads")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="only these of the default set; with --shapes: bf16 by default")
     parser.add_argument("--shapes", nargs="+", metavar="NxV", help="replaces the default set: such as 512x32768")
     parser.add_argument("--computes", nargs="+", choices=(BOTH, LOGP), default=[BOTH])
@@ -100,19 +93,12 @@ def main() -> int:
     parser.add_argument("--no-peers", action="store_true", help="leave other packages' kernels out")
     parser.add_argument("--no-plot", action="store_true", help="write the JSON alone")
     parser.add_argument("--rehearse", action="store_true", help="a few tiny cases on the processor, to see that everything runs")
-    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--budget", type=float, default=1e9, metavar="SECONDS", help="start no further case after this time")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    parser.add_argument("--out", default=results_folder(), help="folder for the JSON and the PNG")
+    parser.add_argument("--out", default=RESULTS, help="folder for the JSON and the PNG")
     parser.add_argument("--name", help="file name without its ending (default: <machine>-<date>)")
-    args = parser.parse_args()
+    args = arguments(parser)
     if args.rehearse:
         args.device = "cpu"
-    if args.device == "cuda" and not torch.cuda.is_available():
-        print("no GPU here: nothing measured (--device cpu measures this processor)")
-        return 0
-    if args.threads:
-        torch.set_num_threads(args.threads)
     cases = default_cases(args.device, args.full)
     if args.shapes:
         shapes = [tuple(int(n) for n in shape.replace(",", "").split("x")) for shape in args.shapes]

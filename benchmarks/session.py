@@ -1,6 +1,4 @@
-"""A stage of `make gpu`: steps with time limits, one after another or beside each other, whose results are kept whatever becomes of the others."""
-
-from __future__ import annotations
+"""A stage of `make gpu`: steps with time limits, whose results are kept whatever becomes of the others."""
 
 import datetime
 import json
@@ -51,8 +49,9 @@ def group_limit(group: Group) -> float:
 
 
 def run_process(command: list[str], env: dict, limit: float, on_line: Callable[[str], None], cancelled: threading.Event) -> int | None:
-    """The exit code of a command, whose output goes to `on_line`; None if it was stopped, at its limit or because of `cancelled`."""
-    # A process group, to stop what the command has started too; where possible no session, so that whoever ends this one's ends those as well.
+    """Its exit code; None if it was stopped, at its limit or by `cancelled`. Lines of output to `on_line`."""
+    # A process group, to stop what the command has started too; where possible no session, so that the end
+    # of this one's is theirs as well.
     group = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
     streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
     try:
@@ -77,7 +76,7 @@ def run_process(command: list[str], env: dict, limit: float, on_line: Callable[[
 
 
 class PytestLines:
-    """Reads `pytest -v`, with or without xdist, line by line: so a run that is stopped has told what passed until then."""
+    """Reads `pytest -v`, with or without xdist, by lines: a stopped run has told what passed until then."""
 
     _RESULT = re.compile(
         r"^\[gw\d+\] \[ *\d+%\] (?P<after>[A-Z]+) (?P<name>.+?) *$"
@@ -109,7 +108,7 @@ class PytestLines:
 
 
 class Session:
-    """One stage: runs steps with a time limit, keeps what they printed, remembers how each ended, and writes all of it as it comes."""
+    """Runs the steps of a stage, writes as it comes what they print, measure, and how they end."""
 
     def __init__(self, stage: str, out: Path, results: Path, runner=run_process, clock=time.monotonic, started: float | None = None):
         self.stage, self.out, self.results, self.runner, self.clock = stage, out, results, runner, clock
@@ -223,7 +222,7 @@ class Session:
         return read(self.out / FILES[self.stage][step]) if step in self.begun & FILES[self.stage].keys() else None
 
     def save(self) -> dict:
-        """Adds what this stage has to the results of this card and day: its steps, cases and variants in place of its earlier ones."""
+        """Puts its steps, cases and variants into the results of this card and day, for earlier ones."""
         if self.gpu is None:
             return {}
         with self.lock:
@@ -240,11 +239,11 @@ class Session:
             if variants:
                 document["variants"] = variants
             for folder in {self.results, self.out}:
-                write(folder / self.path().name, json.dumps(document, indent=1) + "\n")
+                write(folder / self.path().name, document)
             return document
 
     def close(self) -> int:
-        """What was measured, what failed, how each step ended, in few lines, since a long output may lose its beginning; 1 if a step failed."""
+        """Prints figures, failures, ends of steps, briefly: long output loses its start. 1 if one failed."""
         document = self.save()
         cases = [case for case in document.get("cases", []) if case["stage"] == self.stage]
         if cases:
@@ -286,8 +285,8 @@ def read(path: Path):
         return None
 
 
-def write(path: Path, text: str) -> None:
-    """A reader, or whoever comes after a kill, finds the old file or the new one, whole."""
+def write(path: Path, document: dict) -> None:
+    """As JSON. A reader, or whoever comes after a kill, finds the old file or the new one, whole."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text)
+    part.write_text(json.dumps(document, indent=1) + "\n")
     os.replace(part, path)

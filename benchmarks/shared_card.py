@@ -1,8 +1,8 @@
 """A pytest plugin (-p shared_card) for workers that share a GPU.
 
-Each test gives back the memory it used: otherwise every worker keeps what its largest test needed, and eight together need more than a card has.
-A kernel that reads or writes astray costs the process its card: all later tests fail there, at once, and such a worker takes the tests from the
-others. It ends instead, and xdist starts another one.
+Each test gives back the memory it used: what the largest tests of eight workers need is more than a card has.
+A kernel that reads or writes astray costs the process its card: all later tests fail there, at once, and such
+a worker takes the tests from the others. It ends instead, and xdist starts another one.
 """
 
 import os

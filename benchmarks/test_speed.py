@@ -1,6 +1,6 @@
-"""The same contenders under pytest-benchmark, for those who like its tables: `pytest benchmarks/test_speed.py --benchmark-group-by=param:case`.
+"""Under pytest-benchmark: `pytest benchmarks/test_speed.py --benchmark-group-by=param:case`
 
-Outside of `make test`, which collects tests/ alone. On a GPU every call ends in a synchronisation, so small sizes show launch latency.
+Not part of `make test`. On a GPU every call ends in a synchronisation, so small sizes show launch latency.
 """
 
 import pytest
@@ -31,7 +31,6 @@ def test_speed(benchmark, case, contender, phase):
         pytest.skip("computes something else")
     if phase != "forward" and not contender.backward:
         pytest.skip("has no gradient")
-    backward = phase != "forward"
     scratch = x.clone() if contender.in_place else x
 
     def prepare():
@@ -42,7 +41,7 @@ def test_speed(benchmark, case, contender, phase):
     def run():
         leaf = scratch.detach().requires_grad_(contender.backward)
         outputs = contender.forward(leaf, y)
-        if backward:
+        if phase != "forward":
             torch.autograd.grad(outputs, leaf, [g[: o.shape[0]].to(o.dtype) for o, g in zip(outputs, grads, strict=False)])
         if DEVICE == "cuda":
             torch.cuda.synchronize()

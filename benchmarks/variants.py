@@ -1,28 +1,28 @@
-"""Which way to launch the token_stats kernels is fastest on this card: every variant beside the one in use, in interleaved rounds.
+"""The fastest way to launch the token_stats kernels on this card: variants beside the one in use.
 
-    python benchmarks/variants.py --out variants.json [--budget 90] [--shapes 8192x151936 ...] [--dtypes bf16 fp32]
+    python benchmarks/variants.py --out FILE [--budget 90] [--shapes 8192x151936 ...] [--dtypes bf16 fp32]
 
-A variant wins where it is faster by more than its own and the present one's spread together, and nowhere slower by more than that at the same
-vocabulary. The winners are printed as a table for triton_kernels/launch.py. Each variant's results are compared with those of the shape in use first.
+Rounds are interleaved. First each variant's results are compared with those of the shape in use. A variant
+wins where it is faster by more than both spreads together, and nowhere slower by more than that at the same
+vocabulary. The winners are printed as a table for triton_kernels/launch.py.
 """
-
-from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 import torch
-from measure import DTYPES, Case, Replay, clock, design_bytes, few_rows, inputs, median, rotation, spread
+from measure import DTYPES, Case, Replay, argument_parser, clock, design_bytes, few_rows, inputs, median, rotation, spread
+from session import write
 
 import rlkern
 from rlkern.triton_kernels import token_stats as kernels
@@ -46,10 +46,8 @@ def backward_variants(now: BackwardShape) -> dict[str, BackwardShape]:
     found = {"now": now}
     found |= {f"{n} tiles": now._replace(tiles=n) for n in (1, 2, 4, 8)}
     tiles = ((1, 1), (2, 1), (2, 2), (1, 0.5), (0.5, 1), (0.5, 0.5), (0.5, 0.25))
-    found |= {
-        f"{_named(shape)}, {shape.tiles} tiles": shape
-        for shape in (_tile(now, *t)._replace(stages=n, tiles=k) for t in tiles for n in (1, 3) for k in (1, 2))
-    }
+    shapes = [_tile(now, *t)._replace(stages=n, tiles=k) for t in tiles for n in (1, 3) for k in (1, 2)]
+    found |= {f"{_named(shape)}, {shape.tiles} tiles": shape for shape in shapes}
     return distinct(found)
 
 
@@ -71,16 +69,13 @@ def distinct(variants: dict) -> dict:
 
 
 def launch_cases() -> list:
-    """The same for the offline report: every variant of the shapes that an H100 gets, on rows that start on boundaries and on rows that do not."""
+    """For the offline report: variants of the shapes that an H100 gets, on rows aligned and not."""
     from offline.cases import DTYPES, LAYOUTS, Case
 
     card, found = kernels.gpu(torch.device("cpu"))._replace(capability=(9, 0)), []
     for layout, dtype in (("V=151936", "bf16"), ("V=50257", "bf16"), ("V=151936", "fp32")):
         row = (card, LAYOUTS[layout][0], DTYPES[dtype].itemsize)
-        tables = {
-            "forward": forward_variants(in_use("forward", *row)),
-            "backward logp+entropy": backward_variants(in_use("backward", *row)),
-        }
+        tables = {"forward": forward_variants(in_use("forward", *row)), "backward logp+entropy": backward_variants(in_use("backward", *row))}
         found += [Case(name, dtype, layout, shape, label) for name, shapes in tables.items() for label, shape in shapes.items()]
     return found
 
@@ -97,18 +92,12 @@ def variants_of(direction: str, case: Case, x: torch.Tensor) -> dict:
 
 @contextlib.contextmanager
 def launch_shape(direction: str, shape):
-    """Makes the launcher take `shape` in one direction."""
-    name = f"{direction}_shape"
-    table = getattr(kernels, name)
-    setattr(kernels, name, lambda *_: shape)
-    try:
+    with mock.patch.object(kernels, f"{direction}_shape", lambda *_: shape):
         yield
-    finally:
-        setattr(kernels, name, table)
 
 
 class Operators:
-    """The two operators on one case, without autograd around them; several copies of the logits where replays go from one to the next."""
+    """The two operators on one case, without autograd; several copies of the logits for replays."""
 
     def __init__(self, case: Case):
         self.case = case
@@ -121,9 +110,7 @@ class Operators:
         return torch.ops.rlkern.token_stats(self.logits[i], self.y, *self.options)
 
     def backward(self, i: int = 0):
-        return torch.ops.rlkern.token_stats_backward(
-            self.logits[i], self.y, *self.options, self.state, *self.grads, None, None, None
-        )  # fmt: skip
+        return torch.ops.rlkern.token_stats_backward(self.logits[i], self.y, *self.options, self.state, *self.grads, None, None, None)
 
     def copy(self, i: int = 0):
         return self.logits[i].clone()
@@ -157,14 +144,13 @@ class Timer:
 
 
 def agrees(operators: Operators, direction: str, shape, expected: torch.Tensor) -> bool:
-    """Every entry within what another order of the same sums may change. Rows are few enough at a time that their copies fit."""
+    """Equal but for the order of sums. Rows are compared few at a time, so that their copies fit."""
     with launch_shape(direction, shape):
         found = operators.results(direction)
     tolerance = 1e-5 if direction == "forward" or found.dtype == torch.float32 else 2**-7
-    for a, b in zip(found.split(256), expected.split(256), strict=True):
-        if not ((a - b).abs() <= tolerance * b.abs() + (1e-5 if direction == "forward" else 1e-7)).all():
-            return False
-    return True
+    absolute = 1e-5 if direction == "forward" else 1e-7
+    pairs = zip(found.split(256), expected.split(256), strict=True)
+    return all(((a - b).abs() <= tolerance * b.abs() + absolute).all() for a, b in pairs)
 
 
 def measure(operators: Operators, direction: str, rounds: int, deadline: float) -> dict:
@@ -203,9 +189,6 @@ def measure(operators: Operators, direction: str, rounds: int, deadline: float) 
     return {**case._asdict(), "direction": direction, "rounds": len(copies), "copy_gb_s": copy_gb_s, "variants": ordered}
 
 
-# --- what follows from the figures -----------------------------------------------------------------------------------------------------------
-
-
 def gain(now: dict, other: dict) -> tuple[float, bool]:
     """(the present time over the other's, whether they differ by more than both spreads)"""
     margin = now["ms"] * now["spread"] + other["ms"] * other["spread"]
@@ -213,7 +196,7 @@ def gain(now: dict, other: dict) -> tuple[float, bool]:
 
 
 def winners(found: list[dict]) -> dict[tuple, dict]:
-    """(direction, dtype, vocab) -> the variant that wins there, with its geometric mean gain; absent where none does."""
+    """(direction, dtype, vocab) -> the winner, with its geometric mean gain; absent where none wins."""
     groups: dict[tuple, list[dict]] = {}
     for case in found:
         groups.setdefault((case["direction"], case["dtype"], case["vocab"]), []).append(case)
@@ -254,7 +237,7 @@ def summary(found: list[dict]) -> str:
 
 
 def precompile(cases: list[Case], part: int, parts: int) -> None:
-    """Launches this part of all variants on a few rows, which puts the kernels into Triton's cache on disk."""
+    """Launches this part of all variants on a few rows: the kernels are then in Triton's cache on disk."""
     jobs = 0
     for case in cases:
         operators = Operators(case._replace(rows=8))
@@ -267,12 +250,11 @@ def precompile(cases: list[Case], part: int, parts: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__, "rounds")
     parser.add_argument("--out", type=Path, default=Path("variants.json"))
     parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS")
     parser.add_argument("--shapes", nargs="+", metavar="NxV", help="such as 8192x151936")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
-    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes in Triton's interpreter: everything but the figures is real")
     parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--precompile", type=int, nargs=2, metavar=("PART", "PARTS"), help=argparse.SUPPRESS)
@@ -308,9 +290,7 @@ def main() -> int:
         for direction in DIRECTIONS:
             found.append(measure(operators, direction, args.rounds, started + args.budget))
             document = {"rehearsed": args.rehearse, "cases": found, "summary": summary(found)}
-            part = args.out.with_name(args.out.name + ".part")  # a kill leaves the last file whole
-            part.write_text(json.dumps(document, indent=1) + "\n")
-            os.replace(part, args.out)
+            write(args.out, document)
         print(f"{case}: {time.perf_counter() - started:.0f} s", flush=True)
         del operators
         if device == "cuda":

@@ -1,4 +1,4 @@
-"""Stands before the compiler (CMake's CMAKE_CXX_COMPILER_LAUNCHER): what was compiled from the same csrc/ with the same options is copied.
+"""For CMAKE_CXX_COMPILER_LAUNCHER: an object compiled before, of the same csrc/ and options, is copied.
 
     compile_once.py FOLDER c++ -O3 ... -o object -c .../csrc/source.cpp
 

@@ -1,4 +1,4 @@
-"""The diffusion example: its task, its sampler, its three objectives and its memory counter are right, and the whole runs."""
+"""The diffusion example: its task, sampler, three objectives and memory counter are right, and it runs."""
 
 import copy
 import csv
@@ -11,13 +11,23 @@ import pytest
 import torch
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+from support.diffusion_memory import Retained  # noqa: E402
+from support.diffusion_objectives import Answers, elbos, gradient  # noqa: E402
+from support.diffusion_train import OBJECTIVES, Settings, gradient_differences, train  # noqa: E402
+from support.masked_diffusion import new_model, pretrain, unmask  # noqa: E402
+from support.processes import run_all  # noqa: E402
+from support.sudoku import MASK, Sudoku, all_grids, rewards  # noqa: E402
+
+import rlkern  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def examples(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXAMPLES))
+def one_thread():
+    """As in the example."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the example does
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -31,41 +41,34 @@ def _valid(grid: list[int]) -> bool:
 
 
 def test_task():
-    from support import sudoku
-
-    grids = sudoku.all_grids()
+    grids = all_grids()
     assert grids.shape == (288, 16) and len(grids.unique(dim=0)) == 288
     assert all(map(_valid, grids.tolist()))
 
-    task = sudoku.Sudoku((4, 6), held_out=300, seed=0)
+    task = Sudoku((4, 6), held_out=300, seed=0)
     puzzles, solutions = task.draw(300)
-    assert set((puzzles != sudoku.MASK).sum(-1).tolist()) == {4, 5, 6}
-    assert sudoku.rewards(puzzles, solutions).all()
+    assert set((puzzles != MASK).sum(-1).tolist()) == {4, 5, 6}
+    assert rewards(puzzles, solutions).all()
     known = set(map(tuple, task.grids.tolist()))
     assert len(known) == 240 and {tuple(s) for s in solutions.tolist()} <= known
     unseen = torch.tensor([g for g in map(tuple, grids.tolist()) if g not in known])
-    assert (((task.held_out[:, None] == unseen) | (task.held_out[:, None] == sudoku.MASK)).all(-1)).any(-1).all()
+    assert (((task.held_out[:, None] == unseen) | (task.held_out[:, None] == MASK)).all(-1)).any(-1).all()
 
 
 def test_rewards():
-    from support import sudoku
-
     generator = torch.Generator().manual_seed(0)
-    grid = sudoku.all_grids()[100]
+    grid = all_grids()[100]
     answers = [grid.clone() for _ in range(60)]
     for answer in answers[1:]:  # break a few cells, the clues too
         answer[torch.randint(16, (2,), generator=generator)] = torch.randint(0, 5, (2,), generator=generator)
-    answers = torch.stack([*answers, *sudoku.all_grids()])
-    puzzle = torch.where(torch.arange(16) < 5, grid, sudoku.MASK)
+    answers = torch.stack([*answers, *all_grids()])
+    puzzle = torch.where(torch.arange(16) < 5, grid, MASK)
     expected = [float(_valid(a) and a[:5] == grid[:5].tolist()) for a in answers.tolist()]
     assert 1 < sum(expected) < len(expected) - 200
-    assert sudoku.rewards(puzzle.expand_as(answers), answers).tolist() == expected
+    assert rewards(puzzle.expand_as(answers), answers).tolist() == expected
 
 
 def test_unmask():
-    from support.masked_diffusion import unmask
-    from support.sudoku import MASK
-
     truth = torch.tensor([[1, 2, 3, 4, 1, 2], [4, 4, 3, 3, 2, 1]])
     sure = torch.tensor([[0.0, 5.0, 1.0, 4.0, 2.0, 3.0]]).expand(2, -1) + 30  # column 1 is the likeliest, then 3, 5, 4, 2, 0
     seen = []
@@ -90,10 +93,6 @@ def test_unmask():
 @pytest.fixture
 def batch():
     """A float64 model and 12 answers with 10 to 12 masked places, advantages of both signs and a zero."""
-    from support.diffusion_objectives import Answers
-    from support.masked_diffusion import new_model
-    from support.sudoku import MASK, Sudoku
-
     torch.manual_seed(0)
     puzzles, grids = Sudoku((4, 6), held_out=1, seed=0).draw(12)
     advantages = torch.randn(12, dtype=torch.float64)
@@ -105,9 +104,7 @@ def batch():
 
 
 def _oracle(model, answers, n, old, bounded):
-    """Gradient of Eq. 6-7, or of the bound of Eq. 13-14, from the masks that rlkern draws; everything else written anew."""
-    import rlkern
-
+    """Gradient of Eq. 6-7, or of the bound of Eq. 13-14, written anew but for the masks, rlkern's."""
     mask, weight = rlkern.diffusion.count_masks(answers.response, n, seed=answers.seed, rollouts=answers.rows)
     value = 0.0
     for b in range(len(answers.ids)):
@@ -124,8 +121,6 @@ def _oracle(model, answers, n, old, bounded):
 
 
 def test_objectives(batch):
-    from support.diffusion_objectives import elbos, gradient
-
     model, answers = batch
     n, close = 3, {"rtol": 1e-11, "atol": 1e-12}
     torch.testing.assert_close(gradient("naive", model, answers, n, None), _oracle(model, answers, n, None, bounded=False), **close)
@@ -144,16 +139,12 @@ def test_objectives(batch):
 
 
 def test_draws_survive_a_split(batch):
-    from support.diffusion_objectives import elbos
-
     model, answers = batch
     index = torch.tensor([7, 2, 11])
     torch.testing.assert_close(elbos(model, answers.take(index), 4), elbos(model, answers, 4)[index])
 
 
 def test_gradient_differences(batch):
-    from support.diffusion_train import Settings, gradient_differences
-
     settings = Settings(steps=2, prompts=3, group=2, minibatches=2, lr=1e-2, held_out=4, seed=0)
     found = gradient_differences(batch[0], settings.task(), settings, n=3)
     assert set(found) == {"exact", "bound"}
@@ -161,11 +152,6 @@ def test_gradient_differences(batch):
 
 
 def test_pretraining_learns():
-    from support.masked_diffusion import new_model, pretrain
-    from support.sudoku import MASK, Sudoku
-
-    import rlkern
-
     torch.manual_seed(0)
     task, model = Sudoku((4, 6), held_out=20, seed=0), new_model()
     puzzles, grids = task.draw(100)
@@ -182,9 +168,6 @@ def test_pretraining_learns():
 
 
 def test_training_repeats():
-    from support.diffusion_train import Settings, train
-    from support.masked_diffusion import new_model
-
     settings = Settings(steps=2, prompts=2, group=4, minibatches=2, lr=1e-3, held_out=10, seed=0, cells=6)
     torch.manual_seed(0)
     start = {name: value.clone().numpy() for name, value in new_model().state_dict().items()}
@@ -194,31 +177,26 @@ def test_training_repeats():
 
 
 def test_training_compares_with_the_policy_that_answered(monkeypatch):
-    from support import diffusion_train
-    from support.masked_diffusion import new_model
-
     calls = []
 
     def objective(model, answers, n, old_elbo):
         calls.append((copy.deepcopy(model), answers, n, old_elbo))
         sum(p.sum() for p in model.parameters()).backward()
 
-    monkeypatch.setitem(diffusion_train.OBJECTIVES, "recorded", objective)
-    settings = diffusion_train.Settings(steps=2, prompts=2, group=3, minibatches=3, lr=1e-2, held_out=4, seed=0, cells=6)
-    diffusion_train.train("recorded", 4, {name: value.numpy() for name, value in new_model().state_dict().items()}, settings)
+    monkeypatch.setitem(OBJECTIVES, "recorded", objective)
+    settings = Settings(steps=2, prompts=2, group=3, minibatches=3, lr=1e-2, held_out=4, seed=0, cells=6)
+    train("recorded", 4, {name: value.numpy() for name, value in new_model().state_dict().items()}, settings)
     assert len(calls) == 6
     for first, *later in (calls[:3], calls[3:]):
         assert first[3] is None
         for model, answers, n, old_elbo in later:
-            torch.testing.assert_close(old_elbo, diffusion_train.elbos(first[0], answers, n))
-            assert (old_elbo - diffusion_train.elbos(model, answers, n)).abs().max() > 1e-3  # the policy has moved on
+            torch.testing.assert_close(old_elbo, elbos(first[0], answers, n))
+            assert (old_elbo - elbos(model, answers, n)).abs().max() > 1e-3  # the policy has moved on
         assert sorted(torch.cat([call[1].rows for call in (first, *later)]).tolist()) == list(range(6))
     assert calls[0][1].seed != calls[3][1].seed
 
 
 def test_retained_bytes():
-    from support.diffusion_memory import Retained
-
     weight = torch.randn(100, 100, requires_grad=True)
     x = torch.randn(50, 100, requires_grad=True)  # so that weight is kept as well
     retained = Retained([weight])
@@ -234,8 +212,6 @@ def test_retained_bytes():
 @pytest.mark.slow
 def test_run_all_raises_what_a_job_raises():
     pytest.importorskip("matplotlib")
-    from support.processes import run_all
-
     assert run_all("division", divmod, [(7, 2), (9, 4)], 1, total=1) == {(7, 2): (3, 1), (9, 4): (2, 1)}
     with pytest.raises(ZeroDivisionError, match="by zero"):
         run_all("division", divmod, [(7, 2), (1, 0)], 2, total=1)
@@ -248,9 +224,9 @@ def test_example_runs(tmp_path):
     result = subprocess.run([sys.executable, str(EXAMPLES / "diffusion_rl.py"), *options], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert (tmp_path / "diffusion_rl.png").stat().st_size > 10_000
-    rewards = list(csv.DictReader((tmp_path / "diffusion_rl_rewards.csv").open()))
+    steps = list(csv.DictReader((tmp_path / "diffusion_rl_rewards.csv").open()))
     pairs = list(itertools.product(("naive", "exact", "bound"), ("1", "4")))
-    assert sorted((r["objective"], r["n"], r["step"]) for r in rewards) == sorted((*pair, step) for pair in pairs for step in "12")
+    assert sorted((s["objective"], s["n"], s["step"]) for s in steps) == sorted((*pair, step) for pair in pairs for step in "12")
     summary = {(row["objective"], row["n"]): row for row in csv.DictReader((tmp_path / "diffusion_rl.csv").open())}
     assert set(summary) == set(pairs)
     for field, naive_grows, ours_grow in (("retained_bytes", 3.9, 1.0), ("peak_bytes", 2, 1.05)):

@@ -12,17 +12,13 @@ import torch
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture
-def support(monkeypatch):
-    pytest.importorskip("matplotlib")
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    from support import arithmetic, entropy_report, rollout
+pytest.importorskip("matplotlib")
+sys.path.insert(0, str(EXAMPLES))
 
-    return arithmetic, entropy_report, rollout
+from support import arithmetic, entropy_report, rollout  # noqa: E402
 
 
-def test_task(support):
-    arithmetic, _, _ = support
+def test_task():
     task = arithmetic.Addition(2, held_out=100, seed=0)
     prompts, right = task.encode(torch.tensor([4875, 9999, 3]))
     plus, equals = arithmetic.PLUS, arithmetic.EQUALS
@@ -34,8 +30,7 @@ def test_task(support):
     assert len(task.held_out) + len(task.pairs) == 10_000
 
 
-def test_fit(support):
-    _, entropy_report, rollout = support
+def test_fit():
     entropy = [1.0, 0.7, 0.5, 0.2, 0.1]
     run = rollout.Run(reward=[0.9 - 0.25 * math.exp(h) for h in entropy], entropy=entropy)
     fit = entropy_report.fit(run)
@@ -47,7 +42,6 @@ def test_fit(support):
 
 @pytest.mark.slow
 def test_lab_runs(tmp_path):
-    pytest.importorskip("matplotlib")
     options = ["--steps", "2", "--prompts", "4", "--minibatches", "2", "--warm-up-to", "0.001", "--digits", "1", "--out", str(tmp_path)]
     result = subprocess.run([sys.executable, str(EXAMPLES / "entropy_lab.py"), *options], capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr

@@ -1,9 +1,11 @@
 """The kernels on a real GPU, at the sizes of training. Skipped where there is none; `make gpu` runs it."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
+from oracle import check_confident
 
 import rlkern
 from rlkern import reference
@@ -32,6 +34,13 @@ def upstream(*shape, seed=2, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda", dtype=dtype)
 
 
+def example(*rows, vocab, dtype=torch.bfloat16):
+    """(logits [*rows, V], targets, upstream gradients of logp and entropy)"""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    grads = [upstream(*rows, seed=seed, dtype=acc) for seed in (2, 3)]
+    return random_logits(*rows, vocab, dtype=dtype), random_targets(vocab, *rows), grads
+
+
 def exact(x, y, g_logp, g_entropy, temperature=1.0):
     """(logp, entropy, d_x) of rows [R, V] in float64, from the reference through autograd."""
     x = x.detach().double().requires_grad_()
@@ -42,14 +51,14 @@ def exact(x, y, g_logp, g_entropy, temperature=1.0):
 
 
 def gradient_terms(log_p, entropy, y, g_logp, g_entropy):
-    """The sizes of the terms that an entry of d_x [R, V] is the sum of: where they cancel, an error in proportion to them remains."""
+    """Sizes of the terms of entries of d_x [R, V]: an error in proportion remains where they cancel."""
     p = log_p.exp()
     terms = p * (g_logp.abs().unsqueeze(-1) + g_entropy.abs().unsqueeze(-1) * (log_p.clamp_min(-1e4).abs() + entropy.unsqueeze(-1)))
     return terms.scatter_add_(-1, y.unsqueeze(-1), g_logp.abs().unsqueeze(-1))
 
 
 def check_gradient(x, y, d_x, grads, temperature=1.0):
-    """Compares the gradient of rows [R, V] by logits with float64: each entry to its own rounding, and to the sizes of the terms it is the sum of."""
+    """Compares d_x [R, V] with float64: to an entry's own rounding, and to the sizes of its terms."""
     g_logp, g_entropy = (g.double() for g in grads)
     _, entropy, gradient = exact(x, y, g_logp, g_entropy, temperature)
     tolerance = 1e-11 if x.dtype == torch.float64 else 1e-5
@@ -59,52 +68,97 @@ def check_gradient(x, y, d_x, grads, temperature=1.0):
 
 
 def check_entries(d_x, gradient, tolerance):
-    # float16 has subnormals: below 6e-5 an entry is rounded to a multiple of 6e-8, not in proportion. What is below float32's smallest is 0.
+    # Below 6e-5 float16 is rounded to a multiple of 6e-8. What is below float32's smallest is 0.
     smallest = {torch.float16: 6e-8, torch.float64: 0}.get(d_x.dtype, 1e-35)
     allowed = ROUNDING[d_x.dtype] * gradient.abs() + tolerance + smallest
     excess = (d_x.double() - gradient).abs() - allowed
     assert (excess <= 0).all(), f"gradient off by {excess.max().item():.1e} more than allowed"
 
 
-def check_rows(x, y, stats, d_x, grads, rows, temperature=1.0):
-    """Compares chosen rows of a [N, V] result with float64."""
-    x, y, d_x, grads = x[rows], y[rows], d_x[rows], [g[rows] for g in grads]
-    logp, entropy, _ = exact(x, y, *grads, temperature)
-    tolerance = 1e-11 if x.dtype == torch.float64 else 1e-5
-    torch.testing.assert_close(stats.logp[rows].double(), logp, rtol=tolerance, atol=tolerance)
-    torch.testing.assert_close(stats.entropy[rows].double(), entropy, rtol=tolerance, atol=tolerance)
-    check_gradient(x, y, d_x, grads, temperature)
-
-
 def forward_backward(x, y, grads, **options):
+    """(logp, entropy, d_x)"""
     x = x.detach().requires_grad_()
     stats = rlkern.token_stats(x, y, **options)
-    (d_x,) = torch.autograd.grad((stats.logp, stats.entropy), x, grads)
-    return stats, d_x
+    return stats.logp.detach(), stats.entropy.detach(), torch.autograd.grad((stats.logp, stats.entropy), x, grads)[0]
+
+
+def check(x, y, grads, rows=slice(None), **options):
+    """Compares rows of a result with float64, and returns it."""
+    n, vocab = y.numel(), x.shape[-1]
+    results = forward_backward(x, y, grads, **options)
+    assert results[2].shape == x.shape and results[2].dtype == x.dtype and results[0].dtype == grads[0].dtype
+    x, d_x = (t.reshape(n, vocab)[rows] for t in (x, results[2]))
+    y, *grads = (t.reshape(n)[rows] for t in (y, *grads))
+    temperature = options.get("temperature", 1.0)
+    temperature = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    tolerance = 1e-11 if x.dtype == torch.float64 else 1e-5
+    for got, want in zip(results[:2], exact(x, y, *grads, temperature)[:2], strict=True):
+        torch.testing.assert_close(got.reshape(n)[rows].double(), want, rtol=tolerance, atol=tolerance)
+    check_gradient(x, y, d_x, grads, temperature)
+    return results
+
+
+def assert_equal(got, want):
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def spread_rows(n, count=24):
     return torch.linspace(0, n - 1, count, device="cuda").long()
 
 
-# --- full size -------------------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def no_new_memory(allowed=1 << 20):
+    """Nothing beyond `allowed` bytes is allocated in the block."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield
+    assert torch.cuda.max_memory_allocated() - before < allowed
+
+
+@contextmanager
+def no_wait():
+    """An operation that waits for the device raises in the block."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def side_stream():
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(step):
+    """(a CUDA graph of the step, what it returned), after a run on a side stream."""
+    with side_stream():
+        step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
 
 
 @pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (VOCAB, torch.float32), (50_257, torch.bfloat16), (32_000, torch.float16)])
 def test_full_size(vocab, dtype):
-    x, y = random_logits(ROWS, vocab, dtype=dtype), random_targets(vocab, ROWS)
-    grads = upstream(ROWS), upstream(ROWS, seed=3)
-    stats, d_x = forward_backward(x, y, grads)
-    check_rows(x, y, stats, d_x, grads, spread_rows(ROWS))
+    x, y, grads = example(ROWS, vocab=vocab, dtype=dtype)
+    logp, entropy, d_x = check(x, y, grads, spread_rows(ROWS))
     for chunk in torch.arange(ROWS, device="cuda").split(256):  # the whole, in float32
         log_p = torch.log_softmax(x[chunk].float(), -1)
         p = log_p.exp()
-        entropy = -(p * log_p).sum(-1)
-        torch.testing.assert_close(stats.logp[chunk], log_p.gather(-1, y[chunk, None]).squeeze(-1), rtol=2e-5, atol=2e-5)
-        torch.testing.assert_close(stats.entropy[chunk], entropy, rtol=5e-5, atol=5e-5)
-        expected = -p * (grads[0][chunk, None] + grads[1][chunk, None] * (log_p + entropy[:, None]))
+        h = -(p * log_p).sum(-1)
+        torch.testing.assert_close(logp[chunk], log_p.gather(-1, y[chunk, None]).squeeze(-1), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(entropy[chunk], h, rtol=5e-5, atol=5e-5)
+        expected = -p * (grads[0][chunk, None] + grads[1][chunk, None] * (log_p + h[:, None]))
         expected.scatter_add_(-1, y[chunk, None], grads[0][chunk, None])
-        terms = gradient_terms(log_p, entropy, y[chunk], grads[0][chunk], grads[1][chunk])
+        terms = gradient_terms(log_p, h, y[chunk], grads[0][chunk], grads[1][chunk])
         excess = (d_x[chunk].float() - expected).abs() - 1.1 * ROUNDING[dtype] * expected.abs() - 5e-5 * terms - 1e-7
         assert (excess <= 0).all(), f"gradient off by {excess.max().item():.1e} more than allowed in rows {chunk[0].item()} .. {chunk[-1].item()}"
 
@@ -112,45 +166,26 @@ def test_full_size(vocab, dtype):
 def test_more_than_2_to_the_31_logits():
     vocab = 262_144
     n = 2**31 // vocab + 40
-    x, y = random_logits(n, vocab), random_targets(vocab, n)
-    grads = upstream(n), upstream(n, seed=3)
-    stats, d_x = forward_backward(x, y, grads)
     rows = torch.tensor([0, 1, n // 2, 2**31 // vocab - 1, 2**31 // vocab, n - 2, n - 1], device="cuda")
-    check_rows(x, y, stats, d_x, grads, rows)
+    check(*example(n, vocab=vocab), rows)
 
 
 def test_more_rows_than_a_grid_has_in_y():
-    n, vocab = 140_000, 1000
-    x, y = random_logits(n, vocab), random_targets(vocab, n)
-    grads = upstream(n), upstream(n, seed=3)
-    stats, d_x = forward_backward(x, y, grads)
-    check_rows(x, y, stats, d_x, grads, spread_rows(n, 200))
+    check(*example(140_000, vocab=1000), spread_rows(140_000, 200))
 
 
 def test_memory_is_one_gradient():
     x, y = random_logits(1024, VOCAB).requires_grad_(), random_targets(VOCAB, 1024)
-    size = x.numel() * x.element_size()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    stats = rlkern.token_stats(x, y)
-    assert torch.cuda.max_memory_allocated() - before < 1 << 20
-    (stats.logp + stats.entropy).sum().backward()
-    assert torch.cuda.max_memory_allocated() - before < size + (1 << 20)
-
-
-# --- dtypes, sizes, strides ------------------------------------------------------------------------------------------------------------------
+    with no_new_memory(x.numel() * x.element_size() + (1 << 20)):
+        with no_new_memory():
+            stats = rlkern.token_stats(x, y)
+        (stats.logp + stats.entropy).sum().backward()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab", [1, 2, 7, 33, 255, 1024, 4095, 4096, 4097, 12_289, 32_000, 50_257, 151_937])
 def test_dtypes_and_vocabularies(dtype, vocab):
-    x, y = random_logits(5, vocab, dtype=dtype), random_targets(vocab, 5)
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    grads = upstream(5, dtype=acc), upstream(5, seed=3, dtype=acc)
-    stats, d_x = forward_backward(x, y, grads)
-    assert stats.logp.dtype == acc and d_x.dtype == dtype
-    check_rows(x, y, stats, d_x, grads, slice(None))
+    check(*example(5, vocab=vocab, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -167,41 +202,27 @@ def test_layouts(dtype, vocab, layout):
         "permuted": lambda: storage[..., :vocab].transpose(0, 1)[:length],
         "four dims": lambda: storage[:, :length, :vocab].unsqueeze(1),
     }[layout]()
-    rows = x.shape[:-1]
-    y, grads = random_targets(vocab, *rows), (upstream(*rows), upstream(*rows, seed=3))
-    stats, d_x = forward_backward(x, y, grads)
-    assert d_x.shape == x.shape
-    n = rows.numel()
-    flat = rlkern.TokenStats(stats.logp.reshape(n), stats.entropy.reshape(n), stats.logsumexp.reshape(n))
-    check_rows(x.reshape(n, vocab), y.reshape(n), flat, d_x.reshape(n, vocab), [g.reshape(n) for g in grads], slice(None))
+    check(x, *example(*x.shape[:-1], vocab=vocab)[1:])
 
 
 def test_one_temperature_per_row():
-    x, y = random_logits(6, 9001), random_targets(9001, 6)
+    x, y, grads = example(6, vocab=9001)
     temperature = torch.tensor([0.3, 0.7, 1.0, 1.5, 2.0, 10.0], device="cuda")
-    grads = upstream(6), upstream(6, seed=3)
-    stats, d_x = forward_backward(x, y, grads, temperature=temperature)
-    check_rows(x, y, stats, d_x, grads, slice(None), temperature.double())
+    logp, _, d_x = check(x, y, grads, temperature=temperature)
     for i, t in enumerate(temperature.tolist()):
-        alone, d_alone = forward_backward(x[i : i + 1], y[i : i + 1], [g[i : i + 1] for g in grads], temperature=t)
-        torch.testing.assert_close(alone.logp[0], stats.logp[i])
+        alone, _, d_alone = forward_backward(x[i : i + 1], y[i : i + 1], [g[i : i + 1] for g in grads], temperature=t)
+        torch.testing.assert_close(alone[0], logp[i])
         torch.testing.assert_close(d_alone[0], d_x[i])
 
 
-# --- values ----------------------------------------------------------------------------------------------------------------------------------
-
-
 def test_masked_rows_are_not_read():
-    x, y = random_logits(64, 9000), random_targets(9000, 64)
+    x, y, grads = example(64, vocab=9000)
     mask = torch.arange(64, device="cuda") % 3 != 0
     y[5] = -100
-    x[~mask] = math.nan
-    x[5] = math.nan
-    grads = upstream(64), upstream(64, seed=3)
-    stats, d_x = forward_backward(x, y, grads, mask=mask)
     live = mask & (y != -100)
-    assert not stats.logp[~live].any() and not stats.entropy[~live].any() and not d_x[~live].any()
-    check_rows(x, y, stats, d_x, grads, live.nonzero().squeeze(-1))
+    x[~live] = math.nan
+    results = check(x, y, grads, live.nonzero().squeeze(-1), mask=mask)
+    assert not any(t[~live].any() for t in results)
 
 
 @pytest.mark.parametrize("where", ["first tiles", "last tiles", "one entry", "all but two"])
@@ -212,9 +233,7 @@ def test_minus_infinity(where, vocab):
     kept = torch.zeros(vocab, dtype=torch.bool, device="cuda")
     kept[finite.get(where, slice(vocab // 2, vocab // 2 + 2))] = True
     x[:, ~kept] = -math.inf
-    grads = upstream(4), upstream(4, seed=3)
-    stats, d_x = forward_backward(x, y, grads)
-    check_rows(x, y, stats, d_x, grads, slice(None))
+    *_, d_x = check(x, y, [upstream(4), upstream(4, seed=3)])
     assert not d_x[:, ~kept].any()
 
 
@@ -222,24 +241,12 @@ def test_minus_infinity(where, vocab):
 def test_masking_with_the_lowest_number(vocab):
     x, y = random_logits(4, vocab), torch.full((4,), vocab // 2, device="cuda")
     x[:, : vocab // 3] = torch.finfo(x.dtype).min
-    grads = upstream(4), upstream(4, seed=3)
-    stats, d_x = forward_backward(x, y, grads)
-    check_rows(x, y, stats, d_x, grads, slice(None))
+    check(x, y, [upstream(4), upstream(4, seed=3)])
 
 
 def test_confident_rows_keep_their_relative_accuracy():
-    vocab = 151_936
-    gaps = torch.tensor([28.0, 32.0, 40.0, 60.0], device="cuda")
-    x = (-gaps).unsqueeze(-1).repeat(1, vocab)
-    x[:, 77] = 0
-    y = torch.full((4,), 77, device="cuda")
-    stats, d_x = forward_backward(x, y, (torch.ones(4, device="cuda"), torch.zeros(4, device="cuda")))
-    # in closed form: even float64 rounds the last row's probability to 1
-    gaps = gaps.double()
-    rest = (vocab - 1) * (-gaps).exp()
-    torch.testing.assert_close(stats.logp.double(), -rest.log1p(), rtol=1e-5, atol=0)
-    torch.testing.assert_close(stats.entropy.double(), rest.log1p() + gaps * rest / (1 + rest), rtol=1e-5, atol=0)
-    torch.testing.assert_close(d_x[:, 77].double(), rest / (1 + rest), rtol=1e-5, atol=0)
+    for gap in (28.0, 32.0, 40.0, 60.0):
+        check_confident(VOCAB, [77], gap, device="cuda")
 
 
 def test_large_common_offset():
@@ -250,59 +257,31 @@ def test_large_common_offset():
     torch.testing.assert_close(moved.entropy, stats.entropy, rtol=1e-6, atol=1e-6)
 
 
-def test_several_targets_kept_set_and_sum_of_squares():
-    vocab, k = 50_257, 5
-    x, y = random_logits(6, vocab), random_targets(vocab, 6, k)
-    g_logp, others = upstream(6, k), [upstream(6, seed=s) for s in range(3, 7)]
-    for options in ({"min_p": 0.2}, {"min_prob": 1e-4}):
-        leaf = x.detach().requires_grad_()
-        stats = rlkern.token_stats(leaf, y, temperature=1.3, with_sum_sq=True, **options)
-        fields = (stats.logp, stats.entropy, stats.logsumexp, stats.sum_sq_prob, stats.kept_logmass)
-        (d_x,) = torch.autograd.grad(fields, leaf, (g_logp, *others))
-        exact_x = x.double().requires_grad_()
-        wanted = reference.token_stats(exact_x, y, 1.3, **options)
-        (expected,) = torch.autograd.grad(tuple(wanted), exact_x, (g_logp.double(), *(g.double() for g in others)))
-        for field, value in zip(wanted, fields, strict=True):
-            torch.testing.assert_close(value.double(), field, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(d_x.double(), expected, rtol=2**-7, atol=1e-8)
-
-
 def test_targets_out_of_range_give_nan_and_no_wild_read():
     x, y = random_logits(4, 5000), torch.tensor([3, 5000, -1, 2**40], device="cuda")
     logp = rlkern.token_logprobs(x, y)
     assert logp.isnan().tolist() == [False, True, True, True]
 
 
-# --- how it runs -----------------------------------------------------------------------------------------------------------------------------
-
-
 def test_in_place_gradient_has_the_same_bits_and_no_memory():
-    x, y = random_logits(512, VOCAB), random_targets(VOCAB, 512)
-    grads = upstream(512), upstream(512, seed=3)
-    _, expected = forward_backward(x, y, grads)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    _, d_x = forward_backward(x, y, grads, inplace_backward=True)
-    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+    x, y, grads = example(512, vocab=VOCAB)
+    *_, expected = forward_backward(x, y, grads)
+    with no_new_memory():
+        *_, d_x = forward_backward(x, y, grads, inplace_backward=True)
     assert d_x.data_ptr() == x.data_ptr()
     assert torch.equal(d_x, expected)
 
 
 @pytest.mark.parametrize("vocab", [VOCAB, 262_145, 50_257, 9001])
 def test_a_row_has_the_same_bits_in_any_batch(vocab):
-    x, y = random_logits(300, vocab), random_targets(vocab, 300)
-    grads = upstream(300), upstream(300, seed=3)
-    stats, d_x = forward_backward(x, y, grads)
-    again, d_again = forward_backward(x, y, grads)
-    assert torch.equal(stats.logp, again.logp) and torch.equal(stats.entropy, again.entropy) and torch.equal(d_x, d_again)
+    x, y, grads = example(300, vocab=vocab)
+    results = forward_backward(x, y, grads)
+    assert_equal(forward_backward(x, y, grads), results)
     for i in (0, 1, 150, 299):
         # rows of odd length start at any address modulo 16, a copy of one on a 16-byte boundary
-        alone, d_alone = forward_backward(x[i : i + 1], y[i : i + 1], [g[i : i + 1] for g in grads])
-        copied, d_copied = forward_backward(x[i : i + 1].clone(), y[i : i + 1], [g[i : i + 1] for g in grads])
-        for one, d_one in ((alone, d_alone), (copied, d_copied)):
-            assert torch.equal(one.logp[0], stats.logp[i]) and torch.equal(one.entropy[0], stats.entropy[i])
-            assert torch.equal(d_one[0], d_x[i])
+        for row in (x[i : i + 1], x[i : i + 1].clone()):
+            alone = forward_backward(row, y[i : i + 1], [g[i : i + 1] for g in grads])
+            assert_equal(alone, [t[i : i + 1] for t in results])
 
 
 def test_forward_and_backward_do_not_wait_for_the_gpu():
@@ -315,48 +294,28 @@ def test_forward_and_backward_do_not_wait_for_the_gpu():
         loss.backward()
 
     step()  # compiles
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("vocab", [32_000, 262_144])  # the second is split over several programs, with scratch memory between them
 def test_cuda_graph_of_forward_and_backward(vocab, inplace):
-    n = 16
-    x, y = random_logits(n, vocab), random_targets(vocab, n)
-    grads = upstream(n), upstream(n, seed=3)
-    fresh = random_logits(n, vocab, seed=9)
-    forward_backward(x.clone(), y, grads, inplace_backward=inplace)  # compiles outside of the capture
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        forward_backward(x.clone(), y, grads, inplace_backward=inplace)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        stats, d_x = forward_backward(x, y, grads, inplace_backward=inplace)
+    x, y, grads = example(16, vocab=vocab)
+    fresh = random_logits(16, vocab, seed=9)
+    graph, results = captured(lambda: forward_backward(x, y, grads, inplace_backward=inplace))
     x.copy_(fresh)
     graph.replay()
     torch.cuda.synchronize()
-    expected, expected_d_x = forward_backward(fresh, y, grads)
-    assert torch.equal(stats.logp, expected.logp) and torch.equal(stats.entropy, expected.entropy)
-    assert torch.equal(d_x, expected_d_x)
+    assert_equal(results, forward_backward(fresh, y, grads))
 
 
 def test_on_a_side_stream():
-    x, y = random_logits(256, VOCAB), random_targets(VOCAB, 256)
-    grads = upstream(256), upstream(256, seed=3)
-    expected, expected_d_x = forward_backward(x, y, grads)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        stats, d_x = forward_backward(x, y, grads)
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(stats.logp, expected.logp) and torch.equal(d_x, expected_d_x)
+    x, y, grads = example(256, vocab=VOCAB)
+    expected = forward_backward(x, y, grads)
+    with side_stream():
+        results = forward_backward(x, y, grads)
+    assert_equal(results, expected)
 
 
 def test_under_torch_compile():
@@ -377,9 +336,6 @@ def test_autocast_keeps_float32_results():
         stats = rlkern.token_stats(x, y)
     assert stats.logp.dtype == torch.float32
     assert torch.equal(stats.logp, rlkern.token_logprobs(x, y))
-
-
-# --- statistics over all tokens --------------------------------------------------------------------------------------------------------------
 
 
 def on_reference(function, *args):
@@ -428,21 +384,12 @@ def test_cuda_graph_of_a_selecting_loss():
         loss = clip.loss + rlkern.kl_cov_loss(x, old, advantages, mask).loss + rlkern.lp_reg_loss(x, old, old, advantages, mask).loss
         return loss.detach(), torch.autograd.grad(loss, x)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, gradient = step()
+    graph, results = captured(step)
     logp.copy_(-5 * torch.rand_like(logp))
     mask.copy_(torch.rand(16, 1000, device="cuda") < 0.3)
     graph.replay()
     torch.cuda.synchronize()
-    expected, expected_gradient = step()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(gradient, expected_gradient)
+    torch.testing.assert_close(results, step())
 
 
 @pytest.mark.parametrize("n", [1, 1024, 65_537, 2_000_001])
@@ -464,6 +411,4 @@ def test_losses_of_many_tokens(n, dtype):
     got = losses()
     tolerance = 1e-5 if dtype == torch.float32 else 1e-6
     torch.testing.assert_close(got, on_reference(losses), rtol=10 * tolerance, atol=tolerance, check_dtype=False)
-    again = losses()
-    assert all(torch.equal(a, b) for a, b in zip(got[:4], again[:4], strict=True))
-    assert all(torch.equal(a[name], b[name]) for a, b in zip(got[4:], again[4:], strict=True) for name in a)
+    torch.testing.assert_close(losses(), got, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: the orchestration with a clock and commands that are declared, and once with real ones. Nothing here imports torch."""
+"""`make gpu` without a GPU: its steps with a declared clock and commands, and real ones. No torch here."""
 
 import contextlib
 import io
@@ -66,7 +66,7 @@ COMMANDS = {"first": FIRST, "second": SECOND}
 
 
 class Machine:
-    """A clock that only commands move, each thread's by itself as if they ran beside each other, and the commands."""
+    """The commands, and a clock that only they move, each thread's by itself as if they ran in parallel."""
 
     def __init__(self, commands: dict[str, Command], out: Path):
         self.commands, self.out = commands, out
@@ -97,13 +97,7 @@ class Machine:
     @staticmethod
     def name_of(command: list[str]) -> str:
         text = " ".join(command)
-        marks = {
-            "is_available": "gpu",
-            " pip install": "install",
-            "test_gpu.py": "tests",
-            "-k (triton": "suite",
-            "benchmarks/variants.py": "variants",
-        }
+        marks = {"is_available": "gpu", " pip install": "install", "test_gpu.py": "tests", "-k (triton": "suite", "variants.py": "variants"}
         marks |= {"run.py": "bench", "peers.py": "peers", "--jobs": "compile", "memcheck": "memcheck", "racecheck": "racecheck", "ncu ": "ncu"}
         (name,) = (name for mark, name in marks.items() if mark in text)
         return name
@@ -125,8 +119,8 @@ def written(folder: Path) -> dict:
     return json.loads(path.read_text())
 
 
-def stages_with(step: str) -> list[str]:
-    return [stage for stage in COMMANDS if step in COMMANDS[stage]]
+def outcomes(document: dict, stage: str) -> dict[str, str]:
+    return {step["step"]: step["outcome"] for step in document["stages"][stage]["steps"]}
 
 
 @pytest.mark.parametrize("stage", COMMANDS)
@@ -134,8 +128,7 @@ def test_a_stage_takes_every_step_and_says_how_it_went(stage, tmp_path, capsys):
     status, session, machine = hold(stage, tmp_path)
     assert status == 0 and set(machine.given) == set(COMMANDS[stage])
     document = written(tmp_path)
-    assert {s["step"]: s["outcome"].split(",")[0] for s in document["stages"][stage]["steps"]} == dict.fromkeys(COMMANDS[stage], "ok")
-    assert ("tests" if stage == "first" else "suite", "ok, 2 passed") in [(s["step"], s["outcome"]) for s in document["stages"][stage]["steps"]]
+    assert outcomes(document, stage) == dict.fromkeys(COMMANDS[stage], "ok") | {"tests" if stage == "first" else "suite": "ok, 2 passed"}
     assert document["machine"]["gpu"] == CARD and document["stages"][stage]["seconds"] == session.elapsed() > 0
     assert [c["stage"] for c in document["cases"]] == [stage]
     assert stage == "second" or document["variants"] == FIRST["variants"].content
@@ -170,9 +163,9 @@ def test_a_step_that_dies_or_hangs_loses_nothing_of_the_others(stage, step, how,
     status, session, machine = hold(stage, tmp_path, **{step: broken})
     assert status == 1 and set(machine.given) == set(COMMANDS[stage])
     document = written(tmp_path)
-    outcomes = {s["step"]: s["outcome"] for s in document["stages"][stage]["steps"]}
-    assert {name for name, outcome in outcomes.items() if not outcome.startswith("ok")} == {step}
-    assert outcomes[step].startswith("failed, exit code 7" if how == "dies" else "stopped after")
+    ended = outcomes(document, stage)
+    assert {name for name, outcome in ended.items() if not outcome.startswith("ok")} == {step}
+    assert ended[step].startswith("failed, exit code 7" if how == "dies" else "stopped after")
     assert (len(document["cases"]), "variants" in document) == (step != "bench", stage == "first" and step != "variants")
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith(f"{stage} FAILED: {step} (") and "the reason" in last
@@ -280,20 +273,14 @@ session.run([[[step]] for step in steps])
 
 TINY = """
 import pytest
-
 @pytest.mark.parametrize("x", [1, 2], ids=["a b", "FAILED - c"])
 def test_good(x): pass
-
 def test_bad(): assert 1 == 2, "the reason"
-
 def test_skipped(): pytest.skip("needs a GPU")
-
 @pytest.mark.xfail
 def test_expected(): assert False
-
 @pytest.fixture
 def broken(): raise ValueError("no fixture")
-
 def test_error(broken): pass
 """
 
@@ -309,10 +296,8 @@ def test_lines_of_pytest_are_counted(workers, tmp_path):
     read = PytestLines()
     shown = [line for line in lines if read.read(line)]
     assert read.counts == {"passed": 2, "failed": 1, "skipped": 1, "xfail": 1, "error": 1} and read.tally() == "2 passed, 1 failed, 1 error"
-    assert {name.split("::")[1]: why.partition("\n")[0] for name, why in read.failures.items()} == {
-        "test_bad": "AssertionError: the reason",
-        "test_error": "ValueError: no fixture",
-    }
+    failures = {name.split("::")[1]: why.partition("\n")[0] for name, why in read.failures.items()}
+    assert failures == {"test_bad": "AssertionError: the reason", "test_error": "ValueError: no fixture"}
     assert "2 passed" in shown[-1] and len(shown) == 5  # two as they happen, two with their reasons, the sum
 
 
@@ -356,7 +341,7 @@ def test_some_steps_again_leave_the_other_results_alone(tmp_path):
     assert session.close() == 1 and "bench" not in machine.given
     after = written(tmp_path)
     assert after["cases"] == before["cases"] and after["variants"] == before["variants"]
-    steps = [{s["step"]: s["outcome"] for s in document["stages"]["first"]["steps"]} for document in (before, after)]
+    steps = [outcomes(document, "first") for document in (before, after)]
     assert steps[1].keys() == steps[0].keys() and [name for name in steps[0] if steps[0][name] != steps[1][name]] == ["tests"]
     assert (tmp_path / "out" / "bench-first.json").exists()
 

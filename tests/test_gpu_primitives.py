@@ -1,5 +1,7 @@
-"""The primitives on a real GPU at the sizes of training, against float64, and twice with the same bits: what test_gpu.py does for one target a row,
-here for many, for kept sets of split rows, and for everything around token_stats. Skipped where there is no GPU; `make gpu` runs it."""
+"""The primitives on a real GPU at the sizes of training, against float64, and twice with the same bits.
+
+test_gpu.py has one target a row; here are many, kept sets of split rows, and everything around token_stats.
+"""
 
 import math
 
@@ -25,39 +27,48 @@ def drawn(*shape, seed):
     return torch.rand(shape, generator=torch.Generator("cuda").manual_seed(seed), device="cuda")
 
 
-def twice(function):
+def twice(function, *args):
     """The tensors that it returns, after a look whether a second run has the same bits."""
-    first, second = function(), function()
+    first, second = function(*args), function(*args)
     for i, (a, b) in enumerate(zip(first, second, strict=True)):
         assert torch.equal(a.nan_to_num(nan=0.5), b.nan_to_num(nan=0.5)), f"result {i} has other bits in a second run"
     return first
 
 
-# --- token_stats: many targets, kept sets, split rows ----------------------------------------------------------------------------------------
+def differentiated(function, x, grads):
+    """The tensors that it returns for x, and the gradient; `grads` are cast to their dtypes."""
+    leaf = x.detach().requires_grad_()
+    fields = function(leaf)
+    gradient = torch.autograd.grad(fields, leaf, [g.to(t) for g, t in zip(grads, fields, strict=True)])
+    return [*(t.detach() for t in fields), *gradient]
+
+
+def assert_close(got, want, rtol=1e-5, atol=1e-5):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
 
 
 def check_statistics(x, y, *, temperature=1.0, **kept):
-    """All fields for logits [N, V] and targets [N, K], -100 among them, and the gradient of all of them together."""
+    """All fields for logits [N, V] and targets [N, K], -100 among them, and the gradient of all together."""
     ignored, tolerance = y == -100, TOLERANCE[x.dtype]
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
 
-    def run():
-        leaf = x.detach().requires_grad_()
-        stats = rlkern.token_stats(leaf, y, temperature=temperature, with_sum_sq=True, **kept)
-        fields = [stats.logp, stats.entropy, stats.logsumexp, stats.sum_sq_prob, *([stats.kept_logmass] if kept else [])]
-        weights = [upstream(*field.shape, seed=i, dtype=acc) for i, field in enumerate(fields)]
-        return [*(field.detach() for field in fields), *torch.autograd.grad(fields, leaf, weights)]
-
-    *fields, d_x = twice(run)
-    weights = [upstream(*field.shape, seed=i, dtype=acc).double() for i, field in enumerate(fields)]
-    wide = x.detach().double().requires_grad_()
+    weights = [upstream(*y.shape, seed=0, dtype=acc), *(upstream(len(y), seed=i, dtype=acc) for i in range(1, 5 if kept else 4))]
     t = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
     columns = y.masked_fill(ignored, 0)
-    wanted = reference.token_stats(wide, columns, t, **kept)
-    wanted = [wanted.logp.masked_fill(ignored, 0), *wanted[1:4], *([wanted.kept_logmass] if kept else [])]
-    for field, want in zip(fields, wanted, strict=True):
-        torch.testing.assert_close(field.double(), want, rtol=tolerance, atol=tolerance)
-    (gradient,) = torch.autograd.grad(wanted, wide, weights)
+
+    def fused(x):
+        stats = rlkern.token_stats(x, y, temperature=temperature, with_sum_sq=True, **kept)
+        return stats[: 5 if kept else 4]
+
+    def written_out(x):
+        stats = reference.token_stats(x, columns, t, **kept)
+        return [stats.logp.masked_fill(ignored, 0), *stats[1:4], *([stats.kept_logmass] if kept else [])]
+
+    *fields, d_x = twice(differentiated, fused, x, weights)
+    *wanted, gradient = differentiated(written_out, x.double(), weights)
+    weights = [w.double() for w in weights]
+    assert_close(fields, wanted, tolerance, tolerance)
 
     # the sizes of the terms that an entry is the sum of, where they cancel
     per_row = t.unsqueeze(-1) if isinstance(t, torch.Tensor) else t
@@ -75,7 +86,7 @@ def check_statistics(x, y, *, temperature=1.0, **kept):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("n_targets", [9, 64, 1000, 8192])
 def test_many_targets_a_row(n_targets, dtype):
-    """Equal ones must be added up by one thread, in one order: all equal, two values, five, all but one ignored, some ignored, all different."""
+    """One thread must add up equal ones, in one order."""
     x, y = random_logits(8, VOCAB, dtype=dtype), random_targets(VOCAB, 8, n_targets)
     y[0] = 77
     y[1] = torch.where(y[1] % 2 == 0, 0, VOCAB - 1)
@@ -85,6 +96,12 @@ def test_many_targets_a_row(n_targets, dtype):
     y[5] = torch.arange(n_targets, device="cuda") * (VOCAB // n_targets)
     y[6, n_targets // 2 :] = y[6, : (n_targets + 1) // 2].clone()
     check_statistics(x, y)
+
+
+def test_several_targets_kept_set_and_sum_of_squares():
+    x, y = random_logits(6, SMALL_VOCAB), random_targets(SMALL_VOCAB, 6, 5)
+    for options in ({"min_p": 0.2}, {"min_prob": 1e-4}):
+        check_statistics(x, y, temperature=1.3, **options)
 
 
 @pytest.mark.parametrize("kept", [{"min_p": 0.05}, {"min_prob": 1e-3}], ids=str)
@@ -110,16 +127,13 @@ def test_a_backward_continues_another_backends_forward(first, then):
         leaf = x.detach().requires_grad_()
         with rlkern.use_backend(first):
             stats = rlkern.token_stats(leaf, y, temperature=0.8, min_p=0.1, with_sum_sq=True)
-        fields = [stats.logp, stats.entropy, stats.logsumexp, stats.sum_sq_prob, stats.kept_logmass]
         with rlkern.use_backend(then):
-            return torch.autograd.grad(fields, leaf, [upstream(*field.shape, seed=i) for i, field in enumerate(fields)])[0]
+            grads = [upstream(*field.shape, seed=i) for i, field in enumerate(stats[:5])]
+            return torch.autograd.grad(stats[:5], leaf, grads)[0]
 
     want = gradient(first, first)
     assert want.any() and not want[3].any()
     torch.testing.assert_close(gradient(first, then), want, rtol=1e-5, atol=1e-6)
-
-
-# --- the evidence lower bound ----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "in place"])
@@ -137,13 +151,7 @@ def test_masked_elbo(dtype, packed, inplace):
         options = {"seq_idx": sequence, "num_seqs": batch}
     else:
         rows, arguments, options = x.masked_fill(~mask.unsqueeze(-1), math.nan), (y, weight), {"mask": mask}
-
-    def run():
-        leaf = rows.clone().requires_grad_()
-        elbo = rlkern.masked_elbo(leaf * 1, *arguments, inplace_backward=inplace, **options)
-        return elbo.detach(), torch.autograd.grad(elbo, leaf, g)[0]
-
-    elbo, d_x = twice(run)
+    elbo, d_x = twice(differentiated, lambda x: [rlkern.masked_elbo(x * 1, *arguments, inplace_backward=inplace, **options)], rows, [g])
     if not packed:
         assert not d_x[~mask].any()
         d_x = d_x[mask]
@@ -153,9 +161,6 @@ def test_masked_elbo(dtype, packed, inplace):
     torch.testing.assert_close(elbo.double(), expected, rtol=1e-5, atol=1e-5)
     g_logp = weight * g[sequence]
     check_gradient(x, y, d_x, (g_logp, torch.zeros_like(g_logp)))
-
-
-# --- from hidden states ----------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])  # the matrix is the embedding too
@@ -192,9 +197,6 @@ def test_linear_token_stats(dtype, tied):
         assert error < tolerance, f"{name}: a relative error of {error:.1e}"
 
 
-# --- plain PyTorch over rows -----------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_token_divergence(dtype, kind):
@@ -203,21 +205,15 @@ def test_token_divergence(dtype, kind):
     forbidden, mask, g = drawn(VOCAB, seed=2) < 0.3, drawn(n, seed=3) < 0.9, upstream(n)
     for t in (x, other):
         t.masked_fill_(forbidden, -math.inf).masked_fill_(~mask.unsqueeze(-1), math.nan)
-
-    def run():
-        leaf = x.detach().requires_grad_()
-        value = rlkern.token_divergence(leaf, other, kind=kind, temperature=0.7, mask=mask)
-        return value.detach(), *torch.autograd.grad(value, leaf, g)
-
-    value, d_x = twice(run)
+    options = {"kind": kind, "temperature": 0.7}
+    value, d_x = twice(differentiated, lambda x: [rlkern.token_divergence(x, other, mask=mask, **options)], x, [g])
     assert not value[~mask].any() and not d_x[~mask].any() and not d_x[:, forbidden].any()
     rows = mask.nonzero()[::8, 0]
     wide, q = (t[rows][:, ~forbidden].double() for t in (x, other))
-    expected = reference.token_divergence(wide.requires_grad_(), q, kind, temperature=0.7)
-    (gradient,) = torch.autograd.grad(expected, wide, g[rows].double())
+    expected, gradient = differentiated(lambda x: [reference.token_divergence(x, q, **options)], wide, [g[rows]])
     # PyTorch sums 150,000 entries in float32: 1e-5 is what that costs on a CPU
-    torch.testing.assert_close(value[rows].double(), expected.detach(), rtol=5e-5, atol=1e-5)
-    log_p, log_q = ((t.detach() / 0.7).log_softmax(-1) for t in (wide, q))
+    torch.testing.assert_close(value[rows].double(), expected, rtol=5e-5, atol=1e-5)
+    log_p, log_q = ((t / 0.7).log_softmax(-1) for t in (wide, q))
     far = (log_p.exp() * (log_p - log_q)).sum(-1, keepdim=True)
     terms = g[rows].double().abs().unsqueeze(-1) / 0.7 * (log_p.exp() * (1 + log_p.abs() + log_q.abs() + far) + log_q.exp())
     check_entries(d_x[rows][:, ~forbidden], gradient, 5e-5 * terms)
@@ -230,23 +226,14 @@ def test_row_moments(dtype):
     mask = drawn(n, seed=3) < 0.9
     x[~mask] = math.nan
     grads = [upstream(n, seed=seed) for seed in (4, 5)]
-
-    def run():
-        leaf = x.detach().requires_grad_()
-        moments = row_moments(leaf, y, mask=mask)
-        return [*(t.detach() for t in moments), *torch.autograd.grad(tuple(moments), leaf, grads)]
-
-    *values, d_x = twice(run)
+    *values, d_x = twice(differentiated, lambda x: row_moments(x, y, mask=mask), x, grads)
     assert not d_x[~mask].any() and not any(t[~mask].any() for t in values)
     rows = mask.nonzero()[::8, 0]
-    wide = x[rows].double().requires_grad_()
-    expected = reference.row_moments(wide, y[rows])
-    g_target, g_variance = (g[rows].double() for g in grads)
-    (gradient,) = torch.autograd.grad(expected, wide, (g_target, g_variance))
-    for got, want in zip(values, expected, strict=True):
-        torch.testing.assert_close(got[rows].double(), want.detach(), rtol=1e-5, atol=1e-5)
-    g_target, g_variance = (g.abs().unsqueeze(-1) for g in (g_target, g_variance))
-    terms = (2 * wide.detach().abs() * g_variance + g_target) / VOCAB
+    wide, grads = x[rows].double(), [g[rows].double() for g in grads]
+    *expected, gradient = differentiated(lambda x: reference.row_moments(x, y[rows]), wide, grads)
+    assert_close([t[rows] for t in values], expected)
+    g_target, g_variance = (g.abs().unsqueeze(-1) for g in grads)
+    terms = (2 * wide.abs() * g_variance + g_target) / VOCAB
     check_entries(d_x[rows], gradient, 1e-5 * terms.scatter_add_(-1, y[rows, None], g_target))
 
 
@@ -274,31 +261,23 @@ def test_nlpo_stats(renorm):
     y = torch.where(keep, drawn(n, VOCAB, seed=2), -1).argmax(-1)  # any that is kept
     grads = [upstream(n, seed=seed) for seed in (3, 4, 5)]
 
-    def run():
-        leaf = x.detach().requires_grad_()
-        fields = rlkern.nlpo_stats(leaf, y, keep, renorm=renorm)
-        return [*(t.detach() for t in fields), *torch.autograd.grad(tuple(fields), leaf, grads)]
+    def written_out(x):
+        plain, kept = (reference.token_stats(t, y.unsqueeze(-1)) for t in (x, x.masked_fill(~keep, -math.inf)))
+        mass = kept.logsumexp - plain.logsumexp
+        logp, entropy = (kept.logp, kept.entropy) if renorm else (plain.logp, kept.entropy - mass)
+        return logp.squeeze(-1), entropy, mass
 
-    *values, d_x = twice(run)
-    wide = x.double().requires_grad_()
-    plain, kept = (reference.token_stats(t, y.unsqueeze(-1)) for t in (wide, wide.masked_fill(~keep, -math.inf)))
-    mass = kept.logsumexp - plain.logsumexp
-    logp, entropy = (kept.logp, kept.entropy) if renorm else (plain.logp, kept.entropy - mass)
-    expected = logp.squeeze(-1), entropy, mass
-    (gradient,) = torch.autograd.grad(expected, wide, [g.double() for g in grads])
-    for got, want in zip(values, expected, strict=True):
-        torch.testing.assert_close(got.double(), want.detach(), rtol=1e-5, atol=1e-5)
-    p = (plain.logsumexp - kept.logsumexp).exp().unsqueeze(-1) * wide.log_softmax(-1).exp()  # on the set
+    *values, d_x = twice(differentiated, lambda x: rlkern.nlpo_stats(x, y, keep, renorm=renorm), x, grads)
+    *expected, gradient = differentiated(written_out, x.double(), grads)
+    assert_close(values, expected)
+    log_p, (_, entropy, mass) = x.double().log_softmax(-1), (t.unsqueeze(-1) for t in expected)
     sizes = sum(g.abs() for g in grads).double().unsqueeze(-1)
-    terms = p * sizes * (1 + wide.log_softmax(-1).abs() + entropy.unsqueeze(-1))
-    check_entries(d_x, gradient, 1e-5 * terms.detach().scatter_add_(-1, y.unsqueeze(-1), sizes))
-
-
-# --- advantages and masks --------------------------------------------------------------------------------------------------------------------
+    terms = (log_p - mass).exp() * sizes * (1 + log_p.abs() + entropy)  # the probabilities are those on the set
+    check_entries(d_x, gradient, 1e-5 * terms.scatter_add_(-1, y.unsqueeze(-1), sizes))
 
 
 def _sum_of_squares(logp):
-    """Of a distribution that gives the other tokens half of what is left in one: what no distribution has makes weights that cancel."""
+    """Of a distribution with one other token of half the rest: impossible sums make weights that cancel."""
     p = logp.exp()
     return p.square() + 0.5 * (1 - p).square()
 

@@ -1,5 +1,5 @@
-"""Every public function on a GPU, with small inputs: what it gives on the CPU, on the device of its inputs; the same bits again in PyTorch's
-deterministic mode; and no word from the device on the way. test_errors_everywhere.py sees to it that calls.py has a call of each."""
+"""Every public function on a GPU, with small inputs: the CPU's results, on the inputs' device; the same bits
+in deterministic mode; no wait for the device. test_errors_everywhere.py demands a call of each function."""
 
 import os
 
@@ -7,6 +7,7 @@ import pytest
 import torch
 from calls import CALLS, moved
 from loss_battery import assert_same, tensors_of
+from test_gpu import no_wait
 from torch.utils._pytree import tree_leaves
 
 DEVICE = "cuda"
@@ -28,8 +29,7 @@ def upstream(t, i):
 
 
 def prepare(call, device):
-    """A function that makes the call on a device and returns (tensors, gradients). Everything it needs is there already: all that it does is the
-    library's, or autograd's."""
+    """A function that makes the call on a device, with inputs there, and returns (tensors, gradients)."""
     arguments = moved(call.arguments, device) | (OPTIONS.get(call.name, {}) if device == DEVICE else {})
     wrt = [arguments[name].requires_grad_() for name in call.wrt]
     differentiable = [t for t in tensors_of(call(**arguments)) if t.requires_grad]
@@ -79,12 +79,8 @@ def test_the_same_bits_in_deterministic_mode(call, deterministic):
 def test_does_not_wait_for_the_device(call):
     run = prepare(call, DEVICE)
     run()  # compiles and loads the kernels
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_wait():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_all_tensors_are_moved():

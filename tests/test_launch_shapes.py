@@ -1,18 +1,17 @@
-"""The Triton kernels of token_stats are right where it is easily wrong, for rows of one program and of several, and with one tile a program or more.
+"""Hard cases of the Triton kernels of token_stats: one program a row or several, one tile a program or more.
 Tiles are small, so that short rows have many."""
 
 import math
 
 import pytest
 import torch
-from oracle import check
+from oracle import INF, check, check_confident, check_skipped, check_undefined
 from test_triton_token_stats import BLOCK, DEVICE, GROUPS, SPLIT, WHOLE, draw, ids
 
 import rlkern
 from rlkern.triton_kernels import token_stats
 
 VOCAB = 7 * BLOCK + 3  # odd
-INF = math.inf
 SHAPES = {"whole rows": (WHOLE, GROUPS), "split rows": (SPLIT, GROUPS), "one tile a program": (WHOLE, GROUPS._replace(tiles=1))}
 
 
@@ -70,35 +69,15 @@ def test_maxima_that_overflow_when_scaled(low, high, first):
 @pytest.mark.parametrize("offset", [0.0, 1000.0])
 @pytest.mark.parametrize("where", [[0], [5, 2 * BLOCK + 5, 6 * BLOCK]], ids=str)
 def test_confident_rows_keep_their_relative_accuracy(where, offset):
-    gap = 28.0
-    x = torch.full((1, VOCAB), offset - gap, device=DEVICE)
-    x[0, where] = offset
-    x.requires_grad_()
-    stats = rlkern.token_stats(x, torch.tensor([where[0]], device=DEVICE))
-    (d_x,) = torch.autograd.grad(stats.logp, x, torch.ones_like(stats.logp))
-    others, k = (VOCAB - len(where)) * math.exp(-gap), len(where)
-    assert stats.logp.item() == pytest.approx(-math.log(k) - math.log1p(others / k), rel=1e-5, abs=0)
-    assert stats.entropy.item() == pytest.approx(math.log(k) + math.log1p(others / k) + others * gap / (k + others), rel=1e-5, abs=0)
-    assert d_x[0, where[0]].item() == pytest.approx((k - 1 + others) / (k + others), rel=1e-5, abs=0)
+    check_confident(VOCAB, where, 28.0, offset, DEVICE)
 
 
 def test_undefined_rows_are_nan():
-    x = draw(5, VOCAB)
-    x[1] = -INF
-    x[2, 700], x[3, VOCAB - 1] = math.nan, INF
-    stats = rlkern.token_stats(x, ids(VOCAB, 5))
-    assert stats.logp.isnan().tolist() == stats.entropy.isnan().tolist() == [False, True, True, True, False]
+    check_undefined(VOCAB, DEVICE)
 
 
 def test_skipped_rows_are_zeros():
-    x, y = draw(4, VOCAB), ids(VOCAB, 4)
-    x[1], x[2], y[2] = math.nan, math.nan, -100
-    mask = torch.tensor([True, False, True, True], device=DEVICE)
-    x.requires_grad_()
-    stats = rlkern.token_stats(x, y, mask=mask, with_sum_sq=True)
-    (d_x,) = torch.autograd.grad((stats.logp + stats.entropy).sum(), x)
-    skipped = [stats.logp[1:3], stats.entropy[1:3], stats.logsumexp[1:3], stats.sum_sq_prob[1:3], d_x[1:3]]
-    assert all((t == 0).all() for t in skipped) and stats.logp[0] != 0 and d_x[3].all()
+    check_skipped(VOCAB, DEVICE, with_sum_sq=True)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

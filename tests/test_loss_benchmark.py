@@ -1,4 +1,4 @@
-"""benchmarks/losses.py compares like with like: its eager restatements of published code have rlkern's loss and gradient. No clock is looked at."""
+"""benchmarks/losses.py compares like with like: its eager losses and gradients are rlkern's."""
 
 import sys
 from pathlib import Path

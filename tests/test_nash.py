@@ -61,8 +61,8 @@ def test_anchors_combine():
 
 
 def test_expected_gradient_is_that_of_the_proximal_objective():
-    """Over all actions of one token: E[loss gradient] = d/dz (-E[P] + beta KL(pi||ref) + beta/eta KL(pi||target)),
-    P the win probability."""
+    """Over all actions of one token: E[loss gradient] = d/dz (-E[P] + beta KL(pi||ref) + beta/eta KL(pi||t)),
+    t the target, P the win probability."""
     g = torch.Generator().manual_seed(3)
     z, z_ref, z_target = (torch.randn(7, generator=g, dtype=torch.float64) for _ in range(3))
     win = torch.rand(7, generator=g, dtype=torch.float64)

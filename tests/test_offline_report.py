@@ -1,6 +1,4 @@
-"""Budgets of the GPU kernels, read from what the compilers make of them: no GPU is needed, and a kernel that regresses fails here first."""
-
-from __future__ import annotations
+"""Budgets of the GPU kernels, read from what the compilers make of them, without a GPU."""
 
 import ast
 import json
@@ -25,53 +23,18 @@ EXP2_OF_A_ROW = 1  # besides one per logit a kernel may compute one of its row's
 # On B200 the exponentials alone take 86 % of the time that a bf16 forward has.
 MEMORY_BOUND = ("forward", "backward logp", "backward logp+entropy")
 
-# Instructions per logit on the hot path in bf16, all kernels of a case together, the worst of the row layouts and a twentieth more. Twice as much
-# memory time passes per fp32 logit, whose tiles are smaller: half as many again are allowed there.
-CEILINGS = {
-    "sm_80": {
-        "forward": 12.6,
-        "forward +sum_sq": 14.1,
-        "forward +kept": 25.0,
-        "forward K=8": 12.5,
-        "backward logp": 9.9,
-        "backward logp+entropy": 12.3,
-        "backward all": 16.4,
-        "backward K=128": 12.7,
-    },
-    "sm_90": {
-        "forward": 12.5,
-        "forward +sum_sq": 14.1,
-        "forward +kept": 25.2,
-        "forward K=8": 12.5,
-        "backward logp": 9.9,
-        "backward logp+entropy": 12.1,
-        "backward all": 16.3,
-        "backward K=128": 12.7,
-    },
-    "sm_100": {
-        "forward": 9.8,
-        "forward +sum_sq": 10.3,
-        "forward +kept": 20.5,
-        "forward K=8": 9.8,
-        "backward logp": 9.2,
-        "backward logp+entropy": 10.5,
-        "backward all": 13.6,
-        "backward K=128": 10.6,
-    },
-    "gfx942": {
-        "forward": 14.1,
-        "forward +sum_sq": 15.1,
-        "forward +kept": 26.7,
-        "forward K=8": 14.1,
-        "backward logp": 5.3,
-        "backward logp+entropy": 9.0,
-        "backward all": 12.1,
-        "backward K=128": 8.2,
-    },
+# Instructions per logit on the hot path in bf16, all kernels of a case together: the worst of the row layouts
+# and a twentieth more. fp32 takes twice the memory time, in smaller tiles: half as many again are allowed.
+VARIANTS = (*cases.FORWARD, *cases.BACKWARD)
+CEILINGS = {  # forward, with sum_sq, kept, K=8; backward of logp, with entropy, all, K=128
+    "sm_80": (12.6, 14.1, 25.0, 12.5, 9.9, 12.3, 16.4, 12.7),
+    "sm_90": (12.5, 14.1, 25.2, 12.5, 9.9, 12.1, 16.3, 12.7),
+    "sm_100": (9.8, 10.3, 20.5, 9.8, 9.2, 10.5, 13.6, 10.6),
+    "gfx942": (14.1, 15.1, 26.7, 14.1, 5.3, 9.0, 12.1, 8.2),
 }
 FP32_ALLOWANCE = 1.5
 IN_FLIGHT = 80 << 10  # bytes a multiprocessor: launch shapes that ask for less were slower on an H100
-# Instructions more that Triton 3.6 and other old ones may emit: the ceilings are for those that the kernels are developed on.
+# Instructions more that old Tritons (up to 3.7) may emit: the ceilings are for the kernels' own.
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 OLD_TRITON_ALLOWANCE = {"sm_80": 0.7, "sm_90": 0.7, "sm_100": 0.7, "gfx942": 1.3}
 REGISTERS_OVER_TOKENS = 128 if OLD_TRITON else 96  # a thread: four, five programs of four warps on a multiprocessor
@@ -97,7 +60,7 @@ def report_on(tmp_path: Path, *args: str) -> tuple[list[dict], list[dict]]:
 
 
 def kernels_in_the_package() -> set[str]:
-    """The launchable functions of triton_kernels/: a new one needs cases of its own in benchmarks/offline/cases.py or tokens.py."""
+    """A new one needs cases of its own in benchmarks/offline/cases.py or tokens.py."""
     files = (ROOT / "triton_kernels").glob("*.py")
     names = (node.name for file in files for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef))
     return {name for name in names if name.endswith("_kernel")}
@@ -108,10 +71,10 @@ def violations(rows: list[dict]) -> list[str]:
     case, arch = rows[0]["case"], rows[0]["arch"]
     found = []
     for row in rows:
-        if row["resources"]["spilled_bytes"]:
-            found.append(f"{row['resources']['spilled_bytes']} bytes spilled in {row['kernel']}")
+        if spilled := row["resources"]["spilled_bytes"]:
+            found.append(f"{spilled} bytes spilled in {row['kernel']}")
     for row in filter(lambda row: row["block"], rows):
-        # Where the compiler has put the two halves of a tile into branches of their own a path shows one of them, and none but 16-byte loads.
+        # If the halves of a tile have branches of their own, a path shows one of them: 16-byte loads only.
         if row["wide_share"] < 1 and {int(width) for width in row["load_widths"]} != {16}:
             found.append(f"{row['wide_share']:.0%} of the logits in 16-byte loads: {row['load_widths']}")
         lanes = row["block"] / row["warps"] / build.TARGETS[arch].warp_size
@@ -123,7 +86,7 @@ def violations(rows: list[dict]) -> list[str]:
             if case["variant"] in MEMORY_BOUND and name != "B200" and device["bound"] != "memory":
                 found.append(f"bound by {device['bound']} on {name}")
     instructions = sum(row["instructions_per_logit"] for row in rows)
-    ceiling = CEILINGS[arch][case["variant"]] + OLD_TRITON_ALLOWANCE[arch] * OLD_TRITON
+    ceiling = CEILINGS[arch][VARIANTS.index(case["variant"])] + OLD_TRITON_ALLOWANCE[arch] * OLD_TRITON
     ceiling *= FP32_ALLOWANCE if case["dtype"] == "fp32" else 1
     if instructions > ceiling:
         found.append(f"{instructions:.2f} instructions per logit, ceiling {ceiling}")
@@ -132,12 +95,9 @@ def violations(rows: list[dict]) -> list[str]:
 
 def over_budget(over_tokens: list[dict]) -> list[str]:
     """The kernels over tokens that spill or take too many registers; a double takes two."""
-
-    def fits(row) -> bool:
-        limit = REGISTERS_OVER_TOKENS * (2 if row["dtype"] == "fp64" else 1)
-        return row["resources"]["spilled_bytes"] == 0 and row["resources"]["registers"] <= limit
-
-    return [row["kernel"] for row in over_tokens if not fits(row)]
+    limits = {"fp32": REGISTERS_OVER_TOKENS, "fp64": 2 * REGISTERS_OVER_TOKENS}
+    used = [(row["kernel"], row["resources"], limits[row["dtype"]]) for row in over_tokens]
+    return [kernel for kernel, of, limit in used if of["spilled_bytes"] or of["registers"] > limit]
 
 
 def by_case(rows: list[dict]) -> list[list[dict]]:
@@ -153,7 +113,7 @@ def test_budgets(arch, tmp_path):
     rows, over_tokens = report_on(tmp_path, "--arch", arch, "--jobs", "1")
     assert {row["kernel"] for row in (*rows, *over_tokens)} == kernels_in_the_package()
     assert over_budget(over_tokens) == []
-    assert {row["case"]["variant"] for row in rows} == {*cases.FORWARD, *cases.BACKWARD}
+    assert {row["case"]["variant"] for row in rows} == set(VARIANTS)
     for variant in ("forward", "backward logp+entropy"):
         assert {row["case"]["layout"] for row in rows if row["case"]["variant"] == variant} == set(cases.LAYOUTS)
     assert [what for case in by_case(rows) for what in violations(case)] == []
@@ -176,9 +136,8 @@ def test_unknown_architecture_names_the_known_ones():
         build.target("gfx1")
 
 
-# --- reading assembly ------------------------------------------------------------------------------------------------------------------------
-
-# A loop over tiles: loads, a test for a rare branch that holds more code and one exponential, the exponentials, the jump back; then a trap.
+# A loop over tiles: loads, a test for a rare branch with more code and one exponential, the exponentials, the
+# jump back; then a trap.
 SASS = """
 .text.kernel:
         /*0000*/                   S2R R0, SR_TID.X ;
@@ -249,9 +208,6 @@ def test_gcn_loads_that_no_lane_may_want_are_on_the_path():
     assert resources == machine.Resources(registers=33, spilled_bytes=8 + 4 * 3, shared_bytes=128, scalar_registers=20)
 
 
-# --- what is compiled ------------------------------------------------------------------------------------------------------------------------
-
-
 def kernel_for_signature(logits_ptr, rows, stride, vocab, temperature, flag, BLOCK: triton.language.constexpr):
     pass
 
@@ -262,15 +218,8 @@ def test_arguments_are_specialised_as_in_a_launch():
     kernel = triton.runtime.jit.JITFunction(kernel_for_signature)
     logits = torch.empty(4, dtype=torch.bfloat16, device="meta")
     source, options = build.source(cases.Launch(kernel, (1,), (logits, 1, 50257, 151936, 1.0, True), {"BLOCK": 1024, "num_warps": 4}))
-    assert source.signature == {
-        "logits_ptr": "*bf16",
-        "rows": "constexpr",
-        "stride": "i32",
-        "vocab": "i32",
-        "temperature": "fp32",
-        "flag": "i1",
-        "BLOCK": "constexpr",
-    }
+    types = ("*bf16", "constexpr", "i32", "i32", "fp32", "i1", "constexpr")
+    assert source.signature == dict(zip(kernel.arg_names, types, strict=True))
     assert source.constants == {(1,): 1, (6,): 1024}
     assert set(source.attrs) == {(0,), (3,)}  # the odd stride is not marked as a multiple of 16
     assert options == {"num_warps": 4}
@@ -282,39 +231,30 @@ def test_large_integers_are_64_bit():
     assert [source.signature[name] for name in ("rows", "stride")] == ["i64", "i32"]
 
 
-# --- the model -------------------------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
-    ("registers", "shared", "warps", "expected"),
+    ("device", "registers", "shared", "warps", "expected"),
     [
-        (96, 16, 4, (5, "registers")),  # 65536 / (96 * 128) = 5.3
-        (97, 16, 4, (4, "registers")),  # rounded up to 104 a thread
-        (24, 16, 4, (16, "warps")),
-        (24, 0, 1, (32, "programs")),
-        (32, 32768, 4, (6, "shared memory")),  # 228 KiB / (32 + 1)
+        ("H100", 96, 16, 4, (5, "registers")),  # 65536 / (96 * 128) = 5.3
+        ("H100", 97, 16, 4, (4, "registers")),  # rounded up to 104 a thread
+        ("H100", 24, 16, 4, (16, "warps")),
+        ("H100", 24, 0, 1, (32, "programs")),
+        ("H100", 32, 32768, 4, (6, "shared memory")),  # 228 KiB / (32 + 1)
+        ("MI300X", 128, 0, 4, (4, "registers")),  # counts waves of four SIMDs
+        ("MI300X", 24, 0, 4, (8, "warps")),
     ],
 )
-def test_occupancy_on_h100(registers, shared, warps, expected):
-    assert model.occupancy(machine.Resources(registers, 0, shared), warps, model.DEVICES["H100"]) == expected
-
-
-def test_occupancy_on_mi300x_counts_waves_of_four_simds():
-    assert model.occupancy(machine.Resources(128, 0, 0), 4, model.DEVICES["MI300X"]) == (4, "registers")
-    assert model.occupancy(machine.Resources(24, 0, 0), 4, model.DEVICES["MI300X"]) == (8, "warps")
+def test_occupancy(device, registers, shared, warps, expected):
+    assert model.occupancy(machine.Resources(registers, 0, shared), warps, model.DEVICES[device]) == expected
 
 
 def test_bound_is_what_runs_out_first():
     h100 = model.DEVICES["H100"]
     per_clock = h100.bandwidth / 2 / h100.processors / h100.clock  # bf16 logits an SM must take per clock to keep up with memory
-    assert model.bound(2, 1, 1, h100).limit == "memory"
-    assert model.bound(2, 1, 1, h100).bandwidth_share == 1
+    fast = model.bound(2, 1, 1, h100)
+    assert (fast.limit, fast.bandwidth_share) == ("memory", 1)
     slow = model.bound(2, 2 * h100.issue / per_clock, 1, h100)
     assert (slow.limit, slow.bandwidth_share) == ("issue", pytest.approx(0.5))
     assert model.bound(2, 1, 4, h100).limit == "exp2"
-
-
-# --- rows split over programs ----------------------------------------------------------------------------------------------------------------
 
 
 def forward_row(arch: str) -> report_of_a_kernel.Row:

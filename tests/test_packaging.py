@@ -1,4 +1,4 @@
-"""What a user installs: sdist, wheel, editable tree, all imported from outside the source tree; and what a failed build says."""
+"""What a user installs (sdist, wheel, editable tree), used outside of the source tree; failed builds."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ def run(*command, cwd, env=(), ok=True):
 
 @pytest.fixture(scope="module", autouse=True)
 def sources_compiled_once(tmp_path_factory):
-    """The CPU kernels are built four times here, from the same sources: what differs is how, and what is there already."""
+    """The CPU kernels are built four times here, in different ways, from the same sources."""
     objects = tmp_path_factory.mktemp("objects")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CMAKE_CXX_COMPILER_LAUNCHER", f"{sys.executable};{ROOT / 'tests' / 'compile_once.py'};{objects}")
@@ -73,7 +73,7 @@ def python(tmp_path):
 
 
 def use(python, cwd, env=()):
-    """Imports and runs rlkern; returns where it and its Triton kernels were found, and what backend_info says of the CPU kernels."""
+    """Runs rlkern: ([where it was found, and its Triton kernels], backend_info of the CPU kernels)."""
     places, native = run(python, "-c", USE, cwd=cwd, env=env).stdout.strip().splitlines()
     return [Path(p) for p in places.split()], native
 
@@ -95,19 +95,18 @@ def test_sdist_to_wheel_to_import(tree, python, tmp_path):
 
 
 def test_builds_in_one_tree_do_not_stumble_over_each_other(tree, python, tmp_path):
-    def check():
-        (package, kernels), native = use(python, tree, {"PYTHONPATH": "."})
+    def check(cwd, env=()):
+        (package, kernels), native = use(python, cwd, env)
         assert package == tree / "rlkern" and kernels.resolve() == tree / "triton_kernels"
         assert native.startswith("available")
 
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree)  # no network, no isolation: what a bare GPU machine can do
-    check()
+    check(tree, {"PYTHONPATH": "."})
     run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "--force-reinstall", tree, cwd=tmp_path)
     assert use(python, tmp_path)[0][0].is_relative_to(tmp_path / "venv")
     run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", tree, cwd=tmp_path)
-    check()
-    (package, kernels), native = use(python, tmp_path)
-    assert package == tree / "rlkern" and kernels.resolve() == tree / "triton_kernels" and native.startswith("available")
+    check(tree, {"PYTHONPATH": "."})
+    check(tmp_path)
 
 
 def test_without_the_cpu_kernels(tree, python, tmp_path):

@@ -1,13 +1,15 @@
-"""What the Triton kernels of token_stats do by themselves: rows split over several programs, rows that start anywhere, gradients in groups of tiles.
+"""The Triton kernels of token_stats: rows that are split or start anywhere, gradients in groups of tiles.
 
-test_token_stats.py compares every backend with float64. Here launch shapes are made small, so that short rows have many tiles and parts.
+test_token_stats.py compares every backend with float64. Here small launch shapes give short rows many tiles.
 """
 
 import math
+from functools import partial
 
+import oracle
 import pytest
 import torch
-from oracle import check, run, upstream
+from oracle import INF, check, check_confident, check_skipped, check_undefined
 
 import rlkern
 
@@ -15,8 +17,8 @@ pytest.importorskip("triton", reason="needs Triton")
 
 from rlkern.triton_kernels import launch, token_stats  # noqa: E402
 
-INF = math.inf
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+draw, ids = partial(oracle.draw, device=DEVICE), partial(oracle.ids, device=DEVICE)
 BLOCK = 256
 SPLIT = launch.ForwardShape(BLOCK, 1, 2, splits=4)  # a shape for long rows
 WHOLE = launch.ForwardShape(BLOCK, 1, 2)
@@ -41,14 +43,6 @@ def shape(monkeypatch):
     return replace
 
 
-def draw(*shape, dtype=torch.float32, scale=3.0, seed=0):
-    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype).to(DEVICE)
-
-
-def ids(vocab, *shape, seed=1):
-    return torch.randint(0, vocab, shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
 def nan_filled(t, *size, **kwargs):
     """Tensor.new_empty, but what nobody writes shows."""
     size = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
@@ -58,10 +52,8 @@ def nan_filled(t, *size, **kwargs):
 def forward(x, y, **options):
     """All outputs of a forward, as one tensor of bits."""
     s = rlkern.token_stats(x, y, with_sum_sq=True, min_p=0.1, **options)
-    return torch.stack([s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass])
+    return torch.stack(s[:5])
 
-
-# --- rows split over several programs --------------------------------------------------------------------------------------------------------
 
 # Fewer tiles than parts, empty parts at the end, a last part of one column, one of a whole tile.
 LENGTHS = (1, BLOCK, 3 * BLOCK, 5 * BLOCK - 7, 9 * BLOCK + 1)
@@ -82,12 +74,7 @@ def test_split_rows_of_every_type(shape, dtype):
 
 def test_split_rows_that_are_skipped(shape):
     shape(SPLIT)
-    x, y = draw(4, 1501), ids(1501, 4)
-    x[1], x[2], y[2] = math.nan, math.nan, -100
-    mask = torch.tensor([True, False, True, True], device=DEVICE)
-    stats, d = run(x, y, mask=mask, with_sum_sq=True, min_p=0.1)
-    assert all((t[1:3] == 0).all() and (t[[0, 3]] != 0).all() for t in stats.values()) and (d[1:3] == 0).all()
-    check(x[[0, 3]], y[[0, 3]], with_sum_sq=True, min_p=0.1)
+    check_skipped(1501, DEVICE, with_sum_sq=True, min_p=0.1)
 
 
 def test_scratch_is_written_before_it_is_read(shape, monkeypatch):
@@ -101,39 +88,25 @@ def test_scratch_is_written_before_it_is_read(shape, monkeypatch):
 @pytest.mark.parametrize("fill", [-INF, torch.finfo(torch.float32).min])
 @pytest.mark.parametrize("first", [0, 2 * BLOCK, 7 * BLOCK])
 def test_parts_without_a_probability(shape, first, fill):
-    """Parts that are -inf throughout, or the lowest number that frameworks mask with, before, between and after the others."""
+    """Parts that are -inf, or the lowest number that frameworks mask with: before, between, after others."""
     shape(SPLIT)
     x = draw(1, 8 * BLOCK)
-    live = slice(first, first + BLOCK)
-    x[:, : live.start] = fill
-    x[:, live.stop :] = fill
-    y = torch.tensor([first + 5], device=DEVICE)
-    check(x, y, with_sum_sq=True, min_p=0.1)
+    x[:, :first] = fill
+    x[:, first + BLOCK :] = fill
+    check(x, torch.tensor([first + 5], device=DEVICE), with_sum_sq=True, min_p=0.1)
 
 
 @pytest.mark.parametrize("where", [[0], [3 * BLOCK, 3 * BLOCK + 1], [5, 2 * BLOCK + 5, 7 * BLOCK], [8 * BLOCK - 1]], ids=str)
 def test_the_maximum_of_a_split_row_keeps_its_own_1_apart(shape, where):
     """One maximum, or several in one part, or in several parts; what remains is 1e-9 of it."""
     shape(SPLIT)
-    gap, n = 28.0, 8 * BLOCK
-    x = torch.full((1, n), -gap, device=DEVICE)
-    x[0, where] = 0.0
-    stats = rlkern.token_stats(x, torch.tensor([where[0]], device=DEVICE), with_sum_sq=True)
-    others, k = (n - len(where)) * math.exp(-gap), len(where)
-    assert stats.logp.item() == pytest.approx(-math.log(k) - math.log1p(others / k), rel=1e-5, abs=0)
-    assert stats.entropy.item() == pytest.approx(math.log(k) + math.log1p(others / k) + others * gap / (k + others), rel=1e-5, abs=0)
-    assert stats.sum_sq_prob.item() == pytest.approx(1 / k, rel=1e-6)
+    got = check_confident(8 * BLOCK, where, 28.0, device=DEVICE, with_sum_sq=True)
+    assert got["sum_sq_prob"].item() == pytest.approx(1 / len(where), rel=1e-6)
 
 
 def test_undefined_split_rows_are_nan(shape):
     shape(SPLIT)
-    x = draw(5, 1501)
-    x[1] = -INF
-    x[2, 700], x[3, 1500] = math.nan, INF
-    s = rlkern.token_stats(x, ids(1501, 5), min_p=0.1)
-    for t in (s.logp, s.entropy, s.kept_logmass):
-        assert t.isnan().tolist() == [False, True, True, True, False]
-    assert s.logsumexp[1] == -INF and s.logsumexp[2:4].isnan().all()
+    check_undefined(1501, DEVICE, min_p=0.1)
 
 
 def test_the_number_of_parts_follows_from_the_vocabulary_alone():
@@ -141,9 +114,6 @@ def test_the_number_of_parts_follows_from_the_vocabulary_alone():
         parts = [launch.forward_shape(launch.Gpu(), vocab, size).splits for vocab in (1, 1000, 32_000, 151_936, 262_144, 2**21)]
         assert parts == sorted(parts) and parts[0] == 1 and parts[-1] > 1 and all(n & (n - 1) == 0 for n in parts)
     assert launch.forward_shape(launch.Gpu(), 50_257, 2).splits == 1 and launch.forward_shape(launch.Gpu(), 262_144, 2).splits > 1
-
-
-# --- the same bits in any batch, and at any address ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", [WHOLE, SPLIT], ids=["whole rows", "split rows"])
@@ -201,17 +171,6 @@ def test_nothing_behind_the_last_row_is_read(shape, dtype, vocab, monkeypatch):
     assert not behind and stats.entropy.isfinite().all()
 
 
-# --- the backward's groups of tiles ----------------------------------------------------------------------------------------------------------
-
-
-def gradients(x, y, **options):
-    leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    s = rlkern.token_stats(leaf, y, with_sum_sq=True, min_p=0.1, **options)
-    fields = [s.logp, s.entropy, s.logsumexp, s.sum_sq_prob, s.kept_logmass]
-    torch.autograd.backward(fields, [g.to(t) for g, t in zip(upstream(fields), fields, strict=True)])
-    return leaf.grad
-
-
 @pytest.mark.parametrize("vocab", [BLOCK, 4 * BLOCK, 4 * BLOCK + 1, 7 * BLOCK - 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_gradients_do_not_depend_on_the_grid(shape, dtype, vocab):
@@ -220,10 +179,8 @@ def test_gradients_do_not_depend_on_the_grid(shape, dtype, vocab):
     found = []
     for tiles in (1, 3, 4):
         shape(WHOLE, GROUPS._replace(tiles=tiles))
-        found.append(gradients(x, y))
+        found.append(check(x, y, with_sum_sq=True, min_p=0.1)[1])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
-    shape(WHOLE, GROUPS)
-    check(x, y, with_sum_sq=True, min_p=0.1)
 
 
 @pytest.mark.parametrize("stride", [0, 3])

@@ -1,4 +1,4 @@
-"""benchmarks/variants.py: the variants that it times are right, and a table follows only from differences that are larger than the noise."""
+"""benchmarks/variants.py times variants that are right, and tabulates differences beyond the noise."""
 
 import math
 import sys

@@ -1,7 +1,8 @@
-"""The core tests with each release of torch that the package claims: `make torch-versions`. Prints the table of docs/versions.md.
+"""`make torch-versions`: the core tests with each release of torch that the package claims.
 
-Every release gets an environment of its own, thrown away afterwards: about 5 GB where pip has CUDA builds only. The CPU kernels know nothing
-of torch: those of this checkout serve all. `make torch-versions ARGS="2.6.0 2.14.1"` takes some of the releases.
+Prints the table of docs/versions.md. Every release gets an environment of its own, thrown away afterwards:
+about 5 GB where pip has CUDA builds only. The CPU kernels know nothing of torch: those of this checkout serve
+all. `make torch-versions ARGS="2.6.0 2.14.1"` takes some of the releases.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from pathlib import Path
 
 # torch -> Triton: the one that its CUDA build asks for, and for the development release that of the Makefile.
 RELEASES = {"2.6.0": "3.2.0", "2.9.1": "3.5.1", "2.11.0": "3.6.0", "2.13.0": "3.9.0", "2.14.1": "3.8.0"}
-# The trainers, the packaging and the offline report have versions of their own; the examples and benchmarks draw pictures.
+# Trainers, packaging and offline report have versions of their own; examples and benchmarks draw pictures.
 NOT_CORE = ("integrations", "test_packaging.py", "test_offline_report.py", "test_benchmarks.py", "test_diffusion_rl.py", "test_entropy_lab.py")
 NEEDS = ("pytest", "pytest-xdist", "hypothesis", "expecttest")
 TESTS = Path(__file__).resolve().parent

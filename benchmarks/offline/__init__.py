@@ -1,4 +1,4 @@
-"""What the compilers make of every Triton kernel, on a machine with no GPU: `benchmarks/report.py` prints it, tests/test_offline_report.py guards it.
+"""What the compilers make of every Triton kernel, without a GPU. report.py prints it, a test guards it.
 
 cases.py     which launches to look at, recorded from the package's own launchers
 build.py     compiles one recorded launch for one architecture

@@ -1,6 +1,4 @@
-"""Compiles a recorded launch for an architecture that need not be present, with the specialisations that a real launch would get."""
-
-from __future__ import annotations
+"""Compiles a recorded launch, specialised as a real one, for an architecture that need not be present."""
 
 import functools
 import os
@@ -45,8 +43,8 @@ def nvidia_tool(name: str) -> Path:
 
 
 def source(launch: Launch) -> tuple[ASTSource, dict]:
-    """(what to compile, compiler options). As in a launch: an integer 1 is folded, integers and pointers that are multiples of 16 are marked so,
-    unless the kernel does not want its code to depend on that argument."""
+    """(what to compile, compiler options). As in a launch an integer 1 is folded, and integers and pointers
+    are marked if they are multiples of 16, unless the kernel's code is not to depend on that argument."""
     names = launch.kernel.arg_names
     values = dict(zip(names, launch.args, strict=False)) | launch.kwargs
     options = {name: value for name, value in launch.kwargs.items() if name not in names}
@@ -72,7 +70,7 @@ def source(launch: Launch) -> tuple[ASTSource, dict]:
 
 
 def build(launch: Launch, arch: str):
-    """Triton's compiled kernel: `.asm` holds "cubin" or "amdgcn". Raises ValueError for an unknown architecture."""
+    """The compiled kernel; its `.asm` has "cubin" or "amdgcn". ValueError for an unknown architecture."""
     gpu = target(arch)
     src, options = source(launch)
     with warnings.catch_warnings():
@@ -90,7 +88,6 @@ def disassemble(cubin: bytes) -> str:
 
 
 def _asked(tool: str, option: str, cubin: bytes) -> str:
-    """What the tool prints about a cubin."""
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "kernel.cubin")
         Path(path).write_bytes(cubin)

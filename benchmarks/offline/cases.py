@@ -1,6 +1,4 @@
-"""The launches that users cause, recorded without a GPU: the package's launchers run on meta tensors, which have shapes and strides and no memory."""
-
-from __future__ import annotations
+"""The launches that users cause, recorded without a GPU: the package's launchers run on meta tensors."""
 
 import importlib
 from collections.abc import Iterator
@@ -18,20 +16,11 @@ TEMPERATURE, IGNORE, LOG_KEPT = 0.7, -100, -3.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
-# name -> (vocabulary, elements between rows). 50304 lets every row start on a 16-byte boundary, 50257 and 262145 do not.
-LAYOUTS = {
-    "V=151936": (151936, 151936),
-    "V=50257 padded": (50257, 50304),
-    "V=50257": (50257, 50257),
-    "V=262144 odd stride": (262144, 262145),
-}
+# name -> (vocabulary, elements between rows). Of 50304 all rows start on 16 bytes, of 50257 and 262145 not.
+LAYOUTS = {"V=151936": (151936, 151936), "V=50257 padded": (50257, 50304)}
+LAYOUTS |= {"V=50257": (50257, 50257), "V=262144 odd stride": (262144, 262145)}
 
-FORWARD = {
-    "forward": {},
-    "forward +sum_sq": {"sum_sq": True},
-    "forward +kept": {"kept": 1},
-    "forward K=8": {"targets": 8},
-}
+FORWARD = {"forward": {}, "forward +sum_sq": {"sum_sq": True}, "forward +kept": {"kept": 1}, "forward K=8": {"targets": 8}}
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},
@@ -61,7 +50,7 @@ class Case:
 
 
 def core_cases() -> list[Case]:
-    """Every variant in bf16 on the common layout; the two that most losses use also on every other layout, and in fp32."""
+    """Every variant in bf16 on the common layout; the two of most losses on every layout, and in fp32."""
     cases = [Case(variant, "bf16", "V=151936") for variant in (*FORWARD, *BACKWARD)]
     for variant in ("forward", "backward logp+entropy"):
         cases += [Case(variant, "bf16", layout) for layout in LAYOUTS]
@@ -75,9 +64,7 @@ def all_cases() -> list[Case]:
 
 
 def other_cases() -> list[Case]:
-    """What all_cases() has beyond core_cases()."""
-    core = core_cases()
-    return [case for case in all_cases() if case not in core]
+    return [case for case in all_cases() if case not in core_cases()]
 
 
 @dataclass
@@ -105,7 +92,7 @@ class _Recorder:
 
 @contextmanager
 def _pretending(module, target, case: Case) -> Iterator[None]:
-    """While it lasts, the module's launchers take tensors to be on `target`, a GPUTarget, and the launch shape that `case` asks for."""
+    """The module's launchers take tensors to be on `target`, a GPUTarget, and the launch shape of `case`."""
     hip = target.backend == "hip"
     card = module.gpu(torch.device("cpu"))._replace(capability=(0, 0) if hip else divmod(target.arch, 10), warp_size=target.warp_size, amd=hip)
     with ExitStack() as stack:

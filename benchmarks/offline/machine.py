@@ -1,7 +1,5 @@
 """Reads what the assemblers wrote, NVIDIA's SASS and AMD's GCN, into a Program and the kernel's resources."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 
@@ -20,7 +18,6 @@ class Resources:
 
 
 def read(compiled) -> tuple[Program, Resources]:
-    """`compiled`: what build() returns."""
     if "amdgcn" in compiled.asm:
         program, resources = _read_gcn(compiled.asm["amdgcn"])
         return program, replace(resources, shared_bytes=compiled.metadata.shared)  # allotted at launch, so not in the assembly
@@ -28,7 +25,7 @@ def read(compiled) -> tuple[Program, Resources]:
 
 
 def read_resources(compiled) -> Resources:
-    """What read() returns beside the program, without NVIDIA's disassembler, which takes a third of a second to start."""
+    """As read(), without the program: NVIDIA's disassembler takes a third of a second to start."""
     if "amdgcn" in compiled.asm:
         return read(compiled)[1]
     found = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resource_usage(compiled.asm["cubin"]))}
@@ -82,7 +79,7 @@ def _gcn_instruction(op: str, rest: str) -> Instruction:
 
 
 def _is_predication(program: Program, i: int) -> bool:
-    """Whether a branch skips loads or stores that no lane wants: how masked access is written, and not a way that a row takes."""
+    """Whether a branch skips loads or stores that no lane wants: a masked access, no way that a row takes."""
     instruction = program.instructions[i]
     skipped = range(i + 1, program.labels.get(instruction.jump, 0))
     return instruction.op == "s_cbranch_execz" and any(program.instructions[j].kind in ("load", "store") for j in skipped)

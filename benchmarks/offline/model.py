@@ -1,6 +1,4 @@
-"""Occupancy, and the bound that a data sheet predicts: the rates at which a device can move, issue and exponentiate logits, beside each other."""
-
-from __future__ import annotations
+"""Occupancy, and the data sheet's bound: how fast a device can move, issue and exponentiate logits."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +7,7 @@ from .machine import Resources
 
 @dataclass(frozen=True)
 class Device:
-    """Figures of one product: peaks from the vendor's data sheet and architecture manual, not measurements."""
+    """Peaks of one product from the vendor's data sheet and architecture manual, not measurements."""
 
     name: str
     arch: str
@@ -38,7 +36,7 @@ DEVICES = {
     "H100": _H100,  # SXM, 80 GB
     "H200": replace(_H100, name="H200", bandwidth=4.8e12),  # the same chip with faster memory
     "B200": Device("B200", "sm_100", 8.0e12, 148, 1.965e9, shared_bytes=228 << 10, **_NVIDIA),
-    # Four SIMDs of 16 lanes; a transcendental takes four times as long. 512 vector registers per lane and SIMD, at most 8 waves on each.
+    # Four SIMDs of 16 lanes, 512 vector registers a lane, at most 8 waves each; transcendentals: 4 times.
     "MI300X": Device("MI300X", "gfx942", 5.3e12, 304, 2.100e9, 64, 16, 64, 32, 32, 4 * 512 * 64, 8, 512, 64 << 10, 0),
 }
 
@@ -59,7 +57,7 @@ def occupancy(resources: Resources, warps: int, device: Device) -> tuple[int, st
 
 @dataclass(frozen=True)
 class Bound:
-    """What caps the rate, and the share of the memory's peak that the cap leaves. loads: each resource's busy share when memory runs at its peak."""
+    """What caps the rate, and the share of the memory's peak that is left. loads: busy shares at the peak."""
 
     limit: str
     bandwidth_share: float
@@ -67,7 +65,7 @@ class Bound:
 
 
 def bound(bytes_per_logit: float, instructions_per_logit: float, exp2_per_logit: float, device: Device) -> Bound:
-    """Which of memory, instruction issue and exponentials runs out first, if each overlaps the others perfectly."""
+    """Which of memory, instruction issue and exponentials runs out first, if all overlap perfectly."""
     logits_per_clock = device.bandwidth / bytes_per_logit / device.processors / device.clock
     loads = {
         "memory": 1.0,

@@ -1,8 +1,6 @@
 """Control-flow graph of an assembly listing, and the path that nearly every logit takes through it."""
 
-from __future__ import annotations
-
-import heapq
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -38,28 +36,22 @@ class Program:
             yield i + 1
 
     def shortest(self, start: int, goals: set[int], within: set[int] | None = None, avoid: int | None = None) -> list[int] | None:
-        """The fewest instructions from `start` to one of `goals`, both included, through `within` only and never `avoid`; None where no way leads."""
-        if start == avoid:
-            return None
-        best, previous, queue = {start: 1}, {}, [(1, start)]
+        """The shortest way from `start` to one of `goals`, both included, through `within`, not `avoid`."""
+        paths, queue = {start: [start]}, deque([] if start == avoid else [start])
         while queue:
-            cost, i = heapq.heappop(queue)
+            i = queue.popleft()
             if i in goals:
-                path = [i]
-                while path[-1] != start:
-                    path.append(previous[path[-1]])
-                return path[::-1]
-            if cost > best[i]:
-                continue
+                return paths[i]
             for j in self.successors(i):
-                if j != avoid and (within is None or j in within) and cost + 1 < best.get(j, 1 << 30):
-                    best[j], previous[j] = cost + 1, i
-                    heapq.heappush(queue, (cost + 1, j))
+                if j != avoid and (within is None or j in within) and j not in paths:
+                    paths[j] = [*paths[i], j]
+                    queue.append(j)
         return None
 
     def loops(self) -> list[Loop]:
-        """Natural loops, smallest first: an edge back to an instruction that every way to the edge has passed. Code moved out of line returns to one
-        that it need not have passed, and a jump to itself is a trap: neither is a loop."""
+        """Natural loops, smallest first: an edge back to an instruction that every way to the edge has
+        passed. Code moved out of line returns to one that it need not have passed, and a jump to itself is a
+        trap: neither is a loop."""
         predecessors: dict[int, set[int]] = {}
         for i in range(len(self.instructions)):
             for j in self.successors(i):
@@ -87,7 +79,7 @@ class Program:
         return sum(self.instructions[i].kind == kind for i in path)
 
     def _through_the_work(self, start: int, goals: set[int], within: set[int] | None = None) -> list[int]:
-        """The shortest way from `start` to `goals` that passes the block with the most exponentials, or the cheapest of its copies."""
+        """The shortest way past the block with the most exponentials, or the cheapest of its copies."""
         blocks = {block[0]: self.count(block, "exp2") for block in self._blocks()}
         reachable = {first: path for first, exps in blocks.items() if exps and (path := self.shortest(start, {first}, within))}
         most = max((blocks[first] for first in reachable), default=0)
@@ -101,9 +93,9 @@ class Program:
     def hot_paths(self, tile: int) -> list[list[int]]:
         """One path per sweep over a row. `tile`: the logits of one tile that a thread has.
 
-        Once round each innermost loop that holds at least half a tile's exponentials; in a kernel without such a loop, from its entry to its
-        exit. Rarely taken branches (a new maximum, a masked tile) make a way longer, so the shortest one leaves them out.
-        """
+        Once round each innermost loop with at least half a tile's exponentials; in a kernel without such a
+        loop from entry to exit. Rare branches (a new maximum, a masked tile) make a way longer: the shortest
+        one has none of them."""
         hot: dict[int, list[int]] = {}
         for loop in self.loops():
             if not loop.body & hot.keys():

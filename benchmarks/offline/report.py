@@ -1,6 +1,4 @@
-"""One row of the report: a kernel that a case launches, compiled for an architecture, and what its hot path costs per logit."""
-
-from __future__ import annotations
+"""One row of the report: a kernel of a case, compiled, and what its hot path costs per logit."""
 
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -31,7 +29,7 @@ class Row:
 
     @property
     def bytes_per_logit(self) -> int:
-        """What must move: one read a sweep forward (a second one may hit a cache), one read and one write backward."""
+        """What must move: forward a read a sweep (a second may hit a cache), backward one and a write."""
         return (2 if self.case.backward else self.sweeps) * self.case.element_size
 
     @property
@@ -51,7 +49,7 @@ class Row:
 
 
 def analyse(case: Case, arch: str) -> list[Row]:
-    """Compiles what `case` launches for `arch` and reads the assembly. Raises ValueError for an unknown architecture."""
+    """Compiles the launches of `case` for `arch`, reads the assembly. ValueError for an unknown `arch`."""
     return [_analyse_launch(case, launch, arch) for launch in record(case, target(arch))]
 
 
@@ -69,8 +67,8 @@ def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
     for path in paths:
         steps = [program.instructions[i] for i in path]
         loads = Counter(step.width for step in steps if step.kind == "load")
-        # A row's few scalars are narrower than a vector of logits: of a path's loads those that are as wide as the widest are logits. Some may be
-        # loaded twice, so an unrolled loop shows in its exponentials too.
+        # A row's few scalars are narrower than a vector of logits: a path's widest loads are logits. Some may
+        # be loaded twice, so an unrolled loop shows in its exponentials too.
         widest, path_exps = max(loads, default=0), program.count(path, "exp2")
         tiles = max(1, min(widest * loads[widest] // (tile * case.element_size), path_exps // tile)) if block else 1
         logits = tiles * tile
@@ -83,25 +81,10 @@ def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
     tile_bytes = (block or 0) * case.element_size
     # a shifted row's tile has two buffers, the second nearly empty
     buffers = resources.shared_bytes // (tile_bytes * (2 if launch.kwargs.get("SHIFTED") else 1)) if block else 0
-    return Row(
-        case=case,
-        kernel=launch.kernel.__name__,
-        arch=arch,
-        block=block,
-        warps=warps,
-        resources=resources,
-        sweeps=len(paths) if block else 0,
-        bytes_in_flight=tile_bytes * max(1, buffers),
-        instructions_per_logit=instructions,
-        exp2_per_logit=exps,
-        load_widths=dict(sorted(widths.items())),
-        wide_share=min(1.0, wide / covered),
-        operations=dict(operations.most_common()),
-    )
-
-
-def _analyse(job: tuple[Case, str]) -> list[Row]:
-    return analyse(*job)
+    costs = {"instructions_per_logit": instructions, "exp2_per_logit": exps, "operations": dict(operations.most_common())}
+    costs |= {"load_widths": dict(sorted(widths.items())), "wide_share": min(1.0, wide / covered)}
+    costs |= {"sweeps": len(paths) if block else 0, "bytes_in_flight": tile_bytes * max(1, buffers)}
+    return Row(case, launch.kernel.__name__, arch, block, warps, resources, **costs)
 
 
 def analyse_all(cases: list[Case], archs: list[str], workers: int) -> list[Row]:
@@ -112,4 +95,4 @@ def analyse_all(cases: list[Case], archs: list[str], workers: int) -> list[Row]:
     if workers < 2:
         return [row for job in jobs for row in analyse(*job)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return [row for rows in pool.map(_analyse, jobs) for row in rows]
+        return [row for rows in pool.map(analyse, *zip(*jobs, strict=True)) for row in rows]

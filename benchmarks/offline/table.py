@@ -1,8 +1,8 @@
 """Rows of the report as text, and as plain data for a JSON file."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
+
+from table import columns
 
 from .model import DEVICES
 from .report import Row
@@ -24,50 +24,28 @@ issue, exp2 load   share of the issue slots and exponential units that is busy w
 """
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row) -> list[str]:
     device = next(iter(row.devices.values()))
     loads = "+".join(f"{n}x{width}" for width, n in sorted(row.load_widths.items(), reverse=True) if width == 16 or row.wide_share < 1)
-    cells = (
-        f"{row.case.variant}: {row.case.label}" if row.case.label else row.case.variant,
-        row.case.dtype,
-        row.case.layout,
-        row.kernel.removeprefix("token_stats_").removesuffix("_kernel"),
-        f"{row.block or '-'}/{row.warps}",
-        str(row.resources.registers),
-        str(row.resources.spilled_bytes),
-        str(row.resources.shared_bytes),
-        f"{device['warps']} {device['occupancy_limit'][0]}",
-    )
+    name = f"{row.case.variant}: {row.case.label}" if row.case.label else row.case.variant
+    kernel = row.kernel.removeprefix("token_stats_").removesuffix("_kernel")
+    used = [str(n) for n in (row.resources.registers, row.resources.spilled_bytes, row.resources.shared_bytes)]
+    cells = [name, row.case.dtype, row.case.layout, kernel, f"{row.block or '-'}/{row.warps}", *used]
+    cells += [f"{device['warps']} {device['occupancy_limit'][0]}"]
+    costs = [f"{row.instructions_per_logit:.2f}", f"{row.exp2_per_logit:.2f}"]
     if not row.block:
-        return *cells, "-", "-", f"{row.instructions_per_logit:.2f}", f"{row.exp2_per_logit:.2f}", *5 * "-"
-    return (
-        *cells,
-        f"{device['bytes_in_flight'] >> 10}",
-        loads,
-        f"{row.instructions_per_logit:.2f}",
-        f"{row.exp2_per_logit:.2f}",
-        str(row.bytes_per_logit),
-        device["bound"],
-        f"{device['bandwidth_share']:.0%}",
-        f"{device['loads']['issue']:.0%}",
-        f"{device['loads']['exp2']:.0%}",
-    )
-
-
-def _align(lines: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = 4  # the first columns are words, the others figures
-    return ["  ".join(cell.ljust(w) if i < text else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines]
+        return [*cells, "-", "-", *costs, *5 * "-"]
+    shares = [f"{share:.0%}" for share in (device["bandwidth_share"], device["loads"]["issue"], device["loads"]["exp2"])]
+    return [*cells, f"{device['bytes_in_flight'] >> 10}", loads, *costs, str(row.bytes_per_logit), device["bound"], *shares]
 
 
 def text(rows: list[Row]) -> str:
-    """One table per architecture."""
     parts = []
     for arch in dict.fromkeys(row.arch for row in rows):
         device = next(device for device in DEVICES.values() if device.arch == arch)
         rates = f"{device.bandwidth / 1e12:.2f} TB/s, {device.processors} x {device.clock / 1e9:.2f} GHz"
         width = f"{device.issue} lanes issued and {device.exp2} exp2 a clock"
-        header, *body = _align([tuple(_HEADER), *(_cells(row) for row in rows if row.arch == arch)])
+        header, *body = columns([_HEADER, *(_cells(row) for row in rows if row.arch == arch)], words=4).split("\n")
         parts.append("\n".join([f"{arch}, predicted for {device.name} ({rates}, {width}; data sheet)", header, "-" * len(header), *body]))
     return "\n\n".join([*parts, LEGEND.rstrip()])
 

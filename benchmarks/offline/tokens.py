@@ -1,9 +1,7 @@
-"""The kernels over tokens (covariance, selection, ratios), one number a token: compiled like those over rows, and judged by what they occupy alone.
+"""The kernels over tokens (covariance, selection, ratios), judged by what they occupy alone.
 
-They move a few bytes a token, where a row of logits takes hundreds of thousands; a bound on their bandwidth would tell nothing.
+They move a few bytes a token, a row of logits hundreds of thousands: a bound on bandwidth would tell nothing.
 """
-
-from __future__ import annotations
 
 import importlib
 from dataclasses import asdict, dataclass
@@ -71,5 +69,4 @@ def text(rows: list[Row]) -> str:
 
 
 def data(rows: list[Row]) -> list[dict]:
-    """For json.dump."""
     return [asdict(row) | {"resident": row.resident} for row in rows]

@@ -1,11 +1,10 @@
-"""What splitting a row over several programs is worth: a forward simulated on a data sheet, by the number of rows.
+"""What splitting a row over several programs is worth, by the number of rows: a simulated forward.
 
-Programs start in order while there is room for them. Each waits for its first tile, then takes its tiles no faster than a lone program does them, and
-all together no faster than memory; starts and speeds vary, or all would end at once. Figures that no data sheet has are guesses: they decide how
-small a batch gains, not whether a large one loses.
+Programs start in order while there is room for them. Each waits for its first tile, then takes its tiles no
+faster than a lone program does them, and all together no faster than memory; starts and speeds vary, or all
+would end at once. Figures of no data sheet are guesses: they decide how small a batch gains, not whether
+a large one loses.
 """
-
-from __future__ import annotations
 
 import heapq
 import math
@@ -27,7 +26,7 @@ SPLITS = (1, 2, 4, 8)
 
 
 def forward_time(row: Row, rows: int, vocab: int, splits: int) -> float:
-    """Predicted seconds for `rows` rows of `vocab` logits with `splits` programs each; `row`: a forward kernel's row of the report."""
+    """Predicted seconds for `rows` rows, `splits` programs each; `row`: a forward kernel's in the report."""
     device = next(d for d in DEVICES.values() if d.arch == row.arch)
     tile_bytes = row.block * row.case.element_size
     tiles = math.ceil(vocab / row.block)
