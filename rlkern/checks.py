@@ -129,6 +129,8 @@ def check_logits(logits: Tensor, name: str = "logits") -> None:
 def check_targets(targets: Tensor, logits: Tensor, of: str = "logits", *, several: bool = True) -> Tensor:
     """Token ids [...] or, with `several`, [..., K] for rows [..., V], as int64."""
     rows = logits.shape[:-1]
+    if isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.shape == rows and targets.device == logits.device:
+        return targets  # nearly always, and a small call feels each check
     if several and isinstance(targets, Tensor) and targets.shape != rows:
         k = targets.shape[-1] if targets.dim() == logits.dim() else 0
         shapes = (rows, (*rows, k or "K"))

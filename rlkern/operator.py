@@ -133,23 +133,24 @@ def _run(operator: Operator, args: Sequence) -> Any:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, name, options, in_place, *tensors):
-        rule = _rules[name]
-        results = _run(rule.forward, (*tensors, *options))
-        results = results if isinstance(results, tuple) else (results,)
-        ctx.save_for_backward(*tensors, *results[rule.shown :])
-        ctx.name, ctx.options, ctx.in_place = name, options, in_place
+        forward, _, _, outputs, shown, _, _ = _rules[name]
+        results = _run(forward, (*tensors, *options))
+        if not isinstance(results, tuple):
+            results = (results,)
+        ctx.save_for_backward(*tensors, *results[shown:])
+        ctx.call = name, options, in_place
         ctx.set_materialize_grads(False)
-        results = results[: rule.shown]
-        constants = [x for x in results[rule.outputs :] if x is not None]
-        if constants:
-            ctx.mark_non_differentiable(*constants)
+        if outputs < shown:
+            constants = [x for x in results[outputs:shown] if x is not None]
+            if constants:
+                ctx.mark_non_differentiable(*constants)
         if _is_compiling():  # Dynamo of torch 2.6 has no place for a None among the results
-            ctx.absent = [x.shape == _ABSENT for x in results]
-        return results
+            ctx.absent = [x.shape == _ABSENT for x in results[:shown]]
+        return results[:shown]
 
     @staticmethod
     def backward(ctx, *grads):
-        rule, saved = _rules[ctx.name], ctx.saved_tensors
+        rule, saved = _rules[ctx.call[0]], ctx.saved_tensors
         if _is_compiling():  # it hands zeros to the results that were not asked for
             grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
             gradients = _derivative(rule, ctx, saved, grads)
@@ -166,12 +167,12 @@ class _Function(torch.autograd.Function):
 
 
 def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
-    n = rule.forward.tensors
-    args = (*saved[:n], *ctx.options, *saved[n:], *grads[: rule.outputs])
+    n, (_, options, in_place) = rule.forward.tensors, ctx.call
+    args = (*saved[:n], *options, *saved[n:], *grads[: rule.outputs])
     if rule.wrt > 1:
         wanted = list(ctx.needs_input_grad[3 : 3 + rule.wrt])
         return tuple(g if want else None for g, want in zip(_run(rule.backward, (*args, wanted)), wanted, strict=True))
-    if rule.overwrite is None or not ctx.in_place or _is_compiling():
+    if rule.overwrite is None or not in_place or _is_compiling():
         return (_run(rule.backward, args),)
     _run(rule.overwrite, args)
     torch.autograd.graph.increment_version(args[0])

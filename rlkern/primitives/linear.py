@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_logits, check_target_range, expect
+from ..checks import check_count, check_flags, check_logits, check_target_range, expect
 from ..layout import computing_dtype, counted_rows
 from ..operator import Operator, differentiable, values_readable
 from .token_stats import (
@@ -227,6 +227,7 @@ def linear_token_stats(
     if isinstance(hidden, Tensor) and not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight, bias = (_autocast(x, hidden.device.type) for x in (hidden, weight, bias))
     _check_matrix(hidden, weight, bias)
+    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy)
     y, counted, row_temperature, o = row_options(
         hidden,
         targets,

@@ -123,11 +123,12 @@ def clipped_ratio(
     terms, free, summary = _ratio_terms(x.logp, x.old_logp, x.advantages, x.mask, unclipped, *bounds)
     metrics = dict(zip(SUMMARY, summary.unbind(), strict=True))
     count = metrics.pop("count")
-    unwanted = [] if with_distance else ["abs_log_ratio"]
-    unwanted += ["clip_fraction_low", "clip_fraction_high"] if low is None else []
-    unwanted += ["clip_fraction_dual"] if dual_clip is None else []
-    for name in unwanted:
-        del metrics[name]
+    if low is None:
+        del metrics["clip_fraction_low"], metrics["clip_fraction_high"]
+    if dual_clip is None:
+        del metrics["clip_fraction_dual"]
+    if not with_distance:
+        del metrics["abs_log_ratio"]
     return ClippedRatio(TokenTerms(x.logp, terms), free, count, metrics)
 
 
@@ -139,19 +140,28 @@ def ratio_terms(x: PolicyInputs) -> TokenTerms:
 
 def _new_ratio_terms(logp, old_logp, advantages, *args):
     """(terms, free, summary)"""
-    shape, dtype = logp.shape, advantages.dtype
-    free = logp.new_empty(shape, dtype=torch.bool)
-    return logp.new_empty((2, *shape), dtype=dtype), free, logp.new_empty(len(SUMMARY), dtype=dtype)
+    shape, like = logp.shape, advantages
+    return like.new_empty((2, *shape)), like.new_empty(shape, dtype=torch.bool), like.new_empty(len(SUMMARY))
 
 
 def _kernel(logp, old_logp, advantages, mask, unclipped, low, high, dual, least, most):
     out = _new_ratio_terms(logp, old_logp, advantages)
-    old_logp = None if old_logp is None else numbers(old_logp, advantages.dtype)
-    tensors = (numbers(logp, advantages.dtype), old_logp, advantages, mask, unclipped)
-    dense = (x if x is None else x.contiguous() for x in tensors)
-    bounds = zip((low, high, dual, least, most), (-math.inf, math.inf, math.inf, -math.inf, math.inf), strict=True)
-    bounds = tuple(default if bound is None else bound for bound, default in bounds)
-    backends.select(logp.device).ratio_terms(*dense, bounds, out)
+    bounds = (
+        -math.inf if low is None else low,
+        math.inf if high is None else high,
+        math.inf if dual is None else dual,
+        -math.inf if least is None else least,
+        math.inf if most is None else most,
+    )
+    backends.select(logp.device).ratio_terms(
+        numbers(logp, advantages.dtype).contiguous(),
+        None if old_logp is None else numbers(old_logp, advantages.dtype).contiguous(),
+        advantages.contiguous(),
+        mask.contiguous(),
+        None if unclipped is None else unclipped.contiguous(),
+        bounds,
+        out,
+    )
     return out
 
 

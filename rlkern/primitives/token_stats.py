@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -172,15 +172,16 @@ _token_stats = differentiable(
 
 def check_kept(min_p: float | None, min_prob: float | None) -> tuple[int, float]:
     """(kept_kind, log_kept) of the kept set."""
+    if min_p is None and min_prob is None:
+        return KeptKind.NONE, 0.0
     if min_p is not None and min_prob is not None:
         raise ValueError(f"give min_p (relative to the largest probability) or min_prob (absolute), not both: got {min_p} and {min_prob}")
-    for name, value, kind in (("min_p", min_p, KeptKind.MIN_P), ("min_prob", min_prob, KeptKind.MIN_PROB)):
-        if value is not None:
-            check_number(name, value)
-            if not 0 < value <= 1:
-                raise ValueError(f"{name} is a fraction in (0, 1], got {value}")
-            return kind, math.log(value)
-    return KeptKind.NONE, 0.0
+    value: Any = min_p if min_prob is None else min_prob
+    name, kind = ("min_p", KeptKind.MIN_P) if min_prob is None else ("min_prob", KeptKind.MIN_PROB)
+    check_number(name, value)
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} is a fraction in (0, 1], got {value}")
+    return kind, math.log(value)
 
 
 def row_options(
@@ -201,9 +202,9 @@ def row_options(
     mask = check_mask(mask, x, of)
     ignore_index = check_ignore_index(ignore_index)
     row_temperature, temperature = check_temperature(temperature, x, targets, mask, ignore_index)
-    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy)
-    kept = check_kept(min_p, min_prob)
-    return targets, mask, row_temperature, Options(temperature, ignore_index, *kept, bool(with_sum_sq), bool(with_entropy))
+    kept_kind, log_kept = check_kept(min_p, min_prob)
+    options = Options(temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
+    return targets, mask, row_temperature, options
 
 
 def _check_inplace(logits: Tensor) -> None:
@@ -272,7 +273,7 @@ def token_stats(
     if targets is None:
         raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
     check_logits(logits)
-    check_flags(inplace_backward=inplace_backward)
+    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, inplace_backward=inplace_backward)
     if inplace_backward:
         _check_inplace(logits)
     y, counted, row_temperature, o = row_options(

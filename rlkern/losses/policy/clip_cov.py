@@ -73,9 +73,9 @@ def clip_cov_loss(
 
     Returns, Raises: as `ppo_loss`; metrics also: selected_fraction, covariance_mean, covariance_selected.
     """
-    bounds = with_preset(PRESETS, preset, "prime", clip_low=clip_low, clip_high=clip_high)
-    rules = with_preset(PRESETS, preset, "prime", closed_band=closed_band, min_count=min_count)
-    check_selection(bounds, rules, select_ratio, cov_low, cov_high)
+    given = {"clip_low": clip_low, "clip_high": clip_high, "closed_band": closed_band, "min_count": min_count}
+    o = with_preset(PRESETS, preset, "prime", **given)
+    check_selection(o, select_ratio, cov_low, cov_high)
     check_flags(keep_value=keep_value)
     check_group(group)
     x = policy_inputs(
@@ -83,20 +83,20 @@ def clip_cov_loss(
     )
     check_generator(generator, logp.device)
     covariance = covariance_of(logp, x.advantages, x.mask, group)
-    ratio = clipped_ratio(x, **bounds)
+    ratio = clipped_ratio(x, o["clip_low"], o["clip_high"])
     if selected is not None:
         selected = selected_tokens(selected, x)
     else:
-        inside = in_band(covariance, cov_low, cov_high, rules["closed_band"])
-        selected = select_random_fraction(ratio.free & inside, x.mask, select_ratio, minimum=rules["min_count"], generator=generator)
+        inside = in_band(covariance, cov_low, cov_high, o["closed_band"])
+        selected = select_random_fraction(ratio.free & inside, x.mask, select_ratio, minimum=o["min_count"], generator=generator)
     terms = ratio.terms.held(selected) if keep_value else ratio.terms.dropped(selected)
     metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
     return LossOutput(aggregate_terms(x.weigh(terms), x.mask, ratio.tokens, aggregation, normalizer), metrics)
 
 
-def check_selection(bounds: dict[str, float | None], rules: dict[str, Any], select_ratio: float, cov_low: float, cov_high: float) -> None:
+def check_selection(o: dict[str, Any], select_ratio: float, cov_low: float, cov_high: float) -> None:
     """Raises TypeError or ValueError for wrong options of `clip_cov_loss`."""
-    clip_low, clip_high = bounds["clip_low"], bounds["clip_high"]
+    clip_low, clip_high = o["clip_low"], o["clip_high"]
     if (clip_low is None) != (clip_high is None):
         raise ValueError(f"clip_low and clip_high belong together, got {clip_low} and {clip_high}")
     if clip_low is not None and clip_high is not None:
@@ -106,8 +106,8 @@ def check_selection(bounds: dict[str, float | None], rules: dict[str, Any], sele
     check_number("cov_high", cov_high)
     if cov_low > cov_high:
         raise ValueError(f"cov_low must not be above cov_high, got {cov_low} and {cov_high}")
-    check_count("min_count", rules["min_count"])
-    check_flags(closed_band=rules["closed_band"])
+    check_count("min_count", o["min_count"])
+    check_flags(closed_band=o["closed_band"])
 
 
 def in_band(covariance: Tensor, low: float, high: float, closed: bool) -> Tensor:
