@@ -44,7 +44,7 @@ lab: $(VENV)/.built  ## entropy and reward under five policy losses: reinforceme
 diffusion: $(VENV)/.built  ## BGPO on a small diffusion model: memory and reward against the number of draws (ARGS="--quick")
 	$(PY) examples/diffusion_rl.py $(ARGS)
 
-test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_ops.py, WORKERS=1, ARGS="-k name" narrow it)
+test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_operator.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)
 
 fuzz: $(VENV)/.built  ## random calls of the public functions, to find bare errors, crashes and NaN (ARGS="--calls 20000 --seed 1")

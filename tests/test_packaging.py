@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from test_types import MISTAKES, script_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.slow
@@ -91,13 +92,13 @@ def test_sdist_to_wheel_to_import(tree, python, tmp_path):
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel, cwd=tmp_path)
     (package, kernels), native = use(python, tmp_path)
     assert package.is_relative_to(tmp_path / "venv") and kernels == package / "triton_kernels"
-    assert native.startswith("available")
+    assert native.startswith("available") and script_errors(tmp_path, python) == MISTAKES
 
 
 def test_builds_in_one_tree_do_not_stumble_over_each_other(tree, python, tmp_path):
     def check(cwd, env=()):
         (package, kernels), native = use(python, cwd, env)
-        assert package == tree / "rlkern" and kernels.resolve() == tree / "triton_kernels"
+        assert package.resolve() == tree / "rlkern" and kernels.resolve() == tree / "triton_kernels"
         assert native.startswith("available")
 
     run(sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=tree)  # no network, no isolation: what a bare GPU machine can do
@@ -107,6 +108,7 @@ def test_builds_in_one_tree_do_not_stumble_over_each_other(tree, python, tmp_pat
     run(python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--no-index", "-e", tree, cwd=tmp_path)
     check(tree, {"PYTHONPATH": "."})
     check(tmp_path)
+    assert script_errors(tmp_path, python) == MISTAKES
 
 
 def test_without_the_cpu_kernels(tree, python, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mypy")
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = """
 import torch
@@ -24,6 +23,7 @@ nothing = rlkern.no_such_name
 
 
 def mypy(*arguments, cwd, python=sys.executable) -> list[str]:
+    pytest.importorskip("mypy")
     command = [sys.executable, "-m", "mypy", "--python-executable", python, "--no-error-summary", *arguments]
     return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True).stdout.splitlines()
 
