@@ -50,11 +50,6 @@ def _row_gradient(l: Tensor, m: Tensor, kind: str, beta: float) -> Tensor:  # no
     return dz.masked_fill_(l == -math.inf, 0)
 
 
-def _log_probs(rows: Tensor, row_temperature: Tensor | None, temperature: float, acc: torch.dtype) -> Tensor:
-    rows = rows.to(acc)
-    return (rows / (temperature if row_temperature is None else row_temperature)).log_softmax(-1)
-
-
 class _Pairs:
     """The rows of both tensors as log-probabilities, a chunk at a time."""
 

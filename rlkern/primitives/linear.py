@@ -57,7 +57,7 @@ class _Chunks:
 
 def _indices(counted: Tensor | None) -> Tensor | None:
     """The rows that products need; None: all, as on a GPU, where the host would wait."""
-    if counted is None or counted.device.type != "cpu" or counted.all():
+    if counted is None or not values_readable(counted) or counted.all():
         return None
     return counted.nonzero().squeeze(-1)
 

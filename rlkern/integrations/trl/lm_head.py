@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...layout import computing_dtype
+from ...operator import values_readable
 from ...primitives.token_stats import token_stats
 
 _TILE_BYTES = 1 << 28  # TRL's own tile, 4096 x 32768 in bfloat16
@@ -88,7 +89,7 @@ class FusedLMHead(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         ctx.set_materialize_grads(False)
         ctx.dtype, ctx.options = dtype, (temperature, chunk_size, softcap, scale)
-        if device == "cpu" and not torch.compiler.is_compiling():
+        if values_readable(targets):
             _check_targets(targets, len(weight))
         head = _Head(hidden, weight, bias, targets, dtype, *ctx.options)
         merged = [_token_block(head, tokens, outputs) for tokens in head.token_ranges()] or [_token_block(head, slice(0, 0), outputs)]
