@@ -59,7 +59,7 @@ void token_stats_forward(const Forward& call) {
 void token_stats_backward(Backward call) {
   // Bytes of a gradient, of which a reader would find little in the caches.
   constexpr int64_t beyond_caches = 1 << 25;
-  // Bytes of a row. Each target is written once more, and waits for what went past the caches.
+  // Bytes of a row. Each target is written once more, and must wait for a write past the caches.
   constexpr int64_t worth_a_target = 1 << 12;
   const int64_t element = call.dtype == DType::float64 ? 8 : call.dtype == DType::float32 ? 4 : 2;
   const int64_t row_bytes = call.vocab * element;

@@ -9,8 +9,8 @@
 
 namespace rlkern {
 
-// An entry of a bool tensor, true unless it is 0. Memory that was never written may hold bytes that are neither 0 nor
-// 1: a sum of such must not pass the end of an array.
+// An entry of a bool tensor, true unless it is 0. Memory that was never written may hold other bytes than
+// 0 and 1. A sum of such must not pass the end of an array.
 struct Flag {
   unsigned char byte;
   operator bool() const { return byte != 0; }

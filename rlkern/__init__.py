@@ -4,7 +4,7 @@ Token functions, primitives and losses have flat names. Beside them:
 
     rlkern.advantages    rewards -> advantages
     rlkern.diffusion     masks and estimates of masked diffusion models
-    rlkern.losses        all losses, and the schedules and histories of single losses
+    rlkern.losses        losses by family, their schedules and histories
     rlkern.metrics       merging the metrics of micro-batches and processes, and further metrics
     rlkern.selection     exactly K tokens, where only the device knows K
     rlkern.reference     the formulas in plain PyTorch

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import computing_dtype, counted_rows
+from .layout import counted_rows
 from .operator import values_readable
 
 FINITE = torch.finfo(torch.float32).max  # as an upper bound: anything but infinity
@@ -104,6 +104,11 @@ def per_token(name: str, x: Tensor, logp: Tensor, kind: str = "float") -> Tensor
     return (x.unsqueeze(-1) if x.dim() == 1 else x).expand(n, length)
 
 
+def computing_dtype(x: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 def numbers(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x cast to dtype; detached if the cast copies."""
     return x if x.dtype == dtype else x.detach().to(dtype)
@@ -130,7 +135,7 @@ def check_targets(targets: Tensor, logits: Tensor, of: str = "logits", *, severa
     """Token ids [...] or, with `several`, [..., K] for rows [..., V], as int64."""
     rows = logits.shape[:-1]
     if isinstance(targets, Tensor) and targets.dtype == torch.int64 and targets.shape == rows and targets.device == logits.device:
-        return targets  # nearly always, and a small call feels each check
+        return targets  # the usual case, without the price of a full check
     if several and isinstance(targets, Tensor) and targets.shape != rows:
         k = targets.shape[-1] if targets.dim() == logits.dim() else 0
         shapes = (rows, (*rows, k or "K"))

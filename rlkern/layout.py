@@ -4,13 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 from torch import Tensor
-
-
-def computing_dtype(x: Tensor) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ COEFFICIENTS = {  # of cases of the battery
     "nft_loss": {"neg_weight": 0.9, "clamp_neg": 0.8},
     "kdrl_loss[k1]": {"kd_coef": 0.02, "clip_low": 0.25, "clip_high": 0.3},
     "epo_loss": {"coef": 0.3, "alpha": 0.4, "beta": 1.5, "kappa_low": 0.7, "kappa_high": 1.3},
+    "epo_loss[first]": {"mean_entropy": 0.8},
     "nlpo_loss": {"entropy_coef": 0.2, "clip_low": 0.25},
     "nash_md_loss": {"beta": 0.3},
     "nash_mp_loss": {"beta": 0.3, "eta": 0.7},

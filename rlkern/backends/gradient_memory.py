@@ -22,7 +22,7 @@ def new_gradient(x: Tensor) -> Tensor:
     if x.is_contiguous():
         return empty(x)
     extent = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    if x.dim() <= 3 and x.numel() < extent <= 1.125 * x.numel():  # with more, rows need not have a view
+    if x.dim() <= 3 and x.numel() < extent <= 1.125 * x.numel():  # else as_rows may have to copy
         return x.new_empty_strided(x.shape, x.stride())
     return empty(x)
 

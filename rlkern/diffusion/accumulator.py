@@ -139,7 +139,19 @@ class BGPOAccumulator:
         self.num_mc = _draws(advantages, old_elbo, ref_elbo, num_mc, mc_weights)
         self._advantages = advantages
         self._mc_weights = _weights(advantages, mc_weights, self.num_mc)
-        given = Given(*(seq_weight, ratio_scale, clip, dual_clip, max_log_ratio, ref_elbo, kl_coef, kl, preset, lengths, response_width))
+        given = Given(
+            seq_weight=seq_weight,
+            ratio_scale=ratio_scale,
+            clip=clip,
+            dual_clip=dual_clip,
+            max_log_ratio=max_log_ratio,
+            ref_elbo=ref_elbo,
+            kl_coef=kl_coef,
+            kl=kl,
+            preset=preset,
+            lengths=lengths,
+            response_width=response_width,
+        )
         self._options = bgpo_options(given, advantages)
         self._old = None if old_elbo is None else old_elbo.detach().unbind(-1)
         self._ref = None if ref_elbo is None else ref_elbo.detach().unbind(-1)

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LARGEST_EXPONENT
-from ..checks import expect
-from ..layout import computing_dtype
+from ..checks import computing_dtype, expect
 from ..operator import values_readable
 from ..primitives.elbo import ELBORows, elbo_rows
 from ..primitives.kinks import bounded
@@ -220,7 +219,19 @@ def bgpo_loss(
     advantages = advantage_vector(advantages, like)
     old_elbo, old_token_logp = check_old(old_elbo, old_token_logp, rows, like)
     ref_elbo = other_elbo("ref_elbo", ref_elbo, like)
-    given = Given(*(seq_weight, ratio_scale, clip, dual_clip, max_log_ratio, ref_elbo, kl_coef, kl, preset, lengths, response_width))
+    given = Given(
+        seq_weight=seq_weight,
+        ratio_scale=ratio_scale,
+        clip=clip,
+        dual_clip=dual_clip,
+        max_log_ratio=max_log_ratio,
+        ref_elbo=ref_elbo,
+        kl_coef=kl_coef,
+        kl=kl,
+        preset=preset,
+        lengths=lengths,
+        response_width=response_width,
+    )
     options = bgpo_options(given, like)
     share = factor("seq_weight", options.seq_weight, like) * factor("mc_weight", mc_weight, like, 1)
     scale = scale_factor(options.ratio_scale, like)
@@ -276,7 +287,17 @@ def elbo_coeff(
     """
     expect("elbo", elbo, "float", "[B] (one a sequence)")
     elbo = elbo.to(computing_dtype(elbo))
-    options = bgpo_options(Given(1.0, ratio_scale, clip, dual_clip, max_log_ratio, ref_elbo, kl_coef, kl), elbo)
+    given = Given(
+        seq_weight=1.0,
+        ratio_scale=ratio_scale,
+        clip=clip,
+        dual_clip=dual_clip,
+        max_log_ratio=max_log_ratio,
+        ref_elbo=ref_elbo,
+        kl_coef=kl_coef,
+        kl=kl,
+    )
+    options = bgpo_options(given, elbo)
     scale, advantages = scale_factor(options.ratio_scale, elbo), advantage_vector(advantages, elbo)
     old_elbo, ref_elbo = other_elbo("old_elbo", old_elbo, elbo), other_elbo("ref_elbo", ref_elbo, elbo)
     d = scale * (elbo - (elbo if old_elbo is None else old_elbo))

@@ -17,8 +17,19 @@ import math
 import torch
 from torch import Tensor
 
-from ..checks import Like, as_bool, check_count, check_fraction, check_logp, check_number, check_positive, check_tokens, expect, per_token
-from ..layout import computing_dtype
+from ..checks import (
+    Like,
+    as_bool,
+    check_count,
+    check_fraction,
+    check_logp,
+    check_number,
+    check_positive,
+    check_tokens,
+    computing_dtype,
+    expect,
+    per_token,
+)
 from ..losses.aggregate import LossOutput, aggregate
 from ..losses.arguments import policy_tokens
 from ..losses.policy.grpo import grpo_loss

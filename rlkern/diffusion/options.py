@@ -1,7 +1,4 @@
-"""What diffusion BGPO must be told:
-
-conventions by name, the options that all draws share, and numbers one a sequence.
-"""
+"""The options of diffusion BGPO: conventions by name, what all draws share, and numbers one a sequence."""
 
 from __future__ import annotations
 

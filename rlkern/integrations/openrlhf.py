@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import primitives
-from ..checks import as_bool, check_choice, check_flags, check_number, shown
-from ..layout import computing_dtype
+from ..checks import as_bool, check_choice, check_flags, check_number, computing_dtype, shown
 from ..losses import aggregate, ppo_loss
 from ..primitives.ratio import clipped_surrogate
 from ..primitives.reductions import sequence_mean

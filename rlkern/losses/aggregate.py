@@ -9,8 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_number, expect
-from ..layout import computing_dtype
+from ..checks import check_choice, check_number, computing_dtype, expect
 from ..primitives.token_terms import TokenTerms
 
 

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from ..checks import FINITE, check_choice, check_number, check_positive, expect
-from ..layout import computing_dtype
+from ..checks import FINITE, check_choice, check_number, check_positive, computing_dtype, expect
 from ..primitives.moments import row_moments
 from .aggregate import aggregate, check_aggregation
 

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_number, expect_alike
-from ..layout import computing_dtype
+from ..checks import check_number, computing_dtype, expect_alike
 from ..primitives.kinks import number
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..backends.gradient_memory import new_gradient
-from ..checks import check_choice, check_flags, check_logits, check_mask, check_number, check_temperature, expect
-from ..layout import as_rows, computing_dtype, row_chunks
+from ..checks import check_choice, check_flags, check_logits, check_mask, check_number, check_temperature, computing_dtype, expect
+from ..layout import as_rows, row_chunks
 from ..operator import Operator, differentiable
 from .token_stats import entropy_from_logits
 

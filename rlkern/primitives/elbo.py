@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_flags, check_ignore_index, check_logits, check_mask, check_targets, expect, shown
-from ..layout import computing_dtype
+from ..checks import check_flags, check_ignore_index, check_logits, check_mask, check_targets, computing_dtype, expect, shown
 from ..operator import values_readable
 from .token_stats import token_logprobs
 
@@ -139,7 +138,7 @@ def masked_elbo(
     inplace_backward: bool = False,
     return_token_logp: bool = False,
     old_token_logp: Tensor | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """One Monte-Carlo draw of a masked-diffusion ELBO (LLaDA, Dream), per sequence: the sum over masked k of
 
         w_k log softmax(logits_k / temperature)[target_k]                            arXiv 2510.11683, Eq. 4

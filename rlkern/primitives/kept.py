@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import FINITE, check_count, check_flags, check_logits, check_number, check_positive, expect
-from ..layout import as_rows, computing_dtype, row_chunks
+from ..checks import FINITE, check_count, check_flags, check_logits, check_number, check_positive, computing_dtype, expect
+from ..layout import as_rows, row_chunks
 from ..operator import values_readable
 from .token_stats import token_stats
 
@@ -126,7 +126,6 @@ def nlpo_stats(
         token_stats(x, targets, temperature=temperature, mask=mask, ignore_index=ignore_index) for x in (logits, logits.masked_fill(~keep, -math.inf))
     )
     entropy, kept_logmass = kept.entropy, kept.logsumexp - plain.logsumexp
-    assert entropy is not None  # it was asked for
     if renorm:
         return NLPOStats(kept.logp, entropy, kept_logmass)
     return NLPOStats(plain.logp, entropy - kept_logmass, kept_logmass)

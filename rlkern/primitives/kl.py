@@ -29,8 +29,7 @@ from torch import Tensor
 
 from .. import backends
 from ..backends.contract import LARGEST_EXPONENT, KLKind
-from ..checks import check_choice, check_number, expect, numbers
-from ..layout import computing_dtype
+from ..checks import check_choice, check_number, computing_dtype, expect, numbers
 from ..operator import Operator
 from .kinks import bounded
 from .token_terms import TokenTerms

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_flags, check_logits, check_target_range, expect
-from ..layout import computing_dtype, counted_rows
+from ..checks import check_count, check_flags, check_logits, check_target_range, computing_dtype, expect
+from ..layout import counted_rows
 from ..operator import Operator, differentiable, values_readable
 from .token_stats import (
-    ARGUMENTS,
     GRADIENTS,
+    OPTIONS,
     RESULTS,
+    TENSORS,
     Options,
     Results,
     TokenStats,
@@ -88,8 +89,11 @@ class _Rows:
             flat.zero_()[self.counted] = value
 
 
-def _forward(hidden, weight, bias, targets, mask, row_temperature, *rest) -> Results:
-    *options, chunk_rows = rest
+def _new_stats(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, *options) -> Results:
+    return new_results(hidden, targets, Options(*options))
+
+
+def _forward(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, *options) -> Results:
     o = Options(*options)
     stats = new_results(hidden, targets, o)
     if stats.logsumexp.numel() == 0:
@@ -109,17 +113,22 @@ def _forward(hidden, weight, bias, targets, mask, row_temperature, *rest) -> Res
     return stats
 
 
-def _new_gradients(hidden, weight, bias, *rest):
-    return tuple(
-        torch.empty_like(x, memory_format=torch.contiguous_format) if want else None for x, want in zip((hidden, weight, bias), rest[-1], strict=True)
-    )
+def _new_gradients(hidden, weight, bias, *others):
+    *_, wanted = others
+    parts = zip((hidden, weight, bias), wanted, strict=True)
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) if want else None for x, want in parts)
 
 
-def _backward(hidden, weight, bias, targets, mask, row_temperature, *rest):
-    o, (chunk_rows, *by_row, wanted) = Options(*rest[: len(Options._fields)]), rest[len(Options._fields) :]
+def _backward(
+    hidden, weight, bias, targets, mask, row_temperature, chunk_rows,
+    temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy,
+    state, g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass, wanted,
+):  # fmt: skip
+    o = Options(temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy)
+    by_row = (state, g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass)
     d_hidden, d_weight, d_bias = out = _new_gradients(hidden, weight, bias, wanted)
     acc = computing_dtype(hidden)
-    rows = _Rows(hidden, targets, mask, o.ignore_index, row_temperature, *by_row)
+    rows = _Rows(hidden, targets, mask, ignore_index, row_temperature, *by_row)
     hidden = rows.hidden
     if rows.counted is None and rows.counts is not None:
         # A row that does not count meets a gradient of 0, but may hold NaN.
@@ -144,12 +153,12 @@ def _backward(hidden, weight, bias, targets, mask, row_temperature, *rest):
     return out
 
 
-_ARGUMENTS = f"Tensor hidden, Tensor weight, Tensor? bias, {ARGUMENTS}, int chunk_rows"
+_ARGUMENTS = f"Tensor hidden, Tensor weight, Tensor? bias, {TENSORS}, int chunk_rows, {OPTIONS}"
 _linear_token_stats = differentiable(
     Operator(
         f"linear_token_stats({_ARGUMENTS}) -> {RESULTS}",
         _forward,
-        lambda hidden, weight, bias, targets, mask, row_temperature, *rest: new_results(hidden, targets, Options(*rest[:-1])),
+        _new_stats,
     ),
     Operator(
         f"linear_token_stats_backward({_ARGUMENTS}, {GRADIENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
@@ -243,4 +252,4 @@ def linear_token_stats(
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(hidden, weight.shape[0])
     check_count("chunk_rows", chunk_rows, 1)
-    return TokenStats(*_linear_token_stats(hidden, weight, bias, y, counted, row_temperature, *o, chunk_rows))
+    return TokenStats(*_linear_token_stats(hidden, weight, bias, y, counted, row_temperature, chunk_rows, *o))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends.gradient_memory import new_gradient
-from ..checks import check_ignore_index, check_logits, check_mask, check_target_range, check_targets
-from ..layout import as_rows, computing_dtype, row_chunks
+from ..checks import check_ignore_index, check_logits, check_mask, check_target_range, check_targets, computing_dtype
+from ..layout import as_rows, row_chunks
 from ..operator import Operator, differentiable, values_readable
 
 

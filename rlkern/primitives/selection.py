@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import as_bool, check_count, check_fraction, check_generator, check_number, expect, shown
-from ..layout import computing_dtype
+from ..checks import as_bool, check_count, check_fraction, check_generator, check_number, computing_dtype, expect, shown
 from ..operator import Operator
 
 

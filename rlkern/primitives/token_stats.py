@@ -20,12 +20,13 @@ from ..checks import (
     check_target_range,
     check_targets,
     check_temperature,
+    computing_dtype,
 )
-from ..layout import as_rows, computing_dtype
+from ..layout import as_rows
 from ..operator import Operator, differentiable, values_readable
 
-ARGUMENTS = "Tensor? targets, Tensor? mask, Tensor? row_temperature, float temperature, int ignore_index, "
-ARGUMENTS += "int kept_kind, float log_kept, bool with_sum_sq, bool with_entropy"
+TENSORS = "Tensor? targets, Tensor? mask, Tensor? row_temperature"
+OPTIONS = "float temperature, int ignore_index, int kept_kind, float log_kept, bool with_sum_sq, bool with_entropy"
 RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 GRADIENTS = "Tensor state, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp, Tensor? g_sum_sq_prob, "
 GRADIENTS += "Tensor? g_kept_logmass"
@@ -35,11 +36,11 @@ class TokenStats(NamedTuple):
     """Numbers of rows of logits, see `token_stats`, of the rows' shape; `logp` of the targets' shape."""
 
     logp: Tensor
-    entropy: Tensor | None
+    entropy: Tensor
     logsumexp: Tensor
-    sum_sq_prob: Tensor | None = None
-    kept_logmass: Tensor | None = None
-    target_kept: Tensor | None = None  # bool: the target is in the kept set
+    sum_sq_prob: Tensor = None  # type: ignore[assignment]
+    kept_logmass: Tensor = None  # type: ignore[assignment]
+    target_kept: Tensor = None  # type: ignore[assignment]  # bool: the target is in the kept set
 
     @property
     def proxy_logp(self) -> Tensor:
@@ -149,18 +150,18 @@ def _backward(logits, *args):
 
 
 _forward = Operator(
-    f"token_stats(Tensor logits, {ARGUMENTS}) -> {RESULTS}",
+    f"token_stats(Tensor logits, {TENSORS}, {OPTIONS}) -> {RESULTS}",
     compute,
     lambda logits, targets, mask, row_temperature, *options: new_results(logits, targets, Options(*options)),
 )
 _token_stats = differentiable(
     _forward,
-    Operator(f"token_stats_backward(Tensor logits, {ARGUMENTS}, {GRADIENTS}) -> Tensor", _backward, lambda x, *_: new_gradient(x)),
+    Operator(f"token_stats_backward(Tensor logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> Tensor", _backward, lambda x, *_: new_gradient(x)),
     outputs=5,
     constants=1,
     instead="use rlkern.reference.token_stats, with targets [..., K], and the loss on what it returns",
     overwrite=Operator(
-        f"token_stats_backward_(Tensor(a!) logits, {ARGUMENTS}, {GRADIENTS}) -> ()",
+        f"token_stats_backward_(Tensor(a!) logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> ()",
         lambda logits, *args: write_gradient(logits, logits, *args),
         lambda *args: None,
     ),
@@ -307,4 +308,4 @@ def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, ma
     mask = check_mask(mask, logits)
     row_temperature, number = check_temperature(temperature, logits, mask=mask)
     options = Options(number, ignore_index=-100, kept_kind=KeptKind.NONE, log_kept=0.0, with_sum_sq=False, with_entropy=True)
-    return TokenStats(*_token_stats(logits, None, mask, row_temperature, *options)).entropy  # type: ignore[return-value]
+    return TokenStats(*_token_stats(logits, None, mask, row_temperature, *options)).entropy

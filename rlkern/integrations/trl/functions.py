@@ -34,5 +34,4 @@ def selective_log_softmax_and_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Both in one pass: logits [..., V], index [...] -> float32 [...] each, 0 where row_mask is 0."""
     stats = primitives.token_stats(logits, index, temperature=temperature, mask=row_mask)
-    entropy: Tensor = stats.entropy  # type: ignore[assignment]  # asked for
-    return stats.logp, entropy if entropy_requires_grad else entropy.detach()
+    return stats.logp, stats.entropy if entropy_requires_grad else stats.entropy.detach()

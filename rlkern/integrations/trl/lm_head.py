@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ...layout import computing_dtype
+from ...checks import computing_dtype
 from ...operator import values_readable
 from ...primitives.token_stats import token_stats
 
@@ -149,13 +149,12 @@ def _token_block(head: _Head, tokens: slice, outputs: tuple[str, ...]) -> tuple[
     log_mass = torch.log_softmax(torch.stack(lse), 0)
     mass = log_mass.exp()
     inside = torch.stack([head.local(tokens, columns)[1] for columns in head.column_ranges()])
-    entropy = torch.stack(entropies)  # type: ignore[arg-type]  # asked for
+    entropy = torch.stack(entropies)
     h = torch.where(mass > 0, mass * (entropy - log_mass), 0).sum(0)
     logp = logp + torch.where(inside, log_mass, 0).sum(0)
     log_sum_sq = None
     if "log_sum_sq_probs" in outputs:
-        squares = torch.stack(sum_sq)  # type: ignore[arg-type]  # asked for
-        log_sum_sq = torch.where(mass > 0, mass.square() * squares, 0).sum(0).log()
+        log_sum_sq = torch.where(mass > 0, mass.square() * torch.stack(sum_sq), 0).sum(0).log()
     mean = total / (len(head.weight) * head.temperature) if "mean_logits" in outputs else None
     is_top1 = (logp.new_zeros(0, dtype=torch.bool) if top is None else top[1]) if "is_top1" in outputs else None
     return log_mass, entropy, logp, h, log_sum_sq, mean, is_top1

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...checks import FINITE, check_choice, check_count, check_number, check_tokens, expect
-from ...primitives.kinks import excess
+from ...primitives.kinks import excess, number
 from ...primitives.ratio import PolicyTokens, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean
 from ..aggregate import LossOutput, aggregate
@@ -147,7 +147,7 @@ def history_mean(mean_entropy: float | Tensor, p: PolicyTokens) -> Tensor:
     """h as a tensor, [B, 1] or 0-d."""
     if not isinstance(mean_entropy, Tensor):
         check_number("mean_entropy", mean_entropy, 0)
-        return p.logp.new_full((), mean_entropy)
+        return number(mean_entropy, p.logp)
     if mean_entropy.dim() == 0:
         return mean_entropy.detach().to(p.logp.dtype)
     return per_sequence("mean_entropy", mean_entropy, p)

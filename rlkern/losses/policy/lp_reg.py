@@ -72,8 +72,9 @@ def lp_reg_loss(
         in R       -A r + kl_coef * k3 of (logp; proxy_logp), clamped at kl_clamp; PPO's clip does not apply
         others     max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high))
 
-    k3's gradient is 1 - q / pi. Over all samples of pi its expectation is that of the full KL(q || pi), over
-    R it is R's part. The clamp at 10 switches it off where proxy_logp - logp > 2.61, kl_clamp=None nowhere.
+    k3's gradient is 1 - q / pi. Over all samples of pi its expectation is that of the full KL(q || pi). Only
+    the tokens of R give their share of it here. The clamp at 10 switches it off where proxy_logp - logp >
+    2.61. With kl_clamp=None it acts everywhere.
 
     kl_term="full" is the paper's Eq. 6. Its R: tokens with A < 0 and proxy_logp > -inf among the lowest
     fraction rho of **all** tokens. Per token
