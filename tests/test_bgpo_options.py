@@ -138,7 +138,7 @@ def test_coefficients_do_not_compile_again():
 
     def loss(c):
         options = {name: c[name] for name in coefficients if name not in ("low", "high")}
-        options |= {"clip": (c["low"], c["high"]), "mask": batch.mask[0], "ref_elbo": ref}
+        options.update({"clip": (c["low"], c["high"]), "mask": batch.mask[0], "ref_elbo": ref})
         return rlkern.bgpo_loss(logits, batch.targets, weight, advantages, old, **options).loss
 
     assert_compiles_once(loss, coefficients)

@@ -109,8 +109,8 @@ _select_bottom = Operator("select_bottom(Tensor values, Tensor valid, Tensor cou
 def _fraction(values, valid, group, fraction, minimum, least):
     out = values.new_empty(values.shape, dtype=torch.bool)
     if values.numel():
-        dense = (x.contiguous() for x in (values, valid, group))
-        backends.select(values.device).select_fraction(*dense, fraction, minimum, least, out)
+        dense = (x.contiguous().view(-1) for x in (values, valid, group))
+        backends.select(values.device).select_fraction(*dense, fraction, minimum, least, out.view(-1))
     return out
 
 
