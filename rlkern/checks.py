@@ -18,10 +18,8 @@ Like = tuple[str, Tensor]  # a tensor that another one must go with, and its nam
 
 
 def shown(value: object) -> str:
-    """How an error shows a value: names and numbers as they are, a tensor's dtype, any other's type."""
-    if isinstance(value, (str, int, float, type(None))):
-        return repr(value)
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+    """How an error shows a value: names and numbers as they are, of anything else the type."""
+    return repr(value) if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
 
 # --- tensors ------------------------------------------------------------------------------------------------
@@ -57,7 +55,7 @@ def expect(
     """
     words, dtypes = _KINDS[kind]
     if not isinstance(x, Tensor) or x.dtype not in dtypes:
-        raise TypeError(f"{name} must be {words}{'' if layout == '[...]' else ' ' + layout}, got {shown(x)}")
+        raise TypeError(f"{name} must be {words}{'' if layout == '[...]' else ' ' + layout}, got {x.dtype if isinstance(x, Tensor) else shown(x)}")
     if shape is None and like is not None:
         if x.shape != like[1].shape:
             raise ValueError(f"{name} must have the shape of {like[0]} {tuple(like[1].shape)}, got {tuple(x.shape)}")

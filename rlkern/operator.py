@@ -24,6 +24,7 @@ _library = torch.library.Library("rlkern", "DEF")
 _ORDINARY = (Tensor, torch.nn.Parameter)
 _is_compiling, _dispatch_modes = torch.compiler.is_compiling, torch._C._len_torch_dispatch_stack
 _transform = torch._C._functorch.peek_interpreter_stack  # torch.func's, or None
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # as in jacobian(vectorize=True)
 
 
 def watched(x: Tensor) -> bool:
@@ -34,7 +35,10 @@ def watched(x: Tensor) -> bool:
 
 def values_readable(x: Tensor) -> bool:
     """Whether the host may read x: its values are on the CPU, or RLKERN_DEBUG=1 asks to wait for them."""
-    return not watched(x) and (DEBUG or x.device.type == "cpu")
+    own_values = type(x) in _ORDINARY or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    if not own_values or _is_compiling() or x.is_meta or _dispatch_modes() > 0:
+        return False
+    return DEBUG or x.device.type == "cpu"
 
 
 def _without_none(x: Tensor, results: Any) -> Any:
@@ -70,16 +74,18 @@ class Operator:
         self.op = getattr(torch.ops.rlkern, self.name).default
 
     def __call__(self, x: Tensor, *args: Any) -> Any:
-        if watched(x) or _transform() is not None:
-            # torch.compile fuses the plain form, and torch.func transforms it.
-            if self.plain is not None and (_is_compiling() or x.is_meta or _transform() is not None):
+        looked_at = watched(x) or _transform() is not None
+        if self.plain is not None:
+            # torch.compile fuses the plain form, torch.func transforms it, and the reference backend
+            # differentiates it any number of times.
+            if looked_at and (_is_compiling() or x.is_meta or _transform() is not None):
                 return self.plain(x, *args)
-            with torch.no_grad():
-                return _with_none(self.op(x, *args))
-        # The reference backend differentiates the plain form any number of times.
-        if self.plain is not None and backends.select(x.device) is backends.reference:
-            return self.plain(x, *args)
-        return self.run(x, *args)
+            if backends.select(x.device) is backends.reference:
+                return self.plain(x, *args)
+        if not looked_at:
+            return self.run(x, *args)
+        with torch.no_grad():
+            return _with_none(self.op(x, *args))
 
 
 class _Once(torch.autograd.Function):
@@ -123,8 +129,8 @@ class _Rule(NamedTuple):
 _rules: dict[str, _Rule] = {}  # by the forward's name: Dynamo of torch 2.6 follows a global, and not a closure
 
 
-def _run(operator: Operator, args: Sequence) -> Any:
-    if not watched(args[0]):
+def _run(operator: Operator, args: Sequence, batched: bool = False) -> Any:
+    if not batched and not watched(args[0]):
         return operator.run(*args)
     results = operator.op(*args)
     return results if _is_compiling() else _with_none(results)
@@ -169,11 +175,12 @@ class _Function(torch.autograd.Function):
 def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
     n, (_, options, in_place) = rule.forward.tensors, ctx.call
     args = (*saved[:n], *options, *saved[n:], *grads[: rule.outputs])
+    batched = not _is_compiling() and _is_batched(next(g for g in grads if g is not None))
     if rule.wrt > 1:
         wanted = list(ctx.needs_input_grad[3 : 3 + rule.wrt])
-        return tuple(g if want else None for g, want in zip(_run(rule.backward, (*args, wanted)), wanted, strict=True))
-    if rule.overwrite is None or not in_place or _is_compiling():
-        return (_run(rule.backward, args),)
+        return tuple(g if want else None for g, want in zip(_run(rule.backward, (*args, wanted), batched), wanted, strict=True))
+    if rule.overwrite is None or not in_place or batched or _is_compiling():
+        return (_run(rule.backward, args, batched),)
     _run(rule.overwrite, args)
     torch.autograd.graph.increment_version(args[0])
     return (args[0].detach(),)

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import rlkern
@@ -353,3 +354,54 @@ def test_missing_backend_is_named(monkeypatch):
 
 def test_info_names_every_backend():
     assert {"reference", "native", "triton", "torch", "rlkern"} <= rlkern.backend_info().keys()
+
+
+class Seen(TorchDispatchMode):
+    """Looks at every operator and changes none."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (3, 7)])
+@pytest.mark.parametrize("loss", [rlkern.clip_cov_loss, rlkern.kl_cov_loss, rlkern.ppo_loss])
+def test_a_dispatch_mode_changes_nothing(backend, device, loss, shape):
+    """Not a bit: activation checkpointing runs the second forward under one."""
+    g = torch.Generator().manual_seed(0)
+    logp, old, advantages = (-torch.rand(*size, generator=g) for size in (shape, shape, shape[:1]))
+    mask = torch.rand(*shape, generator=g) < 0.8
+    arguments = [x.to(device) for x in (old, advantages, mask)]
+    options = {} if loss is rlkern.ppo_loss else {"select_ratio": 0.3}
+    options |= {"cov_low": -1.0, "generator": torch.Generator(device)} if loss is rlkern.clip_cov_loss else {}
+
+    def step():
+        if "generator" in options:
+            options["generator"].manual_seed(1)
+        leaf = logp.to(device).requires_grad_()
+        value = loss(leaf, *arguments, **options).loss
+        return value.detach(), torch.autograd.grad(value, leaf)[0]
+
+    plain = step()
+    with Seen():
+        watched = step()
+    assert all(torch.equal(a, b) for a, b in zip(plain, watched, strict=True))
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: rlkern.token_divergence(x, x.detach() / 2), lambda x: rlkern.token_logprobs(x, torch.ones(2, 3, dtype=torch.long))]
+)
+def test_batched_gradients(function):
+    """jacobian(vectorize=True) runs the backward under torch.func."""
+    x = torch.randn(2, 3, 5)
+    rows = torch.autograd.functional.jacobian(function, x)
+    torch.testing.assert_close(torch.autograd.functional.jacobian(function, x, vectorize=True), rows)
+
+
+def test_a_plain_subclass_is_checked_like_a_tensor(backend, device):
+    class Named(torch.Tensor):
+        pass
+
+    logits = torch.zeros(2, 3, 5, device=device).as_subclass(Named)
+    if device == "cpu":
+        with pytest.raises(IndexError, match="target 9 of row 0 is out of range for 5 logits"):
+            rlkern.token_stats(logits, torch.full((2, 3), 9))

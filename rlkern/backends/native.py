@@ -17,6 +17,7 @@ isas = _cpu.isas  # those that were built and that this processor runs, best fir
 use_isa = _cpu.use_isa  # switches the process to another of them, for tests; ValueError if it cannot run here
 
 _DTYPES = {getattr(torch, name): code for code, name in enumerate(_cpu.constants["DType"])}
+_TOKEN_DTYPES = {dtype: _DTYPES[dtype] for dtype in (torch.float32, torch.float64)}  # of numbers one a token
 
 
 def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
@@ -71,29 +72,29 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
 def covariance_sums(logp, advantages, mask) -> Tensor:
     sums = logp.new_empty((1, 3), dtype=torch.float64)
     call = {"n": logp.numel(), "logp": logp, "advantages": advantages, "mask": mask, "sums": sums}
-    _cpu.covariance_sums(_DTYPES[logp.dtype], call)
+    _cpu.covariance_sums(_TOKEN_DTYPES[logp.dtype], call)
     return sums
 
 
 def token_covariance(logp, advantages, mask, sums, out) -> None:
     call = {"n": logp.numel(), "logp": logp, "advantages": advantages, "mask": mask, "sums": sums, "out": out}
-    _cpu.token_covariance(_DTYPES[logp.dtype], call)
+    _cpu.token_covariance(_TOKEN_DTYPES[logp.dtype], call)
 
 
 def select_bottom(values, valid, count, out) -> None:
     call = {"n": values.numel(), "values": values, "valid": valid, "count": count, "out": out}
-    _cpu.select_bottom(_DTYPES[values.dtype], call)
+    _cpu.select_bottom(_TOKEN_DTYPES[values.dtype], call)
 
 
 def select_fraction(values, valid, group, fraction, minimum, least, out) -> None:
     call = {"n": values.numel(), "values": values, "valid": valid, "group": group}
     call |= {"fraction": fraction, "minimum": minimum, "least": least, "out": out}
-    _cpu.select_fraction(_DTYPES[values.dtype], call)
+    _cpu.select_fraction(_TOKEN_DTYPES[values.dtype], call)
 
 
 def selected_means(values, selected, mask, out) -> None:
     call = {"n": values.numel(), "values": values, "selected": selected, "mask": mask, "out": out}
-    _cpu.selected_means(_DTYPES[values.dtype], call)
+    _cpu.selected_means(_TOKEN_DTYPES[values.dtype], call)
 
 
 def ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out) -> None:
@@ -102,10 +103,10 @@ def ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out) -> Non
     call = {"n": logp.numel(), "logp": logp, "old_logp": old_logp, "advantages": advantages, "mask": mask}
     call |= {"unclipped": unclipped, "low": low, "high": high, "dual": dual, "least": least, "most": most}
     call |= {"terms": terms, "free": free, "summary": summary}
-    _cpu.ratio_terms(_DTYPES[logp.dtype], call)
+    _cpu.ratio_terms(_TOKEN_DTYPES[logp.dtype], call)
 
 
 def kl_terms(logp, reference, mask, kind, straight_through, clamp, out) -> None:
     call = {"n": logp.numel(), "logp": logp, "reference": reference, "mask": mask, "terms": out}
     call |= {"kind": kind, "straight_through": straight_through, "clamp": clamp}
-    _cpu.kl_terms(_DTYPES[logp.dtype], call)
+    _cpu.kl_terms(_TOKEN_DTYPES[logp.dtype], call)

@@ -43,11 +43,14 @@ def draw_mean(name: str, elbo: Tensor, mc_weight: Tensor | None, like: Like | No
 
     `like` has its B and device.
     """
-    expect(name, elbo, "float", "[...]")
+    expect(name, elbo, "float", "[B] or [B, n]", shape=elbo.shape if isinstance(elbo, Tensor) else ())
     if elbo.dim() not in (1, 2) or elbo.shape[1:] == (0,):
         raise ValueError(f"{name} must be [B] or [B, n], one ELBO a response or one a draw, got shape {tuple(elbo.shape)}")
     if like is not None:
-        expect(name, elbo, "float", "[B, n]", shape=(like[1].shape[0], *elbo.shape[1:]), like=like)
+        responses = like[1].shape[0]
+        if elbo.shape[0] != responses:
+            raise ValueError(f"{name} must have B = {responses} responses, as {like[0]} has, got {tuple(elbo.shape)}")
+        expect(name, elbo, "float", "[B, n]", shape=elbo.shape, like=like)
     elbo = elbo.to(computing_dtype(elbo))
     if elbo.dim() == 1:
         if mc_weight is not None:

@@ -174,12 +174,12 @@ _linear_token_stats = differentiable(
 
 def _check_matrix(hidden: Any, weight: Any, bias: Any) -> None:
     check_logits(hidden, "hidden")
-    for name, x, layout in (("weight", weight, "[V, H]"), ("bias", bias, "[V]")):
+    for name, x in (("weight", weight), ("bias", bias)):
         if name == "bias" and x is None:
             continue
         if isinstance(x, Tensor) and x.dtype != hidden.dtype:
             raise TypeError(f"{name} must have the dtype of hidden {hidden.dtype} (or run under torch.autocast), got {x.dtype}")
-        expect(name, x, "float", layout)
+        expect(name, x, "float", "[...]")
         if x.device != hidden.device:
             raise ValueError(f"{name} must be on the device of hidden {hidden.device}, got {x.device}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...backends.contract import LARGEST_EXPONENT
-from ...checks import check_choice, check_fraction, check_number, check_positive, shown
+from ...checks import check_choice, check_fraction, check_number, shown
 from ...primitives.kinks import bounded
 from ...primitives.ratio import ratio_metrics
 from ...primitives.reductions import fraction, masked_mean, total
@@ -108,7 +108,9 @@ def log_at_least(x: Tensor, low: float) -> Tensor:
 def check_numbers(neg_weight, clamp_neg, clamp_pos, log_ratio_clamp, rate_bounds) -> None:
     """Raises TypeError or ValueError for numbers that `nft_loss` does not take."""
     check_number("neg_weight", neg_weight, 0)
-    check_positive("clamp_neg", clamp_neg)
+    check_number("clamp_neg", clamp_neg, 0)
+    if clamp_neg == 0:
+        raise ValueError("clamp_neg must be positive: prox may be 0 or less, and its logarithm is taken, got 0")
     check_number("clamp_pos", clamp_pos, 0)
     check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)
     if not isinstance(rate_bounds, (tuple, list)) or len(rate_bounds) != 2:

@@ -201,7 +201,10 @@ def dpo_loss(
     given: dict[str, Any] = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
     if not (reference_free and reference_chosen_logps is None and reference_rejected_logps is None):
         given.update(reference_chosen_logps=reference_chosen_logps, reference_rejected_logps=reference_rejected_logps)
-    expect_alike("float", "[B] (both references may be None with reference_free=True)", **given)
+        if reference_chosen_logps is None or reference_rejected_logps is None:
+            name = "reference_chosen_logps" if reference_chosen_logps is None else "reference_rejected_logps"
+            raise TypeError(f"{name} must be a float tensor [B], got None (both references may be None with reference_free=True)")
+    expect_alike("float", "[B] (one log-probability a sequence)", **given)
     _check_extras(policy_chosen_logps, chosen_lengths, rejected_lengths, weights, options)
 
     dtype = torch.float64 if torch.float64 in [x.dtype for x in given.values()] else torch.float32
