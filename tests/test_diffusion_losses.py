@@ -286,7 +286,7 @@ BNT = torch.zeros(2, 4, 3)
     [
         (TypeError, "chosen_elbo", lambda: vrpo_loss([1.0], B2, B2, B2)),
         (ValueError, "chosen_elbo", lambda: vrpo_loss(BNT, B2, B2, B2)),
-        (ValueError, r"ref_rejected_elbo must be \(2,\) for chosen_elbo \(2,\), got \(3,\)", lambda: vrpo_loss(B2, B2, B2, torch.zeros(3))),
+        (ValueError, "ref_rejected_elbo must have B = 2 responses, as chosen_elbo has", lambda: vrpo_loss(B2, B2, B2, torch.zeros(3))),
         (ValueError, "averaged already", lambda: vrpo_loss(B2, B2, B2, B2, mc_weight=B2)),
         (ValueError, "mc_weight", lambda: vrpo_loss(BT, BT, BT, BT, mc_weight=B2)),
         (ValueError, "beta", lambda: vrpo_loss(B2, B2, B2, B2, beta=0)),
