@@ -138,13 +138,13 @@ def _run(operator: Operator, args: Sequence, batched: bool = False) -> Any:
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, name, options, in_place, *tensors):
-        forward, _, _, outputs, shown, _, _ = _rules[name]
-        results = _run(forward, (*tensors, *options))
+    def forward(ctx, call, *tensors):
+        forward, _, _, outputs, shown, _, _ = _rules[call[0]]
+        results = _run(forward, (*tensors, *call[1]))
         if not isinstance(results, tuple):
             results = (results,)
         ctx.save_for_backward(*tensors, *results[shown:])
-        ctx.call = name, options, in_place
+        ctx.call = call
         ctx.set_materialize_grads(False)
         if outputs < shown:
             constants = [x for x in results[outputs:shown] if x is not None]
@@ -169,17 +169,25 @@ class _Function(torch.autograd.Function):
             gradients = tuple(None if g is None else once(g, x, rule.instead) for g, x in pairs)
         else:
             gradients = _derivative(rule, ctx, saved, grads)
-        return (None, None, None, *gradients, *(None,) * (rule.forward.tensors - len(gradients)))
+        return (None, *gradients, *(None,) * (rule.forward.tensors - len(gradients)))
+
+
+def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
+    for g in grads:
+        if g is not None:
+            return g
+    return None
 
 
 def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
     n, (_, options, in_place) = rule.forward.tensors, ctx.call
     args = (*saved[:n], *options, *saved[n:], *grads[: rule.outputs])
-    batched = not _is_compiling() and _is_batched(next(g for g in grads if g is not None))
+    compiling = _is_compiling()
+    batched = not compiling and _is_batched(_first(grads))  # type: ignore[arg-type]  # one is there
     if rule.wrt > 1:
-        wanted = list(ctx.needs_input_grad[3 : 3 + rule.wrt])
+        wanted = list(ctx.needs_input_grad[1 : 1 + rule.wrt])
         return tuple(g if want else None for g, want in zip(_run(rule.backward, (*args, wanted), batched), wanted, strict=True))
-    if rule.overwrite is None or not in_place or batched or _is_compiling():
+    if rule.overwrite is None or not in_place or batched or compiling:
         return (_run(rule.backward, args, batched),)
     _run(rule.overwrite, args)
     torch.autograd.graph.increment_version(args[0])
@@ -218,7 +226,7 @@ def differentiable(
     _rules[name] = _Rule(forward, backward, overwrite, outputs, shown, wrt, instead)
 
     def apply(*args: Any, in_place: bool = False) -> Any:
-        results = _Function.apply(name, args[n:], in_place, *args[:n])
+        results = _Function.apply((name, args[n:], in_place), *args[:n])
         results = _with_none(results) if _is_compiling() else results
         return results if shown > 1 else results[0]
 

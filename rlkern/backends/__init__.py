@@ -76,7 +76,8 @@ def select(device: torch.device) -> ModuleType:
     """The backend for tensors on `device`. Raises RuntimeError where the chosen backend cannot run there."""
     on_cpu = device.type == "cpu"
     if _current == "auto":
-        module = _load("native" if on_cpu else "triton")
+        name = "native" if on_cpu else "triton"
+        module = _loaded.get(name) or _load(name)
         return reference if isinstance(module, Exception) else module
     module = _load(_current)
     if isinstance(module, Exception):
