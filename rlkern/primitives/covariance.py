@@ -29,13 +29,13 @@ def _covariance(logp, advantages, mask, sums):
 
 _covariance_sums = Operator(
     "covariance_sums(Tensor logp, Tensor advantages, Tensor mask) -> Tensor",
-    _sums,
-    lambda logp, *_: logp.new_empty(3, dtype=torch.float64),
+    run=_sums,
+    fake=lambda logp, *_: logp.new_empty(3, dtype=torch.float64),
 )
 _token_covariance = Operator(
     "token_covariance(Tensor logp, Tensor advantages, Tensor mask, Tensor? sums) -> Tensor",
-    _covariance,
-    lambda logp, *_: logp.new_empty(logp.shape),
+    run=_covariance,
+    fake=lambda logp, *_: logp.new_empty(logp.shape),
 )
 
 

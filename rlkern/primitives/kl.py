@@ -123,9 +123,9 @@ def _plain_kl_terms(logp, reference, where, kind, straight_through, clamp):
 
 _terms = Operator(
     "kl_terms(Tensor logp, Tensor reference, Tensor where, int kind, bool straight_through, float? clamp) -> Tensor",
-    _kl_terms,
-    _new_terms,
-    _plain_kl_terms,
+    run=_kl_terms,
+    fake=_new_terms,
+    plain=_plain_kl_terms,
 )
 
 

@@ -157,13 +157,13 @@ _ARGUMENTS = f"Tensor hidden, Tensor weight, Tensor? bias, {TENSORS}, int chunk_
 _linear_token_stats = differentiable(
     Operator(
         f"linear_token_stats({_ARGUMENTS}) -> {RESULTS}",
-        _forward,
-        _new_stats,
+        run=_forward,
+        fake=_new_stats,
     ),
     Operator(
         f"linear_token_stats_backward({_ARGUMENTS}, {GRADIENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
-        _backward,
-        _new_gradients,
+        run=_backward,
+        fake=_new_gradients,
     ),
     outputs=5,
     constants=1,

@@ -63,8 +63,8 @@ _row_moments = differentiable(
     Operator("row_moments(Tensor logits, Tensor targets, Tensor skipped) -> (Tensor, Tensor, Tensor)", _moments, _new_moments),
     Operator(
         "row_moments_backward(Tensor logits, Tensor targets, Tensor skipped, Tensor mean, Tensor? g_target, Tensor? g_variance) -> Tensor",
-        _gradient,
-        lambda logits, *_: new_gradient(logits),
+        run=_gradient,
+        fake=lambda logits, *_: new_gradient(logits),
     ),
     outputs=2,
     instead="use rlkern.reference.row_moments",

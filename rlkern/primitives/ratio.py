@@ -209,9 +209,9 @@ def _plain_summary(d, ratio, advantages, mask, low, high, dual):
 _ratio_terms = Operator(
     "ratio_terms(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor mask, Tensor? unclipped, float? low, "
     "float? high, float? dual, float? least, float? most) -> (Tensor, Tensor, Tensor)",
-    _kernel,
-    _new_ratio_terms,
-    _plain,
+    run=_kernel,
+    fake=_new_ratio_terms,
+    plain=_plain,
 )
 
 

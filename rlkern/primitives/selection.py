@@ -121,9 +121,9 @@ def _plain_fraction(values, valid, group, fraction, minimum, least):
 
 _select_fraction = Operator(
     "select_fraction(Tensor values, Tensor valid, Tensor group, float fraction, int minimum, int least) -> Tensor",
-    _fraction,
-    _like_values,
-    _plain_fraction,
+    run=_fraction,
+    fake=_like_values,
+    plain=_plain_fraction,
 )
 
 

@@ -151,19 +151,19 @@ def _backward(logits, *args):
 
 _forward = Operator(
     f"token_stats(Tensor logits, {TENSORS}, {OPTIONS}) -> {RESULTS}",
-    compute,
-    lambda logits, targets, mask, row_temperature, *options: new_results(logits, targets, Options(*options)),
+    run=compute,
+    fake=lambda logits, targets, mask, row_temperature, *options: new_results(logits, targets, Options(*options)),
 )
 _token_stats = differentiable(
-    _forward,
-    Operator(f"token_stats_backward(Tensor logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> Tensor", _backward, lambda x, *_: new_gradient(x)),
+    forward=_forward,
+    backward=Operator(f"token_stats_backward(Tensor logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> Tensor", _backward, lambda x, *_: new_gradient(x)),
     outputs=5,
     constants=1,
     instead="use rlkern.reference.token_stats, with targets [..., K], and the loss on what it returns",
     overwrite=Operator(
         f"token_stats_backward_(Tensor(a!) logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> ()",
-        lambda logits, *args: write_gradient(logits, logits, *args),
-        lambda *args: None,
+        run=lambda logits, *args: write_gradient(logits, logits, *args),
+        fake=lambda *args: None,
     ),
 )
 
