@@ -41,10 +41,16 @@ struct Backward : Rows {
   bool stream;  // past the caches; not in place
 };
 
-// The kernels compiled for one instruction set. They compute the rows [begin, end) on the calling thread.
-struct Kernels {
-  void (*forward)(const Forward&, int64_t begin, int64_t end);
-  void (*backward)(const Backward&, int64_t begin, int64_t end);
+// The kernels that are compiled once for every instruction set, and what a call of each is. They compute the
+// rows [begin, end) on the calling thread.
+#define RLKERN_KERNELS(F)         \
+  F(token_stats_forward, Forward) \
+  F(token_stats_backward, Backward)
+
+struct Kernels {  // those for one instruction set
+#define RLKERN_MEMBER(name, Call) void (*name)(const Call&, int64_t begin, int64_t end);
+  RLKERN_KERNELS(RLKERN_MEMBER)
+#undef RLKERN_MEMBER
 };
 
 // static: every instruction set keeps its own copy

@@ -4,12 +4,22 @@
 
 namespace rlkern {
 
-extern const Kernels kernels_baseline;
+// Each instruction set's kernels are in a namespace of its name.
+#define RLKERN_DECLARE(name, Call) void name(const Call&, int64_t begin, int64_t end);
+#define RLKERN_ENTRY(name, Call) name,
+#define RLKERN_BUILT_FOR(isa)                          \
+  namespace isa {                                      \
+  RLKERN_KERNELS(RLKERN_DECLARE)                       \
+  const Kernels kernels{RLKERN_KERNELS(RLKERN_ENTRY)}; \
+  }
+
+RLKERN_BUILT_FOR(baseline)
 #ifdef RLKERN_X86
-extern const Kernels kernels_avx2, kernels_avx512;
+RLKERN_BUILT_FOR(avx2)
+RLKERN_BUILT_FOR(avx512)
 #endif
 #ifdef RLKERN_AVX512_BF16
-extern const Kernels kernels_avx512_bf16;
+RLKERN_BUILT_FOR(avx512_bf16)
 #endif
 
 namespace {
@@ -30,18 +40,18 @@ bool runs_avx512() {
 
 const Isa isas[] = {
 #ifdef RLKERN_AVX512_BF16
-    {"avx512_bf16", &kernels_avx512_bf16, [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }},
+    {"avx512_bf16", &avx512_bf16::kernels, [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 #endif
 #ifdef RLKERN_X86
-    {"avx512", &kernels_avx512, runs_avx512},
+    {"avx512", &avx512::kernels, runs_avx512},
     // Every processor with AVX2 has F16C. Older compilers' __builtin_cpu_supports does not know its name.
-    {"avx2", &kernels_avx2,
+    {"avx2", &avx2::kernels,
      [] {
        __builtin_cpu_init();
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
      }},
 #endif
-    {"baseline", &kernels_baseline, [] { return true; }},
+    {"baseline", &baseline::kernels, [] { return true; }},
 };
 const Isa* active;
 

@@ -53,7 +53,7 @@ void advise_huge_pages(const Matrix& out, int64_t rows, int64_t inner, int64_t r
 
 void token_stats_forward(const Forward& call) {
   check_targets(call);
-  run(active_kernels().forward, call);
+  run(active_kernels().token_stats_forward, call);
 }
 
 void token_stats_backward(Backward call) {
@@ -66,7 +66,7 @@ void token_stats_backward(Backward call) {
   const bool in_place = call.out.data == call.logits.data;
   call.stream = !in_place && call.rows * row_bytes >= beyond_caches && row_bytes > call.n_targets * worth_a_target;
   if (!in_place) advise_huge_pages(call.out, call.rows, call.inner, row_bytes, element);
-  run(active_kernels().backward, call);
+  run(active_kernels().token_stats_backward, call);
 }
 
 }  // namespace rlkern

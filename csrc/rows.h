@@ -1,0 +1,200 @@
+// What the kernels over rows of logits share: tiles of a row, their maxima and sums, a call's numbers by row.
+// A row is read in tiles of 2048 logits, which stay in the first-level cache.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <initializer_list>
+#include <limits>
+#include <vector>
+
+#include "call.h"
+#include "simd.h"
+
+namespace {
+
+using namespace rlkern;
+
+constexpr int64_t kTile = 2048;
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN(), kInfinity = std::numeric_limits<double>::infinity();
+
+template <class T>
+using Acc = typename Element<T>::Acc;
+template <class T>
+using AccPack = Pack<Acc<T>>;
+template <class T>
+constexpr int kLanes = AccPack<T>::lanes;
+
+// Calls f(tile, count) along the row. -inf pads the last tile: count is a multiple of the lanes.
+template <class T, class F>
+inline void for_each_tile(const T* x, int64_t vocab, F f) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t start = 0; start < vocab; start += kTile) {
+    const int64_t n = vocab - start < kTile ? vocab - start : kTile;
+    if (n % lanes == 0) {
+      f(x + start, n);
+    } else {
+      T padded[kTile];
+      const int64_t whole = (n + lanes - 1) / lanes * lanes;
+      std::memcpy(padded, x + start, n * sizeof(T));
+      for (int64_t i = n; i < whole; ++i) padded[i] = Element<T>::minus_infinity();
+      f(padded, whole);
+    }
+  }
+}
+
+template <class T>
+Acc<T> load_one(const T* x) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    return *x;
+  } else {
+    const Vec<uint16_t> first{x->bits};  // through memory, the load would wait for the store
+    return load(reinterpret_cast<const T*>(&first)).v[0][0];
+  }
+}
+
+template <class T>
+void store_one(T* x, double value) {
+  // Through Acc first, as every other element of the row. NaN in the hardware's own form, see bfloat16_pairs.
+  T padded[kLanes<T>];
+  store(padded, broadcast(std::isnan(value) ? Acc<T>(kNaN) : Acc<T>(value)));
+  std::memcpy(x, padded, sizeof(T));
+}
+
+// --- a tile ---------------------------------------------------------------------------------------------------
+
+template <class T>
+Acc<T> tile_max(const T* x, int64_t n) {
+  AccPack<T> top = broadcast(Acc<T>(-kInfinity));
+  for (int64_t i = 0; i < n; i += kLanes<T>) top = max_or_second(load(x + i), top);
+  return max_lanes(top);
+}
+
+// The bits of 16-bit floats order as signed integers if one is not negative. Else the magnitude is inverted.
+template <class T>
+Acc<T> tile_max_by_bits(const T* x, int64_t n) {
+  static_assert(sizeof(T) == 2 && kLanes<T> == kVectorBytes / 2, "one vector of bits is one pack");
+  const auto largest = [&](int16_t turn) {
+    Vec<int16_t> top = Vec<int16_t>{} + int16_t(INT16_MIN);
+    for (int64_t i = 0; i < n; i += kLanes<T>) top = larger(load_raw<Vec<int16_t>>(x + i) ^ turn, top);
+    return int16_t(fold<int16_t, kVectorBytes>(top, [](auto a, auto b) { return a > b ? a : b; }) ^ turn);
+  };
+  int16_t bits = largest(0);
+  if (bits < 0) bits = largest(INT16_MAX);
+  const Vec<int16_t> all = Vec<int16_t>{} + bits;
+  return load(reinterpret_cast<const T*>(&all)).v[0][0];
+}
+template <>
+float tile_max(const BFloat16* x, int64_t n) {
+  return tile_max_by_bits(x, n);
+}
+template <>
+float tile_max(const Float16* x, int64_t n) {
+  return tile_max_by_bits(x, n);
+}
+
+// The tile after the one that is being summed. Behind its arithmetic the processor would ask for it too late.
+template <class T>
+void prefetch_next_tile(const T* x) {
+  for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + kTile) + byte);
+}
+
+// With t = (x - top) log2(e) / T over some logits. Any NaN makes s0 and s1 NaN, even one the maximum missed.
+struct Sums {
+  double s0 = 0, s1 = 0, s2 = 0;  // of 2^t, 2^t t, 2^2t; without the logits equal to an excluded maximum
+  double ties = 0;                // how many those are
+};
+
+template <class T, bool ExcludeMax, bool Squares, bool Entropy>
+Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
+  using A = Acc<T>;
+  AccPack<T> s0{}, s1{}, s2{};
+  Mask<A> ties{};
+  for (int64_t i = 0; i < n; i += kLanes<T>) {
+    prefetch_next_tile(x + i);
+    const AccPack<T> v = load(x + i), t = (v - top) * scale, e = power_of_two<sizeof(T) == 2>(t);
+    const Mask<A> at_max = v == top;
+    const auto add = [&](const AccPack<T>& sum, const AccPack<T>& term) {
+      return ExcludeMax ? select(at_max, sum, sum + term) : sum + term;
+    };
+    s0 = add(s0, e);
+    if constexpr (Entropy) s1 = s1 + e * finite_exponent(t);  // t is 0 at the maximum
+    if constexpr (Squares) s2 = add(s2, e * e);
+    if constexpr (ExcludeMax) ties = ties + at_max;
+  }
+  return {sum_lanes(s0), Entropy ? sum_lanes(s1) : 0, Squares ? sum_lanes(s2) : 0, ExcludeMax ? -double(sum_lanes(ties)) : 0};
+}
+
+// A row's maximum and sums, tile by tile. One logit equal to the maximum stays out of s0: sum 2^t = 1 + s0, and
+// log1p(s0) keeps the relative accuracy of a row that is all but certain. s1 and s2 are complete.
+template <class A>
+struct RowSums {
+  A top = A(-kInfinity);
+  Sums sums;
+
+  template <bool Squares, bool Entropy, class T>
+  void add(const T* tile, int64_t n, A scale) {
+    const A highest = tile_max(tile, n);
+    const bool is_new = highest > top;
+    if (is_new) {
+      if (top > -kInfinity) {
+        const double d = double(top - highest) * scale, steps = d < -2000 ? -2000 : d, e = std::exp2(steps);
+        sums.s1 = e * (sums.s1 + steps * (1 + sums.s0));
+        sums.s0 = e * (1 + sums.s0);
+        sums.s2 *= e * e;
+      }
+      top = highest;
+    }
+    // While there is nothing but -inf any finite number stands for the maximum: every term is 0.
+    const Sums part = highest > -kInfinity && highest == top
+                          ? tile_sums<T, true, Squares, Entropy>(tile, n, top, scale)
+                          : tile_sums<T, false, Squares, Entropy>(tile, n, top > -kInfinity ? top : 0, scale);
+    sums.s0 += part.s0 + (part.ties - is_new);
+    sums.s1 += part.s1;
+    sums.s2 += part.s2 + part.ties;
+  }
+};
+
+template <class T, bool Squares, bool Entropy>
+RowSums<Acc<T>> row_sums(const T* x, int64_t vocab, Acc<T> scale) {
+  RowSums<Acc<T>> row;
+  for_each_tile(x, vocab, [&](const T* tile, int64_t n) { row.template add<Squares, Entropy>(tile, n, scale); });
+  return row;
+}
+
+// --- a call ---------------------------------------------------------------------------------------------------
+
+template <class T>
+const T* row_of(const Rows& call, const Matrix& matrix, int64_t row) {
+  return static_cast<const T*>(matrix.data) + row / call.inner * matrix.stride_outer + row % call.inner * matrix.stride_inner;
+}
+
+// 1 / T in the accumulation type, NaN where T is not positive: the row shows it.
+template <class A>
+A inverse_temperature(const Rows& call, int64_t row) {
+  if (!call.temperatures) return A(1 / call.temperature);
+  const A t = static_cast<const A*>(call.temperatures)[row];
+  return t > 0 ? 1 / t : A(kNaN);
+}
+
+template <class A>
+void put(void* to, int64_t i, double value) {
+  if (to) static_cast<A*>(to)[i] = A(value);
+}
+
+template <class A>
+double get(const void* from, int64_t i) {
+  return from ? double(static_cast<const A*>(from)[i]) : 0;
+}
+
+// Calls f with a value of the logits' type.
+template <class F>
+void with_type(int dtype, F f) {
+  if (dtype == DType::float32) return f(float{});
+  if (dtype == DType::float64) return f(double{});
+  if (dtype == DType::bfloat16) return f(BFloat16{});
+  f(Float16{});
+}
+
+}  // namespace
