@@ -20,64 +20,81 @@ constexpr A kFar = sizeof(A) == 8 ? A(1e300) : A(1e20);
 
 // --- an entry ----------------------------------------------------------------------------------------------
 
-// e = 2^((z - top) scale), x = (w - other_ref) / other_t - (z - ref) / t + offset, q = e 2^(x log2(e)).
+// e = 2^((z - top) / t log2(e)), x = (w - other_ref) / other_t - (z - ref) / t + offset, q = e 2^(x log2(e)).
 template <class A>
 struct Frame {
-  A top, ref, other_ref, offset = 0;
+  A top, ref, other_ref, offset;
   A inv_t, other_inv_t;
-  bool same;  // temperature
-
-  A scale() const { return A(kLog2E * inv_t); }
-  A other_scale() const { return A(kLog2E * other_inv_t); }
-  A shift() const {
-    return A(kLog2E * (double(offset) + (double(ref) - double(top)) * inv_t));
-  }  // q = 2^((w - other_ref) other_scale + shift)
 };
 
 template <class A>
 Frame<A> frame_of(const Pair& call, int64_t row) {
-  Frame<A> frame{};
-  frame.inv_t = inverse_temperature<A>(call, row);
-  frame.other_inv_t = inverse_temperature<A>(call.other_temperature, call.other_temperatures, row);
-  frame.same = frame.inv_t == frame.other_inv_t;
-  return frame;
+  return {0, 0, 0, 0, inverse_temperature<A>(call, row), inverse_temperature<A>(call.other_temperature, call.other_temperatures, row)};
 }
 
-template <class T>
-struct Entries {
-  AccPack<T> e, q, x, t, excess;  // q where some are far; t and excess = t - x where all others are near
-  Mask<Acc<T>> far;
-  bool some_far;
+// What every entry needs of a frame.
+template <class A>
+struct Units {
+  A top, ref, other_ref, offset, inv_t, other_inv_t;
+  A scale, other_scale, shift;  // e = 2^((z - top) scale), q = 2^((w - other_ref) other_scale + shift)
+  A lead;
 
-  AccPack<T> either(const AccPack<T>& of_near, const AccPack<T>& of_far) const { return select(far, of_far, of_near); }
-  AccPack<T> e_t() const { return some_far ? either(e * t, q - e) : e * t; }
-  AccPack<T> e_excess() const { return some_far ? either(e * excess, (q - e) - e * x) : e * excess; }  // e (t - x)
-  AccPack<T> e_forward() const {                                                                       // e (x (1 + t) - t)
-    const AccPack<T> near = e * (x * t - excess);
-    return some_far ? either(near, q * x - (q - e)) : near;
-  }
-  AccPack<T> all_q() const { return some_far ? either(e * t + e, q) : e * t + e; }
+  explicit Units(const Frame<A>& f)
+      : top(f.top),
+        ref(f.ref),
+        other_ref(f.other_ref),
+        offset(f.offset),
+        inv_t(f.inv_t),
+        other_inv_t(f.other_inv_t),
+        scale(A(kLog2E * f.inv_t)),
+        other_scale(A(kLog2E * f.other_inv_t)),
+        shift(A(kLog2E * (double(f.offset) + (double(f.ref) - double(f.top)) * f.inv_t))),
+        lead(f.ref - f.other_ref) {}
 };
 
 template <class T, bool Same>
-inline Entries<T> entries_of(const AccPack<T>& z, const AccPack<T>& w, const AccPack<T>& e, const Frame<Acc<T>>& f) {
-  using A = Acc<T>;
-  // The difference first: of rows that are all but equal it is exact.
-  const AccPack<T> lowest = broadcast(-kFar<A>), finite = max_or_second(lowest, z);
+inline AccPack<T> log_ratio(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u) {
+  const AccPack<T> lowest = broadcast(-kFar<Acc<T>>), finite = max_or_second(lowest, z);
   AccPack<T> x;
-  if constexpr (Same)
-    x = ((w - finite) + (f.ref - f.other_ref)) * f.inv_t + f.offset;
+  if constexpr (Same)  // the difference first: of rows that are all but equal it is exact
+    x = ((w - finite) + u.lead) * u.inv_t + u.offset;
   else
-    x = (w - f.other_ref) * f.other_inv_t - (finite - f.ref) * f.inv_t + f.offset;
-  Entries<T> v;
-  v.e = e;
-  v.x = max_or_second(lowest, x);
-  v.far = magnitude(v.x) > A(kNear);
-  v.some_far = any(v.far);
-  v.excess = excess(v.x);
-  v.t = v.x + v.excess;
-  if (v.some_far) v.q = power_of_two<sizeof(T) == 2>((w - f.other_ref) * f.other_scale() + f.shift());
-  return v;
+    x = (w - u.other_ref) * u.other_inv_t - (finite - u.ref) * u.inv_t + u.offset;
+  return max_or_second(lowest, x);
+}
+
+// A pack of entries. Far: some |x| is beyond the series, and q is given.
+template <class T, bool Far>
+struct Entries {
+  AccPack<T> e, x, excess, t;  // excess = t - x
+  Mask<Acc<T>> far;
+  AccPack<T> q;
+
+  Entries(const AccPack<T>& e, const AccPack<T>& x, const AccPack<T>& w, const Units<Acc<T>>& u) : e(e), x(x), excess(::excess(x)) {
+    t = x + excess;
+    if constexpr (Far) {
+      far = magnitude(x) > Acc<T>(kNear);
+      q = power_of_two<sizeof(T) == 2>((w - u.other_ref) * u.other_scale + u.shift);
+    }
+  }
+  AccPack<T> either(const AccPack<T>& of_near, const AccPack<T>& of_far) const {
+    if constexpr (Far) return select(far, of_far, of_near);
+    return of_near;
+  }
+  AccPack<T> e_t() const { return either(e * t, q - e); }
+  AccPack<T> e_excess() const { return either(e * excess, (q - e) - e * x); }
+  AccPack<T> e_forward() const { return either(e * (x * t - excess), q * x - (q - e)); }  // e (x (1 + t) - t)
+  AccPack<T> all_q() const { return either(e * t + e, q); }
+};
+
+// Calls f with the entries, whose type says whether some are far.
+template <class T, bool Same, class F>
+inline void with_entries(const AccPack<T>& z, const AccPack<T>& w, const AccPack<T>& e, const Units<Acc<T>>& u, F f) {
+  const AccPack<T> x = log_ratio<T, Same>(z, w, u);
+  if (any_above(magnitude(x), Acc<T>(kNear)))
+    f(Entries<T, true>(e, x, w, u));
+  else
+    f(Entries<T, false>(e, x, w, u));
 }
 
 // What mixing a share of q into p does, M = (1 - share) p + share q: log(M / p), log(q / M), t / (1 + share t).
@@ -87,21 +104,22 @@ struct Mixture {
 };
 
 // Far from equality, from the larger one's side: nothing overflows.
-template <class A>
+template <bool Short, class A>
 inline Mixture<A> mixture_far(const Pack<A>& x, A share) {
-  const Pack<A> zero{}, s = power_of_two(magnitude(x) * A(-kLog2E));
+  const Pack<A> zero{}, one = broadcast(A(1)), s = power_of_two<Short>(magnitude(x) * A(-kLog2E));
   const Mask<A> up = x > A(0);
-  const Pack<A> own = select(up, broadcast(share), broadcast(1 - share)), mass = own + (broadcast(A(1)) - own) * s;
-  const Pack<A> rest = log_positive(mass), gap = broadcast(A(1)) - s;
+  const Pack<A> own = select(up, broadcast(share), broadcast(1 - share)), mass = own + (one - own) * s;
+  const Pack<A> rest = log_positive(mass), gap = one - s;
   return {select(up, x, zero) + rest, select(up, zero, x) - rest, select(up, gap, zero - gap) / mass};
 }
 
-// e f and e g of the kinds that mix.
-template <class T, int Kind>
-inline void mixture_terms(const Entries<T>& v, Acc<T> beta, AccPack<T>& e_f, AccPack<T>& e_g) {
+// (e f, e g) of the kinds that mix.
+template <int Kind, class T, bool Far>
+inline std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Far>& v, Acc<T> beta) {
   using A = Acc<T>;
   const A rest = 1 - beta, share = Kind == PairKind::SKEW_REVERSE_KL ? rest : beta;
   const AccPack<T> v_t = v.t * share, y = log1p_near(v_t);
+  AccPack<T> e_f, e_g;
   if constexpr (Kind == PairKind::JSD) {
     e_f = v.e * ((v.x * v.t - v.excess) * beta - (y * v_t - excess(y)));
     e_g = v.e * y * -rest;
@@ -112,18 +130,20 @@ inline void mixture_terms(const Entries<T>& v, Acc<T> beta, AccPack<T>& e_f, Acc
     e_f = v.e * excess(y);
     e_g = v.e * (v_t / (v_t + A(1)) * beta - y);
   }
-  if (!v.some_far) return;
-  const Mixture<A> m = mixture_far(v.x, share);
-  if constexpr (Kind == PairKind::JSD) {
-    e_f = v.either(e_f, v.q * m.log_other * beta - v.e * m.log * rest);
-    e_g = v.either(e_g, v.e * m.log * -rest);
-  } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
-    e_f = v.either(e_f, v.q * m.log_other - (v.q - v.e) * rest);
-    e_g = v.either(e_g, v.e * m.slope * (-rest * rest));
-  } else {
-    e_f = v.either(e_f, (v.q - v.e) * rest - v.e * m.log);
-    e_g = v.either(e_g, v.e * (m.slope * (beta * rest) - m.log));
+  if constexpr (Far) {
+    const Mixture<A> m = mixture_far<sizeof(T) == 2>(v.x, share);
+    if constexpr (Kind == PairKind::JSD) {
+      e_f = v.either(e_f, v.q * m.log_other * beta - v.e * m.log * rest);
+      e_g = v.either(e_g, v.e * m.log * -rest);
+    } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
+      e_f = v.either(e_f, v.q * m.log_other - (v.q - v.e) * rest);
+      e_g = v.either(e_g, v.e * m.slope * (-rest * rest));
+    } else {
+      e_f = v.either(e_f, (v.q - v.e) * rest - v.e * m.log);
+      e_g = v.either(e_g, v.e * (m.slope * (beta * rest) - m.log));
+    }
   }
+  return {e_f, e_g};
 }
 
 // --- tiles of both rows ------------------------------------------------------------------------------------
@@ -217,40 +237,40 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
   using A = Acc<T>;
   constexpr bool reverse = Kind == PairKind::REVERSE_KL || Kind == PairKind::MIXED_KL;
   constexpr bool forward = Kind == PairKind::FORWARD_KL || Kind == PairKind::MIXED_KL;
-  const A scale = frame.scale();
-  AccPack<T> s0{}, s1{}, x{}, a{}, b{}, u{}, furthest{};
+  const Units<A> units(frame);
+  AccPack<T> s0{}, s1{}, x{}, a{}, b{}, u{};
   Mask<A> ties{};
+  PairSums sums;
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     prefetch_next_tile(z + i);
     prefetch_next_tile(w + i);
-    const AccPack<T> at_z = load(z + i), t = (at_z - frame.top) * scale, e = power_of_two<sizeof(T) == 2>(t);
-    const Entries<T> v = entries_of<T, Same>(at_z, load(w + i), e, frame);
-    if constexpr (Kind >= PairKind::JSD) {
-      AccPack<T> e_f, e_g;
-      mixture_terms<T, Kind>(v, beta, e_f, e_g);
-      a = a + e_f;
-      b = b + e_g;
-    } else {
-      const Mask<A> at_max = at_z == frame.top;
+    const AccPack<T> at_z = load(z + i), t = (at_z - units.top) * units.scale, e = power_of_two<sizeof(T) == 2>(t);
+    if constexpr (Kind < PairKind::JSD) {
+      const Mask<A> at_max = at_z == units.top;
       s0 = select(at_max, s0, s0 + e);
       ties = ties + at_max;
-      x = x + v.e_t();
-      if constexpr (Kind != kTrial) {
-        s1 = s1 + e * finite_exponent(t);
-        furthest = max_or_second(magnitude(v.x), furthest);
-      }
-      if constexpr (reverse) a = a + v.e_excess();
-      if constexpr (forward) b = b + v.e_forward();
-      if constexpr (Kind == PairKind::CROSS_ENTROPY) u = u + v.all_q() * max_or_second(broadcast(-kFar<A>), t);
+      if constexpr (Kind != kTrial) s1 = s1 + e * finite_exponent(t);
     }
+    with_entries<T, Same>(at_z, load(w + i), e, units, [&](const auto& v) {
+      if constexpr (Kind >= PairKind::JSD) {
+        const auto [e_f, e_g] = mixture_terms<Kind>(v, beta);
+        a = a + e_f;
+        b = b + e_g;
+      } else {
+        x = x + v.e_t();
+        if constexpr (reverse) a = a + v.e_excess();
+        if constexpr (forward) b = b + v.e_forward();
+        if constexpr (Kind == PairKind::CROSS_ENTROPY) u = u + v.all_q() * max_or_second(broadcast(-kFar<A>), t);
+        if constexpr (Kind != kTrial && std::is_same_v<decltype(v), const Entries<T, true>&>)
+          sums.unbounded |= any_above(magnitude(v.x), kFar<A> / 2);
+      }
+    });
   }
-  PairSums sums;
   sums.own = {sum_lanes(s0), sum_lanes(s1), 0, -double(sum_lanes(ties))};
   sums.x = sum_lanes(x);
   sums.a = sum_lanes(a);
   sums.b = sum_lanes(b);
   sums.u = sum_lanes(u);
-  sums.unbounded = max_lanes(furthest) > kFar<A> / 2;
   return sums;
 }
 
@@ -266,6 +286,8 @@ struct PairRow {
   double x = 0, a = 0, b = 0;  // as in PairSums
   double u = 0;
   bool only_p = false, only_q = false;  // some entry has mass on one side alone
+
+  PairRow(const Frame<A>& frame, A beta) : frame(frame), beta(beta) {}
 
   // The sums are linear in what a change of the frame does: e grows by k, and x by eta. A side that has had no
   // mass yet has no unit either.
@@ -288,7 +310,7 @@ struct PairRow {
     const bool raised = top > own.top;
     if (raised || new_other > other_top) {
       move(top > -kInfinity ? top : 0, new_other > -kInfinity ? new_other : 0);
-      own.raise(top, frame.scale());
+      own.raise(top, Units<A>(frame).scale);
       other_top = new_other;
       if (top > -kInfinity && new_other > -kInfinity) {
         // Both normalisers with this tile, so that its terms are summed near their zero.
@@ -408,7 +430,7 @@ void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>&
   RowSums<A> other;
   for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
     sums.add(z, w, n);
-    if (call.other_logsumexp) other.template add<false, true>(w, n, frame.other_scale());
+    if (call.other_logsumexp) other.template add<false, true>(w, n, Units<A>(frame).other_scale);
   });
   const SideStats<A> own(sums.own, frame.inv_t);
   Divergence d = divergence_of<T, Kind, Same>(call, row, sums);
@@ -461,7 +483,8 @@ void pair_forward_rows(const PairForward& call, int64_t begin, int64_t end) {
     }
     const Frame<A> frame = frame_of<A>(call, row);
     with_kind(call.kind, [&](auto kind) {
-      frame.same ? pair_forward_row<T, kind, true>(call, row, frame) : pair_forward_row<T, kind, false>(call, row, frame);
+      const bool same = frame.inv_t == frame.other_inv_t;
+      same ? pair_forward_row<T, kind, true>(call, row, frame) : pair_forward_row<T, kind, false>(call, row, frame);
     });
   }
 }
@@ -476,39 +499,42 @@ struct PairCoefficients {
 };
 
 template <class T, int Kind, bool Same>
-inline AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>& w, const PairCoefficients<Acc<T>>& c) {
-  const AccPack<T> t = (z - c.frame.top) * c.frame.scale(), e = power_of_two<sizeof(T) == 2>(t);
-  const Entries<T> v = entries_of<T, Same>(z, w, e, c.frame);
+inline AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u, const PairCoefficients<Acc<T>>& c) {
+  const AccPack<T> t = (z - u.top) * u.scale, e = power_of_two<sizeof(T) == 2>(t);
   AccPack<T> e_g;
-  if constexpr (Kind == PairKind::REVERSE_KL)
-    e_g = AccPack<T>{} - e * v.x;
-  else if constexpr (Kind == PairKind::FORWARD_KL)
-    e_g = AccPack<T>{} - v.e_t();
-  else if constexpr (Kind == PairKind::MIXED_KL)
-    e_g = AccPack<T>{} - v.e_t() * c.beta - e * v.x * (1 - c.beta);
-  else {
-    AccPack<T> e_f;
-    mixture_terms<T, Kind>(v, c.beta, e_f, e_g);
+  if constexpr (Kind == PairKind::REVERSE_KL) {
+    e_g = AccPack<T>{} - e * log_ratio<T, Same>(z, w, u);
+  } else {
+    with_entries<T, Same>(z, w, e, u, [&](const auto& v) {
+      if constexpr (Kind == PairKind::FORWARD_KL)
+        e_g = AccPack<T>{} - v.e_t();
+      else if constexpr (Kind == PairKind::MIXED_KL)
+        e_g = AccPack<T>{} - v.e_t() * c.beta - e * v.x * (1 - c.beta);
+      else
+        e_g = mixture_terms<Kind>(v, c.beta).second;
+    });
   }
   return e_g * c.slope + e * (finite_exponent(t) * c.linear + c.constant);
 }
 
 template <class T, int Kind, bool Same>
 void write_pair_gradient(const T* z, const T* w, T* out, int64_t n, bool stream, const PairCoefficients<Acc<T>>& c) {
+  const Units<Acc<T>> u(c.frame);
+  const auto gradient = [&](const T* z, const T* w) { return pair_gradient_of<T, Kind, Same>(load(z), load(w), u, c); };
   const auto edge = [&](int64_t start, int64_t count) {
     T of_z[kLanes<T>] = {}, of_w[kLanes<T>] = {};
     std::memcpy(of_z, z + start, count * sizeof(T));
     std::memcpy(of_w, w + start, count * sizeof(T));
-    store(of_z, pair_gradient_of<T, Kind, Same>(load(of_z), load(of_w), c));
+    store(of_z, gradient(of_z, of_w));
     std::memcpy(out + start, of_z, count * sizeof(T));
   };
   int64_t i = 0;
   if (stream) {  // from the first aligned address on
     i = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(T));
     if (i > 0) edge(0, i);
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store<true>(out + i, pair_gradient_of<T, Kind, Same>(load(z + i), load(w + i), c));
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store<true>(out + i, gradient(z + i, w + i));
   } else {
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store(out + i, pair_gradient_of<T, Kind, Same>(load(z + i), load(w + i), c));
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store(out + i, gradient(z + i, w + i));
   }
   if (i < n) edge(i, n - i);
 }
@@ -581,7 +607,7 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
         start += kTile;
       });
     };
-    c.frame.same ? write(std::true_type{}) : write(std::false_type{});
+    c.frame.inv_t == c.frame.other_inv_t ? write(std::true_type{}) : write(std::false_type{});
   });
 
   if (g_y == 0 || lost) return;

@@ -225,6 +225,17 @@ inline bool any(const Mask<T>& mask) {
 #endif
 }
 template <class T>
+inline bool any_above(const Pack<T>& a, T b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {  // compilers would make vectors of the masks
+    __mmask16 above = 0;
+    for (int i = 0; i < kPackVectors; ++i) above |= _mm512_cmp_ps_mask(bit_cast<__m512>(a.v[i]), _mm512_set1_ps(b), _CMP_GT_OQ);
+    return above != 0;
+  }
+#endif
+  return any(a > b);
+}
+template <class T>
 inline Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T>& b) {
   return each<Pack<T>>([&](int i) { return mask.v[i] ? a.v[i] : b.v[i]; });
 }
