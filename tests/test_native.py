@@ -52,7 +52,7 @@ def run(backend, logits, targets=None, mask=None, temperature=1.0, ignore_index=
     if grads:
         upstream = [grads[name].to(acc) if name in grads else None for name in result if name != "state"]
         result["gradient"] = torch.full(logits.shape, math.nan, dtype=logits.dtype) if out is None else out
-        backend.token_stats_backward(logits, *args, result["state"], upstream, result["gradient"])
+        backend.token_stats_backward(logits, *args, kept[0], result["state"], upstream, result["gradient"])
     return result
 
 
@@ -340,7 +340,7 @@ def test_state_is_interchangeable_with_the_reference(isa):
     upstream = [grads[name].float() for name in ("logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass")]
     for backend, state in ((native, theirs["state"]), (reference, mine["state"])):
         out = torch.full_like(logits, math.nan)
-        backend.token_stats_backward(logits, targets, None, 1.5, -100, state, upstream, out)
+        backend.token_stats_backward(logits, targets, None, 1.5, -100, 2, state, upstream, out)
         torch.testing.assert_close(out, mine["gradient"], rtol=1e-5, atol=1e-7)
 
 

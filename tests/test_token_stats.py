@@ -105,7 +105,7 @@ def test_the_reference_holds_nothing_larger_than_the_row():
 
     x, y, state = draw(1, 3, 1000), ids(1000, 3, 600), torch.zeros(3, 606)
     with Largest() as largest:
-        reference.token_stats_backward(x, y, None, 1.0, -100, state, (torch.ones(3, 600), None, None, None, None), torch.empty_like(x))
+        reference.token_stats_backward(x, y, None, 1.0, -100, 0, state, (torch.ones(3, 600), None, None, None, None), torch.empty_like(x))
     assert 3 * 1000 <= largest.numel <= 3 * (1000 + 1)
 
 
@@ -119,7 +119,7 @@ def test_one_of_many_targets_out_of_range_makes_its_row_nan(backend, device):
         for wrong in (50, -1, 2**40):
             bad, out = y.clone(), torch.full_like(x, INF)
             bad[1, 5] = wrong
-            module.token_stats_backward(x, bad, None, 1.0, -100, state, (torch.ones_like(logp), None, None, None, None), out)
+            module.token_stats_backward(x, bad, None, 1.0, -100, 0, state, (torch.ones_like(logp), None, None, None, None), out)
             assert out.isnan().all(-1).tolist() == [[False, True, False]] and out[:, ::2].isfinite().all(), (k, wrong)
 
 

@@ -133,7 +133,9 @@ def record(case: Case, gpu) -> list[Launch]:
             wanted = options["grads"]
             grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
             out = new_gradient(logits)
-            module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, _meta(rows, State.TARGETS + n_targets), grads, out)
+            module.token_stats_backward(
+                logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), _meta(rows, State.TARGETS + n_targets), grads, out
+            )
         else:
             sum_sq = _meta(rows) if options.get("sum_sq") else None
             kept = _meta(rows) if options.get("kept") else None
