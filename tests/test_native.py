@@ -83,6 +83,21 @@ def example(shape=(2, 3), vocab=1000, dtype=torch.float32, k=1, scale=3.0, seed=
     return logits, targets, grads
 
 
+@pytest.mark.parametrize("vocab", [7, 33, 2049, 5001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tails(isa, dtype, vocab):
+    for k in (1, 5, 16, 40):
+        logits, targets, grads = example((4, 2), vocab=vocab, dtype=dtype, k=k)
+        targets[1, 1:] = -100
+        targets[2] = targets[2, 0]
+        targets[3] = (targets[3, 0] // 7 * 7 + torch.arange(k) // 2) % vocab  # side by side, twice each
+        targets[4] = -100
+        grads |= {"tail_logmass": grads["entropy"].flip(0)}
+        for some in (grads, {"tail_logmass": grads["tail_logmass"]}):
+            kept = {name.replace("tail", "kept"): g for name, g in some.items()}
+            compare(logits, targets=targets, grads=kept, kept=(3, 0.0), sum_sq=k == 5, temperature=0.7)
+
+
 @pytest.mark.parametrize("vocab", [1, 2, 7, 16, 33, 1000, 2047, 2048, 2049, 5001])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_statistic_and_gradient(isa, dtype, vocab):

@@ -201,8 +201,8 @@ def kept_sweep(
     K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row: the
-    row's ids [K] in order, for KEPT_UNLISTED. Each tile takes its run of them."""
+    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row:
+    the row's ids [K] in order, for KEPT_UNLISTED. Each tile takes its run of them."""
     place = tl.zeros((), tl.int32)
     if KEPT == KEPT_UNLISTED:
         k = tl.arange(0, K_BLOCK)

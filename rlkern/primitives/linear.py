@@ -221,8 +221,9 @@ def linear_token_stats(
         hidden: [..., H] float32, bfloat16, float16 or float64. torch.autocast casts it, with weight and bias.
         weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. All three may require grad.
         chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
-        targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail, group:
-            as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the products too.
+        targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
+            group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
+            products too.
 
     Returns:
         TokenStats as of `token_stats`, with its gradients. Logits are rounded to hidden's dtype, like those

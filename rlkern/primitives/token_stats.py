@@ -174,10 +174,9 @@ _token_stats = differentiable(
 
 def check_kept(min_p: float | None, min_prob: float | None, with_tail: bool = False) -> tuple[int, float]:
     """(kept_kind, log_kept) of the kept set."""
-    if with_tail and not (min_p is None and min_prob is None):
-        name, value = ("min_p", min_p) if min_prob is None else ("min_prob", min_prob)
-        raise ValueError(f"with_tail=True and a kept set do not go together: give {name} to another call, got {value}")
     if with_tail:
+        if not (min_p is None and min_prob is None):
+            raise ValueError(f"with_tail=True takes no kept set: expected min_p and min_prob None, got {min_p} and {min_prob}")
         return KeptKind.UNLISTED, 0.0
     if min_p is None and min_prob is None:
         return KeptKind.NONE, 0.0
@@ -282,7 +281,8 @@ def token_stats(
     Returns:
         TokenStats(logp, entropy | None, logsumexp, sum_sq_prob | None, kept_logmass | None) in float32
         (float64 for float64 logits), freshly allocated, shaped like the rows (logp like targets), and
-        tail_logmass | None. All carry gradients. `.proxy_logp` is logp - kept_logmass, -inf outside the kept set.
+        tail_logmass | None. All carry gradients. `.proxy_logp` is logp - kept_logmass, -inf outside the kept
+        set.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
