@@ -62,8 +62,10 @@ def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
 
 
 @triton.jit
-def _kept_tile(x, m, delta, scale, kept, dropped):
+def _kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
     e = tl.exp2(exponent(x, m, scale))
+    if KEPT == KEPT_UNLISTED:  # the others are not in x
+        return kept + tl.sum(e, axis=0), dropped
     inside = x - m >= delta
     return kept + tl.sum(tl.where(inside, e, 0.0), axis=0), dropped + tl.sum(tl.where(inside, 0.0, e), axis=0)
 
@@ -224,19 +226,19 @@ def kept_sweep(
         x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     if SHIFTED:
         if end - whole > BLOCK:
             x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
             if KEPT == KEPT_UNLISTED:
                 x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
             whole += BLOCK
     if whole < end:
         x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     kept, dropped = _sum_lanes(kept, lead, SHIFTED, LANES), _sum_lanes(dropped, lead, SHIFTED, LANES)
     return kept, (listed if KEPT == KEPT_UNLISTED else dropped)
 
