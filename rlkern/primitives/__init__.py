@@ -1,7 +1,7 @@
 """What is read from rows of logits or from tokens. One file each holds the maths and the public function."""
 
 from .covariance import token_covariance
-from .divergence import token_did_entropy, token_divergence
+from .divergence import PairStats, gkd_divergence, pair_stats, token_did_entropy, token_divergence
 from .elbo import masked_elbo
 from .kept import NLPOStats, nlpo_keep_set, nlpo_stats
 from .kl import kl_estimate
@@ -12,14 +12,17 @@ from .topk import topk_divergence, topk_reverse_kl
 
 __all__ = [
     "NLPOStats",
+    "PairStats",
     "TokenStats",
     "entropy_from_logits",
+    "gkd_divergence",
     "kl_estimate",
     "linear_token_stats",
     "masked_elbo",
     "next_tokens",
     "nlpo_keep_set",
     "nlpo_stats",
+    "pair_stats",
     "sequence_logps",
     "token_covariance",
     "token_did_entropy",
