@@ -127,11 +127,13 @@ def test_the_tail_of_the_targets(vocab, dtype, n_targets):
     top = x[3].topk(n_targets).indices
     y[3], x[3, top] = top, x[3, top] + 25  # little is left for the tail
     grads = [upstream(6, n_targets, seed=0), upstream(6, seed=1)]
-    options = {"temperature": 0.8, "with_tail": True}
-    logp, tail, d_x = twice(differentiated, lambda x: [getattr(rlkern.token_stats(x, y, **options), f) for f in ("logp", "tail_logmass")], x, grads)
-    *wanted, gradient = differentiated(
-        lambda x: [getattr(reference.token_stats(x, y, **options), f) for f in ("logp", "tail_logmass")], x.double(), grads
-    )
+
+    def both(token_stats, x):
+        stats = token_stats(x, y, temperature=0.8, with_tail=True)
+        return stats.logp, stats.tail_logmass
+
+    logp, tail, d_x = twice(differentiated, lambda x: both(rlkern.token_stats, x), x, grads)
+    *wanted, gradient = differentiated(lambda x: both(reference.token_stats, x), x.double(), grads)
     tolerance = TOLERANCE[dtype]
     assert_close((logp, tail), wanted, tolerance, tolerance)
     p, sizes = (x.double() / 0.8).softmax(-1), [g.double().abs() for g in grads]
