@@ -61,6 +61,12 @@ def token_divergence(logits: Tensor, other: Tensor, kind: str = "reverse_kl", be
     return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
 
 
+def token_did_entropy(logits: Tensor, reference_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Entropy of softmax((logits - reference_logits) / temperature), by rows [..., V]; mass 0 at -inf logits."""
+    difference = (logits - reference_logits).masked_fill(logits == -math.inf, -math.inf)
+    return token_stats(difference, None, temperature).entropy
+
+
 def row_moments(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(logit of the target minus the mean, variance) of rows [..., V] with targets [...]."""
     centred = logits - logits.mean(-1, keepdim=True)

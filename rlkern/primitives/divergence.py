@@ -15,7 +15,6 @@ from ..backends.gradient_memory import new_gradient
 from ..checks import check_choice, check_flags, check_logits, check_mask, check_number, check_temperature, computing_dtype, expect
 from ..layout import as_rows, row_chunks
 from ..operator import Operator, differentiable
-from .token_stats import entropy_from_logits
 
 KINDS = ("reverse_kl", "forward_kl", "jsd")
 
@@ -150,22 +149,6 @@ def token_divergence(
     mask = check_mask(mask, logits)
     row_temperature, temperature = check_temperature(temperature, logits, mask=mask)
     return _token_divergence(logits, other.detach(), mask, row_temperature, temperature, kind, float(beta))
-
-
-def token_did_entropy(logits: Tensor, reference_logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Entropy of the DID of the next token, softmax(logits - reference_logits): [..., V] twice -> [...].
-
-    It is differentiable by both. The difference is a tensor of logits' size in float32 (float64 for float64).
-    Entries at -inf in `logits` have mass 0. One at -inf in the reference alone has infinite mass, and its row
-    is NaN. temperature and mask are as in `entropy_from_logits`. Raises TypeError, ValueError for other
-    dtypes, shapes, devices or options.
-    """
-    check_logits(logits)
-    check_logits(reference_logits, "reference_logits")
-    expect("reference_logits", reference_logits, "float", "[..., V]", like=("logits", logits))
-    dtype = computing_dtype(logits)
-    difference = (logits.to(dtype) - reference_logits.to(dtype)).masked_fill(logits == -math.inf, -math.inf)
-    return entropy_from_logits(difference, temperature=temperature, mask=mask)
 
 
 def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = False) -> Tensor:
