@@ -62,7 +62,7 @@ def token_divergence(logits: Tensor, other: Tensor, kind: str = "reverse_kl", be
 
 
 def token_did_entropy(logits: Tensor, reference_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
-    """Entropy of softmax((logits - reference_logits) / temperature), by rows [..., V]; mass 0 at -inf logits."""
+    """Entropy of softmax((logits - reference_logits) / temperature) of rows [..., V]; mass 0 at -inf."""
     difference = (logits - reference_logits).masked_fill(logits == -math.inf, -math.inf)
     return token_stats(difference, None, temperature).entropy
 

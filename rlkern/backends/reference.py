@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,27 +188,27 @@ def row_moments_backward(logits, targets, mask, ignore_index, mean, grads, out) 
 # --- differential information distribution ------------------------------------------------------------------
 
 
-def _differences(logits: Tensor, reference: Tensor, mask: Tensor | None, temperature: float | Tensor, acc: torch.dtype) -> Iterator[tuple]:
-    """Yields (a, rows, flat, arguments of token_stats): the logits less the reference, a chunk at a time."""
+def _differences(logits: Tensor, reference: Tensor, mask: Tensor | None, acc: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yields (a, rows, flat, differences [1, R, V], mask): a chunk at a time."""
     for a, rows, flat in row_chunks(logits):
         x = logits[a, rows].to(acc)
-        # Mass 0, whatever the reference holds.
-        x = (x - reference[a, rows].to(acc)).masked_fill_(torch.isneginf(x), -math.inf).unsqueeze(0)
-        yield a, rows, flat, (x, None, None if mask is None else mask[flat], temperature[flat] if isinstance(temperature, Tensor) else temperature, 0)
+        difference = (x - reference[a, rows].to(acc)).masked_fill_(torch.isneginf(x), -math.inf)  # mass 0 in any case
+        yield a, rows, flat, difference.unsqueeze(0), None if mask is None else mask[flat]
 
 
 def did_entropy_forward(logits, reference, mask, temperature, out) -> None:
     entropy, state = out[0].view(-1), out[1].view(-1, State.TARGETS)
-    for _, _, flat, of_rows in _differences(logits, reference, mask, temperature, state.dtype):
+    for _, _, flat, difference, counted in _differences(logits, reference, mask, state.dtype):
+        t = temperature[flat] if isinstance(temperature, Tensor) else temperature
         results = (None, entropy[flat], torch.empty_like(entropy[flat]), None, None, state[flat])
-        token_stats_forward(*of_rows, KeptKind.NONE, 0.0, results)
+        token_stats_forward(difference, None, counted, t, 0, KeptKind.NONE, 0.0, results)
 
 
 def did_entropy_backward(logits, reference, mask, temperature, state, grad, out) -> None:
     state, grad = state.view(-1, State.TARGETS), grad.view(-1)
-    for a, rows, flat, of_rows in _differences(logits, reference, mask, temperature, state.dtype):
-        difference = of_rows[0]
-        token_stats_backward(*of_rows, state[flat], (None, grad[flat], None, None, None), difference)
+    for a, rows, flat, difference, counted in _differences(logits, reference, mask, state.dtype):
+        t = temperature[flat] if isinstance(temperature, Tensor) else temperature
+        token_stats_backward(difference, None, counted, t, 0, state[flat], (None, grad[flat], None, None, None), difference)
         for to, sign in zip(out, (1, -1), strict=True):
             if to is not None:
                 to[a, rows] = (sign * difference[0]).to(to.dtype)
