@@ -14,15 +14,20 @@ struct ShiftedSums {
 
 template <class T>
 ShiftedSums shifted_sums(const T* x, int64_t n, Acc<T> shift) {
-  AccPack<T> sum{}, squares{};
+  constexpr int64_t run = 16 * kLanes<T>;  // longer sums in the lanes' precision would lose digits
+  ShiftedSums total{};
   int64_t i = 0;
-  for (; i + kLanes<T> <= n; i += kLanes<T>) {
-    prefetch_next_tile(x + i);
-    const AccPack<T> d = load(x + i) - shift;
-    sum = sum + d;
-    squares = squares + d * d;
+  for (const int64_t whole = n / kLanes<T> * kLanes<T>; i < whole;) {
+    AccPack<T> sum{}, squares{};
+    for (const int64_t end = std::min(whole, i + run); i < end; i += kLanes<T>) {
+      prefetch_next_tile(x + i);
+      const AccPack<T> d = load(x + i) - shift;
+      sum = sum + d;
+      squares = squares + d * d;
+    }
+    total.sum += sum_lanes(sum);
+    total.squares += sum_lanes(squares);
   }
-  ShiftedSums total{sum_lanes(sum), sum_lanes(squares)};
   if (i == n) return total;
   T padded[kLanes<T>] = {};
   Acc<T> rest[kLanes<T>];
