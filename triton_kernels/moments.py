@@ -92,6 +92,7 @@ def row_moments_merge_kernel(
         head = tl.load(parts_ptr + row * (4 * SPLITS) + SPLITS)  # the first part's shift; no part before it is empty
         apart = tl.where(n > 0, tl.load(part + SPLITS) - head + tl.load(part + 2 * SPLITS), 0.0)
         tail = tl.sum(n * apart, axis=0) / vocab
+        tail = tl.where(tl.abs(tail) < float("inf"), tail, float("nan"))
         variance = tl.sum(tl.load(part + 3 * SPLITS) + n * (apart - tail) * (apart - tail), axis=0) / vocab
         y = tl.sum(y, axis=0)
         in_vocab = (y >= 0) & (y < vocab)
