@@ -82,6 +82,7 @@ def row_moments_merge_kernel(
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b)
     row = row.to(tl.int64)
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, 1, 1, HAS_MASK)
+    y = tl.sum(y, axis=0)
     head = tl.zeros((), ACC)
     tail = tl.zeros((), ACC)
     variance = tl.zeros((), ACC)
@@ -94,7 +95,6 @@ def row_moments_merge_kernel(
         tail = tl.sum(n * apart, axis=0) / vocab
         tail = tl.where(tl.abs(tail) < float("inf"), tail, float("nan"))
         variance = tl.sum(tl.load(part + 3 * SPLITS) + n * (apart - tail) * (apart - tail), axis=0) / vocab
-        y = tl.sum(y, axis=0)
         in_vocab = (y >= 0) & (y < vocab)
         x = tl.load(row_ptr + y, mask=in_vocab, other=0.0).to(ACC)
         target = tl.where(in_vocab, x - head - tail, float("nan"))
