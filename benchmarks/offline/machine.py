@@ -92,9 +92,10 @@ def _without_predication(program: Program, i: int) -> Instruction:
     """A branch round loads or stores that no lane wants is a masked access, and no way that a row takes."""
     instruction = program.instructions[i]
     target = program.labels.get(instruction.jump, 0)
+    # Code that was moved out of line stands further down.
     if instruction.op == "s_cbranch_execz" and (_accesses(program, range(i + 1, target)) or _accesses(program, _block(program, i + 1))):
         return replace(instruction, jump=None)
-    if instruction.op == "s_cbranch_execnz" and _accesses(program, _block(program, target)):  # to code moved out of line
+    if instruction.op == "s_cbranch_execnz" and target > i and _accesses(program, _block(program, target)):
         return replace(instruction, falls_through=False)
     return instruction
 
