@@ -38,7 +38,27 @@ struct Backward : Rows {
   // Acc, each may be null
   const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;
   Matrix out;   // may be the logits
-  bool stream;  // past the caches; not in place
+  bool stream;  // past the caches; the schedule sets it
+};
+
+// What both halves need of two rows at once.
+struct Pair : Rows {  // n_targets is 0 or 1; state: Acc [rows, PairState::WIDTH]
+  int other_dtype;    // as dtype, or another one if neither is float64
+  Matrix other;
+  double other_temperature;
+  const void* other_temperatures;  // null where `temperatures` is
+  int kind;                        // a PairKind
+  double beta;
+};
+
+struct PairForward : Pair {
+  void *divergence, *logp, *entropy, *logsumexp, *other_logp, *other_entropy, *other_logsumexp;  // Acc; any but divergence may be null
+};
+
+struct PairBackward : Pair {
+  const void *g_divergence, *g_logp, *g_entropy, *g_logsumexp;  // Acc, each may be null
+  Matrix out;                                                   // may be the logits
+  bool stream;                                                  // past the caches; the schedule sets it
 };
 
 struct MomentsForward : Rows {
@@ -71,6 +91,8 @@ struct DidBackward : Rows {
 #define RLKERN_KERNELS(F)                  \
   F(token_stats_forward, Forward)          \
   F(token_stats_backward, Backward)        \
+  F(pair_forward, PairForward)             \
+  F(pair_backward, PairBackward)           \
   F(row_moments_forward, MomentsForward)   \
   F(row_moments_backward, MomentsBackward) \
   F(did_entropy_forward, DidForward)       \

@@ -165,13 +165,14 @@ def check_temperature(
     targets: Tensor | None = None,
     mask: Tensor | None = None,
     ignore_index: int = -100,
+    name: str = "temperature",
 ) -> tuple[Tensor | None, float]:
     """(temperatures [...] or None, number): the number is 1 beside temperatures. Unread rows may have any."""
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
-            raise TypeError(f"temperature must be a float or a float tensor with one entry a row, got {shown(temperature)}")
+            raise TypeError(f"{name} must be a float or a float tensor with one entry a row, got {shown(temperature)}")
         if not 0 < temperature <= FINITE:
-            raise ValueError(f"temperature must be positive and finite, got {temperature}")
+            raise ValueError(f"{name} must be positive and finite, got {temperature}")
         if torch.compiler.is_compiling() and temperature != 1:
             # A number, even in new_full, would be part of the graph, compiled again for every value.
             return temperature * logits.new_ones(logits.shape[:-1], dtype=computing_dtype(logits)), 1.0
@@ -179,9 +180,9 @@ def check_temperature(
     rows = logits.shape[:-1]
     if temperature.dim() == 0 and temperature.device != logits.device:
         temperature = temperature.to(logits.device, non_blocking=True)
-    expect("temperature", temperature, "float", "0-d or one entry a row", shape=((), tuple(rows)), like=("logits", logits))
+    expect(name, temperature, "float", "0-d or one entry a row", shape=((), tuple(rows)), like=("logits", logits))
     if temperature.requires_grad:
-        raise ValueError("temperature carries no gradient here: pass temperature.detach()")
+        raise ValueError(f"{name} carries no gradient here: pass {name}.detach()")
     temperature = temperature.expand(rows)
     if values_readable(temperature):
         bad = ~((temperature > 0) & (temperature < math.inf))
@@ -189,7 +190,7 @@ def check_temperature(
             counted = counted_rows(targets, mask, ignore_index, len(rows))
             bad = bad if counted is None else bad & counted
             if bad.any():
-                raise ValueError(f"temperature must be positive and finite in every row that is read, got {temperature[bad][0].item()}")
+                raise ValueError(f"{name} must be positive and finite in every row that is read, got {temperature[bad][0].item()}")
     return temperature, 1.0
 
 
@@ -204,6 +205,25 @@ def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int |
         row, k = bad.nonzero()[0].tolist()
         ignored = "" if ignore_index is None else f" (and is not ignore_index={ignore_index})"
         raise IndexError(f"target {targets[row, k].item()} of row {row} is out of range for {vocab} logits{ignored}")
+
+
+def check_inplace(logits: Tensor) -> None:
+    """Logits whose memory their gradient may overwrite."""
+    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
+        raise ValueError(f"inplace_backward writes the gradient over the logits: their last stride must be 1, got {logits.stride(-1)}")
+    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
+        raise ValueError(f"inplace_backward cannot write into expanded logits (strides {logits.stride()} share memory)")
+    if logits.dim() > 3:
+        try:
+            logits.detach().view(-1, *logits.shape[-2:])
+        except RuntimeError:
+            raise ValueError(f"inplace_backward needs leading dimensions that merge into one, got strides {logits.stride()}") from None
+
+
+def no_group(group: Any) -> None:
+    """A place for vocabulary-parallel logits."""
+    if group is not None:
+        raise ValueError("group: vocabulary-parallel logits are not supported in this version, expected None")
 
 
 # --- numbers and names --------------------------------------------------------------------------------------

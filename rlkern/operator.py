@@ -184,14 +184,20 @@ def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tupl
     args = (*saved[:n], *options, *saved[n:], *grads[: rule.outputs])
     compiling = _is_compiling()
     batched = not compiling and _is_batched(_first(grads))  # type: ignore[arg-type]  # one is there
+    overwrites = rule.overwrite is not None and in_place and ctx.needs_input_grad[1] and not batched and not compiling
+    gradients: tuple[Tensor | None, ...] = (None,) * rule.wrt
     if rule.wrt > 1:
-        wanted = list(ctx.needs_input_grad[1 : 1 + rule.wrt])
-        return tuple(g if want else None for g, want in zip(_run(rule.backward, (*args, wanted), batched), wanted, strict=True))
-    if rule.overwrite is None or not in_place or batched or compiling:
-        return (_run(rule.backward, args, batched),)
-    _run(rule.overwrite, args)
+        wanted = [w and not (overwrites and i == 0) for i, w in enumerate(ctx.needs_input_grad[1 : 1 + rule.wrt])]
+        if any(wanted):
+            results = _run(rule.backward, (*args, wanted), batched)
+            gradients = tuple(g if want else None for g, want in zip(results, wanted, strict=True))
+    elif not overwrites:
+        gradients = (_run(rule.backward, args, batched),)
+    if not overwrites:
+        return gradients
+    _run(rule.overwrite, args)  # type: ignore[arg-type]
     torch.autograd.graph.increment_version(args[0])
-    return (args[0].detach(),)
+    return (args[0].detach(), *gradients[1:])
 
 
 def differentiable(

@@ -45,20 +45,46 @@ def token_stats(
     return Reference(logp, entropy, lse, (p * p).sum(-1), kept_logmass)
 
 
-def token_divergence(logits: Tensor, other: Tensor, kind: str = "reverse_kl", beta: float = 0.5, temperature: float | Tensor = 1.0) -> Tensor:
+def token_divergence(
+    logits: Tensor,
+    other: Tensor,
+    kind: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    other_temperature: float | Tensor | None = None,
+) -> Tensor:
     """The divergences of `rlkern.token_divergence` between rows of finite logits [..., V]."""
-    scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    log_p, log_q = (logits / scale).log_softmax(-1), (other / scale).log_softmax(-1)
+
+    def log_softmax(x: Tensor, t: float | Tensor) -> Tensor:
+        return (x / (t.unsqueeze(-1) if isinstance(t, Tensor) else t)).log_softmax(-1)
+
+    log_p = log_softmax(logits, temperature)
+    log_q = log_softmax(other, temperature if other_temperature is None else other_temperature)
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a.exp() * (a - b)).sum(-1)
+
+    def mixture(share: float) -> Tensor:
+        """share q + (1 - share) p"""
+        return torch.logaddexp(log_p + math.log1p(-share), log_q + math.log(share))
 
     if kind == "reverse_kl":
         return kl(log_p, log_q)
     if kind == "forward_kl":
         return kl(log_q, log_p)
-    log_m = torch.logaddexp(log_p + math.log1p(-beta), log_q + math.log(beta))
-    return beta * kl(log_q, log_m) + (1 - beta) * kl(log_p, log_m)
+    if kind == "mixed_kl":
+        return beta * kl(log_q, log_p) + (1 - beta) * kl(log_p, log_q)
+    if kind == "cross_entropy":
+        return -(log_q.exp() * log_p).sum(-1)
+    if kind == "skew_forward_kl":
+        return kl(log_q, mixture(beta))
+    if kind == "skew_reverse_kl":
+        return kl(log_p, mixture(1 - beta))
+    if kind == "alpha":
+        return (1 - (beta * log_q + (1 - beta) * log_p).exp().sum(-1)) / (beta * (1 - beta))
+    if kind == "total_variation":
+        return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
+    return beta * kl(log_q, mixture(beta)) + (1 - beta) * kl(log_p, mixture(beta))
 
 
 def token_did_entropy(logits: Tensor, reference_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:

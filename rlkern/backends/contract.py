@@ -26,6 +26,28 @@ Skipped rows are not read. They are zero in every output, in `state` and in the 
 a row that is not skipped has logp 0 and no gradient. A row whose upstream gradients are all zero gets a zero
 gradient without being read.
 
+Two rows at once, logits and those of another policy:
+
+    pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out)
+    pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta,
+                  state, grads, out)
+
+    logits, mask, temperature, ignore_index  as above
+    other              [A, B, V] as logits, in any dtype but float64; float64 beside float64 logits
+    targets            [N, 1] or None
+    other_temperature  as temperature; a float where temperature is one, a tensor where it is one
+    kind, beta         a `PairKind` and its parameter, see primitives/divergence.py; only the reference has
+                       ALPHA and TOTAL_VARIATION
+    out                forward: (divergence, logp, entropy, logsumexp, other_logp, other_entropy,
+                       other_logsumexp, state [.., PairState.WIDTH]), contiguous, N rows; all but divergence
+                       and state may be None; the logp are None without targets, and the other_* are all None
+                       or all there but for that
+                       backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
+    grads              upstream gradients (divergence, logp, entropy, logsumexp), as above
+
+Skipped rows, ignored targets and rows without upstream gradient are as above. The gradient by `other` is
+that by logits with both rows' places exchanged: primitives/divergence.py does that.
+
 Moments of rows, and the entropy of softmax((logits - reference) / T):
 
     row_moments_forward(logits, targets, mask, ignore_index, out)
@@ -92,6 +114,39 @@ class KeptKind:
     NONE = 0
     MIN_P = 1  # p >= k * max p
     MIN_PROB = 2  # p >= k
+
+
+class PairState:
+    """Columns of a pair's `state`. p and q are the distributions of logits z and other w. The log ratio
+    log(q / p) of an entry is (w - OTHER_REF) / other_temperature - (z - REF) / temperature + OFFSET.
+
+    The references are near the normalisers, so the sum keeps its accuracy where p and q are all but equal.
+    """
+
+    MAX = 0  # as in State, of logits
+    REST = 1
+    MEAN_U = 2  # only if the entropy was asked for
+    REF = 3
+    OTHER_REF = 4
+    OFFSET = 5
+    MEAN_SLOPE = 6  # sum p g; NaN where the divergence is infinite
+    OTHER_MAX = 7  # MAX, REST and MEAN_SLOPE with the places exchanged; only if other_logsumexp was asked for
+    OTHER_REST = 8
+    OTHER_MEAN_SLOPE = 9
+    TARGET = 10  # z[y] - MAX, NaN for y outside [0, V)
+    WIDTH = 11
+
+
+class PairKind:
+    REVERSE_KL = 0
+    FORWARD_KL = 1
+    MIXED_KL = 2
+    CROSS_ENTROPY = 3
+    JSD = 4
+    SKEW_FORWARD_KL = 5
+    SKEW_REVERSE_KL = 6
+    ALPHA = 7
+    TOTAL_VARIATION = 8
 
 
 class KLKind:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ..layout import row_chunks
 from .contract import LARGEST_EXPONENT, KeptKind, KLKind, State
+from .reference_pair import pair_backward as pair_backward
+from .reference_pair import pair_forward as pair_forward
 
 CHECKS_TARGETS = False
 

@@ -2,7 +2,7 @@
 
 from .covariance import token_covariance
 from .did import token_did_entropy
-from .divergence import token_divergence, topk_reverse_kl
+from .divergence import PairStats, gkd_divergence, pair_stats, token_divergence, topk_reverse_kl
 from .elbo import masked_elbo
 from .kept import NLPOStats, nlpo_keep_set, nlpo_stats
 from .kl import kl_estimate
@@ -12,14 +12,17 @@ from .token_stats import TokenStats, entropy_from_logits, token_logprobs, token_
 
 __all__ = [
     "NLPOStats",
+    "PairStats",
     "TokenStats",
     "entropy_from_logits",
+    "gkd_divergence",
     "kl_estimate",
     "linear_token_stats",
     "masked_elbo",
     "next_tokens",
     "nlpo_keep_set",
     "nlpo_stats",
+    "pair_stats",
     "sequence_logps",
     "token_covariance",
     "token_did_entropy",

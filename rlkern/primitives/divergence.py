@@ -1,108 +1,275 @@
-"""Divergence of two rows of logits, by token, with closed-form gradient. Plain PyTorch, any device.
-
-Rows are processed in chunks, so log-probabilities and float32 copies of all logits never exist at once.
-"""
+"""Divergences of two rows of logits by token, and what else one read of both gives."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import backends
+from ..backends.contract import PairKind, PairState
 from ..backends.gradient_memory import new_gradient
-from ..checks import check_choice, check_flags, check_logits, check_mask, check_number, check_temperature, computing_dtype, expect
-from ..layout import as_rows, row_chunks
-from ..operator import Operator, differentiable
+from ..checks import (
+    check_choice,
+    check_count,
+    check_flags,
+    check_ignore_index,
+    check_inplace,
+    check_logits,
+    check_mask,
+    check_number,
+    check_target_range,
+    check_targets,
+    check_temperature,
+    computing_dtype,
+    expect,
+    no_group,
+)
+from ..layout import as_rows
+from ..operator import Operator, differentiable, values_readable
 
-KINDS = ("reverse_kl", "forward_kl", "jsd")
-
-
-def _terms(l: Tensor, m: Tensor, against: Tensor) -> Tensor:  # noqa: E741
-    """exp(l) (m - against), to be summed: 0 where l has no support, +inf where only `against` has none."""
-    x = (m - against).masked_fill_(l == -math.inf, 0)
-    # An exp(l) that underflows is still support, where 0 * inf would be NaN.
-    return torch.where(x == math.inf, x, x * l.exp())
-
-
-def _row_divergence(l: Tensor, m: Tensor, kind: str, beta: float) -> Tensor:  # noqa: E741
-    """[R, 1] from log-probabilities l (of `logits`) and m (of `other`), both [R, V]."""
-    if kind == "reverse_kl":
-        return _terms(l, l, m).sum(-1, keepdim=True)
-    if kind == "forward_kl":
-        return _terms(m, m, l).sum(-1, keepdim=True)
-    log_mix = torch.logaddexp(l + math.log1p(-beta), m + math.log(beta))
-    return (beta * _terms(m, m, log_mix) + (1 - beta) * _terms(l, l, log_mix)).sum(-1, keepdim=True)
-
-
-def _row_gradient(l: Tensor, m: Tensor, kind: str, beta: float) -> Tensor:  # noqa: E741
-    """[R, V], the derivative of `_row_divergence` by logits / temperature."""
-    p = l.exp()
-    if kind == "forward_kl":
-        dz = p - m.exp()
-    else:
-        log_mix = m if kind == "reverse_kl" else torch.logaddexp(l + math.log1p(-beta), m + math.log(beta))
-        mean = _terms(l, l, log_mix).sum(-1, keepdim=True)
-        dz = p * (l - log_mix - mean)
-        dz = dz if kind == "reverse_kl" else (1 - beta) * dz
-    return dz.masked_fill_(l == -math.inf, 0)
+_KINDS = {name.lower(): kind for name, kind in vars(PairKind).items() if name.isupper()}
+KINDS = tuple(_KINDS)
+_EXCHANGED = {  # the same divergence with both distributions' places exchanged, and what becomes of beta
+    PairKind.REVERSE_KL: (PairKind.FORWARD_KL, False),
+    PairKind.FORWARD_KL: (PairKind.REVERSE_KL, False),
+    PairKind.MIXED_KL: (PairKind.MIXED_KL, True),
+    PairKind.JSD: (PairKind.JSD, True),
+    PairKind.SKEW_FORWARD_KL: (PairKind.SKEW_REVERSE_KL, False),
+    PairKind.SKEW_REVERSE_KL: (PairKind.SKEW_FORWARD_KL, False),
+    PairKind.ALPHA: (PairKind.ALPHA, True),
+    PairKind.TOTAL_VARIATION: (PairKind.TOTAL_VARIATION, False),
+}
+_REFERENCE_ONLY = (PairKind.ALPHA, PairKind.TOTAL_VARIATION)  # no trainer asks for them by name
+_SMALLEST_ALPHA = 1e-3  # the divergence divides by beta (1 - beta)
 
 
-class _Pairs:
-    """The rows of both tensors as log-probabilities, a chunk at a time."""
+class PairStats(NamedTuple):
+    """Numbers of two rows of logits, see `pair_stats`, of the rows' shape."""
 
-    def __init__(self, logits, other, row_temperature, temperature):
-        self.logits, self.other, self.temperature = as_rows(logits), as_rows(other), temperature
-        self.acc = computing_dtype(logits)
-        self.row_temperature = None if row_temperature is None else row_temperature.to(self.acc).reshape(-1)
-
-    def scale(self, flat: slice) -> float | Tensor:
-        """The temperature of these rows, a number or [R, 1]."""
-        return self.temperature if self.row_temperature is None else self.row_temperature[flat].unsqueeze(-1)
-
-    def __iter__(self) -> Iterator[tuple[int, slice, slice, Tensor, Tensor]]:
-        """Yields (a, b, flat, l, m): log-probabilities of `logits[a, b]` (rows `flat`) and of `other`."""
-        for a, b, flat in row_chunks(self.logits):
-            l, m = ((x[a, b].to(self.acc) / self.scale(flat)).log_softmax(-1) for x in (self.logits, self.other))  # noqa: E741
-            yield a, b, flat, l, m
+    divergence: Tensor
+    logp: Tensor | None
+    other_logp: Tensor | None
+    entropy: Tensor
+    other_entropy: Tensor
+    logsumexp: Tensor
+    other_logsumexp: Tensor
 
 
-def _new_divergence(logits, *args):
-    return logits.new_empty(logits.shape[:-1], dtype=computing_dtype(logits))
+class _Options(NamedTuple):
+    """What is asked of every pair, as the operators take it."""
+
+    temperature: float  # 1 beside a temperature for each row
+    other_temperature: float
+    ignore_index: int
+    kind: int
+    beta: float
+    vocab: int  # so many columns count
+    with_stats: bool  # the entropy and all that is the other's
+    other_grad: bool
 
 
-def _divergence(logits, other, mask, row_temperature, temperature, kind, beta):
-    out = _new_divergence(logits)
-    values = out.view(-1)
-    for _, _, flat, l, m in _Pairs(logits, other, row_temperature, temperature):  # noqa: E741
-        values[flat] = _row_divergence(l, m, kind, beta).squeeze(-1)
-    return out if mask is None else out.masked_fill_(~mask, 0)
+def _new_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
+    """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp, state)"""
+    o, rows = _Options(*options), logits.shape[:-1]
+
+    def new(wanted=True, *columns):
+        return logits.new_empty((*rows, *columns), dtype=computing_dtype(logits)) if wanted else None
+
+    logp, with_other = o.with_stats and targets is not None, o.with_stats or o.other_grad
+    return new(), new(logp), new(o.with_stats), new(o.with_stats), new(logp), new(o.with_stats), new(with_other), new(True, PairState.WIDTH)
 
 
-def _gradient(logits, other, mask, row_temperature, temperature, kind, beta, gradient):
-    out = new_gradient(logits)
-    gradient = gradient.to(computing_dtype(logits))
-    gradient = (gradient if mask is None else gradient.masked_fill(~mask, 0)).reshape(-1)
-    rows_of_out, pairs = as_rows(out), _Pairs(logits, other, row_temperature, temperature)
-    for a, b, flat, l, m in pairs:  # noqa: E741
-        g = gradient[flat].unsqueeze(-1)
-        # A row without upstream gradient gets zeros, whatever it holds: NaN or infinite divergences too.
-        dx = (_row_gradient(l, m, kind, beta) * (g / pairs.scale(flat))).masked_fill_(g == 0, 0)
-        rows_of_out[a, b] = dx.to(out.dtype)
+def _backend(device: torch.device, kind: int):
+    backend = backends.select(device)
+    return backends.reference if kind in _REFERENCE_ONLY or not hasattr(backend, "pair_forward") else backend
+
+
+def _for_backend(logits, targets, mask, row_temperature, other_row_temperature, temperature, other_temperature):
+    """Targets [N, 1], mask and temperatures [N] as the backends want them; copied if need be."""
+    dtype, n = computing_dtype(logits), math.prod(logits.shape[:-1])
+    targets = None if targets is None else targets.contiguous().view(-1, 1)
+    mask = None if mask is None else mask.contiguous().view(-1)
+    if row_temperature is None and other_row_temperature is None:
+        return targets, mask, temperature, other_temperature
+    pairs = ((row_temperature, temperature), (other_row_temperature, other_temperature))
+    return (
+        targets,
+        mask,
+        *(logits.new_full((n,), number, dtype=dtype) if rows is None else rows.to(dtype).contiguous().view(-1) for rows, number in pairs),
+    )
+
+
+def _forward(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
+    o = _Options(*options)
+    out = _new_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options)
+    if out[0].numel() == 0:
+        return out
+    backend = _backend(logits.device, o.kind)
+    y, mask, t, other_t = _for_backend(logits, targets, mask, row_temperature, other_row_temperature, o.temperature, o.other_temperature)
+    if y is not None and not backend.CHECKS_TARGETS and values_readable(logits):
+        check_target_range(y, mask, o.ignore_index, o.vocab)
+    z, w = (as_rows(x)[..., : o.vocab] for x in (logits, other))
+    backend.pair_forward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, out)
     return out
 
 
-_ARGUMENTS = "Tensor logits, Tensor other, Tensor? mask, Tensor? row_temperature, float temperature, str kind, float beta"
-_token_divergence = differentiable(
-    Operator(f"token_divergence({_ARGUMENTS}) -> Tensor", _divergence, _new_divergence),
+def _write_gradient(out, logits, other, targets, mask, row_temperature, other_row_temperature, *args) -> None:
+    """The gradient by the logits into out, which may be the logits."""
+    o, (state, *grads) = _Options(*args[:8]), args[8:13]
+    rows, rows_of_out = as_rows(logits), as_rows(out)
+    rows_of_out[..., o.vocab :].zero_()
+    if state.numel() == 0:
+        return
+    y, mask, t, other_t = _for_backend(logits, targets, mask, row_temperature, other_row_temperature, o.temperature, o.other_temperature)
+    upstream = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
+    z, w, dz = (x[..., : o.vocab] for x in (rows, as_rows(other), rows_of_out))
+    _backend(logits.device, o.kind).pair_backward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, state, upstream, dz)
+
+
+def _exchange(logits, other, targets, mask, row_temperature, other_row_temperature, *args):
+    """The arguments of _write_gradient for the divergence's gradient by `other`."""
+    o, state, g_divergence = _Options(*args[:8]), args[8], args[9]
+    kind, complement = _EXCHANGED[o.kind]
+    options = o._replace(temperature=o.other_temperature, other_temperature=o.temperature, kind=kind, beta=1 - o.beta if complement else o.beta)
+    s = state.unbind(-1)
+    columns = torch.zeros_like(state)
+    for to, column in (
+        (PairState.MAX, s[PairState.OTHER_MAX]),
+        (PairState.REST, s[PairState.OTHER_REST]),
+        (PairState.REF, s[PairState.OTHER_REF]),
+        (PairState.OTHER_REF, s[PairState.REF]),
+        (PairState.OFFSET, -s[PairState.OFFSET]),
+        (PairState.MEAN_SLOPE, s[PairState.OTHER_MEAN_SLOPE]),
+    ):
+        columns[..., to] = column
+    if targets is not None:  # they only tell which rows are skipped
+        ignored = targets == o.ignore_index
+        mask = ~ignored if mask is None else mask & ~ignored
+    return other, logits, None, mask, other_row_temperature, row_temperature, *options, columns, g_divergence, None, None, None
+
+
+def _backward(logits, other, *args):
+    *args, wanted = args
+    by_logits = by_other = None
+    if wanted[0]:
+        by_logits = new_gradient(logits)
+        _write_gradient(by_logits, logits, other, *args)
+    if wanted[1]:
+        by_other = new_gradient(other)
+        if args[4 + 9] is None:  # no gradient by the divergence
+            by_other.zero_()
+        else:
+            _write_gradient(by_other, *_exchange(logits, other, *args))
+    return by_logits, by_other
+
+
+_TENSORS = "Tensor other, Tensor? targets, Tensor? mask, Tensor? row_temperature, Tensor? other_row_temperature"
+_OPTIONS = "float temperature, float other_temperature, int ignore_index, int kind, float beta, int vocab, bool with_stats, bool other_grad"
+_GRADIENTS = "Tensor state, Tensor? g_divergence, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp"
+_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+_pair_stats = differentiable(
+    Operator(f"pair_stats(Tensor logits, {_TENSORS}, {_OPTIONS}) -> {_RESULTS}", _forward, _new_results),
     Operator(
-        f"token_divergence_backward({_ARGUMENTS}, Tensor gradient) -> Tensor",
-        run=_gradient,
-        fake=lambda logits, *_: new_gradient(logits),
+        f"pair_stats_backward(Tensor logits, {_TENSORS}, {_OPTIONS}, {_GRADIENTS}, bool[] wanted) -> (Tensor, Tensor)",
+        run=_backward,
+        fake=lambda logits, other, *args: tuple(new_gradient(x) if wanted else None for x, wanted in zip((logits, other), args[-1], strict=True)),
     ),
+    outputs=4,
+    constants=3,
+    wrt=2,
     instead="use rlkern.reference.token_divergence",
+    overwrite=Operator(
+        f"pair_stats_backward_(Tensor(a!) logits, {_TENSORS}, {_OPTIONS}, {_GRADIENTS}) -> ()",
+        run=lambda logits, *args: _write_gradient(logits, logits, *args),
+        fake=lambda *args: None,
+    ),
 )
+
+
+# --- public -------------------------------------------------------------------------------------------------
+
+
+def check_beta(kind: str, beta: float) -> float:
+    """The parameter of a kind, in the kind's interval."""
+    check_number("beta", beta)
+    if kind == "mixed_kl":
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta is the weight of the forward KL, 0 <= beta <= 1, got {beta}")
+    elif kind == "alpha":
+        if not _SMALLEST_ALPHA <= beta <= 1 - _SMALLEST_ALPHA:
+            raise ValueError(
+                f"beta of 'alpha' must be in [{_SMALLEST_ALPHA}, {1 - _SMALLEST_ALPHA}], got {beta}: "
+                "its limits are 'forward_kl' (1) and 'reverse_kl' (0)"
+            )
+    elif not 0 < beta < 1:
+        raise ValueError(f"beta is the weight of a distribution in a mixture, 0 < beta < 1, got {beta}")
+    return float(beta)
+
+
+def _check_vocab(logits: Tensor, other: Tensor, vocab: int | None) -> int:
+    widths = logits.shape[-1], other.shape[-1]
+    if vocab is None:
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"logits have {widths[0]} columns and other has {widths[1]}: give vocab=, the number of columns "
+                f"that mean the same token, here at most {min(widths)}"
+            )
+        return widths[0]
+    check_count("vocab", vocab, 1)
+    if vocab > min(widths):
+        raise ValueError(f"vocab must be at most the columns of logits ({widths[0]}) and of other ({widths[1]}), got {vocab}")
+    return vocab
+
+
+def _pair(
+    logits: Tensor,
+    other: Tensor,
+    targets: Tensor | None,
+    *,
+    kind: str,
+    beta: float,
+    temperature: float | Tensor,
+    other_temperature: float | Tensor | None,
+    mask: Tensor | None,
+    vocab: int | None,
+    other_grad: bool,
+    inplace_backward: bool,
+    group: Any,
+    ignore_index: int,
+    with_stats: bool,
+) -> tuple[Tensor | None, ...]:
+    """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp)"""
+    no_group(group)
+    check_logits(logits)
+    check_logits(other, "other")
+    expect("other", other, "float", "[..., V]", shape=(*logits.shape[:-1], other.shape[-1]), like=("logits", logits))
+    check_choice("kind", kind, KINDS)
+    beta = check_beta(kind, beta)
+    check_flags(other_grad=other_grad, inplace_backward=inplace_backward)
+    if other_grad and kind == "cross_entropy":
+        raise ValueError("other_grad: the cross entropy has no gradient by other here, expected kind='forward_kl' or another divergence")
+    vocab = _check_vocab(logits, other, vocab)
+    if inplace_backward:
+        check_inplace(logits)
+    if targets is not None:
+        targets = check_targets(targets, logits, several=False)
+        ignore_index = check_ignore_index(ignore_index)
+    mask = check_mask(mask, logits)
+    row_temperature, number = check_temperature(temperature, logits, targets, mask, ignore_index)
+    other_row_temperature, other_number = row_temperature, number
+    if other_temperature is not None:
+        other_row_temperature, other_number = check_temperature(other_temperature, logits, targets, mask, ignore_index, name="other_temperature")
+    if (logits.dtype == torch.float64) != (other.dtype == torch.float64):
+        other = other.to(computing_dtype(logits))
+    code = _KINDS[kind]
+    if kind == "mixed_kl" and beta in (0, 1):
+        code = PairKind.FORWARD_KL if beta else PairKind.REVERSE_KL
+    options = _Options(number, other_number, ignore_index, code, beta, vocab, with_stats, bool(other_grad))
+    other = other if other_grad else other.detach()
+    return _pair_stats(logits, other, targets, mask, row_temperature, other_row_temperature, *options, in_place=bool(inplace_backward))
 
 
 def token_divergence(
@@ -112,43 +279,140 @@ def token_divergence(
     kind: str = "reverse_kl",
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
+    other_temperature: float | Tensor | None = None,
     mask: Tensor | None = None,
+    vocab: int | None = None,
+    other_grad: bool = False,
+    inplace_backward: bool = False,
+    group=None,
 ) -> Tensor:
-    """Full-vocabulary divergence by row: p = softmax(logits / temperature), q = softmax(other / temperature).
+    """Full-vocabulary divergence by row of p = softmax(logits / temperature), the student or policy, and
+    q = softmax(other / other_temperature), the teacher or reference:
 
-        kind          value                                      gradient by logits
-        "reverse_kl"  KL(p || q) = sum p log(p / q)              p (log(p / q) - KL) / T
-        "forward_kl"  KL(q || p) = sum q log(q / p)              (p - q) / T
-        "jsd"         beta KL(q || M) + (1 - beta) KL(p || M),   (1 - beta) p (log(p / M) - KL(p || M)) / T
-                      M = beta q + (1 - beta) p  (GKD, arXiv 2306.13649)
+        kind               value
+        "reverse_kl"       KL(p, q) = sum p log(p / q)
+        "forward_kl"       KL(q, p)
+        "mixed_kl"         beta KL(q, p) + (1 - beta) KL(p, q)
+        "cross_entropy"    -sum q log p, for soft labels
+        "jsd"              beta KL(q, M) + (1 - beta) KL(p, M), M = beta q + (1 - beta) p
+                           (GKD, arXiv 2306.13649)
+        "skew_forward_kl"  KL(q, beta q + (1 - beta) p) (DistiLLM, arXiv 2402.03898, alpha = beta)
+        "skew_reverse_kl"  KL(p, beta p + (1 - beta) q)
+        "alpha"            (1 - sum q^beta p^(1 - beta)) / (beta (1 - beta)) (Amari), in plain PyTorch
+        "total_variation"  sum |p - q| / 2, in plain PyTorch
+
+    The KL kinds and the cross entropy read both rows once, the others twice; the gradient reads both once and
+    writes once. Values keep their relative accuracy however close the rows are; equal rows give exactly 0.
 
     Args:
-        logits: [..., V] of the policy or student, float32, bfloat16, float16 or float64, any leading strides;
-            the gradient flows here.
-        other: [..., V] of the teacher or reference, any of these dtypes; used detached.
-        kind, beta: see above. 0 < beta < 1, for "jsd" alone. The two KL divergences are its limits, rescaled.
-        temperature: a positive float, or a tensor [...], anything where mask is 0. It divides both.
-        mask: [...] bool or number. Where it is 0 the result is 0 without gradient, whatever the rows hold.
+        logits: [..., V] float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.
+        other: [..., V] in any of these dtypes.
+        beta: see the table; 0 < beta < 1, for "mixed_kl" 0 <= beta <= 1.
+        temperature, other_temperature: a positive float, or a tensor [...] with one a row, anything in rows
+            that are not read. No gradient. other_temperature=None is `temperature`.
+        mask: [...] bool or number; rows where it is 0 are not read: 0 out, zero gradient.
+        vocab: the number of columns that count, for logits of different widths. Columns beyond are not read,
+            and their gradient is 0.
+        other_grad: whether `other` takes a gradient too; not for "cross_entropy". Else it is used detached.
+        inplace_backward: write the gradient over the logits, as in `token_stats`.
+        group: reserved for vocabulary-parallel logits; must be None.
 
     Returns:
-        [...] in float32 (float64 for float64 logits), freshly allocated. Entries at -inf on both sides
-        contribute 0. An entry at -inf receives no gradient. The divergence is +inf where its first argument
-        has mass that the second lacks: forward q > 0 = p; reverse p > 0 = q, with a gradient that is not
-        finite. The jsd is at most log 2 for beta = 0.5.
+        [...] in float32 (float64 for float64 logits), freshly allocated. Weights, clamps and a factor
+        temperature^2 are left to the caller; `aggregate` reduces it.
+
+        An entry at -inf has probability 0. On both sides it contributes nothing. On one side it makes a KL
+        infinite whose first argument has mass there: +inf. Its gradient is NaN, but zero where the upstream
+        gradient of the row is 0. The mixtures stay finite. A row with a NaN, with +inf or with nothing above
+        -inf is NaN.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
     """
-    check_logits(logits)
-    check_logits(other, "other")
-    expect("other", other, "float", "[..., V]", like=("logits", logits))
-    check_choice("kind", kind, KINDS)
-    check_number("beta", beta)
-    if not 0 < beta < 1:
-        raise ValueError(f"beta is the weight of `other` in the mixture, 0 < beta < 1, got {beta}")
-    mask = check_mask(mask, logits)
-    row_temperature, temperature = check_temperature(temperature, logits, mask=mask)
-    return _token_divergence(logits, other.detach(), mask, row_temperature, temperature, kind, float(beta))
+    return _pair(
+        logits,
+        other,
+        None,
+        kind=kind,
+        beta=beta,
+        temperature=temperature,
+        other_temperature=other_temperature,
+        mask=mask,
+        vocab=vocab,
+        other_grad=other_grad,
+        inplace_backward=inplace_backward,
+        group=group,
+        ignore_index=-100,
+        with_stats=False,
+    )[0]  # type: ignore[return-value]
+
+
+def pair_stats(
+    logits: Tensor,
+    other: Tensor,
+    targets: Tensor | None = None,
+    *,
+    kind: str = "reverse_kl",
+    beta: float = 0.5,
+    temperature: float | Tensor = 1.0,
+    other_temperature: float | Tensor | None = None,
+    mask: Tensor | None = None,
+    vocab: int | None = None,
+    other_grad: bool = False,
+    inplace_backward: bool = False,
+    group=None,
+    ignore_index: int = -100,
+) -> PairStats:
+    """`token_divergence` with the log-probabilities and entropies of both rows, from one read of each.
+
+    All gradients by the logits go into one write. Distillation with a policy loss or an entropy bonus needs
+    nothing else: KDRL's exact form, GKD with an entropy term, or the control variate of arXiv 2605.07865,
+    other_logp - logp + divergence.
+
+    Args:
+        targets: [...] integer token ids, or None.
+        ignore_index: a target that marks its row as masked.
+        others: as in `token_divergence`.
+
+    Returns:
+        PairStats(divergence, logp | None, other_logp | None, entropy, other_entropy, logsumexp,
+        other_logsumexp), each [...] in float32 (float64 for float64 logits), freshly allocated. logp, entropy
+        and logsumexp are those of `token_stats(logits, targets)` and carry gradients like the divergence. The
+        other's are detached, even with other_grad.
+
+    Raises:
+        TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
+        IndexError: for a target outside the vocabulary, as in `token_stats`.
+    """
+    divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp = _pair(
+        logits,
+        other,
+        targets,
+        kind=kind,
+        beta=beta,
+        temperature=temperature,
+        other_temperature=other_temperature,
+        mask=mask,
+        vocab=vocab,
+        other_grad=other_grad,
+        inplace_backward=inplace_backward,
+        group=group,
+        ignore_index=ignore_index,
+        with_stats=True,
+    )
+    return PairStats(divergence, logp, other_logp, entropy, other_entropy, logsumexp, other_logsumexp)  # type: ignore[arg-type]
+
+
+def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Tensor:
+    """The divergence of GKD's trainers: beta = 0 is the forward KL, 1 the reverse KL, between them the jsd.
+
+    The two ends are the KL divergences themselves, as in TRL. The limits of jsd / (beta (1 - beta)) are the
+    same. The options are those of `token_divergence` without kind. Raises as that, and ValueError for a beta
+    outside [0, 1].
+    """
+    check_number("beta", beta, 0, 1)
+    kind = {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")
+    return token_divergence(logits, other, kind=kind, beta=beta if kind == "jsd" else 0.5, **options)
 
 
 def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = False) -> Tensor:

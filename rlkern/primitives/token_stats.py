@@ -14,6 +14,7 @@ from ..backends.gradient_memory import new_gradient
 from ..checks import (
     check_flags,
     check_ignore_index,
+    check_inplace,
     check_logits,
     check_mask,
     check_number,
@@ -21,6 +22,7 @@ from ..checks import (
     check_targets,
     check_temperature,
     computing_dtype,
+    no_group,
 )
 from ..layout import as_rows
 from ..operator import Operator, differentiable, values_readable
@@ -208,18 +210,6 @@ def row_options(
     return targets, mask, row_temperature, options
 
 
-def _check_inplace(logits: Tensor) -> None:
-    if logits.stride(-1) != 1 and logits.shape[-1] > 1:
-        raise ValueError(f"inplace_backward writes the gradient over the logits: their last stride must be 1, got {logits.stride(-1)}")
-    if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):
-        raise ValueError(f"inplace_backward cannot write into expanded logits (strides {logits.stride()} share memory)")
-    if logits.dim() > 3:
-        try:
-            logits.detach().view(-1, *logits.shape[-2:])
-        except RuntimeError:
-            raise ValueError(f"inplace_backward needs leading dimensions that merge into one, got strides {logits.stride()}") from None
-
-
 def token_stats(
     logits: Tensor,
     targets: Tensor,
@@ -269,14 +259,13 @@ def token_stats(
         IndexError: on a CPU for a target outside [0, V) that is not ignore_index. On a GPU that row's logp is
             NaN, or with RLKERN_DEBUG=1 this error.
     """
-    if group is not None:
-        raise ValueError("group: vocabulary-parallel logits are not supported in this version, expected None")
+    no_group(group)
     if targets is None:
         raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
     check_logits(logits)
     check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, inplace_backward=inplace_backward)
     if inplace_backward:
-        _check_inplace(logits)
+        check_inplace(logits)
     y, counted, row_temperature, o = row_options(
         logits,
         targets,
