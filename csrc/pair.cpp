@@ -35,31 +35,27 @@ Frame<A> frame_of(const Pair& call, int64_t row) {
 // What every entry needs of a frame.
 template <class A>
 struct Units {
-  A top, ref, other_ref, offset, inv_t, other_inv_t;
+  A top, other_ref, inv_t, offset;
+  A stretch, lead;              // x = (w stretch - z + lead) inv_t + offset
   A scale, other_scale, shift;  // e = 2^((z - top) scale), q = 2^((w - other_ref) other_scale + shift)
-  A lead;
 
   explicit Units(const Frame<A>& f)
       : top(f.top),
-        ref(f.ref),
         other_ref(f.other_ref),
-        offset(f.offset),
         inv_t(f.inv_t),
-        other_inv_t(f.other_inv_t),
+        offset(f.offset),
+        stretch(f.other_inv_t / f.inv_t),
+        lead(A(double(f.ref) - double(f.other_ref) * stretch)),
         scale(A(kLog2E * f.inv_t)),
-        other_scale(A(kLog2E * f.other_inv_t)),
-        shift(A(kLog2E * (double(f.offset) + (double(f.ref) - double(f.top)) * f.inv_t))),
-        lead(f.ref - f.other_ref) {}
+        other_scale(A(kLog2E * f.inv_t * stretch)),
+        shift(A(kLog2E * (double(f.offset) + (double(f.ref) - double(f.top)) * f.inv_t))) {}
 };
 
-template <class T, bool Same>
-inline AccPack<T> log_ratio(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u) {
-  const AccPack<T> lowest = broadcast(-kFar<Acc<T>>), finite = max_or_second(lowest, z);
-  AccPack<T> x;
-  if constexpr (Same)  // the difference first: of rows that are all but equal it is exact
-    x = ((w - finite) + u.lead) * u.inv_t + u.offset;
-  else
-    x = (w - u.other_ref) * u.other_inv_t - (finite - u.ref) * u.inv_t + u.offset;
+// The difference first: of rows that are all but equal it is exact.
+template <class T>
+RLKERN_INLINE AccPack<T> log_ratio(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u) {
+  const AccPack<T> lowest = broadcast(-kFar<Acc<T>>);
+  const AccPack<T> x = ((w * u.stretch - max_or_second(lowest, z)) + u.lead) * u.inv_t + u.offset;
   return max_or_second(lowest, x);
 }
 
@@ -74,7 +70,8 @@ struct Entries {
   AccPack<T> q, other_t;     // by parts
   Mask<Acc<T>> far;
 
-  Entries(const AccPack<T>& e, const AccPack<T>& t, const AccPack<T>& x, const AccPack<T>& w, const Units<Acc<T>>& u) : e(e), t(t), x(x) {
+  RLKERN_INLINE Entries(const AccPack<T>& e, const AccPack<T>& t, const AccPack<T>& x, const AccPack<T>& w, const Units<Acc<T>>& u)
+      : e(e), t(t), x(x) {
     if constexpr (Difference != By::parts) {
       excess = ::excess(x);
       grown = x + excess;
@@ -86,29 +83,30 @@ struct Entries {
     if constexpr (Difference == By::either) far = magnitude(x) > Acc<T>(kNear);
   }
   template <class Near, class Far>
-  AccPack<T> choose(Near near, Far by_parts) const {
+  RLKERN_INLINE AccPack<T> choose(Near near, Far by_parts) const {
     if constexpr (Difference == By::series) return near();
     if constexpr (Difference == By::parts) return by_parts();
     if constexpr (Difference == By::either) return select(far, by_parts(), near());
   }
-  AccPack<T> e_t() const {  // q - e
+  RLKERN_INLINE AccPack<T> e_t() const {  // q - e
     return choose([&] { return e * grown; }, [&] { return q - e; });
   }
-  AccPack<T> e_reverse() const {  // q - e - e x
+  RLKERN_INLINE AccPack<T> e_reverse() const {  // q - e - e x
     return choose([&] { return e * excess; }, [&] { return (q - e) - e * x; });
   }
-  AccPack<T> e_forward() const {  // q x - (q - e)
+  RLKERN_INLINE AccPack<T> e_forward() const {  // q x - (q - e)
     return choose([&] { return e * (x * grown - excess); }, [&] { return q * x - (q - e); });
   }
-  AccPack<T> all_q() const {
+  RLKERN_INLINE AccPack<T> all_q() const {
     return choose([&] { return e * grown + e; }, [&] { return q; });
   }
 };
 
 // Calls f with the entries, whose type says how to form differences: `Coarse`, always by parts.
-template <class T, bool Same, bool Coarse, class F>
-inline void with_entries(const AccPack<T>& z, const AccPack<T>& w, const AccPack<T>& e, const AccPack<T>& t, const Units<Acc<T>>& u, F f) {
-  const AccPack<T> x = log_ratio<T, Same>(z, w, u);
+template <class T, bool Coarse, class F>
+RLKERN_INLINE void with_entries(const AccPack<T>& z, const AccPack<T>& w, const AccPack<T>& e, const AccPack<T>& t, const Units<Acc<T>>& u,
+                                F f) {
+  const AccPack<T> x = log_ratio<T>(z, w, u);
   if constexpr (Coarse)
     f(Entries<T, By::parts>(e, t, x, w, u));
   else if (any_above(magnitude(x), Acc<T>(kNear)))
@@ -124,7 +122,7 @@ struct Mixture {
   Pack<A> log, log_other, slope;
 };
 template <bool Short, class A>
-inline Mixture<A> mixture_of(const Pack<A>& x, A share) {
+RLKERN_INLINE Mixture<A> mixture_of(const Pack<A>& x, A share) {
   const Pack<A> zero{}, one = broadcast(A(1)), s = power_of_two<Short>(magnitude(x) * A(-kLog2E));
   const Mask<A> up = x > A(0);
   const Pack<A> own = select(up, broadcast(share), broadcast(1 - share)), mass = own + (one - own) * s;
@@ -134,7 +132,7 @@ inline Mixture<A> mixture_of(const Pack<A>& x, A share) {
 
 // (e f, e g) of the kinds that mix.
 template <int Kind, class T, By Difference>
-inline std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Difference>& v, Acc<T> beta) {
+RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Difference>& v, Acc<T> beta) {
   using A = Acc<T>;
   const A rest = 1 - beta, share = Kind == PairKind::SKEW_REVERSE_KL ? rest : beta;
   if constexpr (Difference == By::parts) {
@@ -179,12 +177,15 @@ inline std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Differen
 
 // --- tiles of both rows ------------------------------------------------------------------------------------
 
-// Both rows have the kernel's type, or else they are converted to float, a tile at a time.
-inline bool mixed(const Pair& call) { return call.dtype != call.other_dtype; }
+// Rows are converted to float, a tile at a time, if their types differ or are rare.
+inline bool converts(const Pair& call) { return call.dtype != call.other_dtype || call.dtype == DType::float16; }
 
+// Calls f with a value of the type in which both are read.
 template <class F>
 inline void with_common_type(const Pair& call, F f) {
-  return mixed(call) ? f(float{}) : with_type(call.dtype, f);
+  if (call.dtype == DType::float64) return f(double{});
+  if (converts(call) || call.dtype == DType::float32) return f(float{});
+  f(BFloat16{});
 }
 
 const void* row_start(const Pair& call, const Matrix& matrix, int dtype, int64_t row) {
@@ -195,30 +196,32 @@ const void* row_start(const Pair& call, const Matrix& matrix, int dtype, int64_t
 
 // n logits from `start` on as floats; -inf pads them to whole packs.
 void to_floats(const void* row, int dtype, int64_t start, int64_t n, float* to) {
+  constexpr int64_t lanes = kLanes<float>;
   with_type(dtype, [&](auto logit) {
     using T = decltype(logit);
-    const T* from = static_cast<const T*>(row) + start;
-    if constexpr (std::is_same_v<T, BFloat16>) {
-      for (int64_t i = 0; i < n; ++i) to[i] = bit_cast<float>(uint32_t(from[i].bits) << 16);
-    } else if constexpr (std::is_same_v<T, Float16>) {
-      T padded[kTile];
-      std::memcpy(padded, from, n * sizeof(T));
-      for (int64_t i = 0; i < n; i += kLanes<T>) store(to + i, load(padded + i));
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i] = float(from[i]);
+    if constexpr (!std::is_same_v<T, double>) {
+      const T* from = static_cast<const T*>(row) + start;
+      int64_t i = 0;
+      for (; i + lanes <= n; i += lanes) store(to + i, load_in_order(from + i));
+      if (i == n) return;
+      T padded[lanes];
+      for (int64_t j = 0; j < lanes; ++j) padded[j] = i + j < n ? from[i + j] : Element<T>::minus_infinity();
+      store(to + i, load_in_order(padded));
     }
   });
-  for (; n % kLanes<float> != 0; ++n) to[n] = -std::numeric_limits<float>::infinity();
 }
 
 void from_floats(const float* from, int64_t n, void* row, int dtype, int64_t start) {
+  constexpr int64_t lanes = kLanes<float>;
   with_type(dtype, [&](auto logit) {
     using T = decltype(logit);
-    T* to = static_cast<T*>(row) + start;
-    if constexpr (sizeof(T) == 2) {
-      for (int64_t i = 0; i < n; ++i) store_one(to + i, from[i]);
-    } else {
-      for (int64_t i = 0; i < n; ++i) to[i] = T(from[i]);
+    if constexpr (!std::is_same_v<T, double>) {
+      T *to = static_cast<T*>(row) + start, last[lanes];
+      int64_t i = 0;
+      for (; i + lanes <= n; i += lanes) store_in_order(to + i, load(from + i));
+      if (i == n) return;
+      store_in_order(last, load(from + i));
+      std::memcpy(to + i, last, (n - i) * sizeof(T));
     }
   });
 }
@@ -226,7 +229,7 @@ void from_floats(const float* from, int64_t n, void* row, int dtype, int64_t sta
 // Calls f(tile of z, tile of w, count), as for_each_tile does.
 template <class T, class F>
 inline void for_each_pair(const Pair& call, int64_t row, F f) {
-  if (mixed(call)) {
+  if (converts(call)) {
     if constexpr (std::is_same_v<T, float>) {
       const void *z = row_start(call, call.logits, call.dtype, row), *w = row_start(call, call.other, call.other_dtype, row);
       float z_tile[kTile], w_tile[kTile];
@@ -252,10 +255,12 @@ inline void for_each_pair(const Pair& call, int64_t row, F f) {
 
 // --- forward -----------------------------------------------------------------------------------------------
 
-// What a sweep sums in place of a kind that needs both normalisers first; and no more than these need.
-constexpr int kShift = PairKind::REVERSE_KL, kTrial = -1;
+// What a first sweep sums: for a kind that needs both normalisers the reverse KL, and for the forward one both.
+constexpr int kShift = PairKind::REVERSE_KL, kTrial = -1;  // the latter: no more than the normalisers need
 template <int Kind>
-constexpr int kFirstSweep = Kind >= PairKind::JSD ? kShift : Kind;
+constexpr int kFirstSweep = Kind >= PairKind::JSD          ? kShift
+                            : Kind == PairKind::FORWARD_KL ? int(PairKind::MIXED_KL)
+                                                           : Kind;
 
 struct PairSums {
   Sums own;                // of e, as in tile_sums
@@ -266,11 +271,10 @@ struct PairSums {
 };
 
 // Whole: with the sum for the entropy, and without the entries equal to the maximum. Else the tile has none.
-template <class T, int Kind, bool Same, bool Coarse, bool Whole>
+template <class T, int Kind, bool Coarse, bool Whole>
 PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame, Acc<T> beta) {
   using A = Acc<T>;
-  constexpr bool mixes = Kind >= PairKind::JSD, forward = Kind == PairKind::FORWARD_KL || Kind == PairKind::MIXED_KL,
-                 reverse = !mixes && Kind != PairKind::FORWARD_KL && Kind != kTrial;
+  constexpr bool mixes = Kind >= PairKind::JSD, forward = Kind == PairKind::MIXED_KL, reverse = !mixes && Kind != kTrial;
   const Units<A> units(frame);
   AccPack<T> s0{}, s1{}, x{}, a{}, b{}, u{}, furthest{};
   Mask<A> ties{};
@@ -286,7 +290,7 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
     } else if constexpr (!mixes) {
       s0 = s0 + e;
     }
-    with_entries<T, Same, Coarse>(at_z, load(w + i), e, t, units, [&](const auto& v) {
+    with_entries<T, Coarse>(at_z, load(w + i), e, t, units, [&](const auto& v) __attribute__((always_inline)) {
       if constexpr (mixes) {
         const auto [e_f, e_g] = mixture_terms<Kind>(v, beta);
         a = a + e_f;
@@ -312,9 +316,11 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
 
 // A divergence from the first on is summed by parts. One that then falls below the second is summed again.
 constexpr double kCoarseFrom = 0.2, kCoarseTo = 0.05;
+template <class T>
+constexpr bool kMayBeCoarse = sizeof(T) < 8;  // nobody waits for float64
 
 // The sums over the tiles so far, in units of the frame.
-template <class T, int Kind, bool Same>
+template <class T, int Kind>
 struct PairRow {
   using A = Acc<T>;
   Frame<A> frame;
@@ -334,8 +340,9 @@ struct PairRow {
   // mass yet has no unit either.
   void move(A top, A other_ref) {
     const double gained = own.top > -kInfinity ? double(frame.top) - double(top) : 0, lost = double(frame.other_ref) - double(other_ref);
-    // One product where there can be one: of equal rows nothing must remain.
-    const double eta = other_top == -kInfinity ? 0 : Same ? (lost - gained) * frame.inv_t : lost * frame.other_inv_t - gained * frame.inv_t;
+    // As the entries' own log ratios move. The bracket is exact: of equal rows nothing may remain.
+    const double stretch = Units<A>(frame).stretch, moved_by = lost * stretch - gained;
+    const double eta = other_top > -kInfinity ? moved_by * frame.inv_t : 0;
     const double lk = gained * frame.inv_t;
     frame.top = frame.ref = top;
     frame.other_ref = other_ref;
@@ -350,8 +357,7 @@ struct PairRow {
 
   template <bool Coarse>
   PairSums sums_of(const T* z, const T* w, int64_t n, bool with_max) const {
-    return with_max ? pair_sums<T, Kind, Same, Coarse, true>(z, w, n, frame, beta)
-                    : pair_sums<T, Kind, Same, Coarse, false>(z, w, n, frame, beta);
+    return with_max ? pair_sums<T, Kind, Coarse, true>(z, w, n, frame, beta) : pair_sums<T, Kind, Coarse, false>(z, w, n, frame, beta);
   }
 
   void add(const T* z, const T* w, int64_t n) {
@@ -363,13 +369,13 @@ struct PairRow {
       other_top = new_other;
       if (top > -kInfinity && new_other > -kInfinity) {
         // Both normalisers with this tile, so that its terms are summed near their zero.
-        const PairSums part = pair_sums<T, kTrial, Same, false, false>(z, w, n, frame, beta);
+        const PairSums part = pair_sums<T, kTrial, false, false>(z, w, n, frame, beta);
         const double eta = -std::log1p((x + part.x) / (mass + part.own.s0));
         if (std::isfinite(eta)) move(frame.top, A(double(frame.other_ref) - eta / frame.other_inv_t));
       }
     }
     const bool with_max = whole || (z_top == top && top > -kInfinity);
-    const PairSums part = coarse ? sums_of<true>(z, w, n, with_max) : sums_of<false>(z, w, n, with_max);
+    const PairSums part = coarse ? sums_of<kMayBeCoarse<T>>(z, w, n, with_max) : sums_of<false>(z, w, n, with_max);
     own.take(part.own, raised);
     mass += part.own.s0 + part.own.ties;
     x += part.x;
@@ -385,8 +391,6 @@ struct PairRow {
     const double xi = x / mass;
     return std::max(0., (b / mass - ((1 + xi) * log_xi() - xi)) / (1 + xi));
   }
-  // What tells whether the rows differ much.
-  double distance() const { return Kind == PairKind::FORWARD_KL ? forward() : reverse(); }
 
   void look_for_infinity(const T* z, const T* w, int64_t n) {
     Mask<A> p{}, q{};
@@ -400,17 +404,17 @@ struct PairRow {
   }
 };
 
-template <class T, int Kind, bool Same>
-PairRow<T, Kind, Same> sums_of_row(const PairForward& call, int64_t row, const Frame<Acc<T>>& frame) {
+template <class T, int Kind>
+PairRow<T, Kind> sums_of_row(const PairForward& call, int64_t row, const Frame<Acc<T>>& frame) {
   for (bool precise = false;; precise = true) {
-    PairRow<T, Kind, Same> sums(frame, Acc<T>(call.beta), call.entropy);
+    PairRow<T, Kind> sums(frame, Acc<T>(call.beta), call.entropy);
     bool first = true;
     for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
       sums.add(z, w, n);
-      if (first && !precise) sums.coarse = sums.distance() >= kCoarseFrom;
+      if (first && !precise && kMayBeCoarse<T>) sums.coarse = sums.reverse() >= kCoarseFrom;
       first = false;
     });
-    if (!sums.coarse || !(sums.distance() < kCoarseTo)) return sums;
+    if (!sums.coarse || !(sums.reverse() < kCoarseTo)) return sums;
   }
 }
 
@@ -419,15 +423,15 @@ struct Divergence {
 };
 
 // The second sweep of a kind that mixes, with both normalisers.
-template <class T, int Kind, bool Same>
-Divergence mixture_divergence(const Pair& call, int64_t row, const PairRow<T, kShift, Same>& sums, double offset) {
+template <class T, int Kind>
+Divergence mixture_divergence(const Pair& call, int64_t row, const PairRow<T, kShift>& sums, double offset) {
   Frame<Acc<T>> frame = sums.frame;
   frame.offset = Acc<T>(offset);
   for (bool coarse = sums.coarse;; coarse = false) {
     double f = 0, g = 0;
     for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
-      const PairSums part = coarse ? pair_sums<T, Kind, Same, true, false>(z, w, n, frame, sums.beta)
-                                   : pair_sums<T, Kind, Same, false, false>(z, w, n, frame, sums.beta);
+      const PairSums part = coarse ? pair_sums<T, Kind, kMayBeCoarse<T>, false>(z, w, n, frame, sums.beta)
+                                   : pair_sums<T, Kind, false, false>(z, w, n, frame, sums.beta);
       f += part.a;
       g += part.b;
     });
@@ -435,11 +439,11 @@ Divergence mixture_divergence(const Pair& call, int64_t row, const PairRow<T, kS
   }
 }
 
-template <class T, int Kind, bool Same>
-Divergence divergence_of(const Pair& call, int64_t row, const PairRow<T, kFirstSweep<Kind>, Same>& sums) {
+template <class T, int Kind>
+Divergence divergence_of(const Pair& call, int64_t row, const PairRow<T, kFirstSweep<Kind>>& sums) {
   const double offset = -sums.log_xi();
   if constexpr (Kind >= PairKind::JSD) {
-    return mixture_divergence<T, Kind, Same>(call, row, sums, offset);
+    return mixture_divergence<T, Kind>(call, row, sums, offset);
   } else if constexpr (Kind == PairKind::CROSS_ENTROPY) {
     // Two sums of positive terms.
     const double value = sums.only_q ? kInfinity : std::log1p(sums.own.sums.s0) - kLn2 * sums.u / (sums.mass + sums.x);
@@ -499,12 +503,12 @@ void with_kind(int kind, F f) {
   }
 }
 
-template <class T, int Kind, bool Same>
+template <class T, int Kind>
 void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>& frame) {
   using A = Acc<T>;
-  const auto sums = sums_of_row<T, kFirstSweep<Kind>, Same>(call, row, frame);
+  const auto sums = sums_of_row<T, kFirstSweep<Kind>>(call, row, frame);
   const SideStats<A> own(sums.own, frame.inv_t);
-  Divergence d = divergence_of<T, Kind, Same>(call, row, sums);
+  Divergence d = divergence_of<T, Kind>(call, row, sums);
   if (own.undefined || std::isinf(sums.other_top) || std::isnan(sums.x)) d = {kNaN, kNaN, kNaN};
   if (std::isinf(d.value)) d.mean_slope = kNaN;  // as the gradient: no number is right
 
@@ -555,10 +559,7 @@ void pair_forward_rows(const PairForward& call, int64_t begin, int64_t end) {
       continue;
     }
     const Frame<A> frame = frame_of<A>(call, row);
-    with_kind(call.kind, [&](auto kind) {
-      const bool same = frame.inv_t == frame.other_inv_t;
-      same ? pair_forward_row<T, kind, true>(call, row, frame) : pair_forward_row<T, kind, false>(call, row, frame);
-    });
+    with_kind(call.kind, [&](auto kind) { pair_forward_row<T, kind>(call, row, frame); });
   }
 }
 
@@ -573,20 +574,21 @@ struct PairCoefficients {
 
 // e g of entries whose differences are formed in a given way.
 template <int Kind, class T, By Difference>
-inline AccPack<T> slope_terms(const Entries<T, Difference>& v, Acc<T> beta) {
+RLKERN_INLINE AccPack<T> slope_terms(const Entries<T, Difference>& v, Acc<T> beta) {
   if constexpr (Kind == PairKind::REVERSE_KL) return AccPack<T>{} - v.e * v.x;
-  if constexpr (Kind == PairKind::FORWARD_KL) return AccPack<T>{} - v.e_t();
+  if constexpr (Kind == PairKind::FORWARD_KL || Kind == PairKind::CROSS_ENTROPY) return AccPack<T>{} - v.e_t();
   if constexpr (Kind == PairKind::MIXED_KL) return AccPack<T>{} - v.e_t() * beta - v.e * v.x * (1 - beta);
   if constexpr (Kind >= PairKind::JSD) return mixture_terms<Kind>(v, beta).second;
 }
 
-template <class T, int Kind, bool Same>
-inline AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u, const PairCoefficients<Acc<T>>& c) {
+template <class T, int Kind>
+RLKERN_INLINE AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u,
+                                          const PairCoefficients<Acc<T>>& c) {
   using A = Acc<T>;
   const AccPack<T> t = (z - u.top) * u.scale, e = power_of_two<sizeof(T) == 2>(t);
   AccPack<T> e_g;
-  const auto take = [&](const auto& v) { e_g = slope_terms<Kind>(v, c.beta); };
-  const AccPack<T> x = log_ratio<T, Same>(z, w, u);
+  const auto take = [&](const auto& v) __attribute__((always_inline)) { e_g = slope_terms<Kind>(v, c.beta); };
+  const AccPack<T> x = log_ratio<T>(z, w, u);
   if constexpr (Kind == PairKind::REVERSE_KL) {
     e_g = AccPack<T>{} - e * x;
   } else if (!any_above(magnitude(x), A(kNear))) {
@@ -600,26 +602,18 @@ inline AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>& w, con
   return e_g * c.slope + e * (finite_exponent(t) * c.linear + c.constant);
 }
 
-template <class T, int Kind, bool Same>
-void write_pair_gradient(const T* z, const T* w, T* out, int64_t n, bool stream, const PairCoefficients<Acc<T>>& c) {
+template <class T, int Kind>
+void write_pair_gradient(const PairBackward& call, int64_t row, void* out, const PairCoefficients<Acc<T>>& c) {
   const Units<Acc<T>> u(c.frame);
-  const auto gradient = [&](const T* z, const T* w) { return pair_gradient_of<T, Kind, Same>(load(z), load(w), u, c); };
-  const auto edge = [&](int64_t start, int64_t count) {
-    T of_z[kLanes<T>] = {}, of_w[kLanes<T>] = {};
-    std::memcpy(of_z, z + start, count * sizeof(T));
-    std::memcpy(of_w, w + start, count * sizeof(T));
-    store(of_z, gradient(of_z, of_w));
-    std::memcpy(out + start, of_z, count * sizeof(T));
-  };
-  int64_t i = 0;
-  if (stream) {  // from the first aligned address on
-    i = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(T));
-    if (i > 0) edge(0, i);
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store<true>(out + i, gradient(z + i, w + i));
-  } else {
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store(out + i, gradient(z + i, w + i));
-  }
-  if (i < n) edge(i, n - i);
+  int64_t start = 0;
+  for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
+    T tile[kTile];
+    for (int64_t i = 0; i < n; i += kLanes<T>) store(tile + i, pair_gradient_of<T, Kind>(load(z + i), load(w + i), u, c));
+    const int64_t left = std::min(kTile, call.vocab - start);
+    if constexpr (std::is_same_v<T, float>)
+      if (converts(call)) return from_floats(tile, left, out, call.dtype, std::exchange(start, start + left));
+    write_gradient(call.stream, tile, static_cast<T*>(out) + std::exchange(start, start + left), left, [](auto dz) { return dz; });
+  });
 }
 
 // g(x) of one entry.
@@ -671,27 +665,9 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
   c.constant = A(weight * (others - g_y));
   c.linear = A(-weight * g_h * kLn2);
 
-  const int kind = g_d == 0 ? int(PairKind::REVERSE_KL) : call.kind == PairKind::CROSS_ENTROPY ? int(PairKind::FORWARD_KL) : call.kind;
+  const int kind = g_d == 0 ? int(PairKind::REVERSE_KL) : call.kind;
   void* out = const_cast<void*>(row_start(call, call.out, call.dtype, row));
-  with_kind(kind, [&](auto constant_kind) {
-    const auto write = [&](auto same) {
-      constexpr int Kind = constant_kind == PairKind::CROSS_ENTROPY ? int(PairKind::FORWARD_KL) : int(constant_kind);
-      if (!mixed(call)) {
-        const T *z = row_of<T>(call, call.logits, row), *w = row_of<T>(call, call.other, row);
-        return write_pair_gradient<T, Kind, same>(z, w, static_cast<T*>(out), call.vocab, call.stream, c);
-      }
-      int64_t start = 0;
-      for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
-        if constexpr (std::is_same_v<T, float>) {
-          float tile[kTile];
-          write_pair_gradient<float, Kind, same>(z, w, tile, n, false, c);
-          from_floats(tile, std::min(n, call.vocab - start), out, call.dtype, start);
-        }
-        start += kTile;
-      });
-    };
-    c.frame.inv_t == c.frame.other_inv_t ? write(std::true_type{}) : write(std::false_type{});
-  });
+  with_kind(kind, [&](auto kind) { write_pair_gradient<T, kind>(call, row, out, c); });
 
   if (g_y == 0 || lost) return;
   // At the target p - 1 is given beside p: no cancellation as p goes to 1.

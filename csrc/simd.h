@@ -11,6 +11,9 @@
 #include <immintrin.h>
 #endif
 
+// For what runs for every entry of a row. A compiler would make calls of some of it, each with its own loads.
+#define RLKERN_INLINE [[gnu::always_inline]] inline
+
 // Unnamed, so that the copies compiled for different instruction sets never merge at link time.
 namespace {
 
@@ -221,7 +224,7 @@ inline Mask<T> operator>(const Pack<T>& a, T b) {
   return each<Mask<T>>([&](int i) { return a.v[i] > b; });
 }
 template <class T>
-inline Pack<T> magnitude(const Pack<T>& a) {
+RLKERN_INLINE Pack<T> magnitude(const Pack<T>& a) {
   using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
   constexpr Lane all_but_sign = Lane(~(std::make_unsigned_t<Lane>(1) << (8 * sizeof(T) - 1)));
   return each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(a.v[i]) & all_but_sign); });
@@ -243,7 +246,7 @@ inline bool any(const Mask<T>& mask) {
 #endif
 }
 template <class T>
-inline bool any_above(const Pack<T>& a, T b) {
+RLKERN_INLINE bool any_above(const Pack<T>& a, T b) {
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {  // compilers would make vectors of the masks
     __mmask16 above = 0;
@@ -254,7 +257,7 @@ inline bool any_above(const Pack<T>& a, T b) {
   return any(a > b);
 }
 template <class T>
-inline Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T>& b) {
+RLKERN_INLINE Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T>& b) {
   return each<Pack<T>>([&](int i) { return mask.v[i] ? a.v[i] : b.v[i]; });
 }
 
@@ -409,7 +412,7 @@ struct Exp2FromFloor<false> {
 };
 
 template <class E, class T>
-inline Pack<T> polynomial(const Pack<T>& f) {
+RLKERN_INLINE Pack<T> polynomial(const Pack<T>& f) {
   constexpr int degree = sizeof(E::coefficients) / sizeof(T) - 1;
   Pack<T> y = broadcast(E::coefficients[degree]);
 #pragma GCC unroll 16
@@ -422,13 +425,13 @@ constexpr T kLowestExponent = -Exp2<T>::bias;
 
 // t, but no less than where 2^t is as good as 0: finite, a factor for 0.
 template <class T>
-inline Pack<T> finite_exponent(const Pack<T>& t) {
+RLKERN_INLINE Pack<T> finite_exponent(const Pack<T>& t) {
   return max_or_second(broadcast(kLowestExponent<T>), t);
 }
 
 // 2^t for t <= 0, 0 for -inf; NaN for NaN.
 template <bool Short = false, class T>
-inline Pack<T> power_of_two(const Pack<T>& exponent) {
+RLKERN_INLINE Pack<T> power_of_two(const Pack<T>& exponent) {
   using E = Exp2<T, Short>;
   // Adding `round` leaves the biased exponent in the lowest bits.
   constexpr T round = T(int64_t(3) << (E::mantissa - 1)) + E::bias;
@@ -441,7 +444,7 @@ inline Pack<T> power_of_two(const Pack<T>& exponent) {
 #if defined(__AVX512DQ__)
 // The instruction set has 2^floor(t) and t - floor(t), at -inf 0 and 0.
 template <bool Short = false>
-inline Pack<float> power_of_two(const Pack<float>& t) {
+RLKERN_INLINE Pack<float> power_of_two(const Pack<float>& t) {
   constexpr int floor = _MM_FROUND_TO_NEG_INF;
   const Pack<float> f = each<Pack<float>>([&](int i) { return bit_cast<Vec<float>>(_mm512_reduce_ps(bit_cast<__m512>(t.v[i]), floor)); });
   const Pack<float> y = polynomial<Exp2FromFloor<Short>>(f);
@@ -478,25 +481,25 @@ struct Reciprocals<double> {
 
 // e^x - 1 - x for |x| <= 1/2.
 template <class T>
-inline Pack<T> excess(const Pack<T>& x) {
+RLKERN_INLINE Pack<T> excess(const Pack<T>& x) {
   return polynomial<typename Reciprocals<T>::Factorials>(x) * (x * x);
 }
 
 // log((1 + s) / (1 - s)) for |s| <= 1/4.
 template <class T>
-inline Pack<T> log_of_ratio(const Pack<T>& s) {
+RLKERN_INLINE Pack<T> log_of_ratio(const Pack<T>& s) {
   return polynomial<typename Reciprocals<T>::OddNumbers>(s * s) * (s + s);
 }
 
 // log(1 + v) for -2/5 <= v <= 2/3.
 template <class T>
-inline Pack<T> log1p_near(const Pack<T>& v) {
+RLKERN_INLINE Pack<T> log1p_near(const Pack<T>& v) {
   return log_of_ratio(v / (v + T(2)));
 }
 
 // log(y) of positive normal numbers.
 template <class T>
-inline Pack<T> log_positive(const Pack<T>& y) {
+RLKERN_INLINE Pack<T> log_positive(const Pack<T>& y) {
   constexpr int mantissa = Exp2<T>::mantissa;
   const auto half_bits = bit_cast<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>(T(0.70710678118654752440));
   // The exponent for which y / 2^exponent is in [sqrt(1/2), sqrt(2)).
@@ -512,7 +515,7 @@ struct LogOfOnePlus {  // log2(1 + r) / r over [-1/4, 1/2]
 };
 
 // log2(y) of positive numbers that are not subnormal, to 4e-8 of itself or of 1.
-inline Pack<float> log2_positive(const Pack<float>& y) {
+RLKERN_INLINE Pack<float> log2_positive(const Pack<float>& y) {
   constexpr int32_t low_bits = 0x3f400000;  // of 3/4
   const auto exponent = each<Mask<float>>([&](int i) { return (bit_cast<Bits<float>>(y.v[i]) - low_bits) >> 23; });
   const Pack<float> r =
@@ -520,6 +523,6 @@ inline Pack<float> log2_positive(const Pack<float>& y) {
   const Pack<float> steps = each<Pack<float>>([&](int i) { return __builtin_convertvector(exponent.v[i], Vec<float>); });
   return polynomial<LogOfOnePlus>(r) * r + steps;
 }
-inline Pack<double> log2_positive(const Pack<double>& y) { return log_positive(y) * 1.4426950408889634074; }
+RLKERN_INLINE Pack<double> log2_positive(const Pack<double>& y) { return log_positive(y) * 1.4426950408889634074; }
 
 }  // namespace
