@@ -27,6 +27,11 @@ from rlkern import backends  # noqa: E402
 BACKENDS = ("reference", "native", "triton")
 
 
+def _instruction_sets():
+    native = backends._load("native")
+    return [] if isinstance(native, Exception) else native.isas()
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request):
     """Runs the test with each backend. A missing one is a failure, unless RLKERN_TEST_WITHOUT names it."""
@@ -37,6 +42,16 @@ def backend(request):
         raise missing
     with rlkern.use_backend(request.param):
         yield request.param
+
+
+@pytest.fixture(params=_instruction_sets())
+def isa(request):
+    """Runs the test with the CPU kernels of each instruction set here."""
+    native = backends._load("native")
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
 
 
 @pytest.fixture

@@ -6,7 +6,9 @@ import pytest
 
 from rlkern.backends import contract
 
-CODES = {name: {k: v for k, v in vars(getattr(contract, name)).items() if k.isupper()} for name in ("State", "KeptKind", "KLKind")}
+CODES = {
+    name: {k: v for k, v in vars(getattr(contract, name)).items() if k.isupper()} for name in ("State", "KeptKind", "PairState", "PairKind", "KLKind")
+}
 CODES["SUMMARY"] = {name: column for column, name in enumerate(contract.SUMMARY)}
 TRITON = {"State": "STATE_", "KeptKind": "KEPT_", "KLKind": "KL_", "SUMMARY": "SUMMARY_"}
 

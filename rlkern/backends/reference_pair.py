@@ -216,7 +216,7 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
         columns = {PairState.MAX: z.max, PairState.REST: z.rest, PairState.REF: z.max, PairState.OTHER_REF: w.max}
         columns |= {PairState.OFFSET: offset, PairState.MEAN_SLOPE: mean_slope}
         columns |= {PairState.OTHER_MAX: w.max, PairState.OTHER_REST: w.rest, PairState.OTHER_MEAN_SLOPE: value - mean_slope}
-        computed = [value]
+        computed: list[Tensor | None] = [value]
         for side in (z, w):
             log_s0 = side.rest.log1p()
             shifted = None

@@ -260,7 +260,8 @@ def _pair(
         ignore_index = check_ignore_index(ignore_index)
     mask = check_mask(mask, logits)
     row_temperature, number = check_temperature(temperature, logits, targets, mask, ignore_index)
-    other_row_temperature, other_number = row_temperature, number
+    # Detached: under torch.compile no tensor may be two inputs of an autograd.Function.
+    other_row_temperature, other_number = None if row_temperature is None else row_temperature.detach(), number
     if other_temperature is not None:
         other_row_temperature, other_number = check_temperature(other_temperature, logits, targets, mask, ignore_index, name="other_temperature")
     if (logits.dtype == torch.float64) != (other.dtype == torch.float64):
@@ -412,7 +413,7 @@ def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Ten
     outside [0, 1].
     """
     check_number("beta", beta, 0, 1)
-    kind = {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")
+    kind = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
     return token_divergence(logits, other, kind=kind, beta=beta if kind == "jsd" else 0.5, **options)
 
 
