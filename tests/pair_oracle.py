@@ -58,7 +58,7 @@ def textbook(logits, other, kind="reverse_kl", beta=0.5, temperature=1.0, other_
 
 
 def precise(logits, other, kind="reverse_kl", beta=0.5, temperature=1.0, other_temperature=None):
-    """(value, gradient by the logits), for -inf by the limits.
+    """(value, gradient by the logits, the gradient's largest term by row), for -inf by the limits.
 
     A sum of p f(log(q / p)) with f >= 0 and f'(0) = 0. An error of log(q / p) counts by its square, so a
     divergence of 1e-12 is off by 1e-8 of itself.
@@ -89,5 +89,6 @@ def precise(logits, other, kind="reverse_kl", beta=0.5, temperature=1.0, other_t
         terms = torch.where(no_q, math.inf, terms)  # even if p underflows
     value = terms.masked_fill(no_p & no_q, 0.0).sum(-1)
     p_g = torch.where(no_p, 0.0, p * g)
-    gradient = _scaled(p_g - p * p_g.sum(-1, keepdim=True), temperature)
-    return value, gradient.masked_fill(value.unsqueeze(-1) == math.inf, math.nan)
+    mean = p_g.sum(-1, keepdim=True)
+    gradient = _scaled(p_g - p * mean, temperature).masked_fill(value.unsqueeze(-1) == math.inf, math.nan)
+    return value, gradient, _scaled(p_g.abs() + p * mean.abs(), temperature).amax(-1)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import rlkern
+from rlkern import reference as formulas
 from rlkern.backends import reference
 from rlkern.backends.contract import PairKind, PairState
 
@@ -43,29 +44,27 @@ def assert_value(got, expected, rtol):
     torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=0, equal_nan=True)
 
 
-def assert_gradient(got, expected, rtol):
-    """To rtol of the row's largest, and once rounded to the dtype."""
-    largest = expected.nan_to_num(0.0).abs().amax(-1, keepdim=True)
+def assert_gradient(got, expected, largest, rtol):
+    """To rtol of the largest term of the row, and once rounded to the dtype."""
     rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(got.dtype, 0.0)
     smallest = 2**-24 if got.dtype == torch.float16 else 0.0
-    allowed = rtol * largest + rounding * expected.abs() + smallest
+    allowed = rtol * largest.nan_to_num(0.0).unsqueeze(-1) + rounding * expected.abs() + smallest
     wrong = ~((got.double() - expected).abs() <= allowed) & ~(got.isnan() & expected.isnan())
     at = wrong.nonzero()
-    assert not len(at), f"{len(at)} entries, first {at[0].tolist()}: {got[wrong][0]} for {expected[wrong][0]}, largest {largest.max()}"
+    assert not len(at), f"{len(at)} entries, first {at[0].tolist()}: {got[wrong][0]} for {expected[wrong][0]}, allowed {allowed[wrong][0]}"
 
 
 def check(z, w, *, value_rtol=5e-6, gradient_rtol=1e-6, **options):
     expected = oracle.precise(z, w, **options)
     got = both(z, w, **options)
     assert_value(got[0], expected[0], value_rtol)
-    assert_gradient(got[1], expected[1], gradient_rtol)
-    return got
+    assert_gradient(got[1], *expected[1:], gradient_rtol)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def example(vocab, dtype, kind, beta, temperatures):
     """Rows and what is expected of them; the same for every instruction set."""
-    z, w = oracle.draw(3, vocab, dtype=dtype)
+    z, w = oracle.draw(2, vocab, dtype=dtype)
     return z, w, oracle.precise(z, w, kind, beta, *temperatures)
 
 
@@ -73,20 +72,44 @@ def example(vocab, dtype, kind, beta, temperatures):
 @every_dtype
 def test_values_and_gradients(isa, kind, dtype):
     exact = dtype == torch.float64
-    for vocab, beta, temperatures in itertools.product((2, 7, 2047, 2048, 2049, 9001), betas(kind), ((1.0, 1.0), (0.7, 1.9))):
-        z, w, (value, gradient) = example(vocab, dtype, kind, beta, temperatures)
+    for vocab, beta, temperatures in itertools.product((2, 7, 2048, 2049, 9001), betas(kind), ((1.0, 1.0), (0.7, 1.9))):
+        z, w, (value, *gradient) = example(vocab, dtype, kind, beta, temperatures)
         got = both(z, w, kind=kind, beta=beta, temperature=temperatures[0], other_temperature=temperatures[1])
-        assert_value(got[0], value, 1e-12 if exact else 5e-6)
-        assert_gradient(got[1], gradient, 1e-13 if exact else 1e-6)
+        assert_value(got[0], value, 1e-12 if exact else 1e-5 if "skew" in kind else 5e-6)
+        assert_gradient(got[1], *gradient, 1e-13 if exact else 2e-6 if "skew" in kind else 1e-6)
 
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_large_vocabulary(isa, kind, dtype):
-    z, w, (value, gradient) = example(32768, dtype, kind, 0.5, (1.0, 1.0))
+    z, w, (value, *gradient) = example(32768, dtype, kind, 0.5, (1.0, 1.0))
     got = both(z, w, kind=kind)
     assert_value(got[0], value, 5e-6)
-    assert_gradient(got[1], gradient, 1e-6)
+    assert_gradient(got[1], *gradient, 1e-6)
+
+
+@functools.cache
+def eager(kind):
+    """(largest error of float32 autograd's values, of its gradients, by the largest), and what is exact."""
+    z, w = oracle.draw(16, 9001)
+    leaf = z.clone().requires_grad_()
+    value = formulas.token_divergence(leaf, w, kind)
+    exact = oracle.precise(z, w, kind)[:2]
+    got = value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+    return z, w, exact, [largest_error(x, e) for x, e in zip(got, exact, strict=True)]
+
+
+def largest_error(got, exact):
+    return ((got.double() - exact).abs().max() / exact.abs().max()).item()
+
+
+# The gradient of skew_forward_kl subtracts almost equal numbers where q has little mass. Eager PyTorch has
+# another form, which loses all digits of close rows.
+@pytest.mark.parametrize("kind", [kind for kind in oracle.NATIVE if kind != "skew_forward_kl"])
+def test_errors_are_no_larger_than_those_of_eager_pytorch(isa, kind):
+    z, w, exact, of_eager = eager(kind)
+    errors = [largest_error(x, e) for x, e in zip(both(z, w, kind=kind), exact, strict=True)]
+    assert errors[0] <= of_eager[0] and errors[1] <= of_eager[1], (errors, of_eager)
 
 
 @every_kind
@@ -99,24 +122,25 @@ def test_one_column_is_certain(isa, kind, dtype):
 
 @every_kind
 def test_every_pair_of_dtypes(isa, kind):
-    for of_z, of_w, temperature in itertools.product(DTYPES, DTYPES, (1.0, 1.9)):
-        z, w = oracle.draw(3, 2100, dtype=torch.float64)
+    for of_z, of_w in itertools.product(DTYPES, DTYPES):
+        temperature = 0.7 if of_w == torch.bfloat16 else 1.9
+        z, w = oracle.draw(2, 2100, dtype=torch.float64)
         z, w = z.to(of_z), w.to(of_w)
         exact = of_z == torch.float64
-        seen = w if exact else w.to(torch.promote_types(of_w, torch.float16)).float() if of_w == torch.float64 else w
+        seen = w.float() if of_w == torch.float64 and not exact else w
         expected = oracle.precise(z, seen, kind, temperature=0.7, other_temperature=temperature)
         got = both(z, w, kind=kind, temperature=0.7, other_temperature=temperature)
         assert got[0].dtype == (torch.float64 if exact else torch.float32) and got[1].dtype == of_z
         assert_value(got[0], expected[0], 1e-12 if exact else 5e-6)
-        assert_gradient(got[1], expected[1], 1e-13 if exact else 1e-6)
+        assert_gradient(got[1], *expected[1:], 1e-13 if exact else 1e-6)
 
 
 # --- how close ----------------------------------------------------------------------------------------------
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def close_rows(noise, shift, kind, beta):
-    z, w = oracle.draw(4, 5000, noise=noise)
+    z, w = oracle.draw(3, 5000, noise=noise)
     return z, w + shift, oracle.precise(z, w + shift, kind, beta)
 
 
@@ -124,11 +148,11 @@ def close_rows(noise, shift, kind, beta):
 def test_small_divergences_keep_their_digits(isa, kind):
     rtol, least = (1e-5, 1e-12) if kind in ONE_SWEEP else (1e-4, 1e-10)
     for exponent, beta in itertools.product(range(1, 7), betas(kind)):
-        z, w, (value, _) = close_rows(10.0**-exponent, 0.0, kind, beta)
+        z, w, (value, *_) = close_rows(10.0**-exponent, 0.0, kind, beta)
         got, _ = both(z, w, kind=kind, beta=beta)
         assert (got >= 0).all()
         assert_value(got[value >= least], value[value >= least], rtol)
-        z, w, (value, _) = close_rows(10.0**-exponent, 3.7, kind, beta)
+        z, w, (value, *_) = close_rows(10.0**-exponent, 3.7, kind, beta)
         got, _ = both(z, w, kind=kind, beta=beta)
         assert (got >= 0).all()
         assert_value(got[value >= 1e-10], value[value >= 1e-10], 1e-2)
@@ -137,8 +161,8 @@ def test_small_divergences_keep_their_digits(isa, kind):
 @every_kind
 def test_gradients_of_close_rows_keep_their_digits(isa, kind):
     for beta in betas(kind):
-        z, w, (_, gradient) = close_rows(1e-5, 0.0, kind, beta)
-        assert_gradient(both(z, w, kind=kind, beta=beta)[1], gradient, 1e-3)
+        z, w, (_, gradient, _) = close_rows(1e-5, 0.0, kind, beta)
+        assert_gradient(both(z, w, kind=kind, beta=beta)[1], gradient, gradient.abs().amax(-1), 1e-3)
 
 
 @every_kind
@@ -212,24 +236,29 @@ def extremes():
 
 
 EXTREMES = extremes()
+NAMES = [name for name in EXTREMES for _ in range(2)]  # one a row
 
 
-@functools.lru_cache(maxsize=None)
-def of_extreme(name, kind, beta):
-    return oracle.precise(*EXTREMES[name], kind, beta)
+@functools.cache
+def all_extremes(kind, beta):
+    z, w = (torch.cat(rows) for rows in zip(*EXTREMES.values(), strict=True))
+    return z, w, oracle.precise(z, w, kind, beta)
 
 
 @every_kind
 def test_extreme_rows(isa, kind):
-    for name, (z, w) in EXTREMES.items():
-        for beta in betas(kind):
-            value, gradient = of_extreme(name, kind, beta)
-            got = both(z, w, kind=kind, beta=beta)
-            try:
-                assert_value(got[0], value, 1e-5)
-                assert_gradient(got[1], gradient, 2e-6)
-            except AssertionError as error:
-                raise AssertionError(f"{name}, beta={beta}: {error}") from None
+    for beta in (0.5,) if kind in ONE_SWEEP else (0.1, 0.9):
+        z, w, expected = all_extremes(kind, beta)
+        compare_rows(NAMES, both(z, w, kind=kind, beta=beta), expected, 1e-5, 1e-5)
+
+
+def compare_rows(names, got, expected, value_rtol, gradient_rtol):
+    for row, name in enumerate(names):
+        try:
+            assert_value(got[0][row], expected[0][row], value_rtol)
+            assert_gradient(got[1][row], *(x[row] for x in expected[1:]), gradient_rtol)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
 
 
 @every_kind
@@ -237,7 +266,7 @@ def test_rows_far_apart(isa, kind):
     """A difference of 2000 in the offsets. That of two logits is rounded to 1e-4 there."""
     z, w = oracle.draw(2, 5003)
     check(z + 1000, w - 1000, kind=kind, value_rtol=1e-4, gradient_rtol=2e-4)
-    check((z + 1000).double(), (w - 1000).double(), kind=kind, value_rtol=1e-11, gradient_rtol=1e-11)
+    check((z + 1000).double(), (w - 1000).double(), kind=kind, value_rtol=1e-12, gradient_rtol=1e-12)
 
 
 # --- -inf ---------------------------------------------------------------------------------------------------
@@ -268,7 +297,7 @@ def missing(vocab):
     }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def without_mass(vocab, dtype, kind, beta):
     cases = missing(vocab)
     z, w = oracle.draw(len(cases), vocab, dtype=dtype)
@@ -281,17 +310,12 @@ def without_mass(vocab, dtype, kind, beta):
 @every_dtype
 def test_minus_infinity(isa, kind, dtype):
     exact = dtype == torch.float64
-    for vocab, beta in itertools.product((9, 2 * TILE + 900), betas(kind)):
-        z, w, (value, gradient) = without_mass(vocab, dtype, kind, beta)
-        got = both(z, w, kind=kind, beta=beta)
-        for row, name in enumerate(missing(vocab)):
-            try:
-                assert_value(got[0][row], value[row], 1e-12 if exact else 1e-5)
-                assert_gradient(got[1][row : row + 1], gradient[row : row + 1], 1e-12 if exact else 1e-6)
-            except AssertionError as error:
-                raise AssertionError(f"{name}, {vocab}, beta={beta}: {error}") from None
-            if value[row].isfinite():
-                assert (got[1][row][z[row] == -INF] == 0).all(), name
+    for vocab in (9, 2 * TILE + 900):
+        z, w, expected = without_mass(vocab, dtype, kind, 0.3)
+        got = both(z, w, kind=kind, beta=0.3)
+        compare_rows(missing(vocab), got, expected, *((1e-12, 1e-12) if exact else (1e-5, 1e-6)))
+        finite = expected[0].isfinite()
+        assert (got[1][finite][z[finite] == -INF] == 0).all()
 
 
 def test_mass_that_underflows_is_mass(isa):
@@ -335,19 +359,19 @@ def test_an_infinite_row_leaves_the_others_alone(isa):
 @every_kind
 @every_dtype
 def test_strides_and_misaligned_rows(isa, kind, dtype):
-    wide_z, wide_w = oracle.draw(3, 5, 2103, dtype=dtype)
-    exact = {"value_rtol": 1e-12, "gradient_rtol": 1e-12} if dtype == torch.float64 else {}
+    wide_z, wide_w = oracle.draw(2, 3, 2103, dtype=dtype)
+    exact = {"value_rtol": 1e-12, "gradient_rtol": 1e-13} if dtype == torch.float64 else {}
     for cut in (
         lambda x: x[:, :-1],
         lambda x: x[..., 1:-1],
         lambda x: x.transpose(0, 1),
-        lambda x: x[:1, :1].expand(3, 5, 2103),
+        lambda x: x[:1, :1].expand(2, 3, 2103),
         lambda x: x[..., ::3],
     ):
         check(cut(wide_z), cut(wide_w), kind=kind, **exact)
     check(wide_z[..., 1:], wide_w[..., :-1], kind=kind, **exact)  # aligned otherwise
-    check(wide_z, wide_w[:, :1].expand(3, 5, 2103), kind=kind, **exact)  # one row for all
-    check(wide_z, wide_w[0, 0].expand(3, 5, 2103), kind=kind, **exact)
+    check(wide_z, wide_w[:, :1].expand(2, 3, 2103), kind=kind, **exact)  # one row for all
+    check(wide_z, wide_w[0, 0].expand(2, 3, 2103), kind=kind, **exact)
 
 
 @every_dtype
