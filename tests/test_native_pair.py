@@ -71,12 +71,13 @@ def example(vocab, dtype, kind, beta, temperatures):
 @every_kind
 @every_dtype
 def test_values_and_gradients(isa, kind, dtype):
+    """The skew kinds lose a factor of 1 / (1 - beta) near equality."""
     exact = dtype == torch.float64
     for vocab, beta, temperatures in itertools.product((2, 7, 2048, 2049, 9001), betas(kind), ((1.0, 1.0), (0.7, 1.9))):
         z, w, (value, *gradient) = example(vocab, dtype, kind, beta, temperatures)
         got = both(z, w, kind=kind, beta=beta, temperature=temperatures[0], other_temperature=temperatures[1])
         assert_value(got[0], value, 1e-12 if exact else 1e-5 if "skew" in kind else 5e-6)
-        assert_gradient(got[1], *gradient, 1e-13 if exact else 2e-6 if "skew" in kind else 1e-6)
+        assert_gradient(got[1], *gradient, 1e-13 if exact else 5e-6 if "skew" in kind else 1e-6)
 
 
 @every_kind
