@@ -483,4 +483,20 @@ inline Pack<T> log_positive(const Pack<T>& y) {
   return steps * T(0.69314718055994530942) + log_of_ratio((m - T(1)) / (m + T(1)));
 }
 
+struct LogOfOnePlus {  // log2(1 + r) / r over [-1/4, 1/2]
+  static constexpr float coefficients[] = {1.44269502163f,  -0.721348464489f, 0.480902075768f, -0.360575914383f, 0.288191497326f,
+                                           -0.24272352457f, 0.216324865818f,  -0.17423017323f, 0.0780666694045f};
+};
+
+// log2(y) of positive numbers that are not subnormal, to 4e-8 of itself or of 1.
+inline Pack<float> log2_positive(const Pack<float>& y) {
+  constexpr int32_t low_bits = 0x3f400000;  // of 3/4
+  const auto exponent = each<Mask<float>>([&](int i) { return (bit_cast<Bits<float>>(y.v[i]) - low_bits) >> 23; });
+  const Pack<float> r =
+      each<Pack<float>>([&](int i) { return bit_cast<Vec<float>>(bit_cast<Bits<float>>(y.v[i]) - (exponent.v[i] << 23)); }) - 1.0f;
+  const Pack<float> steps = each<Pack<float>>([&](int i) { return __builtin_convertvector(exponent.v[i], Vec<float>); });
+  return polynomial<LogOfOnePlus>(r) * r + steps;
+}
+inline Pack<double> log2_positive(const Pack<double>& y) { return log_positive(y) * 1.4426950408889634074; }
+
 }  // namespace

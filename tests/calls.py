@@ -105,6 +105,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.pair_stats, {"logits": logits, "other": normal(B, T, V), "targets": targets, "kind": "forward_kl", "mask": mask}, ("logits",)),
         (rlkern.pair_stats, {"logits": logits, "other": normal(B, T, V), "kind": "skew_reverse_kl", "temperature": 0.7}, ("logits",)),
         (rlkern.gkd_divergence, {"logits": logits, "other": normal(B, T, V), "beta": 0.5, "mask": mask}, ("logits",)),
+        (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "with_tail": True}, ("logits",)),
         (rlkern.masked_elbo, packed, ("logits",)),
         (rlkern.masked_elbo, draw | {"weight": per_row[:, 0], "old_token_logp": logp}, ("logits",)),
         (rlkern.bgpo_loss, packed | {"advantages": normal(5), "mc_weight": 0.5, "preset": "paper"}, ("logits",)),
