@@ -21,6 +21,7 @@ CALLS = {
     "divergence by both": (lambda x, y: (rlkern.token_divergence(x, x * 2, kind="jsd", other_grad=True, vocab=5),), (*ROWS, V), TOKENS),
     "pair": (lambda x, y: rlkern.pair_stats(x, x.detach() * 2, y), (*ROWS, V), TOKENS),
     "pair without targets": (lambda x, y: rlkern.pair_stats(x, x.detach() * 2, temperature=0.7), (*ROWS, V), TOKENS),
+    "did": (lambda x, y: (rlkern.token_did_entropy(x, x.detach() * 2),), (*ROWS, V), TOKENS),
     "elbo": (lambda x, y: (rlkern.masked_elbo(x, y, x.detach().new_ones(ROWS), mask=y == 0),), (*ROWS, V), TOKENS),
     "covariance": (lambda x, y: (rlkern.token_covariance(x, x.detach() + 1, y == 0),), ROWS, TOKENS),
     "z_loss": (lambda x, y: (rlkern.spherical_z_loss(x, y, reduction="none"),), (*ROWS, V), TOKENS),

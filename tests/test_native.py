@@ -21,6 +21,14 @@ ROUNDING = {torch.float32: 0.0, torch.float64: 0.0, torch.bfloat16: 2**-8, torch
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5, torch.float64: 1e-12}
 
 
+@pytest.fixture(params=native.isas())
+def isa(request):
+    before = native.isa()
+    native.use_isa(request.param)
+    yield request.param
+    native.use_isa(before)
+
+
 def empty(shape, dtype):
     return torch.full(shape, math.nan, dtype=dtype)
 

@@ -7,6 +7,7 @@ import math
 import pair_oracle as oracle
 import pytest
 import torch
+from isas import ISAS
 
 import rlkern
 from rlkern import reference as formulas
@@ -14,6 +15,7 @@ from rlkern.backends import reference
 from rlkern.backends.contract import PairKind, PairState
 
 native = pytest.importorskip("rlkern.backends.native", reason="built without the CPU kernels")
+pytestmark = [pytest.mark.usefixtures("backend"), pytest.mark.parametrize("backend", ISAS, indirect=True)]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 INF = math.inf
@@ -21,12 +23,6 @@ TILE = 2048
 every_kind = pytest.mark.parametrize("kind", oracle.NATIVE)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ONE_SWEEP = ("reverse_kl", "forward_kl", "mixed_kl", "cross_entropy")
-
-
-@pytest.fixture(autouse=True)
-def _native():
-    with rlkern.use_backend("native"):
-        yield
 
 
 def betas(kind):
@@ -70,7 +66,7 @@ def example(vocab, dtype, kind, beta, temperatures):
 
 @every_kind
 @every_dtype
-def test_values_and_gradients(isa, kind, dtype):
+def test_values_and_gradients(kind, dtype):
     """The skew kinds lose a factor of 1 / (1 - beta) near equality."""
     exact = dtype == torch.float64
     for vocab, beta, temperatures in itertools.product((2, 7, 2048, 2049, 9001), betas(kind), ((1.0, 1.0), (0.7, 1.9))):
@@ -82,7 +78,7 @@ def test_values_and_gradients(isa, kind, dtype):
 
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_large_vocabulary(isa, kind, dtype):
+def test_a_large_vocabulary(kind, dtype):
     z, w, (value, *gradient) = example(32768, dtype, kind, 0.5, (1.0, 1.0))
     got = both(z, w, kind=kind)
     assert_value(got[0], value, 5e-6)
@@ -107,7 +103,7 @@ def largest_error(got, exact):
 # The gradient of skew_forward_kl subtracts almost equal numbers where q has little mass. Eager PyTorch has
 # another form, which loses all digits of close rows.
 @pytest.mark.parametrize("kind", [kind for kind in oracle.NATIVE if kind != "skew_forward_kl"])
-def test_errors_are_no_larger_than_those_of_eager_pytorch(isa, kind):
+def test_errors_are_no_larger_than_those_of_eager_pytorch(kind):
     for beta in betas(kind):
         z, w, exact, of_eager = eager(kind, beta)
         errors = [largest_error(x, e) for x, e in zip(both(z, w, kind=kind, beta=beta), exact, strict=True)]
@@ -116,14 +112,14 @@ def test_errors_are_no_larger_than_those_of_eager_pytorch(isa, kind):
 
 @every_kind
 @every_dtype
-def test_one_column_is_certain(isa, kind, dtype):
+def test_one_column_is_certain(kind, dtype):
     z, w = oracle.draw(5, 1, dtype=dtype)
     value, gradient = both(z, w, kind=kind)
     assert (value == 0).all() and (gradient == 0).all()
 
 
 @every_kind
-def test_every_pair_of_dtypes(isa, kind):
+def test_every_pair_of_dtypes(kind):
     for of_z, of_w in itertools.product(DTYPES, DTYPES):
         temperature = 0.7 if of_w == torch.bfloat16 else 1.9
         z, w = oracle.draw(2, 2100, dtype=torch.float64)
@@ -147,7 +143,7 @@ def close_rows(noise, shift, kind, beta):
 
 
 @every_kind
-def test_small_divergences_keep_their_digits(isa, kind):
+def test_small_divergences_keep_their_digits(kind):
     rtol, least = (1e-5, 1e-12) if kind in ONE_SWEEP else (1e-4, 1e-10)
     for exponent, beta in itertools.product(range(1, 7), betas(kind)):
         z, w, (value, *_) = close_rows(10.0**-exponent, 0.0, kind, beta)
@@ -161,7 +157,7 @@ def test_small_divergences_keep_their_digits(isa, kind):
 
 
 @every_kind
-def test_gradients_of_close_rows_keep_their_digits(isa, kind):
+def test_gradients_of_close_rows_keep_their_digits(kind):
     for beta in betas(kind):
         z, w, (_, gradient, _) = close_rows(1e-5, 0.0, kind, beta)
         assert_gradient(both(z, w, kind=kind, beta=beta)[1], gradient, gradient.abs().amax(-1), 1e-3)
@@ -169,7 +165,7 @@ def test_gradients_of_close_rows_keep_their_digits(isa, kind):
 
 @every_kind
 @every_dtype
-def test_equal_rows_have_none(isa, kind, dtype):
+def test_equal_rows_have_none(kind, dtype):
     for vocab, scale in ((5, 1.0), (5003, 3.0), (5003, 30.0)):
         z, _ = oracle.draw(3, vocab, dtype=dtype, scale=scale)
         z[1, : vocab // 2] = -INF
@@ -181,7 +177,7 @@ def test_equal_rows_have_none(isa, kind, dtype):
 
 
 @every_kind
-def test_equal_distributions_at_different_temperatures(isa, kind):
+def test_equal_distributions_at_different_temperatures(kind):
     z, _ = oracle.draw(3, 5003)
     value, gradient = both(z, 2 * z, kind=kind, temperature=0.75, other_temperature=1.5)
     assert (gradient.abs() < 1e-6 * z.softmax(-1).max()).all()
@@ -248,7 +244,7 @@ def all_extremes(kind, beta):
 
 
 @every_kind
-def test_extreme_rows(isa, kind):
+def test_extreme_rows(kind):
     for beta in (0.5,) if kind in ONE_SWEEP else (0.1, 0.9):
         z, w, expected = all_extremes(kind, beta)
         compare_rows(NAMES, both(z, w, kind=kind, beta=beta), expected, 1e-5, 1e-5)
@@ -264,7 +260,7 @@ def compare_rows(names, got, expected, value_rtol, gradient_rtol):
 
 
 @every_kind
-def test_rows_far_apart(isa, kind):
+def test_rows_far_apart(kind):
     """A difference of 2000 in the offsets. That of two logits is rounded to 1e-4 there."""
     z, w = oracle.draw(2, 5003)
     check(z + 1000, w - 1000, kind=kind, value_rtol=1e-4, gradient_rtol=2e-4)
@@ -310,7 +306,7 @@ def without_mass(vocab, dtype, kind, beta):
 
 @every_kind
 @every_dtype
-def test_minus_infinity(isa, kind, dtype):
+def test_minus_infinity(kind, dtype):
     exact = dtype == torch.float64
     for vocab in (9, 2 * TILE + 900):
         z, w, expected = without_mass(vocab, dtype, kind, 0.3)
@@ -320,7 +316,7 @@ def test_minus_infinity(isa, kind, dtype):
         assert (got[1][finite][z[finite] == -INF] == 0).all()
 
 
-def test_mass_that_underflows_is_mass(isa):
+def test_mass_that_underflows_is_mass():
     z, w = torch.zeros(1, 3000), torch.zeros(1, 3000)
     z[0, 2500] = -300.0
     w[0, 2500] = -INF
@@ -332,7 +328,7 @@ def test_mass_that_underflows_is_mass(isa):
 @every_kind
 @every_dtype
 @pytest.mark.parametrize("value", [math.nan, INF])
-def test_nan_and_infinity_are_never_hidden(isa, kind, dtype, value):
+def test_nan_and_infinity_are_never_hidden(kind, dtype, value):
     for position, side in itertools.product((0, TILE + 3, 2 * TILE + 1), (0, 1)):
         rows = oracle.draw(2, 2 * TILE + 2, dtype=dtype)
         rows[side][1, position] = value
@@ -340,7 +336,7 @@ def test_nan_and_infinity_are_never_hidden(isa, kind, dtype, value):
         assert got.isnan().tolist() == [False, True] and not gradient[0].isnan().any() and gradient[1].isnan().all()
 
 
-def test_an_infinite_row_leaves_the_others_alone(isa):
+def test_an_infinite_row_leaves_the_others_alone():
     """Not a bit of them. Its own gradient is NaN, or zero where nothing flows back."""
     z, w = oracle.draw(5, 3000)
     expected = both(z, w)
@@ -360,7 +356,7 @@ def test_an_infinite_row_leaves_the_others_alone(isa):
 
 @every_kind
 @every_dtype
-def test_strides_and_misaligned_rows(isa, kind, dtype):
+def test_strides_and_misaligned_rows(kind, dtype):
     wide_z, wide_w = oracle.draw(2, 3, 2103, dtype=dtype)
     exact = {"value_rtol": 1e-12, "gradient_rtol": 1e-13} if dtype == torch.float64 else {}
     for cut in (
@@ -377,7 +373,7 @@ def test_strides_and_misaligned_rows(isa, kind, dtype):
 
 
 @every_dtype
-def test_columns_that_do_not_count(isa, dtype):
+def test_columns_that_do_not_count(dtype):
     wide_z, wide_w = oracle.draw(4, 44, dtype=dtype)
     wide_z, wide_w = wide_z[:, :40].clone(), wide_w
     wide_z[:, 37:] = wide_w[:, 37:] = math.nan
@@ -390,7 +386,7 @@ def test_columns_that_do_not_count(isa, dtype):
 
 @every_dtype
 @pytest.mark.parametrize("other_dtype", [None, torch.float32])
-def test_bits_depend_on_the_row_alone(isa, dtype, other_dtype):
+def test_bits_depend_on_the_row_alone(dtype, other_dtype):
     """The same row anywhere in any batch or slice on any number of threads: the same bits."""
     z, w = oracle.draw(4, 9, 5003, dtype=dtype)
     w = w if other_dtype is None else w.to(other_dtype)
@@ -419,7 +415,7 @@ def test_bits_depend_on_the_row_alone(isa, dtype, other_dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_gradient_too_large_for_the_caches_has_the_same_bits(isa, dtype):
+def test_a_gradient_too_large_for_the_caches_has_the_same_bits(dtype):
     vocab = 40_009  # odd: rows start anywhere between the addresses that vectors are streamed to
     z, w = oracle.draw(2**25 // (vocab * dtype.itemsize) + 1, vocab)
     z, w = z.to(dtype), w.to(dtype)
@@ -445,7 +441,7 @@ def call(backend, z, w, kind, *, targets=None, mask=None, temperature=1.0, other
 
 @every_kind
 @pytest.mark.parametrize("temperatures", [(1.0, 1.0), (0.7, 1.9)], ids=str)
-def test_state_is_interchangeable_with_the_reference(isa, kind, temperatures):
+def test_state_is_interchangeable_with_the_reference(kind, temperatures):
     z, w = (x[None] for x in oracle.draw(6, 3001))
     g = torch.Generator().manual_seed(1)
     targets, mask = torch.randint(0, 3001, (6, 1), generator=g), torch.arange(6) != 1
@@ -466,7 +462,7 @@ def test_state_is_interchangeable_with_the_reference(isa, kind, temperatures):
         torch.testing.assert_close(call(backend, z, w, code, state=state, **options)[1], gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_temperatures_that_are_not_positive(isa):
+def test_temperatures_that_are_not_positive():
     z, w = (x[None] for x in oracle.draw(6, 300))
     bad, good = torch.tensor([1.0, 0.0, -1.0, math.nan, 2.0, 1.0]), torch.ones(6)
     for temperatures in ((bad, good), (good, bad), (bad, bad)):
@@ -476,7 +472,7 @@ def test_temperatures_that_are_not_positive(isa):
 
 
 @every_dtype
-def test_statistics_have_the_bits_of_token_stats(isa, dtype):
+def test_statistics_have_the_bits_of_token_stats(dtype):
     z, w = oracle.draw(3, 4, 5003, dtype=dtype)
     z[0, 0, :TILE] = w[0, 1, 3000:] = -INF
     targets = torch.arange(0, 4800, 400).view(3, 4)
@@ -492,7 +488,7 @@ def test_statistics_have_the_bits_of_token_stats(isa, dtype):
                 assert torch.equal(getattr(got, f"other_{name}"), getattr(others, name)), f"other_{name}"
 
 
-def test_target_out_of_range(isa):
+def test_target_out_of_range():
     z, w = oracle.draw(6, 50)
     for wrong in (50, -1, 2**40, -(2**62)):
         targets = torch.arange(6)

@@ -71,6 +71,12 @@ REMEDIES = {
         lambda x: reference.token_divergence(x, OTHER) + reference.token_stats(x, None).entropy,
         lambda x: -(x.softmax(-1) * log_softmax(OTHER, -1)).sum(-1),
     ),
+    "did": (
+        lambda x: rlkern.token_did_entropy(x, OTHER, temperature=0.7),
+        r"use rlkern\.reference\.token_did_entropy",
+        lambda x: reference.token_did_entropy(x, OTHER, 0.7),
+        lambda x: (lambda u: -(u.softmax(-1) * log_softmax(u, -1)).sum(-1))((x - OTHER) / 0.7),
+    ),
     "moments": (
         lambda x: (lambda m: m.centred_target + m.variance)(moments.row_moments(x, Y)),
         r"use rlkern\.reference\.row_moments",

@@ -223,9 +223,8 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
             if targets is not None:
                 y = targets[flat]
                 valid = (y >= 0) & (y < vocab)
-                shifted = (
-                    torch.where(torch.isneginf(side.x), side.x, side.x - side.max).gather(-1, y.clamp(0, vocab - 1)).masked_fill(~valid, math.nan)
-                )
+                at_y = side.x.gather(-1, y.clamp(0, vocab - 1))
+                shifted = torch.where(torch.isneginf(at_y), at_y, at_y - side.max).masked_fill(~valid, math.nan)
             if side is z:
                 columns[PairState.MEAN_U] = z.mean_u
                 if shifted is not None:
