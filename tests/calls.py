@@ -38,12 +38,14 @@ class Call:
 
 def signature(function: Callable) -> dict[str, inspect.Parameter]:
     """Its parameters; for **options those of the function that takes them."""
-    taken = {rlkern.token_logprobs: rlkern.token_stats, accumulator: rlkern.BGPOAccumulator}
+    taken = {rlkern.token_logprobs: rlkern.token_stats, accumulator: rlkern.BGPOAccumulator, rlkern.gkd_divergence: rlkern.token_divergence}
     taken |= dict.fromkeys((rlkern.polar_pretrain_loss, rlkern.polar_finetune_loss), rlkern.bradley_terry_loss)
     parameters = dict(inspect.signature(function).parameters)
     if parameters.pop("options", None) is not None and function in taken:
         keywords = inspect.signature(taken[function]).parameters
         parameters |= {name: p for name, p in keywords.items() if function is accumulator or p.kind is p.KEYWORD_ONLY}
+        if function is rlkern.gkd_divergence:
+            del parameters["kind"]  # beta says it
     return parameters
 
 
@@ -97,7 +99,12 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V),
                                      "chunk_rows": 5, "mask": mask}, ("hidden", "weight", "bias")),
         *((rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
-          for kind in ("reverse_kl", "forward_kl", "jsd")),
+          for kind in ("reverse_kl", "mixed_kl", "cross_entropy", "jsd", "alpha", "total_variation")),
+        (rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V + 2), "kind": "skew_forward_kl", "beta": 0.1, "vocab": V,
+                                   "temperature": per_row, "other_temperature": 1.3, "other_grad": True}, ("logits", "other")),
+        (rlkern.pair_stats, {"logits": logits, "other": normal(B, T, V), "targets": targets, "kind": "forward_kl", "mask": mask}, ("logits",)),
+        (rlkern.pair_stats, {"logits": logits, "other": normal(B, T, V), "kind": "skew_reverse_kl", "temperature": 0.7}, ("logits",)),
+        (rlkern.gkd_divergence, {"logits": logits, "other": normal(B, T, V), "beta": 0.5, "mask": mask}, ("logits",)),
         (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "with_tail": True}, ("logits",)),
         (rlkern.masked_elbo, packed, ("logits",)),
         (rlkern.masked_elbo, draw | {"weight": per_row[:, 0], "old_token_logp": logp}, ("logits",)),

@@ -6,9 +6,11 @@ import pytest
 
 from rlkern.backends import contract
 
-CODES = {name: {k: v for k, v in vars(getattr(contract, name)).items() if k.isupper()} for name in ("State", "KeptKind", "KLKind")}
+CODES = {
+    name: {k: v for k, v in vars(getattr(contract, name)).items() if k.isupper()} for name in ("State", "KeptKind", "PairState", "PairKind", "KLKind")
+}
 CODES["SUMMARY"] = {name: column for column, name in enumerate(contract.SUMMARY)}
-TRITON = {"State": "STATE_", "KeptKind": "KEPT_", "KLKind": "KL_", "SUMMARY": "SUMMARY_"}
+TRITON = {"State": "STATE_", "KeptKind": "KEPT_", "PairState": "PAIR_", "PairKind": "PAIR_KIND_", "KLKind": "KL_", "SUMMARY": "SUMMARY_"}
 
 
 @pytest.fixture
@@ -31,7 +33,8 @@ def test_codes_in_cpp(cpp, name):
 @pytest.mark.parametrize("name", CODES)
 def test_codes_in_triton(triton, name):
     prefix = TRITON[name]
-    found = {key.removeprefix(prefix): code for key, code in triton.items() if key.startswith(prefix)}
+    prefixes = {key: max((p for p in TRITON.values() if key.startswith(p)), key=len, default="") for key in triton}
+    found = {key.removeprefix(prefix): code for key, code in triton.items() if prefixes[key] == prefix}
     assert found == {key.upper(): code for key, code in CODES[name].items()}
 
 

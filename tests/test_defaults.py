@@ -30,7 +30,8 @@ DEFAULTS = {
     "ppo_loss": {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "log_ratio_clamp": 20.0, "aggregation": "token-mean"},  # verl's clamp
     "spg_loss": {"beta": 1.5, "upper_weight": 0.5},
     "spherical_z_loss": {"scale": 1.0, "offset": 0.0, "reduction": "sum"},
-    "token_divergence": {"kind": "reverse_kl", "beta": 0.5},
+    "pair_stats": {"kind": "reverse_kl", "beta": 0.5, "other_temperature": None, "vocab": None, "other_grad": False},
+    "token_divergence": {"kind": "reverse_kl", "beta": 0.5, "other_temperature": None, "vocab": None, "other_grad": False},
     "unigrpo_loss": {"clip_low": 0.2, "clip_high": 0.2},
     "wd1_loss": {"psi": 1.0, "group_size": None},
 }

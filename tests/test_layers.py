@@ -24,6 +24,7 @@ FLOORS = (
 BACKENDS = {  # what each file of backends may import, of rlkern
     "contract": set(),
     "reference": {"layout", "backends"},
+    "reference_pair": {"layout", "backends"},
     "native": {"backends", "_cpu"},
     "gradient_memory": set(),
     "__init__": {"backends", "triton_kernels", "rlkern"},  # the package itself for its version

@@ -64,6 +64,13 @@ REMEDIES = {
     "reverse_kl": divergence(lambda x: kl(x.softmax(-1), OTHER.softmax(-1))),
     "forward_kl": divergence(lambda x: kl(OTHER.softmax(-1), x.softmax(-1)), "forward_kl"),
     "jsd": divergence(mixture, "jsd", 0.3),
+    "skew_forward_kl": divergence(lambda x: kl(OTHER.softmax(-1), 0.3 * OTHER.softmax(-1) + 0.7 * x.softmax(-1)), "skew_forward_kl", 0.3),
+    "pair_stats": (
+        lambda x: (lambda s: s.divergence + s.entropy)(rlkern.pair_stats(x, OTHER)),
+        r"use rlkern\.reference\.token_divergence",
+        lambda x: reference.token_divergence(x, OTHER) + reference.token_stats(x, None).entropy,
+        lambda x: -(x.softmax(-1) * log_softmax(OTHER, -1)).sum(-1),
+    ),
     "did": (
         lambda x: rlkern.token_did_entropy(x, OTHER, temperature=0.7),
         r"use rlkern\.reference\.token_did_entropy",

@@ -54,6 +54,14 @@ ROWS = {
     ),
     "entropy_from_logits": (lambda x, y, m, t: rlkern.entropy_from_logits(x, mask=read(x), temperature=t), entropy),
     "token_divergence": (lambda x, y, m, t: rlkern.token_divergence(x, x.detach().flip(-1), mask=read(x), temperature=t), reverse_kl),
+    "pair_stats": (
+        lambda x, y, m, t: (lambda s: s.divergence + s.logp)(rlkern.pair_stats(x, x.detach().flip(-1), y, mask=m, temperature=t)),
+        lambda log_p, y: reverse_kl(log_p, y) + at(log_p, y),
+    ),
+    "other_temperature": (
+        lambda x, y, m, t: rlkern.token_divergence(x, x.detach().flip(-1), mask=read(x), temperature=1.0 * t, other_temperature=t),
+        reverse_kl,
+    ),
     "token_did_entropy": (
         lambda x, y, m, t: rlkern.token_did_entropy(x, x.detach().flip(-1), mask=read(x), temperature=t),
         lambda log_p, y: entropy((log_p - log_p.detach().flip(-1)).log_softmax(-1), y),

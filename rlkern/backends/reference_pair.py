@@ -234,9 +234,9 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
         for column, content in columns.items():
             state[:, column] = content.squeeze(-1)
         dropped = skipped[flat].unsqueeze(-1)
-        for x_out, content in zip(results, computed, strict=True):
-            if x_out is not None and content is not None:
-                x_out.view(-1)[flat] = content.masked_fill(dropped, 0).squeeze(-1)
+        for x_out, result in zip(results, computed, strict=True):
+            if x_out is not None and result is not None:
+                x_out.view(-1)[flat] = result.masked_fill(dropped, 0).squeeze(-1)
         state_out[flat] = state.masked_fill(dropped, 0)
 
 

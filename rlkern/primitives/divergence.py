@@ -167,7 +167,7 @@ def _backward(logits, other, *args):
 
 
 _TENSORS = "Tensor other, Tensor? targets, Tensor? mask, Tensor? row_temperature, Tensor? other_row_temperature"
-_OPTIONS = "float temperature, float other_temperature, int ignore_index, int kind, float beta, int vocab, bool with_stats, bool other_grad"
+_OPTIONS = "float temperature, float other_temperature, int ignore_index, int kind, float beta, SymInt vocab, bool with_stats, bool other_grad"
 _GRADIENTS = "Tensor state, Tensor? g_divergence, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp"
 _RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _pair_stats = differentiable(
@@ -256,10 +256,11 @@ def _pair(
         check_inplace(logits)
     if targets is not None:
         targets = check_targets(targets, logits, several=False)
-        ignore_index = check_ignore_index(ignore_index)
+    ignore_index = check_ignore_index(ignore_index)
     mask = check_mask(mask, logits)
     row_temperature, number = check_temperature(temperature, logits, targets, mask, ignore_index)
-    other_row_temperature, other_number = row_temperature, number
+    # Detached: under torch.compile no tensor may be two inputs of an autograd.Function.
+    other_row_temperature, other_number = None if row_temperature is None else row_temperature.detach(), number
     if other_temperature is not None:
         other_row_temperature, other_number = check_temperature(other_temperature, logits, targets, mask, ignore_index, name="other_temperature")
     if (logits.dtype == torch.float64) != (other.dtype == torch.float64):
