@@ -73,6 +73,7 @@ class Rows:
         self.counts = counted_rows(targets, mask, ignore_index, 1)
         self.counted = _indices(self.counts)
         picked = (hidden, targets, mask, *others)
+        self.hidden: Any
         self.hidden, *self.others = (x if x is None or self.counted is None else x[self.counted] for x in picked)
 
     def flat(self, x: Tensor | None) -> Tensor | None:
@@ -145,7 +146,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "") -> None:
-    """hidden [..., H], weight [V, H], bias [V] or None, of one dtype and device. `prefix` goes before names."""
+    """hidden [..., H], weight [V, H], bias [V] or None, of one dtype and device; prefix: of their names."""
     check_logits(hidden, f"{prefix}hidden")
     for name, x in (("weight", weight), ("bias", bias)):
         if name == "bias" and x is None:
