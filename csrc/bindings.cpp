@@ -72,14 +72,14 @@ void fill(const py::dict& arguments, const Field<T>&... fields) {
 
 // --- functions ---------------------------------------------------------------------------------------------
 
-// A function over rows of logits takes two dicts: what both halves need, and its own.
-template <class Call, class Read>
-void define_rows(py::module_& m, const char* name, void (*function)(Call), Read read) {
-  m.def(name, [=](const py::dict& rows, const py::dict& own) {
-    std::decay_t<Call> call{};
+// A function over rows of logits takes a dict of what all of them need, and one or two that `read` reads.
+template <class Call, class... Dicts, class Read>
+void define_rows_of(py::module_& m, const char* name, void (*function)(const Call&), Read read) {
+  m.def(name, [=](const py::dict& rows, const Dicts&... own) {
+    Call call{};
     fill(rows, FIELD(dtype), FIELD(logits), FIELD(rows), FIELD(inner), FIELD(vocab), FIELD(targets), FIELD(n_targets), FIELD(mask),
          FIELD(temperature), FIELD(temperatures), FIELD(ignore_index), FIELD(state), FIELD(threads));
-    read(own, call);
+    read(own..., call);
     const py::gil_scoped_release release;
     function(call);
   });
@@ -109,12 +109,26 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", &available_isas);
   m.def("use_isa", &use_isa);
 
-  define_rows(m, "token_stats_forward", &token_stats_forward, [](const py::dict& from, Forward& call) {
+  define_rows_of<Forward, py::dict>(m, "token_stats_forward", &token_stats_forward, [](const py::dict& from, Forward& call) {
     fill(from, FIELD(kept_kind), FIELD(log_kept), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq_prob), FIELD(kept_logmass));
   });
-  define_rows(m, "token_stats_backward", &token_stats_backward, [](const py::dict& from, Backward& call) {
+  define_rows_of<Backward, py::dict>(m, "token_stats_backward", &token_stats_backward, [](const py::dict& from, Backward& call) {
     fill(from, FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq_prob), FIELD(g_kept_logmass), FIELD(out));
   });
+  const auto read_pair = [](const py::dict& from, Pair& call) {
+    fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(kind), FIELD(beta));
+  };
+  define_rows_of<PairForward, py::dict, py::dict>(m, "pair_forward", &pair_forward,
+                                                  [=](const py::dict& pair, const py::dict& from, PairForward& call) {
+                                                    read_pair(pair, call);
+                                                    fill(from, FIELD(divergence), FIELD(logp), FIELD(entropy), FIELD(logsumexp),
+                                                         FIELD(other_logp), FIELD(other_entropy), FIELD(other_logsumexp));
+                                                  });
+  define_rows_of<PairBackward, py::dict, py::dict>(
+      m, "pair_backward", &pair_backward, [=](const py::dict& pair, const py::dict& from, PairBackward& call) {
+        read_pair(pair, call);
+        fill(from, FIELD(g_divergence), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(out));
+      });
   define_tokens<CovarianceSums>(m, "covariance_sums", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums));
   });
@@ -141,5 +155,6 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace py::literals;
   m.attr("constants") =
       py::dict("DType"_a = split(DType::names), "State"_a = split(State::names), "KeptKind"_a = split(KeptKind::names),
-               "KLKind"_a = split(KLKind::names), "SUMMARY"_a = split(Summary::names), "LARGEST_EXPONENT"_a = LARGEST_EXPONENT);
+               "PairState"_a = split(PairState::names), "PairKind"_a = split(PairKind::names), "KLKind"_a = split(KLKind::names),
+               "SUMMARY"_a = split(Summary::names), "LARGEST_EXPONENT"_a = LARGEST_EXPONENT);
 }

@@ -38,14 +38,36 @@ struct Backward : Rows {
   // Acc, each may be null
   const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;
   Matrix out;   // may be the logits
-  bool stream;  // past the caches; not in place
+  bool stream;  // past the caches; the schedule sets it
+};
+
+// What both halves need of two rows at once.
+struct Pair : Rows {  // n_targets is 0 or 1; state: Acc [rows, PairState::WIDTH]
+  int other_dtype;    // as dtype, or another one if neither is float64
+  Matrix other;
+  double other_temperature;
+  const void* other_temperatures;  // null where `temperatures` is
+  int kind;                        // a PairKind
+  double beta;
+};
+
+struct PairForward : Pair {
+  void *divergence, *logp, *entropy, *logsumexp, *other_logp, *other_entropy, *other_logsumexp;  // Acc; any but divergence may be null
+};
+
+struct PairBackward : Pair {
+  const void *g_divergence, *g_logp, *g_entropy, *g_logsumexp;  // Acc, each may be null
+  Matrix out;                                                   // may be the logits
+  bool stream;                                                  // past the caches; the schedule sets it
 };
 
 // The kernels that are compiled once for every instruction set, and what a call of each is. They compute the
 // rows [begin, end) on the calling thread.
-#define RLKERN_KERNELS(F)         \
-  F(token_stats_forward, Forward) \
-  F(token_stats_backward, Backward)
+#define RLKERN_KERNELS(F)           \
+  F(token_stats_forward, Forward)   \
+  F(token_stats_backward, Backward) \
+  F(pair_forward, PairForward)      \
+  F(pair_backward, PairBackward)
 
 struct Kernels {  // those for one instruction set
 #define RLKERN_MEMBER(name, Call) void (*name)(const Call&, int64_t begin, int64_t end);

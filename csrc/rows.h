@@ -133,26 +133,33 @@ struct RowSums {
   A top = A(-kInfinity);
   Sums sums;
 
+  // Takes a higher maximum. Returns whether it is one.
+  bool raise(A highest, A scale) {
+    if (!(highest > top)) return false;
+    if (top > -kInfinity) {
+      const double d = double(top - highest) * scale, steps = d < -2000 ? -2000 : d, e = std::exp2(steps);
+      sums.s1 = e * (sums.s1 + steps * (1 + sums.s0));
+      sums.s0 = e * (1 + sums.s0);
+      sums.s2 *= e * e;
+    }
+    top = highest;
+    return true;
+  }
+  // The sums of the next tile, whose maximum raised the row's or did not.
+  void take(const Sums& part, bool raised) {
+    sums.s0 += part.s0 + (part.ties - raised);
+    sums.s1 += part.s1;
+    sums.s2 += part.s2 + part.ties;
+  }
+
   template <bool Squares, bool Entropy, class T>
   void add(const T* tile, int64_t n, A scale) {
     const A highest = tile_max(tile, n);
-    const bool is_new = highest > top;
-    if (is_new) {
-      if (top > -kInfinity) {
-        const double d = double(top - highest) * scale, steps = d < -2000 ? -2000 : d, e = std::exp2(steps);
-        sums.s1 = e * (sums.s1 + steps * (1 + sums.s0));
-        sums.s0 = e * (1 + sums.s0);
-        sums.s2 *= e * e;
-      }
-      top = highest;
-    }
+    const bool raised = raise(highest, scale);
     // While there is nothing but -inf any finite number stands for the maximum: every term is 0.
-    const Sums part = highest > -kInfinity && highest == top
-                          ? tile_sums<T, true, Squares, Entropy>(tile, n, top, scale)
-                          : tile_sums<T, false, Squares, Entropy>(tile, n, top > -kInfinity ? top : 0, scale);
-    sums.s0 += part.s0 + (part.ties - is_new);
-    sums.s1 += part.s1;
-    sums.s2 += part.s2 + part.ties;
+    take(highest > -kInfinity && highest == top ? tile_sums<T, true, Squares, Entropy>(tile, n, top, scale)
+                                                : tile_sums<T, false, Squares, Entropy>(tile, n, top > -kInfinity ? top : 0, scale),
+         raised);
   }
 };
 
@@ -172,10 +179,14 @@ const T* row_of(const Rows& call, const Matrix& matrix, int64_t row) {
 
 // 1 / T in the accumulation type, NaN where T is not positive: the row shows it.
 template <class A>
-A inverse_temperature(const Rows& call, int64_t row) {
-  if (!call.temperatures) return A(1 / call.temperature);
-  const A t = static_cast<const A*>(call.temperatures)[row];
+A inverse_temperature(double temperature, const void* temperatures, int64_t row) {
+  if (!temperatures) return A(1 / temperature);
+  const A t = static_cast<const A*>(temperatures)[row];
   return t > 0 ? 1 / t : A(kNaN);
+}
+template <class A>
+A inverse_temperature(const Rows& call, int64_t row) {
+  return inverse_temperature<A>(call.temperature, call.temperatures, row);
 }
 
 template <class A>

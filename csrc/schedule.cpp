@@ -49,14 +49,9 @@ void advise_huge_pages(const Matrix& out, int64_t rows, int64_t inner, int64_t r
 #endif
 }
 
-}  // namespace
-
-void token_stats_forward(const Forward& call) {
-  check_targets(call);
-  run(active_kernels().token_stats_forward, call);
-}
-
-void token_stats_backward(Backward call) {
+// Runs a kernel that writes a gradient of the logits' size, each row's in one go but for `targets` of it.
+template <class Call>
+void run_gradient(void (*rows)(const Call&, int64_t, int64_t), Call call, int64_t targets) {
   // Bytes of a gradient, of which a reader would find little in the caches.
   constexpr int64_t beyond_caches = 1 << 25;
   // Bytes of a row. Each target is written once more, and must wait for a write past the caches.
@@ -64,9 +59,23 @@ void token_stats_backward(Backward call) {
   const int64_t element = call.dtype == DType::float64 ? 8 : call.dtype == DType::float32 ? 4 : 2;
   const int64_t row_bytes = call.vocab * element;
   const bool in_place = call.out.data == call.logits.data;
-  call.stream = !in_place && call.rows * row_bytes >= beyond_caches && row_bytes > call.n_targets * worth_a_target;
+  call.stream = !in_place && call.rows * row_bytes >= beyond_caches && row_bytes > targets * worth_a_target;
   if (!in_place) advise_huge_pages(call.out, call.rows, call.inner, row_bytes, element);
-  run(active_kernels().token_stats_backward, call);
+  run(rows, call);
 }
+
+}  // namespace
+
+void token_stats_forward(const Forward& call) {
+  check_targets(call);
+  run(active_kernels().token_stats_forward, call);
+}
+void token_stats_backward(const Backward& call) { run_gradient(active_kernels().token_stats_backward, call, call.n_targets); }
+
+void pair_forward(const PairForward& call) {
+  check_targets(call);
+  run(active_kernels().pair_forward, call);
+}
+void pair_backward(const PairBackward& call) { run_gradient(active_kernels().pair_backward, call, call.n_targets); }
 
 }  // namespace rlkern

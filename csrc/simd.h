@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #if defined(__SSE2__)
@@ -182,6 +183,7 @@ inline Pack<T> broadcast(T x) {
 RLKERN_PACK_OPERATOR(+)
 RLKERN_PACK_OPERATOR(-)
 RLKERN_PACK_OPERATOR(*)
+RLKERN_PACK_OPERATOR(/)
 #undef RLKERN_PACK_OPERATOR
 
 template <class T>
@@ -195,6 +197,32 @@ inline Mask<T> operator==(const Pack<T>& a, T b) {
 template <class T>
 inline Mask<T> operator>=(const Pack<T>& a, T b) {
   return each<Mask<T>>([&](int i) { return a.v[i] >= b; });
+}
+template <class T>
+inline Mask<T> operator>(const Pack<T>& a, T b) {
+  return each<Mask<T>>([&](int i) { return a.v[i] > b; });
+}
+template <class T>
+inline Pack<T> magnitude(const Pack<T>& a) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr Lane all_but_sign = Lane(~(std::make_unsigned_t<Lane>(1) << (8 * sizeof(T) - 1)));
+  return each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(a.v[i]) & all_but_sign); });
+}
+template <class T>
+inline bool any(const Mask<T>& mask) {
+  Bits<T> all = mask.v[0];
+  for (int i = 1; i < kPackVectors; ++i) all |= mask.v[i];
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bit_cast<__m512i>(all), bit_cast<__m512i>(all)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(bit_cast<__m256i>(all)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8(bit_cast<__m128i>(all)) != 0;
+#else
+  for (size_t i = 0; i < sizeof all / sizeof all[0]; ++i)
+    if (all[i]) return true;
+  return false;
+#endif
 }
 template <class T>
 inline Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T>& b) {
@@ -387,5 +415,61 @@ inline Pack<float> power_of_two(const Pack<float>& t) {
       [&](int i) { return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(y.v[i]), bit_cast<__m512>(t.v[i]))); });
 }
 #endif
+
+// --- near 0, relative to the result ------------------------------------------------------------------------
+
+template <class T>
+struct Reciprocals;  // of what divides the terms of the series below
+template <>
+struct Reciprocals<float> {
+  struct Factorials {  // from 2! on
+    static constexpr float coefficients[] = {1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040, 1.f / 40320};
+  };
+  struct OddNumbers {
+    static constexpr float coefficients[] = {1.f, 1.f / 3, 1.f / 5, 1.f / 7, 1.f / 9, 1.f / 11, 1.f / 13};
+  };
+};
+template <>
+struct Reciprocals<double> {
+  struct Factorials {
+    static constexpr double coefficients[] = {1. / 2,         1. / 6,          1. / 24,          1. / 120,           1. / 720,
+                                              1. / 5040,      1. / 40320,      1. / 362880,      1. / 3628800,       1. / 39916800,
+                                              1. / 479001600, 1. / 6227020800, 1. / 87178291200, 1. / 1307674368000, 1. / 20922789888000};
+  };
+  struct OddNumbers {
+    static constexpr double coefficients[] = {1.,      1. / 3,  1. / 5,  1. / 7,  1. / 9,  1. / 11, 1. / 13, 1. / 15,
+                                              1. / 17, 1. / 19, 1. / 21, 1. / 23, 1. / 25, 1. / 27, 1. / 29};
+  };
+};
+
+// e^x - 1 - x for |x| <= 1/2.
+template <class T>
+inline Pack<T> excess(const Pack<T>& x) {
+  return polynomial<typename Reciprocals<T>::Factorials>(x) * (x * x);
+}
+
+// log((1 + s) / (1 - s)) for |s| <= 1/4.
+template <class T>
+inline Pack<T> log_of_ratio(const Pack<T>& s) {
+  return polynomial<typename Reciprocals<T>::OddNumbers>(s * s) * (s + s);
+}
+
+// log(1 + v) for -2/5 <= v <= 2/3.
+template <class T>
+inline Pack<T> log1p_near(const Pack<T>& v) {
+  return log_of_ratio(v / (v + T(2)));
+}
+
+// log(y) of positive normal numbers.
+template <class T>
+inline Pack<T> log_positive(const Pack<T>& y) {
+  constexpr int mantissa = Exp2<T>::mantissa;
+  const auto half_bits = bit_cast<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>(T(0.70710678118654752440));
+  // The exponent for which y / 2^exponent is in [sqrt(1/2), sqrt(2)).
+  const auto exponent = each<Mask<T>>([&](int i) { return (bit_cast<Bits<T>>(y.v[i]) - half_bits) >> mantissa; });
+  const Pack<T> m = each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(y.v[i]) - (exponent.v[i] << mantissa)); });
+  const Pack<T> steps = each<Pack<T>>([&](int i) { return __builtin_convertvector(exponent.v[i], Vec<T>); });
+  return steps * T(0.69314718055994530942) + log_of_ratio((m - T(1)) / (m + T(1)));
+}
 
 }  // namespace

@@ -69,6 +69,33 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
     _cpu.token_stats_backward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
+def _pair(other, other_temperature, kind, beta) -> dict:
+    per_row = isinstance(other_temperature, Tensor)
+    return {
+        "other_dtype": _DTYPES[other.dtype],
+        "other": other,
+        "other_temperature": 1.0 if per_row else other_temperature,
+        "other_temperatures": other_temperature if per_row else None,
+        "kind": kind,
+        "beta": beta,
+    }
+
+
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
+    """Raises IndexError as token_stats_forward does."""
+    names = ("divergence", "logp", "entropy", "logsumexp", "other_logp", "other_entropy", "other_logsumexp")
+    *results, state = out
+    rows = _rows(logits, targets, mask, temperature, ignore_index, state)
+    _cpu.pair_forward(rows, _pair(other, other_temperature, kind, beta), dict(zip(names, results, strict=True)))
+
+
+def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
+    names = ("g_divergence", "g_logp", "g_entropy", "g_logsumexp")
+    rows = _rows(logits, targets, mask, temperature, ignore_index, state)
+    own = {**dict(zip(names, grads, strict=True)), "out": out}
+    _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta), own)
+
+
 def covariance_sums(logp, advantages, mask) -> Tensor:
     sums = logp.new_empty((1, 3), dtype=torch.float64)
     call = {"n": logp.numel(), "logp": logp, "advantages": advantages, "mask": mask, "sums": sums}
