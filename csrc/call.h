@@ -35,6 +35,7 @@ struct Forward : Rows {
 };
 
 struct Backward : Rows {
+  int kept_kind;  // the forward's
   // Acc, each may be null
   const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;
   Matrix out;   // may be the logits

@@ -72,6 +72,21 @@ def test_split_rows_of_every_type(shape, dtype):
     check(draw(1, 2, 1501, dtype=dtype), ids(1501, 1, 2, 3), temperature=1.3, min_p=0.05, with_sum_sq=True)
 
 
+@pytest.mark.parametrize("vocab", LENGTHS)
+@pytest.mark.parametrize("k", [3, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tails_of_split_rows(shape, vocab, k, dtype):
+    """Ids at the borders of tiles and parts, in rows that start anywhere."""
+    for variant in (SPLIT, WHOLE):
+        shape(variant, GROUPS)
+        x, y = draw(3, vocab + 7, dtype=dtype)[:, 3 : vocab + 3], ids(vocab, 3, k)
+        borders = torch.tensor([0, BLOCK - 1, BLOCK, 3 * BLOCK - 1, 3 * BLOCK, 8 * BLOCK, vocab - 1], device=DEVICE)
+        y[0, : len(borders)] = borders[:k] % vocab
+        y[1, 1:] = -100
+        if vocab > 1:
+            check(x, y, with_tail=True, only=["logp", "tail_logmass"])
+
+
 def test_split_rows_that_are_skipped(shape):
     shape(SPLIT)
     check_skipped(1501, DEVICE, with_sum_sq=True, min_p=0.1)

@@ -6,7 +6,7 @@ import triton.language as tl
     STATE_MAX, STATE_REST, STATE_MEAN_U, STATE_SUM_SQ, STATE_KEPT, STATE_THRESHOLD, STATE_TARGETS,
 ) = (tl.constexpr(column) for column in range(7))  # fmt: skip
 
-KEPT_NONE, KEPT_MIN_P, KEPT_MIN_PROB = (tl.constexpr(kind) for kind in range(3))
+KEPT_NONE, KEPT_MIN_P, KEPT_MIN_PROB, KEPT_UNLISTED = (tl.constexpr(kind) for kind in range(4))
 KL_K1, KL_ABS, KL_K2, KL_K3 = (tl.constexpr(kind) for kind in range(4))
 
 (

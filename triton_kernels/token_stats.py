@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .constants import KEPT_UNLISTED
 from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, target_warps
 from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
 from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
@@ -57,19 +58,22 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=shifted, BLOCK=shape.block, LANES=lanes, num_warps=shape.warps)
     sums = dict(SUM_SQ=with_sum_sq, STAGES=shape.stages)
     with device_of(logits):
+        listed = logits
+        if kept_kind == KEPT_UNLISTED.value:
+            listed = targets.masked_fill(targets == ignore_index, torch.iinfo(torch.int64).max).sort(dim=-1).values
         if shape.splits == 1:
-            token_stats_forward_kernel[(rows,)](*pointers, *outputs, state, *row_args, log_kept, **options, KEPT=kept_kind, **sums, **tile)
+            token_stats_forward_kernel[(rows,)](*pointers, listed, *outputs, state, *row_args, log_kept, **options, KEPT=kept_kind, **sums, **tile)
             return
         parts = logits.new_empty((rows, 7, shape.splits), dtype=state.dtype)
         split = dict(SPLITS=shape.splits, **options)
         token_stats_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, **split, **sums, **tile)
         if kept_kind:
-            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
+            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, listed, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
         split |= dict(SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
         token_stats_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, log_kept, **split)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
     pointers, temperature, options = _common(logits, targets, mask, temperature, state)
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
@@ -78,7 +82,10 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
     upstream = (state, *(logits if g is None else g for g in grads), out, inner)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}
-    at_targets = options["HAS_LOGP"] and options["K"] <= FEW_TARGETS
+    options["HAS_TAIL"] = kept_kind == KEPT_UNLISTED.value and options["HAS_KEPT"]
+    options["HAS_KEPT"] = options["HAS_KEPT"] and not options["HAS_TAIL"]
+    writes_targets = options["HAS_LOGP"] or options["HAS_TAIL"]
+    at_targets = writes_targets and options["K"] <= FEW_TARGETS
     tile = dict(
         AT_TARGETS=at_targets,
         ALIGN=align,
@@ -90,7 +97,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
     with device_of(logits):
         row_args = (*upstream, *_strides(logits), *_strides(out), vocab, groups, temperature, ignore_index)
         token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)
-        if options["HAS_LOGP"] and not at_targets:
+        if writes_targets and not at_targets:
             in_order, order = targets.sort(dim=-1, stable=True)
             row_args = (*upstream, *_strides(out), vocab, temperature, ignore_index)
             options["num_warps"] = target_warps(options["K_BLOCK"])

@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .constants import (
     KEPT_MIN_P,
+    KEPT_UNLISTED,
     STATE_KEPT,
     STATE_MAX,
     STATE_MEAN_U,
@@ -61,10 +62,26 @@ def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
 
 
 @triton.jit
-def _kept_tile(x, m, delta, scale, kept, dropped):
+def _kept_tile(
+    x, i, lead, m, delta, scale, kept, dropped, listed_row, place,
+    K: tl.constexpr, KEPT: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     e = tl.exp2(exponent(x, m, scale))
-    inside = x - m >= delta
-    return kept + tl.sum(tl.where(inside, e, 0.0), axis=0), dropped + tl.sum(tl.where(inside, 0.0, e), axis=0)
+    if KEPT == KEPT_UNLISTED:
+        lane = tl.arange(0, LANES)[None, :]
+        col = i + tl.arange(0, BLOCK // LANES)[:, None] * LANES + lane
+        if SHIFTED:
+            col = tl.where(lane < lead, col + LANES, col) - lead
+        inside = col >= 0
+        y = tl.load(listed_row + place, mask=place < K, other=i + BLOCK)
+        while y < i + BLOCK:
+            inside = inside & (col != y.to(tl.int32))
+            place += 1
+            y = tl.load(listed_row + place, mask=place < K, other=i + BLOCK)
+    else:
+        inside = x - m >= delta
+    kept, dropped = kept + tl.sum(tl.where(inside, e, 0.0), axis=0), dropped + tl.sum(tl.where(inside, 0.0, e), axis=0)
+    return kept, dropped, place
 
 
 # A tile is [BLOCK / LANES, LANES]. A thread holds whole loads of a line: sums over axis 0 stay inside it.
@@ -180,25 +197,32 @@ def sweep(
 
 @triton.jit
 def kept_sweep(
-    row_ptr, begin, end, vocab, m, delta, scale,
-    ACC: tl.constexpr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    row_ptr, begin, end, vocab, m, delta, scale, listed_row,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`."""
+    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row:
+    the row's ids [K] in order, for KEPT_UNLISTED. Each tile takes its run of them."""
+    place = tl.zeros((), tl.int32)
+    if KEPT == KEPT_UNLISTED:
+        k = tl.arange(0, K_BLOCK)
+        listed = tl.load(listed_row + k, mask=k < K, other=vocab)
+        place = tl.sum(((k < K) & (listed < begin)).to(tl.int32), axis=0)
     boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
     kept = tl.zeros((LANES,), ACC)
     dropped = tl.zeros((LANES,), ACC)
     whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in range(begin, whole, BLOCK):
         x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+        kept, dropped, place = _kept_tile(x, i, lead, m, delta, scale, kept, dropped, listed_row, place, K, KEPT, SHIFTED, BLOCK, LANES)
     if SHIFTED:
         if end - whole > BLOCK:
             x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+            kept, dropped, place = _kept_tile(x, whole, lead, m, delta, scale, kept, dropped, listed_row, place, K, KEPT, SHIFTED, BLOCK, LANES)
             whole += BLOCK
     if whole < end:
         x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+        kept, dropped, place = _kept_tile(x, whole, lead, m, delta, scale, kept, dropped, listed_row, place, K, KEPT, SHIFTED, BLOCK, LANES)
     return _sum_lanes(kept, lead, SHIFTED, LANES), _sum_lanes(dropped, lead, SHIFTED, LANES)
 
 
@@ -214,7 +238,9 @@ def log_total(m, ties, s0):
 
 @triton.jit
 def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexpr):
-    """x is kept where x - m reaches it."""
+    """x is kept where x - m reaches it; 0 for KEPT_UNLISTED."""
+    if KEPT == KEPT_UNLISTED:
+        return tl.zeros((), ACC)
     log_kept = tl.full((), log_kept, ACC)
     return (log_kept if KEPT == KEPT_MIN_P else log_kept + log_s0) / inv_t
 
@@ -284,6 +310,7 @@ def write_zeros(
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_forward_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
+    listed_ptr,  # [N, K], for KEPT_UNLISTED: the targets of each row that are not ignored, in order
     logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,  # [N, K], [N] four times, [N, STATE_TARGETS + K]
     inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
@@ -307,8 +334,9 @@ def token_stats_forward_kernel(
     dropped = tl.zeros((), ACC)
     if KEPT:
         _rest, log_s0, _nothing = log_total(m, ties, s0)
+        delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         kept, dropped = kept_sweep(
-            row_ptr, 0, vocab, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES
+            row_ptr, 0, vocab, vocab, m, delta, scale, listed_ptr + row * K, K, K_BLOCK, KEPT, ACC, ALIGN, SHIFTED, BLOCK, LANES
         )
     write_row(
         row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,

@@ -73,6 +73,7 @@ def token_stats_part_kernel(
 def token_stats_kept_part_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     parts_ptr,  # [N, 7, SPLITS]
+    listed_ptr,  # [N, K], for KEPT_UNLISTED: the targets of each row that are not ignored, in order
     inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, KEPT: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -92,9 +93,8 @@ def token_stats_kept_part_kernel(
     parts_row = parts_ptr + row * (7 * SPLITS)
     m, ties, s0, _s1, _s2 = _merge(parts_row, scale, False, SPLITS)
     _rest, log_s0, _nothing = log_total(m, ties, s0)
-    kept, dropped = kept_sweep(
-        row_ptr, begin, end, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES
-    )
+    delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
+    kept, dropped = kept_sweep(row_ptr, begin, end, vocab, m, delta, scale, listed_ptr + row * K, K, K_BLOCK, KEPT, ACC, ALIGN, SHIFTED, BLOCK, LANES)
     tl.store(parts_row + 5 * SPLITS + part, kept)
     tl.store(parts_row + 6 * SPLITS + part, dropped)
 

@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from rlkern.backends.contract import State
+from rlkern.backends.contract import KeptKind, State
 from rlkern.backends.gradient_memory import new_gradient
 
 BATCH, TIME = 8, 1024  # rows come as [8, 1024, V], the shape in which trainers hold them
@@ -21,11 +21,13 @@ LAYOUTS = {"V=151936": (151936, 151936), "V=50257 padded": (50257, 50304)}
 LAYOUTS |= {"V=50257": (50257, 50257), "V=262144 odd stride": (262144, 262145)}
 
 FORWARD = {"forward": {}, "forward +sum_sq": {"sum_sq": True}, "forward +kept": {"kept": 1}, "forward K=8": {"targets": 8}}
+FORWARD |= {"forward K=128 +tail": {"targets": 128, "kept": KeptKind.UNLISTED}}
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},
     "backward all": {"grads": ("logp", "entropy", "logsumexp", "sum_sq", "kept")},
     "backward K=128": {"grads": ("logp", "entropy"), "targets": 128},
+    "backward K=128 +tail": {"grads": ("logp", "kept"), "targets": 128, "kept": KeptKind.UNLISTED},
 }
 GRADS = BACKWARD["backward all"]["grads"]
 
@@ -132,8 +134,8 @@ def record(case: Case, gpu) -> list[Launch]:
         if case.backward:
             wanted = options["grads"]
             grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
-            out = new_gradient(logits)
-            module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, _meta(rows, State.TARGETS + n_targets), grads, out)
+            kind, state = options.get("kept", 0), _meta(rows, State.TARGETS + n_targets)
+            module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits))
         else:
             sum_sq = _meta(rows) if options.get("sum_sq") else None
             kept = _meta(rows) if options.get("kept") else None

@@ -6,13 +6,13 @@ assume validated input. `CHECKS_TARGETS` says whether token_stats_forward checks
 Rows of logits:
 
     token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
-    token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out)
+    token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out)
 
     logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
     targets      [N, K] int64 contiguous, or None (K = 0)
     mask         [N] bool contiguous, or None; a row is skipped if it is False or all targets are ignored
     temperature  float, or [N] contiguous in the accumulation dtype (float64 for float64 logits, else float32)
-    kept_kind    a `KeptKind`; log_kept = log k
+    kept_kind    a `KeptKind`; log_kept = log k, for those with a k
     out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob, kept_logmass,
                  state [.., State.TARGETS + K]), contiguous, N rows; all but logsumexp and state may be None
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
@@ -86,7 +86,7 @@ class State:
     MEAN_U = 2  # sum p u
     SUM_SQ = 3
     KEPT = 4  # kept_logmass
-    THRESHOLD = 5  # x is kept where x - m >= this
+    THRESHOLD = 5  # x is kept where x - m >= this, but for UNLISTED
     TARGETS = 6
 
 
@@ -94,6 +94,7 @@ class KeptKind:
     NONE = 0
     MIN_P = 1  # p >= k * max p
     MIN_PROB = 2  # p >= k
+    UNLISTED = 3  # no target of the row, or one equal to ignore_index
 
 
 class PairState:

@@ -56,9 +56,10 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     _cpu.token_stats_forward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
     g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
     own = {
+        "kept_kind": kept_kind,
         "g_logp": g_logp,
         "g_entropy": g_entropy,
         "g_logsumexp": g_logsumexp,

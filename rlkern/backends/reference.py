@@ -28,6 +28,13 @@ def _inverse_temperature(temperature: float | Tensor, rows: slice, acc: torch.dt
     return torch.where(t > 0, 1 / t, math.nan)
 
 
+def _listed(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
+    """[R, V]: which ids are among the targets [R, K]."""
+    nowhere = (targets == ignore_index) | (targets < 0) | (targets >= vocab)
+    listed = torch.zeros(targets.shape[0], vocab + 1, dtype=torch.bool, device=targets.device)
+    return listed.scatter_(-1, targets.masked_fill(nowhere, vocab), True)[:, :vocab]
+
+
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
     logp_out, entropy_out, lse_out, sum_sq_out, kept_out, state_out = out
     state_out = state_out.view(-1, state_out.shape[-1])
@@ -57,9 +64,12 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
             state[:, State.SUM_SQ] = log_p.exp().square().sum(-1)
             sum_sq_out.view(-1)[flat] = state[:, State.SUM_SQ].masked_fill(skipped[flat], 0)
         if kept_kind != KeptKind.NONE:
-            inv = inv_t if isinstance(inv_t, Tensor) else torch.full_like(m, inv_t)
-            delta = (log_kept if kept_kind == KeptKind.MIN_P else log_kept + log_s0) / inv
-            inside = shifted >= delta
+            if kept_kind == KeptKind.UNLISTED:
+                delta, inside = torch.zeros_like(m), ~_listed(targets[flat], ignore_index, vocab)
+            else:
+                inv = inv_t if isinstance(inv_t, Tensor) else torch.full_like(m, inv_t)
+                delta = (log_kept if kept_kind == KeptKind.MIN_P else log_kept + log_s0) / inv
+                inside = shifted >= delta
             kept, dropped = (torch.where(where, u.exp(), 0).sum(-1, keepdim=True) for where in (inside, ~inside))
             mass = torch.where(log_s0.isnan(), math.nan, -(dropped / kept).log1p())
             state[:, State.KEPT], state[:, State.THRESHOLD] = mass.squeeze(-1), delta.squeeze(-1)
@@ -95,7 +105,7 @@ def _sum_of_equals(columns: Tensor, values: Tensor, spare: int) -> tuple[Tensor,
     return columns.masked_fill(again, spare), sums
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
     state = state.view(-1, state.shape[-1])
     acc, n, vocab = state.dtype, state.shape[0], logits.shape[-1]
     g_logp, g_entropy, g_lse, g_sum_sq, g_kept = grads
@@ -134,8 +144,12 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             c = c + 2 * g_s2 * (p - sum_sq)
         if g_k is not None:
             g_k = torch.where(torch.isneginf(log_kept_mass), 0, g_k)  # an empty kept set is a constant
-            inside = torch.where(g_k != 0, (-log_kept_mass).exp(), 0)
-            c = c + g_k * (torch.where(shifted >= delta, inside, 0) - 1)
+            if kept_kind == KeptKind.UNLISTED:
+                elsewhere = torch.where(g_k != 0, torch.expm1(-log_kept_mass), 0)
+                c = c + g_k * torch.where(_listed(targets[flat], ignore_index, vocab), -1, elsewhere)
+            else:
+                inside = torch.where(g_k != 0, (-log_kept_mass).exp(), 0)
+                c = c + g_k * (torch.where(shifted >= delta, inside, 0) - 1)
         dz = p * c
         if gl is not None:
             # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.

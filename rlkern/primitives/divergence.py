@@ -452,22 +452,3 @@ def token_did_entropy(logits: Tensor, reference_logits: Tensor, *, temperature: 
     dtype = computing_dtype(logits)
     difference = (logits.to(dtype) - reference_logits.to(dtype)).masked_fill(logits == -math.inf, -math.inf)
     return entropy_from_logits(difference, temperature=temperature, mask=mask)
-
-
-def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = False) -> Tensor:
-    """Reverse KL over K ids a token: sum_k p_k (log p_k - log q_k), [..., K] twice -> [...], with gradient.
-
-    `logp` is `token_logprobs(logits, ids)` with ids [..., K] of the student's or the teacher's top K.
-    `teacher_logp` is the teacher's at the same ids, detached. renormalize makes both distributions over the K
-    ids. Without it the sum lacks the tail, and may be negative. Ids at -inf in `logp` contribute 0. The
-    result is float32 (float64 for float64 logp), for `kdrl_loss(kd="exact", teacher_kl=...)`. Raises
-    TypeError, ValueError for other dtypes and shapes.
-    """
-    expect("logp", logp, "float", "[..., K]")
-    expect("teacher_logp", teacher_logp, "float", "[..., K]", like=("logp", logp))
-    check_flags(renormalize=renormalize)
-    logp, teacher_logp = logp.to(computing_dtype(logp)), teacher_logp.detach().to(computing_dtype(logp))
-    if renormalize:
-        logp, teacher_logp = logp.log_softmax(-1), teacher_logp.log_softmax(-1)
-    none = logp == -math.inf
-    return torch.where(none, 0, logp.exp() * torch.where(none, 0, logp - teacher_logp)).sum(-1)

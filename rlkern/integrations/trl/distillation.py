@@ -95,7 +95,7 @@ def _jsd_loss(
 
 
 def _topk(student: Tensor, teacher: Tensor, mask: Tensor | None, beta: float, temperature: float, k: int, add_tail: bool) -> tuple[Tensor, int]:
-    """The divergence over the teacher's K likeliest tokens, the student's or both, and their number with the tail."""
+    """The divergence over the K likeliest tokens of the teacher, student or both; the number of classes."""
     chosen = [x.detach().topk(k, dim=-1).indices for x in ([teacher] if beta == 0 else [student] if beta == 1 else [teacher, student])]
     ids = torch.cat(chosen, -1).sort(-1).values
     valid = torch.ones_like(ids, dtype=torch.bool)
@@ -189,9 +189,9 @@ def _subclasses(cls: type) -> set[type]:
 
 
 def patch_trainers(patch: Patch) -> None:
-    """Adds the losses of TRL's trainer classes to the patch: of those that exist, and of each that is imported later.
+    """Adds the losses of TRL's trainer classes to the patch, of those that exist and of each that is made later.
 
-    They are in modules of trl.experimental, which is not imported for those who do not use it.
+    They are in trl.experimental, which is not imported for those who do not use it.
     """
     earlier = vars(_BaseTrainer).get("__init_subclass__")
 

@@ -50,7 +50,7 @@ def known_replacements() -> dict[str, Any]:
 
 
 def check_arguments(name: str, function: Callable, *known: Sequence[str]) -> None:
-    """Raises UnknownTRLError unless the function of TRL takes these arguments, of one of the known releases."""
+    """Raises UnknownTRLError unless the function of TRL takes these arguments, of one of some releases."""
     found = list(inspect.signature(function).parameters)
     if found not in [list(arguments) for arguments in known]:
         raise _RELEASES.refusal(f"the arguments of its {name} are {found}, expected {' or '.join(str(list(a)) for a in known)}")
