@@ -23,7 +23,7 @@ from ...primitives.topk import topk_divergence
 from ..patching import Patch
 from .versions import check_arguments
 
-_LOSS = "generalized_jsd_loss"
+_LOSS, _CHUNKED = "generalized_jsd_loss", "_chunked_divergence_loss"
 _COMMON = ("student_logits", "teacher_logits", "labels", "beta", "temperature", "reduction")
 _JSD_ARGUMENTS = {
     "GKDTrainer": (*_COMMON, "num_items_in_batch"),
@@ -167,9 +167,9 @@ def _head(hidden: Tensor, valid: Tensor, weight: Tensor, bias: Tensor | None) ->
 
 def chunked_replacements() -> list[tuple[Any, str, Callable]]:
     """The module function and what replaces it. Raises UnknownTRLError if it takes other arguments."""
-    stock = distillation_trainer._chunked_divergence_loss
-    check_arguments(stock.__name__, stock, *_CHUNKED_ARGUMENTS)
-    return [(distillation_trainer, stock.__name__, _replacement(stock, _chunked_loss))]
+    stock = getattr(distillation_trainer, _CHUNKED)
+    check_arguments(_CHUNKED, stock, *_CHUNKED_ARGUMENTS)
+    return [(distillation_trainer, _CHUNKED, _replacement(stock, _chunked_loss))]
 
 
 def _jsd_replacements(classes: Iterable[type]) -> list[tuple[Any, str, Any]]:
@@ -189,7 +189,7 @@ def _subclasses(cls: type) -> set[type]:
 
 
 def patch_trainers(patch: Patch) -> None:
-    """Adds the losses of TRL's trainer classes to the patch, of those that exist and of each that is made later.
+    """Adds the losses of TRL's trainer classes to the patch, of those that exist and of those made later.
 
     They are in trl.experimental, which is not imported for those who do not use it.
     """
