@@ -121,6 +121,7 @@ void forward_row(const Forward& call, int64_t row, Listed& listed) {
     listed.take(call, row);
     const double tail = undefined ? kNaN : tail_logmass(x, call.vocab, top, scale, listed);
     state[State::KEPT] = A(tail);
+    state[State::THRESHOLD] = A(-kInfinity);
     put<A>(call.kept_logmass, row, tail);
   } else if (call.kept_kind != KeptKind::NONE) {
     // In the accumulation type, as the other backends compute it: the same logits are kept.

@@ -26,14 +26,15 @@ MEMORY_BOUND = ("forward", "backward logp", "backward logp+entropy")
 # Instructions per logit on the hot path in bf16, all kernels of a case together: the worst of the row layouts
 # and a twentieth more. fp32 takes twice the memory time, in smaller tiles: half as many again are allowed.
 VARIANTS = (*cases.FORWARD, *cases.BACKWARD)
-CEILINGS = {  # forward, with sum_sq, kept, K=8; backward of logp, with entropy, all, K=128
-    "sm_80": (12.6, 14.1, 25.0, 12.5, 9.9, 12.3, 16.4, 12.7),
-    "sm_90": (12.5, 14.1, 25.2, 12.5, 9.9, 12.1, 16.3, 12.7),
-    "sm_100": (9.8, 10.3, 20.5, 9.8, 9.2, 10.5, 13.6, 10.6),
-    "gfx942": (14.1, 15.1, 26.7, 14.1, 5.3, 9.0, 12.1, 8.2),
+CEILINGS = {  # forward, with sum_sq, kept, K=8, K=128 with a tail; backward of logp, with entropy, all, K=128, its tail
+    "sm_80": (12.6, 14.1, 25.0, 12.5, 20.8, 9.9, 12.3, 16.4, 12.7, 10.4),
+    "sm_90": (12.5, 14.1, 25.2, 12.5, 21.4, 9.9, 12.1, 16.3, 12.7, 10.3),
+    "sm_100": (9.8, 10.3, 20.5, 9.8, 17.1, 9.2, 10.5, 13.6, 10.6, 8.9),
+    "gfx942": (14.1, 15.1, 26.7, 14.1, 23.6, 5.3, 9.0, 12.1, 8.2, 5.7),
 }
 FP32_ALLOWANCE = 1.5
 IN_FLIGHT = 80 << 10  # bytes a multiprocessor: launch shapes that ask for less were slower on an H100
+IN_FLIGHT_OF_A_TAIL = 72 << 10  # its second sweep takes registers, and reads from the cache
 # Instructions more that old Tritons (up to 3.7) may emit: the ceilings are for the kernels' own.
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 OLD_TRITON_ALLOWANCE = {"sm_80": 0.7, "sm_90": 0.7, "sm_100": 0.7, "gfx942": 1.3}
@@ -80,7 +81,8 @@ def violations(rows: list[dict]) -> list[str]:
         lanes = row["block"] / row["warps"] / build.TARGETS[arch].warp_size
         if row["exp2_per_logit"] > row["sweeps"] * (1 + EXP2_OF_A_ROW / lanes):
             found.append(f"{row['exp2_per_logit']:.2f} exp2 per logit in {row['sweeps']} sweeps")
-        if arch == "sm_90" and row["kernel"] != "token_stats_kept_part_kernel" and row["devices"]["H100"]["bytes_in_flight"] < IN_FLIGHT:
+        least = IN_FLIGHT_OF_A_TAIL if "tail" in case["variant"] else IN_FLIGHT
+        if arch == "sm_90" and row["kernel"] != "token_stats_kept_part_kernel" and row["devices"]["H100"]["bytes_in_flight"] < least:
             found.append(f"{row['devices']['H100']['bytes_in_flight'] >> 10} KB in flight on an H100 in {row['kernel']}")
         for name, device in row["devices"].items():
             if case["variant"] in MEMORY_BOUND and name != "B200" and device["bound"] != "memory":

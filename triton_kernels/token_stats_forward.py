@@ -62,26 +62,12 @@ def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
 
 
 @triton.jit
-def _kept_tile(
-    x, i, lead, m, delta, scale, kept, dropped, listed_row, place,
-    K: tl.constexpr, KEPT: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
-):  # fmt: skip
+def _kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
     e = tl.exp2(exponent(x, m, scale))
-    if KEPT == KEPT_UNLISTED:
-        lane = tl.arange(0, LANES)[None, :]
-        col = i + tl.arange(0, BLOCK // LANES)[:, None] * LANES + lane
-        if SHIFTED:
-            col = tl.where(lane < lead, col + LANES, col) - lead
-        inside = col >= 0
-        y = tl.load(listed_row + place, mask=place < K, other=i + BLOCK)
-        while y < i + BLOCK:
-            inside = inside & (col != y.to(tl.int32))
-            place += 1
-            y = tl.load(listed_row + place, mask=place < K, other=i + BLOCK)
-    else:
-        inside = x - m >= delta
-    kept, dropped = kept + tl.sum(tl.where(inside, e, 0.0), axis=0), dropped + tl.sum(tl.where(inside, 0.0, e), axis=0)
-    return kept, dropped, place
+    if KEPT == KEPT_UNLISTED:  # the others are not in x
+        return kept + tl.sum(e, axis=0), dropped
+    inside = x - m >= delta
+    return kept + tl.sum(tl.where(inside, e, 0.0), axis=0), dropped + tl.sum(tl.where(inside, 0.0, e), axis=0)
 
 
 # A tile is [BLOCK / LANES, LANES]. A thread holds whole loads of a line: sums over axis 0 stay inside it.
@@ -196,34 +182,65 @@ def sweep(
 
 
 @triton.jit
+def _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, K: tl.constexpr, K_BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """(S0 of the listed entries in [begin, end), each once; the place of the first of them)"""
+    k = tl.arange(0, K_BLOCK)
+    y = tl.load(listed_row + k, mask=k < K, other=vocab)
+    following = tl.load(listed_row + k + 1, mask=k + 1 < K, other=vocab)
+    x = tl.load(row_ptr + y, mask=(y >= begin) & (y < end) & (y != following), other=NEG_INF).to(ACC)
+    return tl.sum(tl.exp2(exponent(x, m, scale)), axis=0), tl.sum((y < begin).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _without_listed(x, i, lead, listed_row, place, K: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """(the tile at column i with -inf for its run of listed ids, which starts at `place`; where the next run
+    starts)"""
+    line = tl.arange(0, BLOCK // LANES)[:, None] * LANES  # known to the compiler: no registers for columns
+    lane = tl.arange(0, LANES)[None, :]
+    first = i + lane
+    if SHIFTED:
+        first += tl.where(lane < lead, LANES, 0) - lead
+    y = tl.load(listed_row + place, mask=place < K, other=i + BLOCK)
+    while y < i + BLOCK:
+        x = tl.where(line == y.to(tl.int32) - first, NEG_INF, x)
+        place += 1
+        y = tl.load(listed_row + place, mask=place < K, other=i + BLOCK)
+    return x, place
+
+
+@triton.jit
 def kept_sweep(
     row_ptr, begin, end, vocab, m, delta, scale, listed_row,
     K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row:
-    the row's ids [K] in order, for KEPT_UNLISTED. Each tile takes its run of them."""
-    place = tl.zeros((), tl.int32)
-    if KEPT == KEPT_UNLISTED:
-        k = tl.arange(0, K_BLOCK)
-        listed = tl.load(listed_row + k, mask=k < K, other=vocab)
-        place = tl.sum(((k < K) & (listed < begin)).to(tl.int32), axis=0)
+    the row's ids [K] in order, for KEPT_UNLISTED."""
     boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
     kept = tl.zeros((LANES,), ACC)
     dropped = tl.zeros((LANES,), ACC)
+    if KEPT == KEPT_UNLISTED:
+        listed, place = _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, K, K_BLOCK, ACC)
     whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in range(begin, whole, BLOCK):
         x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
-        kept, dropped, place = _kept_tile(x, i, lead, m, delta, scale, kept, dropped, listed_row, place, K, KEPT, SHIFTED, BLOCK, LANES)
+        if KEPT == KEPT_UNLISTED:
+            x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
+        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     if SHIFTED:
         if end - whole > BLOCK:
             x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-            kept, dropped, place = _kept_tile(x, whole, lead, m, delta, scale, kept, dropped, listed_row, place, K, KEPT, SHIFTED, BLOCK, LANES)
+            if KEPT == KEPT_UNLISTED:
+                x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
+            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
             whole += BLOCK
     if whole < end:
         x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-        kept, dropped, place = _kept_tile(x, whole, lead, m, delta, scale, kept, dropped, listed_row, place, K, KEPT, SHIFTED, BLOCK, LANES)
-    return _sum_lanes(kept, lead, SHIFTED, LANES), _sum_lanes(dropped, lead, SHIFTED, LANES)
+        if KEPT == KEPT_UNLISTED:
+            x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
+        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
+    kept, dropped = _sum_lanes(kept, lead, SHIFTED, LANES), _sum_lanes(dropped, lead, SHIFTED, LANES)
+    return kept, (listed if KEPT == KEPT_UNLISTED else dropped)
 
 
 @triton.jit
@@ -238,9 +255,9 @@ def log_total(m, ties, s0):
 
 @triton.jit
 def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexpr):
-    """x is kept where x - m reaches it; 0 for KEPT_UNLISTED."""
+    """x is kept where x - m reaches it, and all but the listed are, for KEPT_UNLISTED."""
     if KEPT == KEPT_UNLISTED:
-        return tl.zeros((), ACC)
+        return tl.full((), NEG_INF, ACC)
     log_kept = tl.full((), log_kept, ACC)
     return (log_kept if KEPT == KEPT_MIN_P else log_kept + log_s0) / inv_t
 

@@ -86,7 +86,7 @@ class State:
     MEAN_U = 2  # sum p u
     SUM_SQ = 3
     KEPT = 4  # kept_logmass
-    THRESHOLD = 5  # x is kept where x - m >= this, but for UNLISTED
+    THRESHOLD = 5  # x is kept where x - m >= this; of UNLISTED, -inf, all but the targets are
     TARGETS = 6
 
 

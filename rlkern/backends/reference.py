@@ -65,7 +65,7 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
             sum_sq_out.view(-1)[flat] = state[:, State.SUM_SQ].masked_fill(skipped[flat], 0)
         if kept_kind != KeptKind.NONE:
             if kept_kind == KeptKind.UNLISTED:
-                delta, inside = torch.zeros_like(m), ~_listed(targets[flat], ignore_index, vocab)
+                delta, inside = torch.full_like(m, -math.inf), ~_listed(targets[flat], ignore_index, vocab)
             else:
                 inv = inv_t if isinstance(inv_t, Tensor) else torch.full_like(m, inv_t)
                 delta = (log_kept if kept_kind == KeptKind.MIN_P else log_kept + log_s0) / inv
