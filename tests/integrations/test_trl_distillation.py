@@ -136,7 +136,7 @@ WIDTHS, V = (12, 7), 53
 
 
 def heads(dtype=torch.float64, bias=True, noise=None):
-    """Hidden states [2, 6, H] and heads of student and teacher. With noise, the teacher is the student, moved."""
+    """Hidden states [2, 6, H] and heads of student and teacher; with noise, of the student moved."""
     g = torch.Generator().manual_seed(1)
 
     def normal(*shape):
@@ -337,5 +337,5 @@ def test_a_known_release_with_other_arguments_is_refused():
 
 
 def test_patch_does_not_import_what_is_experimental():
-    code = "import sys, rlkern.integrations.trl as t; t.patch(); print([m for m in sys.modules if m.startswith(('trl.experimental.g', 'trl.experimental.i'))])"
+    code = "import sys, rlkern.integrations.trl as t; t.patch(); print([m for m in sys.modules if m.startswith('trl.experimental.g')])"
     assert subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""DistillationTrainer and GKDTrainer in float32, stock and patched for 20 steps, each loss against float64."""
+"""DistillationTrainer and GKDTrainer in float32, stock and patched, each step's loss against float64."""
 
 import importlib
 import math
