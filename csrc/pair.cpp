@@ -20,109 +20,160 @@ constexpr A kFar = sizeof(A) == 8 ? A(1e300) : A(1e20);
 
 // --- an entry ----------------------------------------------------------------------------------------------
 
-// e = 2^((z - top) scale), x = (w - other_ref) / other_t - (z - ref) / t + offset, q = e 2^(x log2(e)).
+// e = 2^((z - top) / t log2(e)), x = (w - other_ref) / other_t - (z - ref) / t + offset, q = e 2^(x log2(e)).
 template <class A>
 struct Frame {
-  A top, ref, other_ref, offset = 0;
+  A top, ref, other_ref, offset;
   A inv_t, other_inv_t;
-  bool same;  // temperature
-
-  A scale() const { return A(kLog2E * inv_t); }
-  A other_scale() const { return A(kLog2E * other_inv_t); }
-  A shift() const {
-    return A(kLog2E * (double(offset) + (double(ref) - double(top)) * inv_t));
-  }  // q = 2^((w - other_ref) other_scale + shift)
 };
 
 template <class A>
 Frame<A> frame_of(const Pair& call, int64_t row) {
-  Frame<A> frame{};
-  frame.inv_t = inverse_temperature<A>(call, row);
-  frame.other_inv_t = inverse_temperature<A>(call.other_temperature, call.other_temperatures, row);
-  frame.same = frame.inv_t == frame.other_inv_t;
-  return frame;
+  return {0, 0, 0, 0, inverse_temperature<A>(call, row), inverse_temperature<A>(call.other_temperature, call.other_temperatures, row)};
 }
 
-template <class T>
-struct Entries {
-  AccPack<T> e, q, x, t, excess;  // q where some are far; t and excess = t - x where all others are near
-  Mask<Acc<T>> far;
-  bool some_far;
+// What every entry needs of a frame.
+template <class A>
+struct Units {
+  A top, ref, other_ref, offset, inv_t, other_inv_t;
+  A scale, other_scale, shift;  // e = 2^((z - top) scale), q = 2^((w - other_ref) other_scale + shift)
+  A lead;
 
-  AccPack<T> either(const AccPack<T>& of_near, const AccPack<T>& of_far) const { return select(far, of_far, of_near); }
-  AccPack<T> e_t() const { return some_far ? either(e * t, q - e) : e * t; }
-  AccPack<T> e_excess() const { return some_far ? either(e * excess, (q - e) - e * x) : e * excess; }  // e (t - x)
-  AccPack<T> e_forward() const {                                                                       // e (x (1 + t) - t)
-    const AccPack<T> near = e * (x * t - excess);
-    return some_far ? either(near, q * x - (q - e)) : near;
-  }
-  AccPack<T> all_q() const { return some_far ? either(e * t + e, q) : e * t + e; }
+  explicit Units(const Frame<A>& f)
+      : top(f.top),
+        ref(f.ref),
+        other_ref(f.other_ref),
+        offset(f.offset),
+        inv_t(f.inv_t),
+        other_inv_t(f.other_inv_t),
+        scale(A(kLog2E * f.inv_t)),
+        other_scale(A(kLog2E * f.other_inv_t)),
+        shift(A(kLog2E * (double(f.offset) + (double(f.ref) - double(f.top)) * f.inv_t))),
+        lead(f.ref - f.other_ref) {}
 };
 
 template <class T, bool Same>
-inline Entries<T> entries_of(const AccPack<T>& z, const AccPack<T>& w, const AccPack<T>& e, const Frame<Acc<T>>& f) {
-  using A = Acc<T>;
-  // The difference first: of rows that are all but equal it is exact.
-  const AccPack<T> lowest = broadcast(-kFar<A>), finite = max_or_second(lowest, z);
+inline AccPack<T> log_ratio(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u) {
+  const AccPack<T> lowest = broadcast(-kFar<Acc<T>>), finite = max_or_second(lowest, z);
   AccPack<T> x;
-  if constexpr (Same)
-    x = ((w - finite) + (f.ref - f.other_ref)) * f.inv_t + f.offset;
+  if constexpr (Same)  // the difference first: of rows that are all but equal it is exact
+    x = ((w - finite) + u.lead) * u.inv_t + u.offset;
   else
-    x = (w - f.other_ref) * f.other_inv_t - (finite - f.ref) * f.inv_t + f.offset;
-  Entries<T> v;
-  v.e = e;
-  v.x = max_or_second(lowest, x);
-  v.far = magnitude(v.x) > A(kNear);
-  v.some_far = any(v.far);
-  v.excess = excess(v.x);
-  v.t = v.x + v.excess;
-  if (v.some_far) v.q = power_of_two<sizeof(T) == 2>((w - f.other_ref) * f.other_scale() + f.shift());
-  return v;
+    x = (w - u.other_ref) * u.other_inv_t - (finite - u.ref) * u.inv_t + u.offset;
+  return max_or_second(lowest, x);
 }
 
-// What mixing a share of q into p does, M = (1 - share) p + share q: log(M / p), log(q / M), t / (1 + share t).
+// How differences of e and q are formed: from x, by series, or from e and q themselves. The latter is cheaper, and
+// loses digits where |x| is small.
+enum class By { series, either, parts };
+
+template <class T, By Difference>
+struct Entries {
+  AccPack<T> e, t, x;        // t the exponent of e
+  AccPack<T> excess, grown;  // e^x - 1 - x, e^x - 1, by series
+  AccPack<T> q, other_t;     // by parts
+  Mask<Acc<T>> far;
+
+  Entries(const AccPack<T>& e, const AccPack<T>& t, const AccPack<T>& x, const AccPack<T>& w, const Units<Acc<T>>& u) : e(e), t(t), x(x) {
+    if constexpr (Difference != By::parts) {
+      excess = ::excess(x);
+      grown = x + excess;
+    }
+    if constexpr (Difference != By::series) {
+      other_t = (w - u.other_ref) * u.other_scale + u.shift;
+      q = power_of_two<sizeof(T) == 2>(other_t);
+    }
+    if constexpr (Difference == By::either) far = magnitude(x) > Acc<T>(kNear);
+  }
+  template <class Near, class Far>
+  AccPack<T> choose(Near near, Far by_parts) const {
+    if constexpr (Difference == By::series) return near();
+    if constexpr (Difference == By::parts) return by_parts();
+    if constexpr (Difference == By::either) return select(far, by_parts(), near());
+  }
+  AccPack<T> e_t() const {  // q - e
+    return choose([&] { return e * grown; }, [&] { return q - e; });
+  }
+  AccPack<T> e_reverse() const {  // q - e - e x
+    return choose([&] { return e * excess; }, [&] { return (q - e) - e * x; });
+  }
+  AccPack<T> e_forward() const {  // q x - (q - e)
+    return choose([&] { return e * (x * grown - excess); }, [&] { return q * x - (q - e); });
+  }
+  AccPack<T> all_q() const {
+    return choose([&] { return e * grown + e; }, [&] { return q; });
+  }
+};
+
+// Calls f with the entries, whose type says how to form differences: `Coarse`, always by parts.
+template <class T, bool Same, bool Coarse, class F>
+inline void with_entries(const AccPack<T>& z, const AccPack<T>& w, const AccPack<T>& e, const AccPack<T>& t, const Units<Acc<T>>& u, F f) {
+  const AccPack<T> x = log_ratio<T, Same>(z, w, u);
+  if constexpr (Coarse)
+    f(Entries<T, By::parts>(e, t, x, w, u));
+  else if (any_above(magnitude(x), Acc<T>(kNear)))
+    f(Entries<T, By::either>(e, t, x, w, u));
+  else
+    f(Entries<T, By::series>(e, t, x, w, u));
+}
+
+// What mixing a share of q into p does, M = (1 - share) p + share q: log(M / p), log(q / M), t / (1 + share t) with
+// t = q / p - 1. From the larger one's side: nothing overflows.
 template <class A>
 struct Mixture {
   Pack<A> log, log_other, slope;
 };
-
-// Far from equality, from the larger one's side: nothing overflows.
-template <class A>
-inline Mixture<A> mixture_far(const Pack<A>& x, A share) {
-  const Pack<A> zero{}, s = power_of_two(magnitude(x) * A(-kLog2E));
+template <bool Short, class A>
+inline Mixture<A> mixture_of(const Pack<A>& x, A share) {
+  const Pack<A> zero{}, one = broadcast(A(1)), s = power_of_two<Short>(magnitude(x) * A(-kLog2E));
   const Mask<A> up = x > A(0);
-  const Pack<A> own = select(up, broadcast(share), broadcast(1 - share)), mass = own + (broadcast(A(1)) - own) * s;
-  const Pack<A> rest = log_positive(mass), gap = broadcast(A(1)) - s;
+  const Pack<A> own = select(up, broadcast(share), broadcast(1 - share)), mass = own + (one - own) * s;
+  const Pack<A> rest = log_positive(mass), gap = one - s;
   return {select(up, x, zero) + rest, select(up, zero, x) - rest, select(up, gap, zero - gap) / mass};
 }
 
-// e f and e g of the kinds that mix.
-template <class T, int Kind>
-inline void mixture_terms(const Entries<T>& v, Acc<T> beta, AccPack<T>& e_f, AccPack<T>& e_g) {
+// (e f, e g) of the kinds that mix.
+template <int Kind, class T, By Difference>
+inline std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Difference>& v, Acc<T> beta) {
   using A = Acc<T>;
   const A rest = 1 - beta, share = Kind == PairKind::SKEW_REVERSE_KL ? rest : beta;
-  const AccPack<T> v_t = v.t * share, y = log1p_near(v_t);
-  if constexpr (Kind == PairKind::JSD) {
-    e_f = v.e * ((v.x * v.t - v.excess) * beta - (y * v_t - excess(y)));
-    e_g = v.e * y * -rest;
-  } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
-    e_f = v.e * ((v.x * v.t - v.excess) - (y * v_t - excess(y)) - v.t * y * rest);
-    e_g = v.e * v.t / (v_t + A(1)) * (-rest * rest);
+  if constexpr (Difference == By::parts) {
+    // One logarithm, that of M. The others are exponents. Each is as accurate as these: to 1e-7 of the exponent.
+    const AccPack<T> mass = max_or_second(broadcast(A(1e-37)), v.e * (1 - share) + v.q * share), log_m = log2_positive(mass);
+    const AccPack<T> log_p = finite_exponent(v.t), log_q = finite_exponent(v.other_t), to_p = v.e * (log_m - log_p) * A(kLn2);
+    if constexpr (Kind == PairKind::JSD) return {(v.q * (log_q - log_m)) * A(beta * kLn2) - to_p * rest, to_p * -rest};
+    const AccPack<T> share_of_e = v.e * (v.q - v.e) / mass;
+    if constexpr (Kind == PairKind::SKEW_FORWARD_KL)
+      return {v.q * (log_q - log_m) * A(kLn2) - (v.q - v.e) * rest, share_of_e * (-rest * rest)};
+    else
+      return {(v.q - v.e) * rest - to_p, share_of_e * (beta * rest) - to_p};
   } else {
-    e_f = v.e * excess(y);
-    e_g = v.e * (v_t / (v_t + A(1)) * beta - y);
-  }
-  if (!v.some_far) return;
-  const Mixture<A> m = mixture_far(v.x, share);
-  if constexpr (Kind == PairKind::JSD) {
-    e_f = v.either(e_f, v.q * m.log_other * beta - v.e * m.log * rest);
-    e_g = v.either(e_g, v.e * m.log * -rest);
-  } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
-    e_f = v.either(e_f, v.q * m.log_other - (v.q - v.e) * rest);
-    e_g = v.either(e_g, v.e * m.slope * (-rest * rest));
-  } else {
-    e_f = v.either(e_f, (v.q - v.e) * rest - v.e * m.log);
-    e_g = v.either(e_g, v.e * (m.slope * (beta * rest) - m.log));
+    const AccPack<T> v_t = v.grown * share, y = log1p_near(v_t);
+    AccPack<T> e_f, e_g;
+    if constexpr (Kind == PairKind::JSD) {
+      e_f = v.e * ((v.x * v.grown - v.excess) * beta - (y * v_t - excess(y)));
+      e_g = v.e * y * -rest;
+    } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
+      e_f = v.e * ((v.x * v.grown - v.excess) - (y * v_t - excess(y)) - v.grown * y * rest);
+      e_g = v.e * v.grown / (v_t + A(1)) * (-rest * rest);
+    } else {
+      e_f = v.e * excess(y);
+      e_g = v.e * (v_t / (v_t + A(1)) * beta - y);
+    }
+    if constexpr (Difference == By::either) {
+      const Mixture<A> m = mixture_of<sizeof(T) == 2>(v.x, share);
+      if constexpr (Kind == PairKind::JSD) {
+        e_f = select(v.far, v.q * m.log_other * beta - v.e * m.log * rest, e_f);
+        e_g = select(v.far, v.e * m.log * -rest, e_g);
+      } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
+        e_f = select(v.far, v.q * m.log_other - (v.q - v.e) * rest, e_f);
+        e_g = select(v.far, v.e * m.slope * (-rest * rest), e_g);
+      } else {
+        e_f = select(v.far, (v.q - v.e) * rest - v.e * m.log, e_f);
+        e_g = select(v.far, v.e * (m.slope * (beta * rest) - m.log), e_g);
+      }
+    }
+    return {e_f, e_g};
   }
 }
 
@@ -201,48 +252,53 @@ inline void for_each_pair(const Pair& call, int64_t row, F f) {
 
 // --- forward -----------------------------------------------------------------------------------------------
 
-// Sums that a kind's value needs, beside those that the normalisers' difference needs.
-constexpr int kShift = -1, kTrial = -2;  // no more than the latter; without the entropy
+// What a sweep sums in place of a kind that needs both normalisers first; and no more than these need.
+constexpr int kShift = PairKind::REVERSE_KL, kTrial = -1;
+template <int Kind>
+constexpr int kFirstSweep = Kind >= PairKind::JSD ? kShift : Kind;
 
 struct PairSums {
   Sums own;                // of e, as in tile_sums
-  double x = 0;            // e t
-  double a = 0, b = 0;     // e (t - x), e (x (1 + t) - t); in a second sweep e f, e g
-  double u = 0;            // q t', t' the exponent of e
+  double x = 0;            // q - e
+  double a = 0, b = 0;     // q - e - e x, q x - (q - e); in a second sweep e f, e g
+  double u = 0;            // q t, t the exponent of e
   bool unbounded = false;  // some x stands for infinity
 };
 
-template <class T, int Kind, bool Same>
+// Whole: with the sum for the entropy, and without the entries equal to the maximum. Else the tile has none.
+template <class T, int Kind, bool Same, bool Coarse, bool Whole>
 PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame, Acc<T> beta) {
   using A = Acc<T>;
-  constexpr bool reverse = Kind == PairKind::REVERSE_KL || Kind == PairKind::MIXED_KL;
-  constexpr bool forward = Kind == PairKind::FORWARD_KL || Kind == PairKind::MIXED_KL;
-  const A scale = frame.scale();
+  constexpr bool mixes = Kind >= PairKind::JSD, forward = Kind == PairKind::FORWARD_KL || Kind == PairKind::MIXED_KL,
+                 reverse = !mixes && Kind != PairKind::FORWARD_KL && Kind != kTrial;
+  const Units<A> units(frame);
   AccPack<T> s0{}, s1{}, x{}, a{}, b{}, u{}, furthest{};
   Mask<A> ties{};
   for (int64_t i = 0; i < n; i += kLanes<T>) {
     prefetch_next_tile(z + i);
     prefetch_next_tile(w + i);
-    const AccPack<T> at_z = load(z + i), t = (at_z - frame.top) * scale, e = power_of_two<sizeof(T) == 2>(t);
-    const Entries<T> v = entries_of<T, Same>(at_z, load(w + i), e, frame);
-    if constexpr (Kind >= PairKind::JSD) {
-      AccPack<T> e_f, e_g;
-      mixture_terms<T, Kind>(v, beta, e_f, e_g);
-      a = a + e_f;
-      b = b + e_g;
-    } else {
-      const Mask<A> at_max = at_z == frame.top;
+    const AccPack<T> at_z = load(z + i), t = (at_z - units.top) * units.scale, e = power_of_two<sizeof(T) == 2>(t);
+    if constexpr (Whole) {
+      const Mask<A> at_max = at_z == units.top;
       s0 = select(at_max, s0, s0 + e);
       ties = ties + at_max;
-      x = x + v.e_t();
-      if constexpr (Kind != kTrial) {
-        s1 = s1 + e * finite_exponent(t);
-        furthest = max_or_second(magnitude(v.x), furthest);
-      }
-      if constexpr (reverse) a = a + v.e_excess();
-      if constexpr (forward) b = b + v.e_forward();
-      if constexpr (Kind == PairKind::CROSS_ENTROPY) u = u + v.all_q() * max_or_second(broadcast(-kFar<A>), t);
+      s1 = s1 + e * finite_exponent(t);
+    } else if constexpr (!mixes) {
+      s0 = s0 + e;
     }
+    with_entries<T, Same, Coarse>(at_z, load(w + i), e, t, units, [&](const auto& v) {
+      if constexpr (mixes) {
+        const auto [e_f, e_g] = mixture_terms<Kind>(v, beta);
+        a = a + e_f;
+        b = b + e_g;
+      } else {
+        x = x + v.e_t();
+        if constexpr (reverse) a = a + v.e_reverse();
+        if constexpr (forward) b = b + v.e_forward();
+        if constexpr (Kind == PairKind::CROSS_ENTROPY) u = u + v.all_q() * max_or_second(broadcast(-kFar<A>), t);
+        if constexpr (Kind != kTrial) furthest = max_or_second(magnitude(v.x), furthest);
+      }
+    });
   }
   PairSums sums;
   sums.own = {sum_lanes(s0), sum_lanes(s1), 0, -double(sum_lanes(ties))};
@@ -254,12 +310,17 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
   return sums;
 }
 
+// A divergence from the first on is summed by parts. One that then falls below the second is summed again.
+constexpr double kCoarseFrom = 0.2, kCoarseTo = 0.05;
+
 // The sums over the tiles so far, in units of the frame.
 template <class T, int Kind, bool Same>
 struct PairRow {
   using A = Acc<T>;
   Frame<A> frame;
   A beta;
+  bool whole;                  // the entropy is wanted
+  bool coarse = false;         // rows that differ much: the first tile decides
   RowSums<A> own;              // of z, as in token_stats
   A other_top = -kInfinity;    // of w
   double mass = 0;             // e, all of it
@@ -267,11 +328,15 @@ struct PairRow {
   double u = 0;
   bool only_p = false, only_q = false;  // some entry has mass on one side alone
 
+  PairRow(const Frame<A>& frame, A beta, bool whole) : frame(frame), beta(beta), whole(whole) {}
+
   // The sums are linear in what a change of the frame does: e grows by k, and x by eta. A side that has had no
   // mass yet has no unit either.
   void move(A top, A other_ref) {
-    const double lk = own.top > -kInfinity ? (double(frame.top) - double(top)) * frame.inv_t : 0;
-    const double eta = other_top > -kInfinity ? (double(frame.other_ref) - double(other_ref)) * frame.other_inv_t - lk : 0;
+    const double gained = own.top > -kInfinity ? double(frame.top) - double(top) : 0, lost = double(frame.other_ref) - double(other_ref);
+    // One product where there can be one: of equal rows nothing must remain.
+    const double eta = other_top == -kInfinity ? 0 : Same ? (lost - gained) * frame.inv_t : lost * frame.other_inv_t - gained * frame.inv_t;
+    const double lk = gained * frame.inv_t;
     frame.top = frame.ref = top;
     frame.other_ref = other_ref;
     const double k = std::exp(lk), grown = std::exp(lk + eta), gain = std::abs(eta) < 1 ? k * std::expm1(eta) : grown - k;
@@ -283,21 +348,28 @@ struct PairRow {
     mass *= k;
   }
 
+  template <bool Coarse>
+  PairSums sums_of(const T* z, const T* w, int64_t n, bool with_max) const {
+    return with_max ? pair_sums<T, Kind, Same, Coarse, true>(z, w, n, frame, beta)
+                    : pair_sums<T, Kind, Same, Coarse, false>(z, w, n, frame, beta);
+  }
+
   void add(const T* z, const T* w, int64_t n) {
     const A z_top = tile_max(z, n), w_top = tile_max(w, n), top = std::max(own.top, z_top), new_other = std::max(other_top, w_top);
     const bool raised = top > own.top;
     if (raised || new_other > other_top) {
       move(top > -kInfinity ? top : 0, new_other > -kInfinity ? new_other : 0);
-      own.raise(top, frame.scale());
+      own.raise(top, Units<A>(frame).scale);
       other_top = new_other;
       if (top > -kInfinity && new_other > -kInfinity) {
         // Both normalisers with this tile, so that its terms are summed near their zero.
-        const PairSums part = pair_sums<T, kTrial, Same>(z, w, n, frame, beta);
-        const double eta = -std::log1p((x + part.x) / (mass + part.own.s0 + part.own.ties));
+        const PairSums part = pair_sums<T, kTrial, Same, false, false>(z, w, n, frame, beta);
+        const double eta = -std::log1p((x + part.x) / (mass + part.own.s0));
         if (std::isfinite(eta)) move(frame.top, A(double(frame.other_ref) - eta / frame.other_inv_t));
       }
     }
-    const PairSums part = pair_sums<T, Kind, Same>(z, w, n, frame, beta);
+    const bool with_max = whole || (z_top == top && top > -kInfinity);
+    const PairSums part = coarse ? sums_of<true>(z, w, n, with_max) : sums_of<false>(z, w, n, with_max);
     own.take(part.own, raised);
     mass += part.own.s0 + part.own.ties;
     x += part.x;
@@ -306,6 +378,15 @@ struct PairRow {
     u += part.u;
     if (part.unbounded) look_for_infinity(z, w, n);
   }
+
+  double log_xi() const { return std::log1p(x / mass); }
+  double reverse() const { return std::max(0., a / mass - (x / mass - log_xi())); }
+  double forward() const {
+    const double xi = x / mass;
+    return std::max(0., (b / mass - ((1 + xi) * log_xi() - xi)) / (1 + xi));
+  }
+  // What tells whether the rows differ much.
+  double distance() const { return Kind == PairKind::FORWARD_KL ? forward() : reverse(); }
 
   void look_for_infinity(const T* z, const T* w, int64_t n) {
     Mask<A> p{}, q{};
@@ -319,35 +400,52 @@ struct PairRow {
   }
 };
 
+template <class T, int Kind, bool Same>
+PairRow<T, Kind, Same> sums_of_row(const PairForward& call, int64_t row, const Frame<Acc<T>>& frame) {
+  for (bool precise = false;; precise = true) {
+    PairRow<T, Kind, Same> sums(frame, Acc<T>(call.beta), call.entropy);
+    bool first = true;
+    for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
+      sums.add(z, w, n);
+      if (first && !precise) sums.coarse = sums.distance() >= kCoarseFrom;
+      first = false;
+    });
+    if (!sums.coarse || !(sums.distance() < kCoarseTo)) return sums;
+  }
+}
+
 struct Divergence {
   double value, mean_slope, offset;
 };
 
 // The second sweep of a kind that mixes, with both normalisers.
 template <class T, int Kind, bool Same>
-Divergence mixture_divergence(const Pair& call, int64_t row, Frame<Acc<T>> frame, double offset, double mass) {
+Divergence mixture_divergence(const Pair& call, int64_t row, const PairRow<T, kShift, Same>& sums, double offset) {
+  Frame<Acc<T>> frame = sums.frame;
   frame.offset = Acc<T>(offset);
-  double f = 0, g = 0;
-  for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
-    const PairSums part = pair_sums<T, Kind, Same>(z, w, n, frame, Acc<T>(call.beta));
-    f += part.a;
-    g += part.b;
-  });
-  return {f / mass, g / mass, offset};
+  for (bool coarse = sums.coarse;; coarse = false) {
+    double f = 0, g = 0;
+    for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
+      const PairSums part = coarse ? pair_sums<T, Kind, Same, true, false>(z, w, n, frame, sums.beta)
+                                   : pair_sums<T, Kind, Same, false, false>(z, w, n, frame, sums.beta);
+      f += part.a;
+      g += part.b;
+    });
+    if (!coarse || !(f < kCoarseTo * sums.mass)) return {std::max(0., f / sums.mass), g / sums.mass, offset};
+  }
 }
 
 template <class T, int Kind, bool Same>
-Divergence divergence_of(const Pair& call, int64_t row, const PairRow < T, Kind<PairKind::JSD ? Kind : kShift, Same>& sums) {
-  const double mass = sums.mass, xi = sums.x / mass, log_xi = std::log1p(xi), offset = -log_xi;
+Divergence divergence_of(const Pair& call, int64_t row, const PairRow<T, kFirstSweep<Kind>, Same>& sums) {
+  const double offset = -sums.log_xi();
   if constexpr (Kind >= PairKind::JSD) {
-    return mixture_divergence<T, Kind, Same>(call, row, sums.frame, offset, mass);
+    return mixture_divergence<T, Kind, Same>(call, row, sums, offset);
   } else if constexpr (Kind == PairKind::CROSS_ENTROPY) {
     // Two sums of positive terms.
-    const double value = sums.only_q ? kInfinity : std::log1p(sums.own.sums.s0) - kLn2 * sums.u / (mass + sums.x);
+    const double value = sums.only_q ? kInfinity : std::log1p(sums.own.sums.s0) - kLn2 * sums.u / (sums.mass + sums.x);
     return {value, 0, offset};
   } else {
-    const double reverse = sums.only_p ? kInfinity : std::max(0., sums.a / mass - (xi - log_xi));
-    const double forward = sums.only_q ? kInfinity : std::max(0., (sums.b / mass - ((1 + xi) * log_xi - xi)) / (1 + xi));
+    const double reverse = sums.only_p ? kInfinity : sums.reverse(), forward = sums.only_q ? kInfinity : sums.forward();
     if (Kind == PairKind::REVERSE_KL) return {reverse, reverse, offset};
     if (Kind == PairKind::FORWARD_KL) return {forward, 0, offset};
     return {call.beta * forward + (1 - call.beta) * reverse, (1 - call.beta) * reverse, offset};
@@ -404,12 +502,7 @@ void with_kind(int kind, F f) {
 template <class T, int Kind, bool Same>
 void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>& frame) {
   using A = Acc<T>;
-  PairRow < T, Kind<PairKind::JSD ? Kind : kShift, Same> sums{frame, A(call.beta)};
-  RowSums<A> other;
-  for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
-    sums.add(z, w, n);
-    if (call.other_logsumexp) other.template add<false, true>(w, n, frame.other_scale());
-  });
+  const auto sums = sums_of_row<T, kFirstSweep<Kind>, Same>(call, row, frame);
   const SideStats<A> own(sums.own, frame.inv_t);
   Divergence d = divergence_of<T, Kind, Same>(call, row, sums);
   if (own.undefined || std::isinf(sums.other_top) || std::isnan(sums.x)) d = {kNaN, kNaN, kNaN};
@@ -435,6 +528,8 @@ void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>&
     put<A>(call.logp, row, own.logp(state[PairState::TARGET]));
   }
   if (!call.other_logsumexp) return;
+  RowSums<A> other;
+  for_each_pair<T>(call, row, [&](const T*, const T* w, int64_t n) { other.template add<false, true>(w, n, Units<A>(frame).other_scale); });
   const SideStats<A> others(other, frame.other_inv_t);
   state[PairState::OTHER_MAX] = others.top;
   state[PairState::OTHER_REST] = A(others.rest);
@@ -461,7 +556,8 @@ void pair_forward_rows(const PairForward& call, int64_t begin, int64_t end) {
     }
     const Frame<A> frame = frame_of<A>(call, row);
     with_kind(call.kind, [&](auto kind) {
-      frame.same ? pair_forward_row<T, kind, true>(call, row, frame) : pair_forward_row<T, kind, false>(call, row, frame);
+      const bool same = frame.inv_t == frame.other_inv_t;
+      same ? pair_forward_row<T, kind, true>(call, row, frame) : pair_forward_row<T, kind, false>(call, row, frame);
     });
   }
 }
@@ -475,40 +571,53 @@ struct PairCoefficients {
   A slope, constant, linear, beta;
 };
 
+// e g of entries whose differences are formed in a given way.
+template <int Kind, class T, By Difference>
+inline AccPack<T> slope_terms(const Entries<T, Difference>& v, Acc<T> beta) {
+  if constexpr (Kind == PairKind::REVERSE_KL) return AccPack<T>{} - v.e * v.x;
+  if constexpr (Kind == PairKind::FORWARD_KL) return AccPack<T>{} - v.e_t();
+  if constexpr (Kind == PairKind::MIXED_KL) return AccPack<T>{} - v.e_t() * beta - v.e * v.x * (1 - beta);
+  if constexpr (Kind >= PairKind::JSD) return mixture_terms<Kind>(v, beta).second;
+}
+
 template <class T, int Kind, bool Same>
-inline AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>& w, const PairCoefficients<Acc<T>>& c) {
-  const AccPack<T> t = (z - c.frame.top) * c.frame.scale(), e = power_of_two<sizeof(T) == 2>(t);
-  const Entries<T> v = entries_of<T, Same>(z, w, e, c.frame);
+inline AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u, const PairCoefficients<Acc<T>>& c) {
+  using A = Acc<T>;
+  const AccPack<T> t = (z - u.top) * u.scale, e = power_of_two<sizeof(T) == 2>(t);
   AccPack<T> e_g;
-  if constexpr (Kind == PairKind::REVERSE_KL)
-    e_g = AccPack<T>{} - e * v.x;
-  else if constexpr (Kind == PairKind::FORWARD_KL)
-    e_g = AccPack<T>{} - v.e_t();
-  else if constexpr (Kind == PairKind::MIXED_KL)
-    e_g = AccPack<T>{} - v.e_t() * c.beta - e * v.x * (1 - c.beta);
-  else {
-    AccPack<T> e_f;
-    mixture_terms<T, Kind>(v, c.beta, e_f, e_g);
+  const auto take = [&](const auto& v) { e_g = slope_terms<Kind>(v, c.beta); };
+  const AccPack<T> x = log_ratio<T, Same>(z, w, u);
+  if constexpr (Kind == PairKind::REVERSE_KL) {
+    e_g = AccPack<T>{} - e * x;
+  } else if (!any_above(magnitude(x), A(kNear))) {
+    take(Entries<T, By::series>(e, t, x, w, u));
+  } else if (sizeof(T) == 2 && !any_above(broadcast(A(1. / 128)) - magnitude(x), A(0))) {
+    // Rounding to 16 bits hides what differences by parts lose from there on.
+    take(Entries<T, By::parts>(e, t, x, w, u));
+  } else {
+    take(Entries<T, By::either>(e, t, x, w, u));
   }
   return e_g * c.slope + e * (finite_exponent(t) * c.linear + c.constant);
 }
 
 template <class T, int Kind, bool Same>
 void write_pair_gradient(const T* z, const T* w, T* out, int64_t n, bool stream, const PairCoefficients<Acc<T>>& c) {
+  const Units<Acc<T>> u(c.frame);
+  const auto gradient = [&](const T* z, const T* w) { return pair_gradient_of<T, Kind, Same>(load(z), load(w), u, c); };
   const auto edge = [&](int64_t start, int64_t count) {
     T of_z[kLanes<T>] = {}, of_w[kLanes<T>] = {};
     std::memcpy(of_z, z + start, count * sizeof(T));
     std::memcpy(of_w, w + start, count * sizeof(T));
-    store(of_z, pair_gradient_of<T, Kind, Same>(load(of_z), load(of_w), c));
+    store(of_z, gradient(of_z, of_w));
     std::memcpy(out + start, of_z, count * sizeof(T));
   };
   int64_t i = 0;
   if (stream) {  // from the first aligned address on
     i = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(T));
     if (i > 0) edge(0, i);
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store<true>(out + i, pair_gradient_of<T, Kind, Same>(load(z + i), load(w + i), c));
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store<true>(out + i, gradient(z + i, w + i));
   } else {
-    for (; i + kLanes<T> <= n; i += kLanes<T>) store(out + i, pair_gradient_of<T, Kind, Same>(load(z + i), load(w + i), c));
+    for (; i + kLanes<T> <= n; i += kLanes<T>) store(out + i, gradient(z + i, w + i));
   }
   if (i < n) edge(i, n - i);
 }
@@ -581,7 +690,7 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
         start += kTile;
       });
     };
-    c.frame.same ? write(std::true_type{}) : write(std::false_type{});
+    c.frame.inv_t == c.frame.other_inv_t ? write(std::true_type{}) : write(std::false_type{});
   });
 
   if (g_y == 0 || lost) return;

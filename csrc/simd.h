@@ -225,6 +225,17 @@ inline bool any(const Mask<T>& mask) {
 #endif
 }
 template <class T>
+inline bool any_above(const Pack<T>& a, T b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {  // compilers would make vectors of the masks
+    __mmask16 above = 0;
+    for (int i = 0; i < kPackVectors; ++i) above |= _mm512_cmp_ps_mask(bit_cast<__m512>(a.v[i]), _mm512_set1_ps(b), _CMP_GT_OQ);
+    return above != 0;
+  }
+#endif
+  return any(a > b);
+}
+template <class T>
 inline Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T>& b) {
   return each<Pack<T>>([&](int i) { return mask.v[i] ? a.v[i] : b.v[i]; });
 }
@@ -471,5 +482,21 @@ inline Pack<T> log_positive(const Pack<T>& y) {
   const Pack<T> steps = each<Pack<T>>([&](int i) { return __builtin_convertvector(exponent.v[i], Vec<T>); });
   return steps * T(0.69314718055994530942) + log_of_ratio((m - T(1)) / (m + T(1)));
 }
+
+struct LogOfOnePlus {  // log2(1 + r) / r over [-1/4, 1/2]
+  static constexpr float coefficients[] = {1.44269502163f,  -0.721348464489f, 0.480902075768f, -0.360575914383f, 0.288191497326f,
+                                           -0.24272352457f, 0.216324865818f,  -0.17423017323f, 0.0780666694045f};
+};
+
+// log2(y) of positive numbers that are not subnormal, to 4e-8 of itself or of 1.
+inline Pack<float> log2_positive(const Pack<float>& y) {
+  constexpr int32_t low_bits = 0x3f400000;  // of 3/4
+  const auto exponent = each<Mask<float>>([&](int i) { return (bit_cast<Bits<float>>(y.v[i]) - low_bits) >> 23; });
+  const Pack<float> r =
+      each<Pack<float>>([&](int i) { return bit_cast<Vec<float>>(bit_cast<Bits<float>>(y.v[i]) - (exponent.v[i] << 23)); }) - 1.0f;
+  const Pack<float> steps = each<Pack<float>>([&](int i) { return __builtin_convertvector(exponent.v[i], Vec<float>); });
+  return polynomial<LogOfOnePlus>(r) * r + steps;
+}
+inline Pack<double> log2_positive(const Pack<double>& y) { return log_positive(y) * 1.4426950408889634074; }
 
 }  // namespace

@@ -33,11 +33,7 @@ double kept_logmass(const T* x, int64_t vocab, Acc<T> top, Acc<T> scale, Acc<T> 
 // The ids that a row lists, by the tile they are in.
 class Listed {
  public:
-  Listed(int64_t vocab, int64_t most) {
-    if (most == 0) return;
-    last_.resize((vocab + kTile - 1) / kTile);
-    ids_.reserve(most);
-  }
+  Listed(int64_t vocab, int64_t most) : last_((vocab + kTile - 1) / kTile) { ids_.reserve(most); }
   void take(const Rows& call, int64_t row) {
     std::memset(last_.data(), 0, last_.size() * sizeof(Place));
     ids_.clear();
@@ -146,7 +142,8 @@ void forward_row(const Forward& call, int64_t row, Listed& listed) {
 template <class T>
 void forward_rows(const Forward& call, int64_t begin, int64_t end) {
   using A = Acc<T>;
-  Listed listed(call.vocab, call.kept_kind == KeptKind::UNLISTED ? call.n_targets : 0);
+  const bool tails = call.kept_kind == KeptKind::UNLISTED;
+  Listed listed(tails ? call.vocab : 0, tails ? call.n_targets : 0);
   for (int64_t row = begin; row < end; ++row) {
     if (!is_skipped(call, row)) {
       forward_row<T>(call, row, listed);

@@ -103,10 +103,6 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         *((rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
           for kind in ("reverse_kl", "forward_kl", "jsd")),
         (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "with_tail": True}, ("logits",)),
-        *((rlkern.topk_divergence, {"logp": normal(B, T, K).log_softmax(-1) - 0.1, "other_logp": normal(B, T, K).log_softmax(-1) - 0.1, "kind": kind,
-                                    "valid": torch.rand(B, T, K, generator=g) < 0.9, "min_logp": -10.0, **tail}, ("logp", *list(tail)[1:2]))
-          for kind in ("forward_kl", "reverse_kl", "mixed_kl", "jsd")
-          for tail in ({"tail": "bucket", "tail_logmass": -per_row, "other_tail_logmass": -per_row}, {"tail": "renormalize"})),
         (rlkern.masked_elbo, packed, ("logits",)),
         (rlkern.masked_elbo, draw | {"weight": per_row[:, 0], "old_token_logp": logp}, ("logits",)),
         (rlkern.bgpo_loss, packed | {"advantages": normal(5), "mc_weight": 0.5, "preset": "paper"}, ("logits",)),

@@ -117,6 +117,32 @@ def test_split_rows_with_a_kept_set_and_a_temperature_each(vocab, dtype, kept):
     check_statistics(x, y, temperature=temperature.double() if dtype == torch.float64 else temperature, **kept)
 
 
+@pytest.mark.parametrize("n_targets", [1, 8, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [SMALL_VOCAB, SPLIT, SPLIT + 1])  # whole rows, split ones, those off a boundary
+def test_the_tail_of_the_targets(vocab, dtype, n_targets):
+    x, y = random_logits(6, vocab, dtype=dtype), random_targets(vocab, 6, n_targets)
+    y[1] = y[1, :1]
+    y[2] = vocab // 2 + torch.arange(n_targets, device="cuda")  # in one tile
+    top = x[3].topk(n_targets).indices
+    y[3], x[3, top] = top, x[3, top] + 25  # little is left for the tail
+    grads = [upstream(6, n_targets, seed=0), upstream(6, seed=1)]
+
+    def both(token_stats, x):
+        stats = token_stats(x, y, temperature=0.8, with_tail=True)
+        return stats.logp, stats.tail_logmass
+
+    logp, tail, d_x = twice(differentiated, lambda x: both(rlkern.token_stats, x), x, grads)
+    *wanted, gradient = differentiated(lambda x: both(reference.token_stats, x), x.double(), grads)
+    tolerance = TOLERANCE[dtype]
+    assert_close((logp, tail), wanted, tolerance, tolerance)
+    p, sizes = (x.double() / 0.8).softmax(-1), [g.double().abs() for g in grads]
+    listed = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, y, True)
+    elsewhere = (-wanted[1].unsqueeze(-1)).exp().masked_fill(listed, 1)
+    terms = p * (sizes[0].sum(-1, keepdim=True) + sizes[1].unsqueeze(-1) * elsewhere)
+    check_entries(d_x, gradient, tolerance * terms.scatter_add_(-1, y, sizes[0]) / 0.8)
+
+
 @pytest.mark.parametrize(("first", "then"), [("triton", "reference"), ("reference", "triton")])
 def test_a_backward_continues_another_backends_forward(first, then):
     """The row state is one format, on the device too."""

@@ -260,8 +260,8 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
         # q = p e^x from one exponent: p may underflow where q is large.
         log_q = (w_x - other_ref) * other_inv_t + offset + (ref - m) * inv_t - rest.log1p()
         terms = _Terms(z.p, log_q.exp(), x)
-        # Products with 0 would make NaN of an infinite divergence that nobody differentiates.
-        dz = torch.where(g_div == 0, 0, g_div * (terms.slope(kind, beta) - z.p * mean_slope))
+        # An entry without mass has no gradient by the divergence, whatever its log ratio.
+        dz = (g_div * (terms.slope(kind, beta) - z.p * mean_slope)).masked_fill_((g_div == 0) | (torch.isneginf(z_x) & ~mean_slope.isnan()), 0)
         dz = dz + z.p * (g_lse - g_logp - g_entropy * (u - mean_u))
         if targets is not None:
             y = targets[flat]
@@ -272,5 +272,4 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
             others = dz.gather(-1, at) + z.p.gather(-1, at) * g_logp
             dz = dz.scatter(-1, at, others + g_logp * share)
             dz = torch.where(valid, dz, math.nan)
-        dz = (dz * inv_t).masked_fill(torch.isneginf(z_x), 0)
-        out[a, rows] = dz.masked_fill(skipped[flat].unsqueeze(-1), 0).to(out.dtype)
+        out[a, rows] = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0).to(out.dtype)
