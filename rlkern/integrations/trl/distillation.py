@@ -100,9 +100,11 @@ def _topk(student: Tensor, teacher: Tensor, mask: Tensor | None, beta: float, te
     ids = torch.cat(chosen, -1).sort(-1).values
     valid = torch.ones_like(ids, dtype=torch.bool)
     valid[..., 1:] = ids[..., 1:] != ids[..., :-1]
-    options = {"temperature": temperature, "mask": mask, "with_entropy": False, "with_tail": add_tail}
+    options: dict[str, Any] = {"temperature": temperature, "mask": mask, "with_entropy": False, "with_tail": add_tail}
     p, q = (token_stats(x, ids, **options) for x in (student, teacher.detach()))
-    tails = {"tail": "bucket", "tail_logmass": p.tail_logmass, "other_tail_logmass": q.tail_logmass} if add_tail else {"tail": "renormalize"}
+    tails: dict[str, Any] = (
+        {"tail": "bucket", "tail_logmass": p.tail_logmass, "other_tail_logmass": q.tail_logmass} if add_tail else {"tail": "renormalize"}
+    )
     values = topk_divergence(p.logp, q.logp, valid=valid, **gkd_kind(beta), **tails)
     return values if mask is None else torch.where(mask, values, 0), ids.shape[-1] + add_tail
 
