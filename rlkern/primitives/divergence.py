@@ -426,6 +426,12 @@ def pair_stats(
     return PairStats(divergence, logp, other_logp, entropy, other_entropy, logsumexp, other_logsumexp)  # type: ignore[arg-type]
 
 
+def gkd_kind(beta: float) -> tuple[str, float]:
+    """kind and beta of `token_divergence` for the beta of GKD's trainers."""
+    check_number("beta", beta, 0, 1)
+    return ("jsd", beta) if 0 < beta < 1 else ("reverse_kl" if beta else "forward_kl", 0.5)
+
+
 def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Tensor:
     """The divergence of GKD's trainers: beta = 0 is the forward KL, 1 the reverse KL, between them the jsd.
 
@@ -433,9 +439,8 @@ def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Ten
     same. The options are those of `token_divergence` without kind. Raises as that, and ValueError for a beta
     outside [0, 1].
     """
-    check_number("beta", beta, 0, 1)
-    kind = {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")
-    return token_divergence(logits, other, kind=kind, beta=beta if kind == "jsd" else 0.5, **options)
+    kind, beta = gkd_kind(beta)
+    return token_divergence(logits, other, kind=kind, beta=beta, **options)
 
 
 def token_did_entropy(logits: Tensor, reference_logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:

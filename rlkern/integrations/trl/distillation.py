@@ -16,7 +16,7 @@ from torch import Tensor
 from trl.trainer import distillation_trainer
 from trl.trainer.base_trainer import _BaseTrainer
 
-from ...primitives.divergence import gkd_divergence
+from ...primitives.divergence import gkd_divergence, gkd_kind
 from ...primitives.linear_divergence import linear_pair_stats
 from ...primitives.token_stats import token_stats
 from ...primitives.topk import topk_divergence
@@ -38,11 +38,7 @@ _OPTIONS = (
 _CHUNKED_ARGUMENTS = (*_HEADS, *_OPTIONS), (*_HEADS, "chunk_size", *_OPTIONS)  # the second of TRL 1.14
 
 
-def gkd_kind(beta: float) -> dict[str, Any]:
-    """kind and beta of rlkern's divergences for TRL's beta."""
-    return {"kind": {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd"), "beta": beta if 0 < beta < 1 else 0.5}  # type: ignore[call-overload]
-
-
+@functools.cache  # patches that come and go put the same object there
 def _replacement(stock: Callable, ours: Callable[..., Any]) -> Callable:
     """A function with the arguments of TRL's that calls ours, or TRL's where ours returns None."""
     if stock.__module__ == __name__:  # by another patch
@@ -105,7 +101,8 @@ def _topk(student: Tensor, teacher: Tensor, mask: Tensor | None, beta: float, te
     tails: dict[str, Any] = (
         {"tail": "bucket", "tail_logmass": p.tail_logmass, "other_tail_logmass": q.tail_logmass} if add_tail else {"tail": "renormalize"}
     )
-    values = topk_divergence(p.logp, q.logp, valid=valid, **gkd_kind(beta), **tails)
+    kind, weight = gkd_kind(beta)
+    values = topk_divergence(p.logp, q.logp, kind=kind, beta=weight, valid=valid, **tails)
     return values if mask is None else torch.where(mask, values, 0), ids.shape[-1] + add_tail
 
 
@@ -141,6 +138,7 @@ def _chunked_loss(
     valid = completion_mask.reshape(-1) != 0
     student = _head(student_hidden_states, valid, student_lm_head_weight, student_lm_head_bias)
     teacher = _head(teacher_hidden_states, valid, teacher_lm_head_weight, teacher_lm_head_bias)
+    kind, weight = gkd_kind(beta)
     stats = linear_pair_stats(
         *student[:2],
         *teacher[:2],
@@ -149,7 +147,8 @@ def _chunked_loss(
         temperature=temperature / student_logit_scale,
         other_temperature=temperature / teacher_logit_scale,
         vocab=len(student[1]),
-        **gkd_kind(beta),
+        kind=kind,
+        beta=weight,
     )
     tokens = valid.sum()
     items = tokens.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
