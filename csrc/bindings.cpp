@@ -50,6 +50,7 @@ void convert(py::handle tensor, T*& to) {
   to = tensor.is_none() ? nullptr : reinterpret_cast<T*>(result_of(tensor, data_ptr).cast<uintptr_t>());
 }
 void convert(py::handle tensor, Matrix& to) {
+  if (tensor.is_none()) return;  // no data
   static PyObject* const stride = interned("stride");
   const py::tuple strides = result_of(tensor, stride);
   convert(tensor, to.data);
@@ -130,6 +131,18 @@ PYBIND11_MODULE(_cpu, m) {
         read_pair(pair, call);
         fill(from, FIELD(g_divergence), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(out));
       });
+  define_rows_of<MomentsForward, py::dict>(m, "row_moments_forward", &row_moments_forward, [](const py::dict& from, MomentsForward& call) {
+    fill(from, FIELD(centred_target), FIELD(variance));
+  });
+  define_rows_of<MomentsBackward, py::dict>(
+      m, "row_moments_backward", &row_moments_backward,
+      [](const py::dict& from, MomentsBackward& call) { fill(from, FIELD(g_target), FIELD(g_variance), FIELD(out)); });
+  define_rows_of<DidForward, py::dict>(m, "did_entropy_forward", &did_entropy_forward, [](const py::dict& from, DidForward& call) {
+    fill(from, FIELD(reference_dtype), FIELD(reference), FIELD(entropy));
+  });
+  define_rows_of<DidBackward, py::dict>(m, "did_entropy_backward", &did_entropy_backward, [](const py::dict& from, DidBackward& call) {
+    fill(from, FIELD(reference_dtype), FIELD(reference), FIELD(g_entropy), FIELD(out), FIELD(reference_out));
+  });
   define_tokens<CovarianceSums>(m, "covariance_sums", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums));
   });

@@ -6,9 +6,14 @@
 namespace rlkern {
 
 // The forwards throw std::out_of_range for a target outside [0, vocab) that counts, before anything is written.
+// The backwards choose what is streamed.
 void token_stats_forward(const Forward& call);
 void token_stats_backward(const Backward& call);
 void pair_forward(const PairForward& call);
 void pair_backward(const PairBackward& call);
+void row_moments_forward(const MomentsForward& call);
+void row_moments_backward(const MomentsBackward& call);
+void did_entropy_forward(const DidForward& call);
+void did_entropy_backward(const DidBackward& call);
 
 }  // namespace rlkern

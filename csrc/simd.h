@@ -93,11 +93,30 @@ template <>
 struct Element<double> : Native<double> {};
 
 using Words = Vec<uint32_t>;  // the bits of a vector of floats
+using Halves = Vec<uint16_t, kVectorBytes / 2>;
+
+// To nearest even, in the high half of each word. A NaN stays one: those that come here have payloads of a
+// bfloat16 or of the hardware.
+inline Words bfloat16_in_high_half(Vec<float> v) {
+  const Words w = bit_cast<Words>(v);
+  return w + 0x7fff + ((w >> 16) & 1);
+}
 
 template <>
-struct Element<BFloat16> {  // converted in pairs of vectors, below
+struct Element<BFloat16> {  // where order does not matter, in pairs of vectors, below
   using Acc = float;
   static BFloat16 minus_infinity() { return {0xff80}; }
+  static Vec<float> load(const BFloat16* from) {
+    return bit_cast<Vec<float>>(__builtin_convertvector(load_raw<Halves>(from), Words) << 16);
+  }
+  template <bool Stream>
+  static void store(BFloat16* to, Vec<float> v) {
+#if defined(__AVX512BF16__)
+    store_raw<Stream>(to, bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))));  // takes subnormal numbers for 0
+#else
+    store_raw<Stream>(to, __builtin_convertvector(bfloat16_in_high_half(v) >> 16, Halves));
+#endif
+  }
 };
 
 template <>
@@ -117,7 +136,6 @@ struct Element<Float16> {
     store_raw<Stream>(to, _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
-  using Halves = Vec<uint16_t, kVectorBytes / 2>;
   static Vec<float> load(const Float16* from) {
     const Words h = __builtin_convertvector(load_raw<Halves>(from), Words);
     // A product moves the exponent from bias 15 to bias 127. It also normalises subnormals of half precision.
@@ -271,17 +289,27 @@ inline Vec<int16_t> larger(Vec<int16_t> a, Vec<int16_t> b) {
 }
 
 template <class T>
-inline Pack<typename Element<T>::Acc> load(const T* from) {
+inline Pack<typename Element<T>::Acc> load_in_order(const T* from) {
   using P = Pack<typename Element<T>::Acc>;
   return each<P>([&](int i) { return Element<T>::load(from + i * (P::lanes / kPackVectors)); });
 }
 template <bool Stream = false, class T>
-inline void store(T* to, const Pack<typename Element<T>::Acc>& p) {
+inline void store_in_order(T* to, const Pack<typename Element<T>::Acc>& p) {
   for (int i = 0; i < kPackVectors; ++i) Element<T>::template store<Stream>(to + i * (p.lanes / kPackVectors), p.v[i]);
 }
 
+// In an order of the type's own, the same for both.
+template <class T>
+inline Pack<typename Element<T>::Acc> load(const T* from) {
+  return load_in_order(from);
+}
+template <bool Stream = false, class T>
+inline void store(T* to, const Pack<typename Element<T>::Acc>& p) {
+  store_in_order<Stream>(to, p);
+}
+
 // A 32-bit word holds two bfloat16, and each is a float but for its low bits. A shift makes one vector of the
-// first of each pair, a mask another of the second. Cheaper than widening in order, which nobody needs.
+// first of each pair, a mask another of the second. That is cheaper than widening in order.
 inline Pack<float> load(const BFloat16* from) {
   Pack<float> p;
   for (int i = 0; i < kPackVectors; i += 2) {
@@ -291,7 +319,6 @@ inline Pack<float> load(const BFloat16* from) {
   }
   return p;
 }
-// To nearest even. A NaN stays one: those that come here have payloads of a bfloat16 or of the hardware.
 #if defined(__AVX512BF16__)
 inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {  // takes subnormal numbers for 0
   const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
@@ -302,11 +329,7 @@ inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {  // takes sub
 }
 #else
 inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {
-  const auto rounded = [](Vec<float> v) {  // in the high half of each word
-    const Words w = bit_cast<Words>(v);
-    return w + 0x7fff + ((w >> 16) & 1);
-  };
-  return (rounded(first) >> 16) | (rounded(second) & 0xffff0000);
+  return (bfloat16_in_high_half(first) >> 16) | (bfloat16_in_high_half(second) & 0xffff0000);
 }
 #endif
 template <bool Stream = false>

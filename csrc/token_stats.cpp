@@ -158,48 +158,6 @@ void forward_rows(const Forward& call, int64_t begin, int64_t end) {
 
 // --- backward ----------------------------------------------------------------------------------------------
 
-// dz = 2^t (constant + linear t + square 2^t + [kept] inside), t as in the forward: the row's scalars.
-// 1 / T and 1 / sum 2^t are folded in.
-template <class A>
-struct Coefficients {
-  A top, scale, constant, linear, square, inside, threshold;
-};
-
-enum class Terms { constant, linear, all };
-
-template <class T, Terms Kind>
-inline AccPack<T> gradient_of(AccPack<T> x, const Coefficients<Acc<T>>& c) {
-  const AccPack<T> shifted = x - c.top, t = shifted * c.scale;
-  const AccPack<T> e = power_of_two<sizeof(T) == 2>(t);
-  if constexpr (Kind == Terms::constant) return e * c.constant;
-  AccPack<T> g = finite_exponent(t) * c.linear + c.constant;
-  if constexpr (Kind == Terms::all) g = g + e * c.square + select(shifted >= c.threshold, broadcast(c.inside), AccPack<T>{});
-  return e * g;
-}
-
-// `x` and `out` may be the same memory, if nothing is streamed.
-template <class T, Terms Kind, bool Stream>
-void write_gradient(const T* x, T* out, int64_t vocab, const Coefficients<Acc<T>>& c) {
-  const auto edge = [&](int64_t start, int64_t n) {
-    T padded[kLanes<T>] = {};
-    std::memcpy(padded, x + start, n * sizeof(T));
-    store(padded, gradient_of<T, Kind>(load(padded), c));
-    std::memcpy(out + start, padded, n * sizeof(T));
-  };
-  int64_t i = 0;
-  if constexpr (Stream) {  // from the first aligned address on
-    i = std::min<int64_t>(vocab, -reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(T));
-    if (i > 0) edge(0, i);
-  }
-  for (; i + kLanes<T> <= vocab; i += kLanes<T>) store<Stream>(out + i, gradient_of<T, Kind>(load(x + i), c));
-  if (i < vocab) edge(i, vocab - i);
-}
-
-template <class T, Terms Kind>
-void write_gradient(const Backward& call, const T* x, T* out, const Coefficients<Acc<T>>& c) {
-  return call.stream ? write_gradient<T, Kind, true>(x, out, call.vocab, c) : write_gradient<T, Kind, false>(x, out, call.vocab, c);
-}
-
 template <class A>
 bool is_idle(const Backward& call, int64_t row) {
   for (const void* g : {call.g_entropy, call.g_logsumexp, call.g_sum_sq_prob, call.g_kept_logmass})
@@ -329,11 +287,11 @@ void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
   c.inside = A(weight * inside);
   c.threshold = state[State::THRESHOLD];
   if (g_s2 != 0 || (g_k != 0 && !tail))
-    write_gradient<T, Terms::all>(call, x, out, c);
+    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::all>(x, c); });
   else if (g_h != 0)
-    write_gradient<T, Terms::linear>(call, x, out, c);
+    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::linear>(x, c); });
   else
-    write_gradient<T, Terms::constant>(call, x, out, c);
+    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::constant>(x, c); });
 
   if (!at_targets || std::isnan(common)) return;
   const AtTarget at_target{inv_t, log_s0, common, g_h, g_s2, g_k, inside, state[State::THRESHOLD]};

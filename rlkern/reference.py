@@ -93,6 +93,12 @@ def token_divergence(
     return beta * kl(log_q, mixture(beta)) + (1 - beta) * kl(log_p, mixture(beta))
 
 
+def token_did_entropy(logits: Tensor, reference_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Entropy of softmax((logits - reference_logits) / temperature) of rows [..., V]; mass 0 at -inf."""
+    difference = (logits - reference_logits).masked_fill(logits == -math.inf, -math.inf)
+    return token_stats(difference, None, temperature).entropy
+
+
 def row_moments(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """(logit of the target minus the mean, variance) of rows [..., V] with targets [...]."""
     centred = logits - logits.mean(-1, keepdim=True)

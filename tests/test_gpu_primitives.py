@@ -289,6 +289,50 @@ def test_row_moments(dtype):
     check_entries(d_x[rows], gradient, 1e-5 * terms.scatter_add_(-1, y[rows, None], g_target))
 
 
+def test_row_moments_far_from_zero():
+    """Sixteen steps of float32 wide, in rows that one program reads and in rows that several share."""
+    for vocab in (SMALL_VOCAB, SPLIT + 1):
+        x, y = 1000 + 1e-3 * random_logits(40, vocab, dtype=torch.float32), random_targets(vocab, 40)
+        grads = [upstream(40, seed=seed) for seed in (4, 5)]
+        *values, d_x = twice(differentiated, lambda x, y=y: row_moments(x, y), x, grads)
+        *expected, gradient = differentiated(lambda x, y=y: reference.row_moments(x, y), x.double(), [g.double() for g in grads])
+        torch.testing.assert_close(values[1].double(), expected[1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(values[0].double(), expected[0], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(d_x.double(), gradient, rtol=1e-4, atol=1e-5 * gradient.abs().median().item())
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, SPLIT + 1])  # aligned; not, so long that several programs share a row
+@pytest.mark.parametrize(
+    ("dtype", "of_reference"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_token_did_entropy(dtype, of_reference, vocab):
+    n = 40
+    x, r = random_logits(n, vocab, dtype=dtype), random_logits(n, vocab, dtype=of_reference, seed=1)
+    forbidden, mask, g = drawn(vocab, seed=2) < 0.3, drawn(n, seed=3) < 0.9, upstream(n)
+    x[:, forbidden] = -math.inf
+    r[:, forbidden] = torch.where(drawn(int(forbidden.sum()), seed=4) < 0.5, -math.inf, math.nan).to(of_reference)
+    for t in (x, r):
+        t[~mask] = math.nan
+    temperature = (0.5 + drawn(n, seed=5)).masked_fill(~mask, 0)
+
+    def function(x, r):
+        leaves = [t.detach().requires_grad_() for t in (x, r)]
+        entropy = rlkern.token_did_entropy(*leaves, temperature=temperature, mask=mask)
+        return [entropy.detach(), *torch.autograd.grad(entropy, leaves, g.to(entropy))]
+
+    value, d_x, d_r = twice(function, x, r)
+    for t in (value[~mask], d_x[~mask], d_r[~mask], d_x[:, forbidden], d_r[:, forbidden]):
+        assert not t.any()
+    wide = (x[mask][:, ~forbidden].double() - r[mask][:, ~forbidden].double()) / temperature[mask].double().unsqueeze(-1)
+    expected, gradient = differentiated(lambda u: [reference.token_stats(u, None).entropy], wide, [g[mask]])
+    torch.testing.assert_close(value[mask].double(), expected, rtol=1e-5, atol=1e-5)
+    gradient = gradient / temperature[mask].double().unsqueeze(-1)
+    log_p = wide.log_softmax(-1)
+    terms = (g[mask].double().abs() / temperature[mask]).unsqueeze(-1) * log_p.exp() * (1 + log_p.abs() + expected.unsqueeze(-1))
+    check_entries(d_x[mask][:, ~forbidden], gradient, 1e-5 * terms)
+    check_entries(d_r[mask][:, ~forbidden], -gradient, 1e-5 * terms)
+
+
 def test_nlpo_keep_sets():
     """An id that there is not has no effect, and stops no kernel."""
     n, far = 40, torch.tensor([5, VOCAB, -1, VOCAB + 10**6, 2**40], device="cuda")

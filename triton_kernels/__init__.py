@@ -1,6 +1,8 @@
 """Triton kernels, one file per primitive, with torch and triton only. See rlkern/backends/contract.py."""
 
 from .covariance import covariance_sums, token_covariance
+from .did import did_entropy_backward, did_entropy_forward
+from .moments import row_moments_backward, row_moments_forward
 from .ratio import kl_terms, ratio_terms
 from .selection import select_bottom, select_fraction, selected_means
 from .token_stats import token_stats_backward, token_stats_forward
@@ -10,8 +12,12 @@ CHECKS_TARGETS = False  # a check would wait for the device
 __all__ = [
     "CHECKS_TARGETS",
     "covariance_sums",
+    "did_entropy_backward",
+    "did_entropy_forward",
     "kl_terms",
     "ratio_terms",
+    "row_moments_backward",
+    "row_moments_forward",
     "select_bottom",
     "select_fraction",
     "selected_means",

@@ -10,22 +10,9 @@ import triton
 import triton.language as tl
 
 from .constants import STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_SUM_SQ, STATE_TARGETS, STATE_THRESHOLD
+from .gradient import columns, edges, load_upstream, write_zeros
 from .math import expm1
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
-
-
-@triton.jit
-def _edge(e, lead, body, body_end, end, ALIGN: tl.constexpr):
-    """Columns outside the body, before and after it, as e = 0, 1, ..., and which of them are the row's."""
-    col = tl.where(e < ALIGN, e, body_end + e - ALIGN)
-    return col, (e < 2 * ALIGN) & (col >= lead) & (col < end) & ((e < ALIGN) == (col < body))
-
-
-@triton.jit
-def _load_grad(ptr, row, HAS: tl.constexpr, ACC: tl.constexpr):
-    if HAS:
-        return tl.load(ptr + row)
-    return tl.zeros((), ACC)
 
 
 @triton.jit
@@ -94,10 +81,10 @@ def _upstream(
     """(whether anything flows back into the row, its targets [K_BLOCK], upstream gradients: logp's [K_BLOCK],
     each statistic's)"""
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
-    g_entropy = _load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
-    g_lse = _load_grad(g_lse_ptr, row, HAS_LSE, ACC)
-    g_sum_sq = _load_grad(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
-    g_kept = _load_grad(g_kept_ptr, row, HAS_KEPT or HAS_TAIL, ACC)
+    g_entropy = load_upstream(g_entropy_ptr, row, HAS_ENTROPY, ACC)
+    g_lse = load_upstream(g_lse_ptr, row, HAS_LSE, ACC)
+    g_sum_sq = load_upstream(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
+    g_kept = load_upstream(g_kept_ptr, row, HAS_KEPT or HAS_TAIL, ACC)
     flows = (g_entropy != 0) | (g_lse != 0) | (g_sum_sq != 0) | (g_kept != 0)
     g_logp = tl.zeros((K_BLOCK,), ACC)
     if HAS_LOGP:
@@ -172,29 +159,18 @@ def token_stats_backward_kernel(
     out_start = row_start(row, inner, out_stride_a, out_stride_b, ALIGN if ALIGNED else 1)
     row = row.to(tl.int64)
     state_row = state_ptr + row * (STATE_TARGETS + K)
-    lead = tl.zeros((), tl.int32) if ALIGNED else (out_start % ALIGN).to(tl.int32)
-    # Columns count from the 16-byte boundary before the row. The body lies between boundaries: even its
-    # masked tiles move 16 bytes at a time.
-    end = vocab + lead
-    body = 0 if ALIGNED else ALIGN
-    body_end = tl.multiple_of(end // ALIGN * ALIGN, ALIGN)
-    last = tl.minimum(first + TILES * BLOCK, body_end)
+    lead, body, body_end, end, last = columns(out_start, first, vocab, ALIGN, ALIGNED, BLOCK, TILES)
     x_ptr = logits_ptr + (tl.multiple_of(start - lead, ALIGN) if SAME_LEAD else start - lead)
     z_ptr = out_ptr + tl.multiple_of(out_start - lead, ALIGN)
     cols = tl.arange(0, BLOCK)
-    edge, in_row = _edge(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
+    edge, in_row = edges(lead, body, body_end, end, ALIGN)
 
     flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
         row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
         K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
     if not flows:
-        zero = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
-        for tile in range(first, last, BLOCK):
-            tl.store(z_ptr + tile + cols, zero, mask=(tile + cols >= body) & (tile + cols < body_end))
-        if EDGES:
-            if first == 0:
-                tl.store(z_ptr + edge, tl.zeros((2 * ALIGN,), out_ptr.dtype.element_ty), mask=in_row)
+        write_zeros(z_ptr, first, last, edge, in_row, body, body_end, EDGES, BLOCK)
         return
 
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)

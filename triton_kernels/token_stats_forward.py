@@ -32,7 +32,7 @@ from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_tem
 
 
 @triton.jit
-def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
+def add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
     """Takes a tile into the running sums; r0, r1, r2 hold what former maxima contributed."""
     tile_max = tl.max(tl.max(x, axis=0), axis=0)
     if tile_max >= m:
@@ -74,7 +74,7 @@ def _kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
 
 
 @triton.jit
-def _row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
+def row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
     """(what loads count from: the row, if SHIFTED the 16-byte boundary before it; elements between them)"""
     lead = tl.zeros((), tl.int32)
     if SHIFTED:
@@ -83,7 +83,7 @@ def _row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+def whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     line = tl.arange(0, BLOCK // LANES)[:, None]
     replaced = tl.cdiv(lead, ALIGN) * ALIGN  # lanes, whole loads of them
     if not SHIFTED:
@@ -106,7 +106,7 @@ def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, B
 
 
 @triton.jit
-def _last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+def last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """The same, element by element: nothing outside of the row is read. Both loads are contiguous along a
     line. If they were not, Triton 3.6 would keep each sum in several threads, which all write it to shared
     memory at once."""
@@ -120,7 +120,7 @@ def _last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _end_of_whole_tiles(begin, end, vocab, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr):
+def end_of_whole_tiles(begin, end, vocab, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr):
     """A shifted tile loads up to ALIGN - 1 elements behind its last column: they must be the row's. More than
     one tile may be left."""
     return tl.maximum(begin, (tl.minimum(end, vocab - (ALIGN - 1)) if SHIFTED else end) // BLOCK * BLOCK)
@@ -142,7 +142,7 @@ else:
 
 
 @triton.jit
-def _sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
+def sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
     """In the order of the columns."""
     return tl.sum(_rotate(s, lead, LANES) if SHIFTED else s, axis=0)
 
@@ -155,7 +155,7 @@ def sweep(
 ):  # fmt: skip
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, how many are equal to m, S0, S1,
     S2 of the others)."""
-    boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
+    boundary, lead = row_boundary(row_ptr, ALIGN, SHIFTED)
     m = tl.full((), NEG_INF, ACC)
     ties = tl.zeros((), ACC)
     r0 = tl.zeros((), ACC)
@@ -164,21 +164,21 @@ def sweep(
     s0 = tl.zeros((LANES,), ACC)
     s1 = tl.zeros((LANES,), ACC)
     s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
-    whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
+    whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
-        x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
-        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+        x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SHIFTED:
         if end - whole > BLOCK:
-            x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-            m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+            x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
             whole += BLOCK
     if whole < end:
-        x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+        x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+        m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
-        r2 += _sum_lanes(s2, lead, SHIFTED, LANES)
-    return m, ties, _sum_lanes(s0, lead, SHIFTED, LANES) + r0, _sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2
+        r2 += sum_lanes(s2, lead, SHIFTED, LANES)
+    return m, ties, sum_lanes(s0, lead, SHIFTED, LANES) + r0, sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2
 
 
 @triton.jit
@@ -216,30 +216,30 @@ def kept_sweep(
 ):  # fmt: skip
     """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row:
     the row's ids [K] in order, for KEPT_UNLISTED."""
-    boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
+    boundary, lead = row_boundary(row_ptr, ALIGN, SHIFTED)
     kept = tl.zeros((LANES,), ACC)
     dropped = tl.zeros((LANES,), ACC)
     if KEPT == KEPT_UNLISTED:
         listed, place = _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, K, K_BLOCK, ACC)
-    whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
+    whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in range(begin, whole, BLOCK):
-        x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
         kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     if SHIFTED:
         if end - whole > BLOCK:
-            x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
             if KEPT == KEPT_UNLISTED:
                 x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
             kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
             whole += BLOCK
     if whole < end:
-        x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+        x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
         kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
-    kept, dropped = _sum_lanes(kept, lead, SHIFTED, LANES), _sum_lanes(dropped, lead, SHIFTED, LANES)
+    kept, dropped = sum_lanes(kept, lead, SHIFTED, LANES), sum_lanes(dropped, lead, SHIFTED, LANES)
     return kept, (listed if KEPT == KEPT_UNLISTED else dropped)
 
 

@@ -22,12 +22,16 @@ LAYOUTS |= {"V=50257": (50257, 50257), "V=262144 odd stride": (262144, 262145)}
 
 FORWARD = {"forward": {}, "forward +sum_sq": {"sum_sq": True}, "forward +kept": {"kept": 1}, "forward K=8": {"targets": 8}}
 FORWARD |= {"forward K=128 +tail": {"targets": 128, "kept": KeptKind.UNLISTED}}
+FORWARD |= {"moments": {"of": "moments"}, "DID": {"of": "did", "reads": 2}}
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},
     "backward all": {"grads": ("logp", "entropy", "logsumexp", "sum_sq", "kept")},
     "backward K=128": {"grads": ("logp", "entropy"), "targets": 128},
     "backward K=128 +tail": {"grads": ("logp", "kept"), "targets": 128, "kept": KeptKind.UNLISTED},
+    "moments backward": {"of": "moments"},
+    "DID backward": {"of": "did", "reads": 2},
+    "DID backward both": {"of": "did", "reads": 2, "writes": 2},
 }
 GRADS = BACKWARD["backward all"]["grads"]
 
@@ -47,16 +51,36 @@ class Case:
         return self.variant in BACKWARD
 
     @property
+    def options(self) -> dict:
+        return {**FORWARD, **BACKWARD}[self.variant]
+
+    @property
+    def module(self) -> str:
+        """The file of rlkern.triton_kernels that launches it."""
+        return self.options.get("of", "token_stats")
+
+    @property
+    def reads(self) -> int:
+        """Rows of logits that a sweep reads."""
+        return self.options.get("reads", 1)
+
+    @property
+    def writes(self) -> int:
+        return self.options.get("writes", 1) if self.backward else 0
+
+    @property
     def element_size(self) -> int:
         return DTYPES[self.dtype].itemsize
 
 
 def core_cases() -> list[Case]:
-    """Every variant in bf16 on the common layout; the two of most losses on every layout, and in fp32."""
+    """Every variant in bf16 on the common layout, moments and pairs off a boundary too; the two of most
+    losses on every layout, and in fp32."""
     cases = [Case(variant, "bf16", "V=151936") for variant in (*FORWARD, *BACKWARD)]
     for variant in ("forward", "backward logp+entropy"):
         cases += [Case(variant, "bf16", layout) for layout in LAYOUTS]
         cases += [Case(variant, "fp32", layout) for layout in ("V=151936", "V=50257")]
+    cases += [Case(variant, "bf16", "V=50257") for variant in ("moments", "moments backward", "DID", "DID backward")]
     cases.append(Case("forward +kept", "bf16", "V=262144 odd stride"))  # rows so long that all architectures split them
     return list(dict.fromkeys(cases))
 
@@ -120,25 +144,48 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 def record(case: Case, gpu) -> list[Launch]:
     """The launches that `case` stands for, as rlkern.triton_kernels makes them on `gpu`, a GPUTarget."""
-    module = importlib.import_module("rlkern.triton_kernels.token_stats")
-    dtype = DTYPES[case.dtype]
+    module = importlib.import_module(f"rlkern.triton_kernels.{case.module}")
     vocab, stride = LAYOUTS[case.layout]
     rows = BATCH * TIME
     # one more token than is scored, as in logits[:, :-1]
-    logits = torch.empty_strided((BATCH, TIME, vocab), ((TIME + 1) * stride, stride, 1), dtype=dtype, device="meta")
-    mask = _meta(rows, dtype=torch.bool)
-    options = {**FORWARD, **BACKWARD}[case.variant]
+    shape, strides = (BATCH, TIME, vocab), ((TIME + 1) * stride, stride, 1)
+    logits, other = (torch.empty_strided(shape, strides, dtype=DTYPES[case.dtype], device="meta") for _ in range(2))
+    with _pretending(module, gpu, case), _recording(module) as launches:
+        _LAUNCHERS[case.module](module, case, rows, logits, other, _meta(rows, dtype=torch.bool))
+    return launches
+
+
+def _launch_token_stats(module, case: Case, rows: int, logits, other, mask) -> None:
+    options = case.options
     n_targets = options.get("targets", 1)
     targets = _meta(rows, n_targets, dtype=torch.int64)
-    with _pretending(module, gpu, case), _recording(module) as launches:
-        if case.backward:
-            wanted = options["grads"]
-            grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
-            kind, state = options.get("kept", 0), _meta(rows, State.TARGETS + n_targets)
-            module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits))
-        else:
-            sum_sq = _meta(rows) if options.get("sum_sq") else None
-            kept = _meta(rows) if options.get("kept") else None
-            out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, _meta(rows, State.TARGETS + n_targets))
-            module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out)
-    return launches
+    if case.backward:
+        wanted = options["grads"]
+        grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
+        kind, state = options.get("kept", 0), _meta(rows, State.TARGETS + n_targets)
+        module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits))
+    else:
+        sum_sq = _meta(rows) if options.get("sum_sq") else None
+        kept = _meta(rows) if options.get("kept") else None
+        out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, _meta(rows, State.TARGETS + n_targets))
+        module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out)
+
+
+def _launch_moments(module, case: Case, rows: int, logits, other, mask) -> None:
+    targets, mean, each = _meta(rows, 1, dtype=torch.int64), _meta(rows, 2), (_meta(rows), _meta(rows))
+    if case.backward:
+        module.row_moments_backward(logits, targets, mask, IGNORE, mean, each, new_gradient(logits))
+    else:
+        module.row_moments_forward(logits, targets, mask, IGNORE, (*each, mean))
+
+
+def _launch_did(module, case: Case, rows: int, logits, other, mask) -> None:
+    state, entropy = _meta(rows, State.TARGETS), _meta(rows)
+    if case.backward:
+        out = (new_gradient(logits), new_gradient(other) if case.writes == 2 else None)
+        module.did_entropy_backward(logits, other, mask, TEMPERATURE, state, entropy, out)
+    else:
+        module.did_entropy_forward(logits, other, mask, TEMPERATURE, (entropy, state))
+
+
+_LAUNCHERS = {"token_stats": _launch_token_stats, "moments": _launch_moments, "did": _launch_did}

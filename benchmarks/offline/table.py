@@ -10,7 +10,7 @@ from .report import Row
 _HEADER = "case|type|rows|kernel|tile|regs|spill|smem|warps|flight|loads|instr|exp2|bytes|bound|of peak|issue|exp2 load".split("|")
 
 LEGEND = """\
-kernel       of token_stats: what the case launches
+kernel       what the case launches
 tile         logits per tile / warps per program
 regs, spill  registers, and bytes of spilled memory, per thread
 smem         bytes of shared memory per program

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 
-CHECKS_TARGETS = True  # token_stats_forward raises IndexError itself, before any row is computed
+CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 
 isa = _cpu.isa  # the instruction set in use, RLKERN_CPU_ISA where that is set
 isas = _cpu.isas  # those that were built and that this processor runs, best first
@@ -95,6 +95,32 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     own = {**dict(zip(names, grads, strict=True)), "out": out}
     _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta), own)
+
+
+def row_moments_forward(logits, targets, mask, ignore_index, out) -> None:
+    """Raises IndexError as token_stats_forward."""
+    centred_target, variance, mean = out
+    own = {"centred_target": centred_target, "variance": variance}
+    _cpu.row_moments_forward(_rows(logits, targets, mask, 1.0, ignore_index, mean), own)
+
+
+def row_moments_backward(logits, targets, mask, ignore_index, mean, grads, out) -> None:
+    g_target, g_variance = grads
+    own = {"g_target": g_target, "g_variance": g_variance, "out": out}
+    _cpu.row_moments_backward(_rows(logits, targets, mask, 1.0, ignore_index, mean), own)
+
+
+def did_entropy_forward(logits, reference, mask, temperature, out) -> None:
+    entropy, state = out
+    own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference, "entropy": entropy}
+    _cpu.did_entropy_forward(_rows(logits, None, mask, temperature, 0, state), own)
+
+
+def did_entropy_backward(logits, reference, mask, temperature, state, grad, out) -> None:
+    d_logits, d_reference = out
+    own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference}
+    own |= {"g_entropy": grad, "out": d_logits, "reference_out": d_reference}
+    _cpu.did_entropy_backward(_rows(logits, None, mask, temperature, 0, state), own)
 
 
 def covariance_sums(logp, advantages, mask) -> Tensor:

@@ -216,16 +216,15 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
         columns = {PairState.MAX: z.max, PairState.REST: z.rest, PairState.REF: z.max, PairState.OTHER_REF: w.max}
         columns |= {PairState.OFFSET: offset, PairState.MEAN_SLOPE: mean_slope}
         columns |= {PairState.OTHER_MAX: w.max, PairState.OTHER_REST: w.rest, PairState.OTHER_MEAN_SLOPE: value - mean_slope}
-        computed = [value]
+        computed: list[Tensor | None] = [value]
         for side in (z, w):
             log_s0 = side.rest.log1p()
             shifted = None
             if targets is not None:
                 y = targets[flat]
                 valid = (y >= 0) & (y < vocab)
-                shifted = (
-                    torch.where(torch.isneginf(side.x), side.x, side.x - side.max).gather(-1, y.clamp(0, vocab - 1)).masked_fill(~valid, math.nan)
-                )
+                at_y = side.x.gather(-1, y.clamp(0, vocab - 1))
+                shifted = torch.where(torch.isneginf(at_y), at_y, at_y - side.max).masked_fill(~valid, math.nan)
             if side is z:
                 columns[PairState.MEAN_U] = z.mean_u
                 if shifted is not None:

@@ -1,7 +1,8 @@
 """What is read from rows of logits or from tokens. One file each holds the maths and the public function."""
 
 from .covariance import token_covariance
-from .divergence import PairStats, gkd_divergence, pair_stats, token_did_entropy, token_divergence
+from .did import token_did_entropy
+from .divergence import PairStats, gkd_divergence, pair_stats, token_divergence
 from .elbo import masked_elbo
 from .kept import NLPOStats, nlpo_keep_set, nlpo_stats
 from .kl import kl_estimate

@@ -29,7 +29,6 @@ from ..checks import (
 )
 from ..layout import as_rows
 from ..operator import Operator, differentiable, values_readable
-from .token_stats import entropy_from_logits
 
 _KINDS = {name.lower(): kind for name, kind in vars(PairKind).items() if name.isupper()}
 KINDS = tuple(_KINDS)
@@ -441,19 +440,3 @@ def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Ten
     """
     kind, beta = gkd_kind(beta)
     return token_divergence(logits, other, kind=kind, beta=beta, **options)
-
-
-def token_did_entropy(logits: Tensor, reference_logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Entropy of the DID of the next token, softmax(logits - reference_logits): [..., V] twice -> [...].
-
-    It is differentiable by both. The difference is a tensor of logits' size in float32 (float64 for float64).
-    Entries at -inf in `logits` have mass 0. One at -inf in the reference alone has infinite mass, and its row
-    is NaN. temperature and mask are as in `entropy_from_logits`. Raises TypeError, ValueError for other
-    dtypes, shapes, devices or options.
-    """
-    check_logits(logits)
-    check_logits(reference_logits, "reference_logits")
-    expect("reference_logits", reference_logits, "float", "[..., V]", like=("logits", logits))
-    dtype = computing_dtype(logits)
-    difference = (logits.to(dtype) - reference_logits.to(dtype)).masked_fill(logits == -math.inf, -math.inf)
-    return entropy_from_logits(difference, temperature=temperature, mask=mask)
