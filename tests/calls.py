@@ -98,6 +98,10 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.entropy_from_logits, {"logits": logits, "temperature": 0.7, "mask": mask}, ("logits",)),
         (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V),
                                      "chunk_rows": 5, "mask": mask}, ("hidden", "weight", "bias")),
+        *((function, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "other_hidden": normal(B, T, 2), "other_weight": normal(V + 2, 2),
+                      "other_bias": normal(V + 2), "kind": "jsd", "vocab": V, "chunk_rows": 5, "mask": mask, "other_grad": True, **more},
+           ("hidden", "weight", "other_hidden", "other_weight", "other_bias"))
+          for function, more in ((rlkern.linear_token_divergence, {}), (rlkern.linear_pair_stats, {"targets": targets, "temperature": per_row}))),
         *((rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
           for kind in ("reverse_kl", "mixed_kl", "cross_entropy", "jsd", "alpha", "total_variation")),
         (rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V + 2), "kind": "skew_forward_kl", "beta": 0.1, "vocab": V,

@@ -17,6 +17,7 @@ CALLS = {
     "entropy": (lambda x, y: (rlkern.entropy_from_logits(x),), (*ROWS, V), TOKENS),
     "linear": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y, **EVERYTHING), (*ROWS, H), TOKENS),
     "linear of several": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y), (*ROWS, H), SEVERAL),
+    "linear divergence": (lambda h, y: rlkern.linear_pair_stats(h, h.detach().new_ones(V, H), h, h.detach().new_ones(V, H), y), (*ROWS, H), TOKENS),
     "divergence": (lambda x, y: (rlkern.token_divergence(x, x.detach() * 2),), (*ROWS, V), TOKENS),
     "divergence by both": (lambda x, y: (rlkern.token_divergence(x, x * 2, kind="jsd", other_grad=True, vocab=5),), (*ROWS, V), TOKENS),
     "pair": (lambda x, y: rlkern.pair_stats(x, x.detach() * 2, y), (*ROWS, V), TOKENS),

@@ -223,6 +223,32 @@ def test_linear_token_stats(dtype, tied):
         assert error < tolerance, f"{name}: a relative error of {error:.1e}"
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_linear_token_divergence(dtype, kind):
+    """Of policies that are close, where rounded logits would be off by more than the divergence."""
+    n = 300
+    head, hidden = (upstream(SMALL_VOCAB, HIDDEN, seed=1) * 0.1).to(dtype), upstream(n, HIDDEN, seed=2).to(dtype)
+    other = (hidden + 0.05 * upstream(n, HIDDEN, seed=3)).to(dtype)
+    mask, g = drawn(n, seed=4) < 0.8, upstream(n, seed=5)
+
+    def run(function, dtype=dtype):
+        leaves = [t.to(dtype).clone().requires_grad_() for t in (hidden, head, other, head)]
+        value = function(*leaves)
+        return [value.detach(), *torch.autograd.grad(value, leaves, g.to(value))]
+
+    def written_out(h, w, h2, w2):
+        value = reference.token_divergence(h @ w.T, h2 @ w2.T, kind=kind)
+        return torch.where(mask, value, 0)
+
+    options = {"kind": kind, "mask": mask, "other_grad": True, "chunk_rows": 64}
+    got = twice(lambda: run(lambda *leaves: rlkern.linear_token_divergence(*leaves, **options)))
+    rounding = {torch.bfloat16: 1e-2, torch.float32: 1e-4}[dtype]  # of gradients
+    for name, a, b in zip(("value", "hidden", "weight", "other_hidden", "other_weight"), got, run(written_out, torch.float64), strict=True):
+        error = ((a.double() - b).norm() / b.norm()).item()
+        assert error < (1e-4 if name == "value" else rounding), f"{name}: a relative error of {error:.1e}"
+
+
 @pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "jsd"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_token_divergence(dtype, kind):

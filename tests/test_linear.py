@@ -90,7 +90,7 @@ def test_several_targets_and_ignored_rows():
 @pytest.mark.parametrize("gather", [True, False])
 def test_masked_rows_may_hold_nan_and_get_zero(gather, monkeypatch):
     if not gather:  # as on a GPU
-        monkeypatch.setattr("rlkern.primitives.linear._indices", lambda counted: None)
+        monkeypatch.setattr("rlkern.primitives.projection._indices", lambda counted: None)
     hidden, weight, bias, targets = draw(2, 3)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     dirty = torch.where(mask.unsqueeze(-1) == 0, math.nan, hidden.detach()).requires_grad_()

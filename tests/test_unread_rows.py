@@ -70,6 +70,12 @@ ROWS = {
         lambda x, y, m, t: rlkern.linear_token_stats(x, torch.eye(7, device=x.device), y, mask=m, temperature=t, chunk_rows=2).logp,
         at,
     ),
+    "linear_token_divergence": (
+        lambda x, y, m, t: rlkern.linear_token_divergence(
+            *(x, torch.eye(7, device=x.device)), *(x.detach(), torch.eye(7, device=x.device).flip(0)), mask=read(x), temperature=t, chunk_rows=2
+        ),
+        reverse_kl,
+    ),
     "nlpo_stats": (lambda x, y, m, t: rlkern.nlpo_stats(x, y, read(x).unsqueeze(-1).expand(2, 5, 7), mask=m, temperature=t).logp, at),
     "masked_elbo": (
         lambda x, y, m, t: rlkern.masked_elbo(x, y, torch.where(read(x), 2.0, math.nan).masked_fill(y == -100, -1), mask=m, temperature=t) / 2,
@@ -110,7 +116,7 @@ def test_a_row_that_is_read_may_not(name):
         function(logits, targets, mask, temperature)
 
 
-@pytest.mark.parametrize("name", ["token_stats", "token_divergence", "linear_token_stats"])
+@pytest.mark.parametrize("name", ["token_stats", "token_divergence", "linear_token_stats", "linear_token_divergence"])
 def test_compiled(name):
     function, naive = ROWS[name]
     torch._dynamo.reset()

@@ -68,23 +68,27 @@ class Patch:
         for owner, name, _ in replacements:
             if not hasattr(owner, name):
                 raise AttributeError(f"{_where(owner, name)} does not exist, so it cannot be replaced")
-        self._package = package
+        self._package, self._stands = package, True
         self._replaced: list[tuple[_Site, Any]] = []
+        try:
+            self.extend(replacements)
+        except BaseException:
+            self.undo()
+            raise
+
+    def extend(self, replacements: Iterable[tuple[Any, str, Any]]) -> None:
+        """Replaces more, until the same `undo`; nothing once that was called. For what is imported later."""
         with _lock:
-            try:
-                for owner, name, value in replacements:
-                    site = _sites.get((id(owner), name)) or _Site(owner, name)
-                    site.values.append((self, value))
-                    try:
-                        site.store()
-                    except BaseException:
-                        site.values.pop()
-                        raise
-                    _sites[id(owner), name] = site
-                    self._replaced.append((site, value))
-            except BaseException:
-                self.undo()
-                raise
+            for owner, name, value in replacements if self._stands else ():
+                site = _sites.get((id(owner), name)) or _Site(owner, name)
+                site.values.append((self, value))
+                try:
+                    site.store()
+                except BaseException:
+                    site.values.pop()
+                    raise
+                _sites[id(owner), name] = site
+                self._replaced.append((site, value))
 
     @classmethod
     def everywhere(cls, package: str, replacements: Iterable[tuple[Any, str, Any]]) -> Patch:
@@ -102,6 +106,7 @@ class Patch:
         What somebody else has put over it meanwhile stays, with a RuntimeWarning.
         """
         with _lock:
+            self._stands = False
             successors: dict[int, Any] = {}  # id of a replacement -> what now stands in its place
             for site, value in reversed(self._replaced):
                 untouched = vars(site.owner).get(site.name, _MISSING) is site.current

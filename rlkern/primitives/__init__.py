@@ -7,6 +7,7 @@ from .elbo import masked_elbo
 from .kept import NLPOStats, nlpo_keep_set, nlpo_stats
 from .kl import kl_estimate
 from .linear import linear_token_stats
+from .linear_divergence import linear_pair_stats, linear_token_divergence
 from .sequence import next_tokens, sequence_logps
 from .token_stats import TokenStats, entropy_from_logits, token_logprobs, token_stats
 from .topk import topk_divergence, topk_reverse_kl
@@ -18,6 +19,8 @@ __all__ = [
     "entropy_from_logits",
     "gkd_divergence",
     "kl_estimate",
+    "linear_pair_stats",
+    "linear_token_divergence",
     "linear_token_stats",
     "masked_elbo",
     "next_tokens",

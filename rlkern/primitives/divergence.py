@@ -58,7 +58,7 @@ class PairStats(NamedTuple):
     other_logsumexp: Tensor
 
 
-class _Options(NamedTuple):
+class PairOptions(NamedTuple):
     """What is asked of every pair, as the operators take it."""
 
     temperature: float  # 1 beside a temperature for each row
@@ -71,9 +71,9 @@ class _Options(NamedTuple):
     other_grad: bool
 
 
-def _new_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
+def new_pair_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
     """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp, state)"""
-    o, rows = _Options(*options), logits.shape[:-1]
+    o, rows = PairOptions(*options), logits.shape[:-1]
 
     def new(wanted=True, *columns):
         return logits.new_empty((*rows, *columns), dtype=computing_dtype(logits)) if wanted else None
@@ -102,9 +102,10 @@ def _for_backend(logits, targets, mask, row_temperature, other_row_temperature, 
     )
 
 
-def _forward(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
-    o = _Options(*options)
-    out = _new_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options)
+def compute_pair(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
+    """The results of new_pair_results, computed."""
+    o = PairOptions(*options)
+    out = new_pair_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options)
     if out[0].numel() == 0:
         return out
     backend = _backend(logits.device, o.kind)
@@ -116,9 +117,9 @@ def _forward(logits, other, targets, mask, row_temperature, other_row_temperatur
     return out
 
 
-def _write_gradient(out, logits, other, targets, mask, row_temperature, other_row_temperature, *args) -> None:
+def write_pair_gradient(out, logits, other, targets, mask, row_temperature, other_row_temperature, *args) -> None:
     """The gradient by the logits into out, which may be the logits."""
-    o, (state, *grads) = _Options(*args[:8]), args[8:13]
+    o, (state, *grads) = PairOptions(*args[:8]), args[8:13]
     rows, rows_of_out = as_rows(logits), as_rows(out)
     rows_of_out[..., o.vocab :].zero_()
     if state.numel() == 0:
@@ -129,9 +130,9 @@ def _write_gradient(out, logits, other, targets, mask, row_temperature, other_ro
     _backend(logits.device, o.kind).pair_backward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, state, upstream, dz)
 
 
-def _exchange(logits, other, targets, mask, row_temperature, other_row_temperature, *args):
-    """The arguments of _write_gradient for the divergence's gradient by `other`."""
-    o, state, g_divergence = _Options(*args[:8]), args[8], args[9]
+def exchange_pair(logits, other, targets, mask, row_temperature, other_row_temperature, *args):
+    """The arguments of write_pair_gradient for the divergence's gradient by `other`."""
+    o, state, g_divergence = PairOptions(*args[:8]), args[8], args[9]
     kind, complement = _EXCHANGED[o.kind]
     options = o._replace(temperature=o.other_temperature, other_temperature=o.temperature, kind=kind, beta=1 - o.beta if complement else o.beta)
     s = state.unbind(-1)
@@ -156,24 +157,24 @@ def _backward(logits, other, *args):
     by_logits = by_other = None
     if wanted[0]:
         by_logits = new_gradient(logits)
-        _write_gradient(by_logits, logits, other, *args)
+        write_pair_gradient(by_logits, logits, other, *args)
     if wanted[1]:
         by_other = new_gradient(other)
         if args[4 + 9] is None:  # no gradient by the divergence
             by_other.zero_()
         else:
-            _write_gradient(by_other, *_exchange(logits, other, *args))
+            write_pair_gradient(by_other, *exchange_pair(logits, other, *args))
     return by_logits, by_other
 
 
-_TENSORS = "Tensor other, Tensor? targets, Tensor? mask, Tensor? row_temperature, Tensor? other_row_temperature"
-_OPTIONS = "float temperature, float other_temperature, int ignore_index, int kind, float beta, SymInt vocab, bool with_stats, bool other_grad"
-_GRADIENTS = "Tensor state, Tensor? g_divergence, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp"
-_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+PAIR_ROWS = "Tensor? targets, Tensor? mask, Tensor? row_temperature, Tensor? other_row_temperature"
+PAIR_OPTIONS = "float temperature, float other_temperature, int ignore_index, int kind, float beta, SymInt vocab, bool with_stats, bool other_grad"
+PAIR_GRADIENTS = "Tensor state, Tensor? g_divergence, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp"
+PAIR_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _pair_stats = differentiable(
-    Operator(f"pair_stats(Tensor logits, {_TENSORS}, {_OPTIONS}) -> {_RESULTS}", _forward, _new_results),
+    Operator(f"pair_stats(Tensor logits, Tensor other, {PAIR_ROWS}, {PAIR_OPTIONS}) -> {PAIR_RESULTS}", compute_pair, new_pair_results),
     Operator(
-        f"pair_stats_backward(Tensor logits, {_TENSORS}, {_OPTIONS}, {_GRADIENTS}, bool[] wanted) -> (Tensor, Tensor)",
+        f"pair_stats_backward(Tensor logits, Tensor other, {PAIR_ROWS}, {PAIR_OPTIONS}, {PAIR_GRADIENTS}, bool[] wanted) -> (Tensor, Tensor)",
         run=_backward,
         fake=lambda logits, other, *args: tuple(new_gradient(x) if wanted else None for x, wanted in zip((logits, other), args[-1], strict=True)),
     ),
@@ -182,8 +183,8 @@ _pair_stats = differentiable(
     wrt=2,
     instead="use rlkern.reference.token_divergence",
     overwrite=Operator(
-        f"pair_stats_backward_(Tensor(a!) logits, {_TENSORS}, {_OPTIONS}, {_GRADIENTS}) -> ()",
-        run=lambda logits, *args: _write_gradient(logits, logits, *args),
+        f"pair_stats_backward_(Tensor(a!) logits, Tensor other, {PAIR_ROWS}, {PAIR_OPTIONS}, {PAIR_GRADIENTS}) -> ()",
+        run=lambda logits, *args: write_pair_gradient(logits, logits, *args),
         fake=lambda *args: None,
     ),
 )
@@ -209,26 +210,28 @@ def check_beta(kind: str, beta: float) -> float:
     return float(beta)
 
 
-def _check_vocab(logits: Tensor, other: Tensor, vocab: int | None) -> int:
-    widths = logits.shape[-1], other.shape[-1]
+def _check_vocab(vocab: int | None, widths: dict[str, int], of: str) -> int:
+    """How many tokens count, of two tensors by name with so many columns, or what `of` says."""
+    (name, width), (other_name, other_width) = widths.items()
+    least = min(width, other_width)
+    if vocab is None and width != other_width:
+        given = f"{name} with {width} {of} and {other_name} with {other_width}"
+        raise ValueError(f"{given}: give vocab=, how many of them mean the same token, here at most {least}")
     if vocab is None:
-        if widths[0] != widths[1]:
-            raise ValueError(
-                f"logits have {widths[0]} columns and other has {widths[1]}: give vocab=, the number of columns "
-                f"that mean the same token, here at most {min(widths)}"
-            )
-        return widths[0]
+        return width
     check_count("vocab", vocab, 1)
-    if vocab > min(widths):
-        raise ValueError(f"vocab must be at most the columns of logits ({widths[0]}) and of other ({widths[1]}), got {vocab}")
+    if vocab > least:
+        raise ValueError(f"vocab must be at most the {of} of {name} ({width}) and of {other_name} ({other_width}), got {vocab}")
     return vocab
 
 
-def _pair(
+def pair_options(
     logits: Tensor,
-    other: Tensor,
     targets: Tensor | None,
     *,
+    of: str,
+    widths: dict[str, int],
+    counted: str,
     kind: str,
     beta: float,
     temperature: float | Tensor,
@@ -236,41 +239,59 @@ def _pair(
     mask: Tensor | None,
     vocab: int | None,
     other_grad: bool,
-    inplace_backward: bool,
     group: Any,
     ignore_index: int,
     with_stats: bool,
-) -> tuple[Tensor | None, ...]:
-    """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp)"""
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, PairOptions]:
+    """Checks all but the rows: (targets, mask, row_temperature, other_row_temperature, options).
+
+    of: the name of `logits`, whose leading dimensions are the rows. widths, counted: see `_check_vocab`.
+    """
     no_group(group)
-    check_logits(logits)
-    check_logits(other, "other")
-    expect("other", other, "float", "[..., V]", shape=(*logits.shape[:-1], other.shape[-1]), like=("logits", logits))
     check_choice("kind", kind, KINDS)
     beta = check_beta(kind, beta)
-    check_flags(other_grad=other_grad, inplace_backward=inplace_backward)
+    check_flags(other_grad=other_grad)
     if other_grad and kind == "cross_entropy":
         raise ValueError("other_grad: the cross entropy has no gradient by other here, expected kind='forward_kl' or another divergence")
-    vocab = _check_vocab(logits, other, vocab)
-    if inplace_backward:
-        check_inplace(logits)
+    vocab = _check_vocab(vocab, widths, counted)
     if targets is not None:
-        targets = check_targets(targets, logits, several=False)
+        targets = check_targets(targets, logits, of, several=False)
     ignore_index = check_ignore_index(ignore_index)
-    mask = check_mask(mask, logits)
+    mask = check_mask(mask, logits, of)
     row_temperature, number = check_temperature(temperature, logits, targets, mask, ignore_index)
-    # Detached: under torch.compile no tensor may be two inputs of an autograd.Function.
-    other_row_temperature, other_number = None if row_temperature is None else row_temperature.detach(), number
-    if other_temperature is not None:
+    if other_temperature is None:
+        # A tensor of its own: Dynamo does not take one twice.
+        other_row_temperature, other_number = None if row_temperature is None else row_temperature.detach(), number
+    else:
         other_row_temperature, other_number = check_temperature(other_temperature, logits, targets, mask, ignore_index, name="other_temperature")
-    if (logits.dtype == torch.float64) != (other.dtype == torch.float64):
-        other = other.to(computing_dtype(logits))
     code = _KINDS[kind]
     if kind == "mixed_kl" and beta in (0, 1):
         code = PairKind.FORWARD_KL if beta else PairKind.REVERSE_KL
-    options = _Options(number, other_number, ignore_index, code, beta, vocab, with_stats, bool(other_grad))
-    other = other if other_grad else other.detach()
-    return _pair_stats(logits, other, targets, mask, row_temperature, other_row_temperature, *options, in_place=bool(inplace_backward))
+    options = PairOptions(number, other_number, ignore_index, code, beta, vocab, with_stats, bool(other_grad))
+    return targets, mask, row_temperature, other_row_temperature, options
+
+
+def _pair(
+    logits: Tensor,
+    other: Tensor,
+    targets: Tensor | None,
+    *,
+    inplace_backward: bool,
+    **options: Any,
+) -> tuple[Tensor | None, ...]:
+    """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp)"""
+    check_logits(logits)
+    check_logits(other, "other")
+    expect("other", other, "float", "[..., V]", shape=(*logits.shape[:-1], other.shape[-1]), like=("logits", logits))
+    check_flags(inplace_backward=inplace_backward)
+    if inplace_backward:
+        check_inplace(logits)
+    widths = {"logits": logits.shape[-1], "other": other.shape[-1]}
+    *by_row, o = pair_options(logits, targets, of="logits", widths=widths, counted="columns", **options)
+    if (logits.dtype == torch.float64) != (other.dtype == torch.float64):
+        other = other.to(computing_dtype(logits))
+    other = other if o.other_grad else other.detach()
+    return _pair_stats(logits, other, *by_row, *o, in_place=bool(inplace_backward))
 
 
 def token_divergence(
@@ -404,6 +425,12 @@ def pair_stats(
     return PairStats(divergence, logp, other_logp, entropy, other_entropy, logsumexp, other_logsumexp)  # type: ignore[arg-type]
 
 
+def gkd_kind(beta: float) -> tuple[str, float]:
+    """kind and beta of `token_divergence` for the beta of GKD's trainers."""
+    check_number("beta", beta, 0, 1)
+    return ("jsd", beta) if 0 < beta < 1 else ("reverse_kl" if beta else "forward_kl", 0.5)
+
+
 def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Tensor:
     """The divergence of GKD's trainers: beta = 0 is the forward KL, 1 the reverse KL, between them the jsd.
 
@@ -411,6 +438,5 @@ def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Ten
     same. The options are those of `token_divergence` without kind. Raises as that, and ValueError for a beta
     outside [0, 1].
     """
-    check_number("beta", beta, 0, 1)
-    kind = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
-    return token_divergence(logits, other, kind=kind, beta=beta if kind == "jsd" else 0.5, **options)
+    kind, beta = gkd_kind(beta)
+    return token_divergence(logits, other, kind=kind, beta=beta, **options)

@@ -48,6 +48,15 @@ def test_an_exception_restores(module):
     assert module.function is first
 
 
+def test_a_patch_that_grows_is_undone_as_one_and_grows_no_more(module):
+    patch = Patch([(module, "function", second)])
+    patch.extend([(module, "number", 8)])
+    assert module.function is second and module.number == 8
+    patch.undo()
+    patch.extend([(module, "number", 9)])
+    assert module.function is first and module.number == 7
+
+
 def test_a_missing_attribute_is_refused_before_anything_changes(module):
     with pytest.raises(AttributeError, match="patched_package.nothing does not exist"):
         Patch([(module, "function", second), (module, "nothing", 1)])

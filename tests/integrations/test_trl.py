@@ -13,7 +13,7 @@ import torch
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
-from trl.trainer import utils  # noqa: E402
+from trl.trainer import distillation_trainer, utils  # noqa: E402
 
 import rlkern.integrations.trl as integration  # noqa: E402
 from rlkern.integrations.patching import Patch  # noqa: E402
@@ -206,7 +206,7 @@ def test_head_refuses_a_target_that_is_no_token(bad):
 # --- patch --------------------------------------------------------------------------------------------------
 
 
-ORIGINALS = [getattr(utils, name) for name in NAMES]
+ORIGINALS = [*(getattr(utils, name) for name in NAMES), distillation_trainer._chunked_divergence_loss]
 
 
 def bindings() -> dict[tuple[str, str], object]:

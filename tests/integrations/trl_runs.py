@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import tempfile
 from typing import NamedTuple
 
@@ -11,7 +12,7 @@ import trl
 from conftest import sentence
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 STEPS = 20
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
@@ -93,6 +94,36 @@ def grpo(model: str, trainer=trl.GRPOTrainer, lora: bool = False, extra: dict | 
     args = trl.GRPOConfig(**_common(defaults | options))
     made = trainer(model, reward_funcs=reward, args=args, train_dataset=prompts(), peft_config=LORA if lora else None, **(extra or {}))
     return _train(made)
+
+
+def gkd(model: str, teacher, **options) -> Run:
+    """Half of the steps on the student's own completions."""
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    random.seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] + ' ' }}{% endfor %}"
+    defaults = {"per_device_train_batch_size": 4, "max_length": 32, "max_new_tokens": 6, "lmbda": 0.5, "temperature": 0.9}
+    args = GKDConfig(**_common(defaults | options))
+    turns = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["chosen"]}] for row in pairs()]
+    data = Dataset.from_list([{"messages": turn} for turn in turns])
+    return _train(GKDTrainer(model, teacher, args=args, train_dataset=data, processing_class=tokenizer))
+
+
+def distillation(model: str, teacher, **options) -> Run:
+    defaults = {"per_device_train_batch_size": 4, "max_completion_length": 6, "temperature": 0.9}
+    args = trl.DistillationConfig(**_common(defaults | options))
+    return _train(trl.DistillationTrainer(model, teacher, args=args, train_dataset=prompts()))
+
+
+def moved(model: str, by: float) -> torch.nn.Module:
+    """A teacher: the model with noise on its weights."""
+    teacher = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    g = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p += by * torch.randn(p.shape, generator=g)
+    return teacher
 
 
 def _train(trainer) -> Run:

@@ -26,7 +26,7 @@ def tests_with(release: str) -> tuple[bool, str]:
         imported = subprocess.run(check, env=environment, capture_output=True, text=True, check=True).stdout.strip()
         if imported != release:
             raise RuntimeError(f"asked for TRL {release}, Python imports {imported}")
-        files = [str(HERE / name) for name in ("test_trl.py", "test_trl_runs.py")]
+        files = [str(HERE / name) for name in ("test_trl.py", "test_trl_runs.py", "test_trl_distillation.py", "test_trl_distillation_runs.py")]
         command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", *files, *sys.argv[1:]]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent.parent)
         if result.returncode:

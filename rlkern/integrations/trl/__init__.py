@@ -11,6 +11,7 @@ and trainers with losses that TRL lacks: `GRPOTrainer(policy_loss=...)`, `DPOTra
 from trl.trainer import utils as _utils
 
 from ..patching import Patch
+from .distillation import chunked_replacements, patch_trainers
 from .dpo import DPOTrainer
 from .grpo import POLICY_LOSSES, GRPOTrainer
 from .versions import UnknownTRLError, known_replacements
@@ -19,10 +20,11 @@ __all__ = ["POLICY_LOSSES", "DPOTrainer", "GRPOTrainer", "UnknownTRLError", "pat
 
 
 def patch() -> Patch:
-    """Replaces TRL's log-probabilities, entropies and fused LM head by rlkern's, in all modules of TRL.
+    """Replaces TRL's log-probabilities, entropies, fused LM head and distillation losses by rlkern's.
 
-    Replaced are `selective_log_softmax`, `entropy_from_logits`, `selective_log_softmax_and_entropy` and the
-    autograd function behind `add_fused_lm_head`, wherever TRL imports them, now or later. Trainers that exist
+    Replaced are `selective_log_softmax`, `entropy_from_logits`, `selective_log_softmax_and_entropy`, the
+    autograd function behind `add_fused_lm_head` and `DistillationTrainer`'s loss, wherever TRL imports them,
+    now or later, and `generalized_jsd_loss` of GKDTrainer, GOLDTrainer and IWOPDTrainer. Trainers that exist
     already are patched as well: they look the functions up when they call them.
 
     Returns:
@@ -33,4 +35,10 @@ def patch() -> Patch:
         UnknownTRLError: (an ImportError) for a release that has not been tested; nothing changes then.
     """
     replacements = known_replacements()
-    return Patch.everywhere("trl", [(_utils, name, new) for name, new in replacements.items()])
+    patch = Patch.everywhere("trl", [*((_utils, name, new) for name, new in replacements.items()), *chunked_replacements()])
+    try:
+        patch_trainers(patch)
+    except BaseException:
+        patch.undo()
+        raise
+    return patch

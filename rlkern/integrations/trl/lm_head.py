@@ -20,12 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from ...checks import computing_dtype
 from ...operator import values_readable
+from ...primitives.projection import MM_INTO_FLOAT32
 from ...primitives.token_stats import token_stats
 
 _TILE_BYTES = 1 << 28  # TRL's own tile, 4096 x 32768 in bfloat16
 _OPTIONAL = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-# torch 2.8: on CUDA, bf16 @ bf16 without rounding the product to bf16
-_MM_INTO_FLOAT32 = hasattr(torch.ops.aten.addmm, "dtype_out")
 
 
 class _Head:
@@ -197,7 +196,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, alone: bool) -> None:
     """
     if alone:
         total.copy_(a @ b)
-    elif a.dtype != total.dtype and a.is_cuda and _MM_INTO_FLOAT32:
+    elif a.dtype != total.dtype and a.is_cuda and MM_INTO_FLOAT32:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import trl
@@ -45,3 +47,10 @@ def known_replacements() -> dict[str, Any]:
             raise _RELEASES.refusal(f"it has no trl.trainer.utils.{name}")
         raise _RELEASES.refusal(f"the arguments of its {name} are {found}, expected {expected}")
     return replacements
+
+
+def check_arguments(name: str, function: Callable, *known: Sequence[str]) -> None:
+    """Raises UnknownTRLError unless the function of TRL takes these arguments, of one of some releases."""
+    found = list(inspect.signature(function).parameters)
+    if found not in [list(arguments) for arguments in known]:
+        raise _RELEASES.refusal(f"the arguments of its {name} are {found}, expected {' or '.join(str(list(a)) for a in known)}")
