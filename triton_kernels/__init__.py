@@ -1,6 +1,7 @@
 """Triton kernels, one file per primitive, with torch and triton only. See rlkern/backends/contract.py."""
 
 from .covariance import covariance_sums, token_covariance
+from .pair import pair_backward, pair_forward
 from .ratio import kl_terms, ratio_terms
 from .selection import select_bottom, select_fraction, selected_means
 from .token_stats import token_stats_backward, token_stats_forward
@@ -11,6 +12,8 @@ __all__ = [
     "CHECKS_TARGETS",
     "covariance_sums",
     "kl_terms",
+    "pair_backward",
+    "pair_forward",
     "ratio_terms",
     "select_bottom",
     "select_fraction",

@@ -15,7 +15,7 @@ from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
 from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
 
 
-def _common(logits, targets, mask, temperature, state):
+def row_arguments(logits, targets, mask, temperature, state):
     """Pointers and specialisations that all kernels share. The logits stand for an absent tensor."""
     acc = state.dtype
     if acc == torch.float64 and not isinstance(temperature, torch.Tensor):
@@ -34,7 +34,7 @@ def _common(logits, targets, mask, temperature, state):
     return pointers, (1.0 if row_temperature else temperature), options
 
 
-def _strides(x):
+def row_strides(x):
     return x.stride(0), x.stride(1)
 
 
@@ -42,12 +42,12 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     *outputs, state = out
     if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
         outputs[1] = torch.empty_like(outputs[2])
-    pointers, temperature, options = _common(logits, targets, mask, temperature, state)
+    pointers, temperature, options = row_arguments(logits, targets, mask, temperature, state)
     with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
     outer, inner, vocab = logits.shape
-    rows, row_args = outer * inner, (inner, *_strides(logits), vocab, temperature, ignore_index)
+    rows, row_args = outer * inner, (inner, *row_strides(logits), vocab, temperature, ignore_index)
     align = 16 // logits.element_size()
-    aligned = logits.data_ptr() % 16 == 0 and all(s % align == 0 for s in _strides(logits))
+    aligned = logits.data_ptr() % 16 == 0 and all(s % align == 0 for s in row_strides(logits))
     shifted = CAN_SHIFT and not aligned
     card = gpu(logits.device)
     shape = forward_shape(card, vocab, logits.element_size(), aligned)
@@ -70,10 +70,10 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
 
 
 def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
-    pointers, temperature, options = _common(logits, targets, mask, temperature, state)
+    pointers, temperature, options = row_arguments(logits, targets, mask, temperature, state)
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
-    aligned = all(s % align == 0 for s in _strides(logits) + _strides(out))
+    aligned = all(s % align == 0 for s in row_strides(logits) + row_strides(out))
     shape = backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
     upstream = (state, *(logits if g is None else g for g in grads), out, inner)
@@ -84,14 +84,14 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
         ALIGN=align,
         ALIGNED=aligned,
         EDGES=not aligned or vocab % align != 0,
-        SAME_LEAD=all((a - b) % align == 0 for a, b in zip(_strides(logits), _strides(out), strict=True)),
+        SAME_LEAD=all((a - b) % align == 0 for a, b in zip(row_strides(logits), row_strides(out), strict=True)),
         **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
     )
     with device_of(logits):
-        row_args = (*upstream, *_strides(logits), *_strides(out), vocab, groups, temperature, ignore_index)
+        row_args = (*upstream, *row_strides(logits), *row_strides(out), vocab, groups, temperature, ignore_index)
         token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)
         if options["HAS_LOGP"] and not at_targets:
             in_order, order = targets.sort(dim=-1, stable=True)
-            row_args = (*upstream, *_strides(out), vocab, temperature, ignore_index)
+            row_args = (*upstream, *row_strides(out), vocab, temperature, ignore_index)
             options["num_warps"] = target_warps(options["K_BLOCK"])
             token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, *pointers[1:], *row_args, **options)

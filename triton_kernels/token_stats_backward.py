@@ -14,14 +14,14 @@ from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, 
 
 
 @triton.jit
-def _edge(e, lead, body, body_end, end, ALIGN: tl.constexpr):
+def edge_columns(e, lead, body, body_end, end, ALIGN: tl.constexpr):
     """Columns outside the body, before and after it, as e = 0, 1, ..., and which of them are the row's."""
     col = tl.where(e < ALIGN, e, body_end + e - ALIGN)
     return col, (e < 2 * ALIGN) & (col >= lead) & (col < end) & ((e < ALIGN) == (col < body))
 
 
 @triton.jit
-def _load_grad(ptr, row, HAS: tl.constexpr, ACC: tl.constexpr):
+def load_grad(ptr, row, HAS: tl.constexpr, ACC: tl.constexpr):
     if HAS:
         return tl.load(ptr + row)
     return tl.zeros((), ACC)
@@ -93,10 +93,10 @@ def _upstream(
     """(whether anything flows back into the row, its targets [K_BLOCK], upstream gradients: logp's [K_BLOCK],
     each statistic's)"""
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
-    g_entropy = _load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
-    g_lse = _load_grad(g_lse_ptr, row, HAS_LSE, ACC)
-    g_sum_sq = _load_grad(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
-    g_kept = _load_grad(g_kept_ptr, row, HAS_KEPT, ACC)
+    g_entropy = load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
+    g_lse = load_grad(g_lse_ptr, row, HAS_LSE, ACC)
+    g_sum_sq = load_grad(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
+    g_kept = load_grad(g_kept_ptr, row, HAS_KEPT, ACC)
     flows = (g_entropy != 0) | (g_lse != 0) | (g_sum_sq != 0) | (g_kept != 0)
     g_logp = tl.zeros((K_BLOCK,), ACC)
     if HAS_LOGP:
@@ -172,7 +172,7 @@ def token_stats_backward_kernel(
     x_ptr = logits_ptr + (tl.multiple_of(start - lead, ALIGN) if SAME_LEAD else start - lead)
     z_ptr = out_ptr + tl.multiple_of(out_start - lead, ALIGN)
     cols = tl.arange(0, BLOCK)
-    edge, in_row = _edge(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
+    edge, in_row = edge_columns(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
 
     flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
         row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,

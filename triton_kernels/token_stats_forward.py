@@ -31,7 +31,7 @@ from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_tem
 
 
 @triton.jit
-def _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
+def add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
     """Takes a tile into the running sums; r0, r1, r2 hold what former maxima contributed."""
     tile_max = tl.max(tl.max(x, axis=0), axis=0)
     if tile_max >= m:
@@ -164,15 +164,15 @@ def sweep(
     whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
-        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+        m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SHIFTED:
         if end - whole > BLOCK:
             x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-            m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+            m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
             whole += BLOCK
     if whole < end:
         x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-        m, ties, r0, r1, r2, s0, s1, s2 = _add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
+        m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
         r2 += _sum_lanes(s2, lead, SHIFTED, LANES)
     return m, ties, _sum_lanes(s0, lead, SHIFTED, LANES) + r0, _sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2

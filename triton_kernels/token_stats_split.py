@@ -16,7 +16,7 @@ from .token_stats_forward import kept_sweep, kept_threshold, log_total, sweep, w
 
 
 @triton.jit
-def _part(vocab, part, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def part_of_row(vocab, part, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
     """First and last column, whole tiles but at the row's end; the last parts of a row may be empty."""
     share = tl.cdiv(tl.cdiv(vocab, BLOCK), SPLITS) * BLOCK
     begin = part * share
@@ -58,7 +58,7 @@ def token_stats_part_kernel(
     if not active:
         return
     scale = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC) * LOG2E
-    begin, end = _part(vocab, part, BLOCK, SPLITS)
+    begin, end = part_of_row(vocab, part, BLOCK, SPLITS)
     m, ties, s0, s1, s2 = sweep(row_ptr, begin, end, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
     out = parts_ptr + row * (7 * SPLITS) + part
     tl.store(out, m)
@@ -88,7 +88,7 @@ def token_stats_kept_part_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
-    begin, end = _part(vocab, part, BLOCK, SPLITS)
+    begin, end = part_of_row(vocab, part, BLOCK, SPLITS)
     parts_row = parts_ptr + row * (7 * SPLITS)
     m, ties, s0, _s1, _s2 = _merge(parts_row, scale, False, SPLITS)
     _rest, log_s0, _nothing = log_total(m, ties, s0)
