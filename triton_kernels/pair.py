@@ -8,7 +8,6 @@ pair_backward.py   several programs a pair
 
 import torch
 import triton
-import triton.language as tl
 
 from .constants import PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL
 from .launch import device_of, gpu, pair_backward_shape, pair_forward_shape
@@ -56,7 +55,7 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
     options |= dict(KIND=kind, STATS=stats, OTHER=with_other)
     aligned, mixture, align = _aligned(logits, other), kind in MIXTURES, options["ALIGN"]
     shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
-    tile = dict(ALIGNED=aligned, LINES=align, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
+    tile = dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
     row_args = (inner, *row_strides(logits), *row_strides(other), vocab, *temperatures, ignore_index)
     with device_of(logits):
         if shape.splits == 1:

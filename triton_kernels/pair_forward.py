@@ -10,7 +10,7 @@ where the frame last moved. So x is log(q / p) up to a small offset, -log(1 + X 
 frame A and B do not change: an error of 1e-7 in it enters squared. The KL divergences are A / P and B / P less
 what the offset does, and keep their relative accuracy however close the rows are.
 
-A tile [LINES, LANES] has one block-wide reduction: whether it raises a maximum. If so, a uniform branch moves
+A tile [BLOCK / LANES, LANES] has one block-wide reduction: whether it raises a maximum. If so, a uniform branch moves
 the frame and the sums. P is without the maximum's own 1, as in token_stats_forward.py. There `r` are what
 former maxima left in the sums.
 """
@@ -115,7 +115,7 @@ def _add_entries(
         s1 += tl.sum(e * exponent(z, top, inv_t * LOG2E), axis=0)
     # Infinite where one row has mass that the other lacks, even mass that underflows.
     if KIND == PAIR_KIND_REVERSE_KL:
-        worst = tl.maximum(worst, tl.max(z - w, axis=0))
+        worst = tl.maximum(worst, tl.max(-(w - z), axis=0))
     if KIND == PAIR_KIND_FORWARD_KL or KIND == PAIR_KIND_CROSS_ENTROPY:
         worst = tl.maximum(worst, tl.max(w - z, axis=0))
     if KIND == PAIR_KIND_MIXED_KL:
@@ -168,27 +168,26 @@ def _add_pair(
     return m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, x, a, b, s1, worst
 
 
-# A tile is [LINES, LANES]. Where rows are aligned a column holds a thread's whole loads: sums over axis 0 stay
+# A tile is [BLOCK / LANES, LANES]. Where rows are aligned a column holds a thread's whole loads: sums over axis 0 stay
 # inside it. Elsewhere neighbouring threads load neighbouring elements.
 
 
 @triton.jit
-def _columns(LINES: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    line, lane = tl.arange(0, LINES)[:, None], tl.arange(0, LANES)[None, :]
-    return lane * LINES + line if ALIGNED else line * LANES + lane
+def _columns(BLOCK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+    line, lane = tl.arange(0, BLOCK // LANES)[:, None], tl.arange(0, LANES)[None, :]
+    return lane * (BLOCK // LANES) + line if ALIGNED else line * LANES + lane
 
 
 @triton.jit
 def pair_sweep(
     row_ptr, other_row_ptr, begin, end, inv_t, other_inv_t, difference,
     KIND: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, LINES: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, other_m, other_ref, how many are
     equal to m, P of the others, X, A, B, S1, the largest log ratio that may be infinite); and of the other
     row as in token_stats_forward.py (maximum, how many are equal to it, S0 and S1 of the others)."""
-    BLOCK: tl.constexpr = LINES * LANES
-    columns = _columns(LINES, LANES, ALIGNED)
+    columns = _columns(BLOCK, LANES, ALIGNED)
     zero = tl.zeros((), ACC)
     m = zero + NEG_INF
     other_m = zero + NEG_INF
@@ -242,11 +241,10 @@ def pair_sweep(
 def mixture_sweep(
     row_ptr, other_row_ptr, begin, end, beta, top, other_ref, offset, inv_t, other_inv_t, difference,
     KIND: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
-    ALIGNED: tl.constexpr, LINES: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(sum e f, sum e g) over the columns [begin, end), once the row's offset is known"""
-    BLOCK: tl.constexpr = LINES * LANES
-    columns = _columns(LINES, LANES, ALIGNED)
+    columns = _columns(BLOCK, LANES, ALIGNED)
     f = tl.zeros((LANES,), ACC)
     g = tl.zeros((LANES,), ACC)
     whole = tl.maximum(begin, end // BLOCK * BLOCK)
@@ -395,7 +393,7 @@ def pair_forward_kernel(
     OTHER: tl.constexpr,  # the same of the other row
     MIXTURE: tl.constexpr,  # the divergence takes a second sweep
     ACC: tl.constexpr, ALIGN: tl.constexpr, OTHER_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
-    LINES: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One pair of rows a program."""
     row = tl.program_id(0)
@@ -414,7 +412,7 @@ def pair_forward_kernel(
     difference = other_inv_t - inv_t
     m, other_m, other_ref, ties, s0, x, a, b, s1, worst, own_m, own_ties, own0, own1 = pair_sweep(
         row_ptr, other_row_ptr, 0, vocab, inv_t, other_inv_t, difference,
-        KIND, STATS, OTHER, SAME_TEMPERATURE, ACC, ALIGNED, LINES, LANES, STAGES,
+        KIND, STATS, OTHER, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
     )  # fmt: skip
     f = tl.zeros((), ACC)
     g = tl.zeros((), ACC)
@@ -422,7 +420,7 @@ def pair_forward_kernel(
         _rest, _log_s0, _xi, offset, _nothing = pair_totals(m, other_m, ties, s0, x)
         f, g = mixture_sweep(
             row_ptr, other_row_ptr, 0, vocab, beta, m, other_ref, offset, inv_t, other_inv_t, difference,
-            KIND, SAME_TEMPERATURE, ACC, ALIGNED, LINES, LANES, STAGES,
+            KIND, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
         )  # fmt: skip
     write_pair(
         row_ptr, other_row_ptr, row, tl.sum(y, axis=0), m, other_m, other_ref, ties, s0, x, a, b, s1, worst,

@@ -73,7 +73,7 @@ def pair_part_kernel(
     KIND: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, OTHER_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
-    LINES: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The sums of one part of a pair."""
     row = tl.program_id(0) // SPLITS
@@ -86,10 +86,10 @@ def pair_part_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     other_inv_t = row_inv_temperature(other_temperature, other_temperature_ptr, row, ROW_TEMPERATURE, ACC)
-    begin, end = part_of_row(vocab, part, LINES * LANES, SPLITS)
+    begin, end = part_of_row(vocab, part, BLOCK, SPLITS)
     m, other_m, other_ref, ties, s0, x, a, b, s1, worst, own_m, own_ties, own0, own1 = pair_sweep(
         row_ptr, other_row_ptr, begin, end, inv_t, other_inv_t, other_inv_t - inv_t,
-        KIND, STATS, OTHER, SAME_TEMPERATURE, ACC, ALIGNED, LINES, LANES, STAGES,
+        KIND, STATS, OTHER, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
     )  # fmt: skip
     out = parts_ptr + row * (PARTS * SPLITS) + part
     tl.store(out, m)
@@ -117,7 +117,7 @@ def pair_mixture_part_kernel(
     KIND: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, OTHER_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
-    LINES: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The sums of f and g over one part, once the pair's offset is known."""
     row = tl.program_id(0) // SPLITS
@@ -132,7 +132,7 @@ def pair_mixture_part_kernel(
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     other_inv_t = row_inv_temperature(other_temperature, other_temperature_ptr, row, ROW_TEMPERATURE, ACC)
     difference = other_inv_t - inv_t
-    begin, end = part_of_row(vocab, part, LINES * LANES, SPLITS)
+    begin, end = part_of_row(vocab, part, BLOCK, SPLITS)
     parts_row = parts_ptr + row * (PARTS * SPLITS)
     m, other_m, other_ref, ties, s0, x, _a, _b, _s1, _worst = _merge(
         parts_row, inv_t, other_inv_t, difference, KIND, SAME_TEMPERATURE, ACC, SPLITS
@@ -140,7 +140,7 @@ def pair_mixture_part_kernel(
     _rest, _log_s0, _xi, offset, _nothing = pair_totals(m, other_m, ties, s0, x)
     f, g = mixture_sweep(
         row_ptr, other_row_ptr, begin, end, beta, m, other_ref, offset, inv_t, other_inv_t, difference,
-        KIND, SAME_TEMPERATURE, ACC, ALIGNED, LINES, LANES, STAGES,
+        KIND, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
     )  # fmt: skip
     tl.store(parts_row + 14 * SPLITS + part, f)
     tl.store(parts_row + 15 * SPLITS + part, g)

@@ -29,8 +29,9 @@ class Row:
 
     @property
     def bytes_per_logit(self) -> int:
-        """What must move: forward a read a sweep (a second may hit a cache), backward one and a write."""
-        return (2 if self.case.backward else self.sweeps) * self.case.element_size
+        """What must move: forward a read a sweep (a second may hit a cache), backward one and a write. Of a
+        pair every read is two."""
+        return (self.case.rows + 1 if self.case.backward else self.case.rows * self.sweeps) * self.case.element_size
 
     @property
     def devices(self) -> dict[str, dict]:
@@ -70,15 +71,15 @@ def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
         # A row's few scalars are narrower than a vector of logits: a path's widest loads are logits. Some may
         # be loaded twice, so an unrolled loop shows in its exponentials too.
         widest, path_exps = max(loads, default=0), program.count(path, "exp2")
-        tiles = max(1, min(widest * loads[widest] // (tile * case.element_size), path_exps // tile)) if block else 1
+        tiles = max(1, min(widest * loads[widest] // (tile * case.rows * case.element_size), path_exps // tile)) if block else 1
         logits = tiles * tile
         instructions += sum(step.issues for step in steps) / logits
         exps += path_exps / logits
         wide += 16 * loads[16]
-        covered += logits * case.element_size
+        covered += logits * case.rows * case.element_size
         widths += loads
         operations += Counter(step.op for step in steps)
-    tile_bytes = (block or 0) * case.element_size
+    tile_bytes = (block or 0) * case.rows * case.element_size
     # a shifted row's tile has two buffers, the second nearly empty
     buffers = resources.shared_bytes // (tile_bytes * (2 if launch.kwargs.get("SHIFTED") else 1)) if block else 0
     costs = {"instructions_per_logit": instructions, "exp2_per_logit": exps, "operations": dict(operations.most_common())}
