@@ -74,7 +74,7 @@ def pair_backward_kernel(
     other_start = row_start(row, inner, other_stride_a, other_stride_b, OTHER_ALIGN if ALIGNED else 1)
     out_start = row_start(row, inner, out_stride_a, out_stride_b, ALIGN if ALIGNED else 1)
     row = row.to(tl.int64)
-    # Columns count from the 16-byte boundary of the gradient before the row. The body lies between boundaries.
+    # Columns count from the gradient's 16-byte boundary before the row. The body lies between boundaries.
     lead = tl.zeros((), tl.int32) if ALIGNED else (out_start % ALIGN).to(tl.int32)
     end = vocab + lead
     body = 0 if ALIGNED else ALIGN

@@ -5,14 +5,14 @@ With z the logits and w the others, u = (z - top) / T, e = exp(u) and x = (w - o
 
     P = sum e    X = sum e t    A = sum e (t - x)    B = sum e (x t - t + x)    t = exp(x) - 1
 
-The frame (top, other_ref) moves: top is the maximum, and other_ref such that sum exp((w - other_ref) / T') is P
-where the frame last moved. So x is log(q / p) up to a small offset, -log(1 + X / P). To first order in the
-frame A and B do not change: an error of 1e-7 in it enters squared. The KL divergences are A / P and B / P less
-what the offset does, and keep their relative accuracy however close the rows are.
+The frame (top, other_ref) moves: top is the maximum, and other_ref such that sum exp((w - other_ref) / T')
+was P when the frame last moved. So x is log(q / p) up to a small offset, -log(1 + X / P). To first order in
+the offset A / P and B / P do not change: the KL divergences are these, less a term of second order. They keep
+their relative accuracy however close the rows are.
 
-A tile [BLOCK / LANES, LANES] has one block-wide reduction: whether it raises a maximum. If so, a uniform branch moves
-the frame and the sums. P is without the maximum's own 1, as in token_stats_forward.py. There `r` are what
-former maxima left in the sums.
+A tile has one block-wide reduction: whether it raises a maximum. If so, a uniform branch moves the frame and
+the sums. As in token_stats_forward.py the sum P is without the maximum's own 1. What former maxima
+contributed to the sums is in r0, rx, ra, rb and r1.
 """
 
 import triton
@@ -91,24 +91,26 @@ def moved(p, x, a, b, k, log_k, k_other, eta, KIND: tl.constexpr):
 
 @triton.jit
 def _add_entries(
-    z, w, m, top, other_ref, s0, x, a, b, s1, worst, inv_t, other_inv_t, difference,
+    z, w, m, top, other_ref, s0, sx, a, b, s1, worst, inv_t, other_inv_t, difference,
     KIND: tl.constexpr, STATS: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, HOLDS_MAX: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile to the sums of its lanes, in their frame. s0 is P without entries at the maximum, s1 the sum
-    of e log2(e)."""
+    """Adds a tile to the sums of its lanes, in their frame. s0 is P without entries at the maximum, s1 the
+    sum of e log2(e). sx is X, but for the reverse KL X - A = sum e x: a select and two products less."""
     e = tl.exp2((z - top) * (inv_t * LOG2E))
     q = tl.exp2((w - other_ref) * (other_inv_t * LOG2E))
-    ratio = bounded(log_ratio(z, w, top, other_ref, inv_t, difference, SAME_TEMPERATURE))
-    near = tl.abs(ratio) <= NEAR
-    phi = excess(ratio)
-    t = ratio + phi
-    far = q - e
+    x = bounded(log_ratio(z, w, top, other_ref, inv_t, difference, SAME_TEMPERATURE))
+    near = tl.abs(x) <= NEAR
+    phi = excess(x)
     s0 += tl.sum(tl.where(z == m, 0.0, e) if HOLDS_MAX else e, axis=0)
-    x += tl.sum(tl.where(near, e * t, far), axis=0)
+    far = q - e
+    if KIND == PAIR_KIND_REVERSE_KL:
+        sx += tl.sum(e * x, axis=0)
+    else:
+        sx += tl.sum(tl.where(near, e * (x + phi), far), axis=0)
     if KIND == PAIR_KIND_REVERSE_KL or KIND == PAIR_KIND_MIXED_KL:
-        a += tl.sum(tl.where(near, e * phi, far - e * ratio), axis=0)
+        a += tl.sum(tl.where(near, e * phi, far - e * x), axis=0)
     if KIND == PAIR_KIND_FORWARD_KL or KIND == PAIR_KIND_MIXED_KL:
-        b += tl.sum(tl.where(near, e * (ratio * t - phi), q * ratio - far), axis=0)
+        b += tl.sum(tl.where(near, e * (x * (x + phi) - phi), q * x - far), axis=0)
     if KIND == PAIR_KIND_CROSS_ENTROPY:
         b += tl.sum(q * bounded((z - top) * inv_t), axis=0)
     if STATS:
@@ -120,12 +122,12 @@ def _add_entries(
         worst = tl.maximum(worst, tl.max(w - z, axis=0))
     if KIND == PAIR_KIND_MIXED_KL:
         worst = tl.maximum(worst, tl.max(tl.abs(w - z), axis=0))
-    return s0, x, a, b, s1, worst
+    return s0, sx, a, b, s1, worst
 
 
 @triton.jit
 def _add_pair(
-    z, w, m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, x, a, b, s1, worst, inv_t, other_inv_t, difference,
+    z, w, m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst, inv_t, other_inv_t, difference,
     KIND: tl.constexpr, STATS: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Takes a tile of both rows into the running sums."""
@@ -136,6 +138,7 @@ def _add_pair(
         m = tl.maximum(m, tl.max(tl.max(z, axis=0), axis=0))
         other_m = tl.maximum(other_m, tl.max(tl.max(w, axis=0), axis=0))
         new_top, new_ref = tl.maximum(m, lowest(ACC)), tl.maximum(other_m, lowest(ACC))
+        x = sx + a if KIND == PAIR_KIND_REVERSE_KL else sx
         # Both masses so far, this tile's included, seen from the maxima.
         k, log_k = frame_scale(top, new_top, inv_t)
         k_other, _log = frame_scale(other_ref, new_ref, other_inv_t)
@@ -152,24 +155,25 @@ def _add_pair(
             r1 = k * (r1 + d * (r0 + ties))
             s1 = k * (s1 + d * s0)
         s0, x, a, b = moved(s0, x, a, b, k, log_k, k_other, eta, KIND)
+        sx = x - a if KIND == PAIR_KIND_REVERSE_KL else x
         all0, rx, ra, rb = moved(r0 + ties, rx, ra, rb, k, log_k, k_other, eta, KIND)
         r0 = tl.where(m > old_m, all0, r0)
         ties = tl.where(m > old_m, 0.0, ties)
         if m > NEG_INF:
             ties += tl.sum(tl.sum((z == m).to(ties.dtype), axis=0), axis=0)
         top, other_ref = new_top, new_ref
-        s0, x, a, b, s1, worst = _add_entries(
-            z, w, m, top, other_ref, s0, x, a, b, s1, worst, inv_t, other_inv_t, difference, KIND, STATS, SAME_TEMPERATURE, True
+        s0, sx, a, b, s1, worst = _add_entries(
+            z, w, m, top, other_ref, s0, sx, a, b, s1, worst, inv_t, other_inv_t, difference, KIND, STATS, SAME_TEMPERATURE, True
         )
     else:
-        s0, x, a, b, s1, worst = _add_entries(
-            z, w, m, top, other_ref, s0, x, a, b, s1, worst, inv_t, other_inv_t, difference, KIND, STATS, SAME_TEMPERATURE, False
+        s0, sx, a, b, s1, worst = _add_entries(
+            z, w, m, top, other_ref, s0, sx, a, b, s1, worst, inv_t, other_inv_t, difference, KIND, STATS, SAME_TEMPERATURE, False
         )
-    return m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, x, a, b, s1, worst
+    return m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst
 
 
-# A tile is [BLOCK / LANES, LANES]. Where rows are aligned a column holds a thread's whole loads: sums over axis 0 stay
-# inside it. Elsewhere neighbouring threads load neighbouring elements.
+# A tile is [BLOCK / LANES, LANES]. A thread holds whole lanes: sums over axis 0 stay inside it. Of aligned
+# rows a lane is one load of 16 bytes, elsewhere neighbouring threads load neighbouring elements.
 
 
 @triton.jit
@@ -194,7 +198,7 @@ def pair_sweep(
     other_ref = lowest(ACC)
     ties, r0, rx, ra, rb, r1 = zero, zero, zero, zero, zero, zero
     s0 = tl.zeros((LANES,), ACC)
-    x = tl.zeros((LANES,), ACC)
+    sx = tl.zeros((LANES,), ACC)
     a = tl.zeros((LANES,), ACC) if KIND == PAIR_KIND_REVERSE_KL or KIND == PAIR_KIND_MIXED_KL else zero
     b = tl.zeros((LANES,), ACC) if KIND == PAIR_KIND_FORWARD_KL or KIND == PAIR_KIND_MIXED_KL or KIND == PAIR_KIND_CROSS_ENTROPY else zero
     s1 = tl.zeros((LANES,), ACC) if STATS else zero
@@ -207,8 +211,8 @@ def pair_sweep(
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         z = tl.load(row_ptr + i + columns).to(ACC)
         w = tl.load(other_row_ptr + i + columns).to(ACC)
-        m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, x, a, b, s1, worst = _add_pair(
-            z, w, m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, x, a, b, s1, worst, inv_t, other_inv_t, difference,
+        m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst = _add_pair(
+            z, w, m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst, inv_t, other_inv_t, difference,
             KIND, STATS, SAME_TEMPERATURE, ACC,
         )  # fmt: skip
         if OTHER:
@@ -216,12 +220,13 @@ def pair_sweep(
     if whole < end:
         z = tl.load(row_ptr + whole + columns, mask=whole + columns < end, other=NEG_INF).to(ACC)
         w = tl.load(other_row_ptr + whole + columns, mask=whole + columns < end, other=NEG_INF).to(ACC)
-        m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, x, a, b, s1, worst = _add_pair(
-            z, w, m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, x, a, b, s1, worst, inv_t, other_inv_t, difference,
+        m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst = _add_pair(
+            z, w, m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst, inv_t, other_inv_t, difference,
             KIND, STATS, SAME_TEMPERATURE, ACC,
         )  # fmt: skip
         if OTHER:
             own_m, own_ties, o0, o1, o2, own0, own1, own2 = add_tile(w, own_m, own_ties, o0, o1, o2, own0, own1, own2, other_inv_t * LOG2E, False)
+    rx += tl.sum(sx + a if KIND == PAIR_KIND_REVERSE_KL else sx, axis=0)
     if KIND == PAIR_KIND_REVERSE_KL or KIND == PAIR_KIND_MIXED_KL:
         ra += tl.sum(a, axis=0)
     if KIND == PAIR_KIND_FORWARD_KL or KIND == PAIR_KIND_MIXED_KL or KIND == PAIR_KIND_CROSS_ENTROPY:
@@ -232,7 +237,7 @@ def pair_sweep(
         o0 += tl.sum(own0, axis=0)
         o1 += tl.sum(own1, axis=0)
     return (
-        m, other_m, other_ref, ties, r0 + tl.sum(s0, axis=0), rx + tl.sum(x, axis=0), ra, rb, r1, tl.max(worst, axis=0),
+        m, other_m, other_ref, ties, r0 + tl.sum(s0, axis=0), rx, ra, rb, r1, tl.max(worst, axis=0),
         own_m, own_ties, o0, o1,
     )  # fmt: skip
 

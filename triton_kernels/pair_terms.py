@@ -47,8 +47,8 @@ def ratio_term(e, q, x):
 
 @triton.jit
 def _mixture(x, share):
-    """M = (1 - share) p + share q far from equality: (log(M / p), log(q / M), t / (1 + share t)). For x > 0 seen
-    from q: nothing overflows."""
+    """M = (1 - share) p + share q far from equality: (log(M / p), log(q / M), t / (1 + share t)). For x > 0
+    seen from q: nothing overflows."""
     lesser = tl.exp2(-tl.abs(x) * LOG2E)  # min(p, q) / max(p, q)
     own = tl.where(x > 0, share, 1.0 - share)  # the larger one's share
     total = own + (1.0 - own) * lesser
@@ -92,7 +92,7 @@ def mixture_terms(e, q, x, beta, KIND: tl.constexpr):
 
 @triton.jit
 def slope_term(e, q, x, beta, KIND: tl.constexpr):
-    """e g, where a divergence sum p f has the gradient p (g - sum p g); q is not looked at for the reverse KL"""
+    """e g, where a divergence sum p f has the gradient p (g - sum p g). The reverse KL does without q."""
     if KIND == PAIR_KIND_REVERSE_KL:
         return -e * x
     elif KIND == PAIR_KIND_FORWARD_KL or KIND == PAIR_KIND_CROSS_ENTROPY:
