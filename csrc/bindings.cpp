@@ -50,6 +50,7 @@ void convert(py::handle tensor, T*& to) {
   to = tensor.is_none() ? nullptr : reinterpret_cast<T*>(result_of(tensor, data_ptr).cast<uintptr_t>());
 }
 void convert(py::handle tensor, Matrix& to) {
+  if (tensor.is_none()) return;  // no data
   static PyObject* const stride = interned("stride");
   const py::tuple strides = result_of(tensor, stride);
   convert(tensor, to.data);
@@ -72,14 +73,14 @@ void fill(const py::dict& arguments, const Field<T>&... fields) {
 
 // --- functions ---------------------------------------------------------------------------------------------
 
-// A function over rows of logits takes two dicts: what both halves need, and its own.
-template <class Call, class Read>
-void define_rows(py::module_& m, const char* name, void (*function)(Call), Read read) {
-  m.def(name, [=](const py::dict& rows, const py::dict& own) {
-    std::decay_t<Call> call{};
+// A function over rows of logits takes a dict of what all of them need, and one or two that `read` reads.
+template <class Call, class... Dicts, class Read>
+void define_rows_of(py::module_& m, const char* name, void (*function)(const Call&), Read read) {
+  m.def(name, [=](const py::dict& rows, const Dicts&... own) {
+    Call call{};
     fill(rows, FIELD(dtype), FIELD(logits), FIELD(rows), FIELD(inner), FIELD(vocab), FIELD(targets), FIELD(n_targets), FIELD(mask),
          FIELD(temperature), FIELD(temperatures), FIELD(ignore_index), FIELD(state), FIELD(threads));
-    read(own, call);
+    read(own..., call);
     const py::gil_scoped_release release;
     function(call);
   });
@@ -109,11 +110,38 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", &available_isas);
   m.def("use_isa", &use_isa);
 
-  define_rows(m, "token_stats_forward", &token_stats_forward, [](const py::dict& from, Forward& call) {
+  define_rows_of<Forward, py::dict>(m, "token_stats_forward", &token_stats_forward, [](const py::dict& from, Forward& call) {
     fill(from, FIELD(kept_kind), FIELD(log_kept), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq_prob), FIELD(kept_logmass));
   });
-  define_rows(m, "token_stats_backward", &token_stats_backward, [](const py::dict& from, Backward& call) {
-    fill(from, FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq_prob), FIELD(g_kept_logmass), FIELD(out));
+  define_rows_of<Backward, py::dict>(m, "token_stats_backward", &token_stats_backward, [](const py::dict& from, Backward& call) {
+    fill(from, FIELD(kept_kind), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq_prob), FIELD(g_kept_logmass),
+         FIELD(out));
+  });
+  const auto read_pair = [](const py::dict& from, Pair& call) {
+    fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(kind), FIELD(beta));
+  };
+  define_rows_of<PairForward, py::dict, py::dict>(m, "pair_forward", &pair_forward,
+                                                  [=](const py::dict& pair, const py::dict& from, PairForward& call) {
+                                                    read_pair(pair, call);
+                                                    fill(from, FIELD(divergence), FIELD(logp), FIELD(entropy), FIELD(logsumexp),
+                                                         FIELD(other_logp), FIELD(other_entropy), FIELD(other_logsumexp));
+                                                  });
+  define_rows_of<PairBackward, py::dict, py::dict>(
+      m, "pair_backward", &pair_backward, [=](const py::dict& pair, const py::dict& from, PairBackward& call) {
+        read_pair(pair, call);
+        fill(from, FIELD(g_divergence), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(out));
+      });
+  define_rows_of<MomentsForward, py::dict>(m, "row_moments_forward", &row_moments_forward, [](const py::dict& from, MomentsForward& call) {
+    fill(from, FIELD(centred_target), FIELD(variance));
+  });
+  define_rows_of<MomentsBackward, py::dict>(
+      m, "row_moments_backward", &row_moments_backward,
+      [](const py::dict& from, MomentsBackward& call) { fill(from, FIELD(g_target), FIELD(g_variance), FIELD(out)); });
+  define_rows_of<DidForward, py::dict>(m, "did_entropy_forward", &did_entropy_forward, [](const py::dict& from, DidForward& call) {
+    fill(from, FIELD(reference_dtype), FIELD(reference), FIELD(entropy));
+  });
+  define_rows_of<DidBackward, py::dict>(m, "did_entropy_backward", &did_entropy_backward, [](const py::dict& from, DidBackward& call) {
+    fill(from, FIELD(reference_dtype), FIELD(reference), FIELD(g_entropy), FIELD(out), FIELD(reference_out));
   });
   define_tokens<CovarianceSums>(m, "covariance_sums", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums));
@@ -141,5 +169,6 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace py::literals;
   m.attr("constants") =
       py::dict("DType"_a = split(DType::names), "State"_a = split(State::names), "KeptKind"_a = split(KeptKind::names),
-               "KLKind"_a = split(KLKind::names), "SUMMARY"_a = split(Summary::names), "LARGEST_EXPONENT"_a = LARGEST_EXPONENT);
+               "PairState"_a = split(PairState::names), "PairKind"_a = split(PairKind::names), "KLKind"_a = split(KLKind::names),
+               "SUMMARY"_a = split(Summary::names), "LARGEST_EXPONENT"_a = LARGEST_EXPONENT);
 }

@@ -1,4 +1,4 @@
-// One call of token_stats, forward or backward, as plain addresses and sizes.
+// One call over rows of logits, forward or backward, as plain addresses and sizes.
 // rlkern/backends/contract.py says what each field means.
 #pragma once
 
@@ -24,7 +24,7 @@ struct Rows {
   double temperature;        // where `temperatures` is null
   const void* temperatures;  // Acc [rows] or null
   int64_t ignore_index;
-  void* state;  // Acc [rows, State::TARGETS + n_targets], written by the forward
+  void* state;  // Acc, what the backward needs of each row, written by the forward
   int64_t threads;
 };
 
@@ -35,17 +35,69 @@ struct Forward : Rows {
 };
 
 struct Backward : Rows {
+  int kept_kind;  // the forward's
   // Acc, each may be null
   const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;
   Matrix out;   // may be the logits
-  bool stream;  // past the caches; not in place
+  bool stream;  // past the caches; the schedule sets it
+};
+
+// What both halves need of two rows at once.
+struct Pair : Rows {  // n_targets is 0 or 1; state: Acc [rows, PairState::WIDTH]
+  int other_dtype;    // as dtype, or another one if neither is float64
+  Matrix other;
+  double other_temperature;
+  const void* other_temperatures;  // null where `temperatures` is
+  int kind;                        // a PairKind
+  double beta;
+};
+
+struct PairForward : Pair {
+  void *divergence, *logp, *entropy, *logsumexp, *other_logp, *other_entropy, *other_logsumexp;  // Acc; any but divergence may be null
+};
+
+struct PairBackward : Pair {
+  const void *g_divergence, *g_logp, *g_entropy, *g_logsumexp;  // Acc, each may be null
+  Matrix out;                                                   // may be the logits
+  bool stream;                                                  // past the caches; the schedule sets it
+};
+
+struct MomentsForward : Rows {
+  void *centred_target, *variance;  // Acc [rows]; the state is the mean [rows, 2]
+};
+
+struct MomentsBackward : Rows {
+  const void *g_target, *g_variance;  // Acc [rows], each may be null
+  Matrix out;
+  bool stream;
+};
+
+// Of two rows; the reference is shaped like the logits. The state is that of token_stats without targets.
+struct DidForward : Rows {
+  int reference_dtype;
+  Matrix reference;
+  void* entropy;
+};
+
+struct DidBackward : Rows {
+  int reference_dtype;
+  Matrix reference;
+  const void* g_entropy;
+  Matrix out, reference_out;  // each of its input's dtype; their data may be null
+  bool stream, stream_reference;
 };
 
 // The kernels that are compiled once for every instruction set, and what a call of each is. They compute the
 // rows [begin, end) on the calling thread.
-#define RLKERN_KERNELS(F)         \
-  F(token_stats_forward, Forward) \
-  F(token_stats_backward, Backward)
+#define RLKERN_KERNELS(F)                  \
+  F(token_stats_forward, Forward)          \
+  F(token_stats_backward, Backward)        \
+  F(pair_forward, PairForward)             \
+  F(pair_backward, PairBackward)           \
+  F(row_moments_forward, MomentsForward)   \
+  F(row_moments_backward, MomentsBackward) \
+  F(did_entropy_forward, DidForward)       \
+  F(did_entropy_backward, DidBackward)
 
 struct Kernels {  // those for one instruction set
 #define RLKERN_MEMBER(name, Call) void (*name)(const Call&, int64_t begin, int64_t end);

@@ -86,11 +86,11 @@ Acc<T> tile_max_by_bits(const T* x, int64_t n) {
   return load(reinterpret_cast<const T*>(&all)).v[0][0];
 }
 template <>
-float tile_max(const BFloat16* x, int64_t n) {
+inline float tile_max(const BFloat16* x, int64_t n) {
   return tile_max_by_bits(x, n);
 }
 template <>
-float tile_max(const Float16* x, int64_t n) {
+inline float tile_max(const Float16* x, int64_t n) {
   return tile_max_by_bits(x, n);
 }
 
@@ -133,26 +133,33 @@ struct RowSums {
   A top = A(-kInfinity);
   Sums sums;
 
+  // Takes a higher maximum. Returns whether it is one.
+  bool raise(A highest, A scale) {
+    if (!(highest > top)) return false;
+    if (top > -kInfinity) {
+      const double d = double(top - highest) * scale, steps = d < -2000 ? -2000 : d, e = std::exp2(steps);
+      sums.s1 = e * (sums.s1 + steps * (1 + sums.s0));
+      sums.s0 = e * (1 + sums.s0);
+      sums.s2 *= e * e;
+    }
+    top = highest;
+    return true;
+  }
+  // The sums of the next tile, whose maximum raised the row's or did not.
+  void take(const Sums& part, bool raised) {
+    sums.s0 += part.s0 + (part.ties - raised);
+    sums.s1 += part.s1;
+    sums.s2 += part.s2 + part.ties;
+  }
+
   template <bool Squares, bool Entropy, class T>
   void add(const T* tile, int64_t n, A scale) {
     const A highest = tile_max(tile, n);
-    const bool is_new = highest > top;
-    if (is_new) {
-      if (top > -kInfinity) {
-        const double d = double(top - highest) * scale, steps = d < -2000 ? -2000 : d, e = std::exp2(steps);
-        sums.s1 = e * (sums.s1 + steps * (1 + sums.s0));
-        sums.s0 = e * (1 + sums.s0);
-        sums.s2 *= e * e;
-      }
-      top = highest;
-    }
+    const bool raised = raise(highest, scale);
     // While there is nothing but -inf any finite number stands for the maximum: every term is 0.
-    const Sums part = highest > -kInfinity && highest == top
-                          ? tile_sums<T, true, Squares, Entropy>(tile, n, top, scale)
-                          : tile_sums<T, false, Squares, Entropy>(tile, n, top > -kInfinity ? top : 0, scale);
-    sums.s0 += part.s0 + (part.ties - is_new);
-    sums.s1 += part.s1;
-    sums.s2 += part.s2 + part.ties;
+    take(highest > -kInfinity && highest == top ? tile_sums<T, true, Squares, Entropy>(tile, n, top, scale)
+                                                : tile_sums<T, false, Squares, Entropy>(tile, n, top > -kInfinity ? top : 0, scale),
+         raised);
   }
 };
 
@@ -161,6 +168,57 @@ RowSums<Acc<T>> row_sums(const T* x, int64_t vocab, Acc<T> scale) {
   RowSums<Acc<T>> row;
   for_each_tile(x, vocab, [&](const T* tile, int64_t n) { row.template add<Squares, Entropy>(tile, n, scale); });
   return row;
+}
+
+// --- a gradient -----------------------------------------------------------------------------------------------
+
+// dz = 2^t (constant + linear t + square 2^t + [kept] inside), t as above: the row's scalars.
+// 1 / T and 1 / sum 2^t are folded in.
+template <class A>
+struct Coefficients {
+  A top, scale, constant, linear, square, inside, threshold;
+};
+
+enum class Terms { constant, linear, all };
+
+template <class T, Terms Kind>
+inline AccPack<T> gradient_of(AccPack<T> x, const Coefficients<Acc<T>>& c) {
+  const AccPack<T> shifted = x - c.top, t = shifted * c.scale;
+  const AccPack<T> e = power_of_two<sizeof(T) == 2>(t);
+  if constexpr (Kind == Terms::constant) return e * c.constant;
+  AccPack<T> g = finite_exponent(t) * c.linear + c.constant;
+  if constexpr (Kind == Terms::all) g = g + e * c.square + select(shifted >= c.threshold, broadcast(c.inside), AccPack<T>{});
+  return e * g;
+}
+
+// Writes f of each of n logits, a pack at a time. X is T, or what T is computed in. `x` and `out` may be the
+// same memory, if nothing is streamed.
+template <bool Stream, class X, class T, class F>
+void write_gradient(const X* x, T* out, int64_t n, F f) {
+  const auto write = [&](const X* from, T* to, auto stream) {
+    if constexpr (std::is_same_v<X, T>)
+      store<stream>(to, f(load(from)));
+    else
+      store_in_order<stream>(to, f(load_in_order(from)));
+  };
+  const auto edge = [&](int64_t start, int64_t count) {
+    X from[kLanes<T>] = {};
+    T to[kLanes<T>];
+    std::memcpy(from, x + start, count * sizeof(X));
+    write(from, to, std::false_type{});
+    std::memcpy(out + start, to, count * sizeof(T));
+  };
+  int64_t i = 0;
+  if constexpr (Stream) {  // from the first aligned address on
+    i = std::min<int64_t>(n, -reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(T));
+    if (i > 0) edge(0, i);
+  }
+  for (; i + kLanes<T> <= n; i += kLanes<T>) write(x + i, out + i, std::bool_constant<Stream>{});
+  if (i < n) edge(i, n - i);
+}
+template <class X, class T, class F>
+void write_gradient(bool stream, const X* x, T* out, int64_t n, F f) {
+  return stream ? write_gradient<true>(x, out, n, f) : write_gradient<false>(x, out, n, f);
 }
 
 // --- a call ---------------------------------------------------------------------------------------------------
@@ -172,10 +230,14 @@ const T* row_of(const Rows& call, const Matrix& matrix, int64_t row) {
 
 // 1 / T in the accumulation type, NaN where T is not positive: the row shows it.
 template <class A>
-A inverse_temperature(const Rows& call, int64_t row) {
-  if (!call.temperatures) return A(1 / call.temperature);
-  const A t = static_cast<const A*>(call.temperatures)[row];
+A inverse_temperature(double temperature, const void* temperatures, int64_t row) {
+  if (!temperatures) return A(1 / temperature);
+  const A t = static_cast<const A*>(temperatures)[row];
   return t > 0 ? 1 / t : A(kNaN);
+}
+template <class A>
+A inverse_temperature(const Rows& call, int64_t row) {
+  return inverse_temperature<A>(call.temperature, call.temperatures, row);
 }
 
 template <class A>

@@ -49,24 +49,52 @@ void advise_huge_pages(const Matrix& out, int64_t rows, int64_t inner, int64_t r
 #endif
 }
 
+// Readies memory for a gradient, each row of it written in one go but for `targets` of it. Whether it is to be
+// streamed past the caches.
+bool prepare(const Rows& call, const Matrix& out, int dtype, int64_t targets) {
+  // Bytes of a gradient, of which a reader would find little in the caches.
+  constexpr int64_t beyond_caches = 1 << 25;
+  // Bytes of a row. Each target is written once more, and must wait for a write past the caches.
+  constexpr int64_t worth_a_target = 1 << 12;
+  const bool in_place = out.data == call.logits.data;
+  if (in_place || !out.data) return false;
+  const int64_t element = dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2, row_bytes = call.vocab * element;
+  advise_huge_pages(out, call.rows, call.inner, row_bytes, element);
+  return call.rows * row_bytes >= beyond_caches && row_bytes > targets * worth_a_target;
+}
+
+// Runs a kernel that writes a gradient of the logits.
+template <class Call>
+void run_gradient(void (*rows)(const Call&, int64_t, int64_t), Call call, int64_t targets) {
+  call.stream = prepare(call, call.out, call.dtype, targets);
+  run(rows, call);
+}
+
 }  // namespace
 
 void token_stats_forward(const Forward& call) {
   check_targets(call);
   run(active_kernels().token_stats_forward, call);
 }
+void token_stats_backward(const Backward& call) { run_gradient(active_kernels().token_stats_backward, call, call.n_targets); }
 
-void token_stats_backward(Backward call) {
-  // Bytes of a gradient, of which a reader would find little in the caches.
-  constexpr int64_t beyond_caches = 1 << 25;
-  // Bytes of a row. Each target is written once more, and must wait for a write past the caches.
-  constexpr int64_t worth_a_target = 1 << 12;
-  const int64_t element = call.dtype == DType::float64 ? 8 : call.dtype == DType::float32 ? 4 : 2;
-  const int64_t row_bytes = call.vocab * element;
-  const bool in_place = call.out.data == call.logits.data;
-  call.stream = !in_place && call.rows * row_bytes >= beyond_caches && row_bytes > call.n_targets * worth_a_target;
-  if (!in_place) advise_huge_pages(call.out, call.rows, call.inner, row_bytes, element);
-  run(active_kernels().token_stats_backward, call);
+void pair_forward(const PairForward& call) {
+  check_targets(call);
+  run(active_kernels().pair_forward, call);
+}
+void pair_backward(const PairBackward& call) { run_gradient(active_kernels().pair_backward, call, call.n_targets); }
+
+void row_moments_forward(const MomentsForward& call) {
+  check_targets(call);
+  run(active_kernels().row_moments_forward, call);
+}
+void row_moments_backward(const MomentsBackward& call) { run_gradient(active_kernels().row_moments_backward, call, 1); }
+
+void did_entropy_forward(const DidForward& call) { run(active_kernels().did_entropy_forward, call); }
+void did_entropy_backward(const DidBackward& given) {
+  DidBackward call = given;
+  call.stream_reference = prepare(call, call.reference_out, call.reference_dtype, 0);
+  run_gradient(active_kernels().did_entropy_backward, call, 0);
 }
 
 }  // namespace rlkern

@@ -1,12 +1,19 @@
-// How a call of token_stats is carried out: threads, huge pages, caches. None of these changes a result.
+// How a call over rows of logits is carried out: threads, huge pages, caches. None of these changes a result.
 #pragma once
 
 #include "call.h"
 
 namespace rlkern {
 
-// Throws std::out_of_range for a target outside [0, vocab) that counts, before anything is written.
+// The forwards throw std::out_of_range for a target outside [0, vocab) that counts, before anything is written.
+// The backwards choose what is streamed.
 void token_stats_forward(const Forward& call);
-void token_stats_backward(Backward call);  // chooses call.stream
+void token_stats_backward(const Backward& call);
+void pair_forward(const PairForward& call);
+void pair_backward(const PairBackward& call);
+void row_moments_forward(const MomentsForward& call);
+void row_moments_backward(const MomentsBackward& call);
+void did_entropy_forward(const DidForward& call);
+void did_entropy_backward(const DidBackward& call);
 
 }  // namespace rlkern

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 #if defined(__SSE2__)
@@ -92,11 +93,30 @@ template <>
 struct Element<double> : Native<double> {};
 
 using Words = Vec<uint32_t>;  // the bits of a vector of floats
+using Halves = Vec<uint16_t, kVectorBytes / 2>;
+
+// To nearest even, in the high half of each word. A NaN stays one: those that come here have payloads of a
+// bfloat16 or of the hardware.
+inline Words bfloat16_in_high_half(Vec<float> v) {
+  const Words w = bit_cast<Words>(v);
+  return w + 0x7fff + ((w >> 16) & 1);
+}
 
 template <>
-struct Element<BFloat16> {  // converted in pairs of vectors, below
+struct Element<BFloat16> {  // where order does not matter, in pairs of vectors, below
   using Acc = float;
   static BFloat16 minus_infinity() { return {0xff80}; }
+  static Vec<float> load(const BFloat16* from) {
+    return bit_cast<Vec<float>>(__builtin_convertvector(load_raw<Halves>(from), Words) << 16);
+  }
+  template <bool Stream>
+  static void store(BFloat16* to, Vec<float> v) {
+#if defined(__AVX512BF16__)
+    store_raw<Stream>(to, bit_cast<__m256i>(_mm512_cvtneps_pbh(bit_cast<__m512>(v))));  // takes subnormal numbers for 0
+#else
+    store_raw<Stream>(to, __builtin_convertvector(bfloat16_in_high_half(v) >> 16, Halves));
+#endif
+  }
 };
 
 template <>
@@ -116,7 +136,6 @@ struct Element<Float16> {
     store_raw<Stream>(to, _mm256_cvtps_ph(bit_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
   }
 #else
-  using Halves = Vec<uint16_t, kVectorBytes / 2>;
   static Vec<float> load(const Float16* from) {
     const Words h = __builtin_convertvector(load_raw<Halves>(from), Words);
     // A product moves the exponent from bias 15 to bias 127. It also normalises subnormals of half precision.
@@ -182,6 +201,7 @@ inline Pack<T> broadcast(T x) {
 RLKERN_PACK_OPERATOR(+)
 RLKERN_PACK_OPERATOR(-)
 RLKERN_PACK_OPERATOR(*)
+RLKERN_PACK_OPERATOR(/)
 #undef RLKERN_PACK_OPERATOR
 
 template <class T>
@@ -195,6 +215,43 @@ inline Mask<T> operator==(const Pack<T>& a, T b) {
 template <class T>
 inline Mask<T> operator>=(const Pack<T>& a, T b) {
   return each<Mask<T>>([&](int i) { return a.v[i] >= b; });
+}
+template <class T>
+inline Mask<T> operator>(const Pack<T>& a, T b) {
+  return each<Mask<T>>([&](int i) { return a.v[i] > b; });
+}
+template <class T>
+inline Pack<T> magnitude(const Pack<T>& a) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr Lane all_but_sign = Lane(~(std::make_unsigned_t<Lane>(1) << (8 * sizeof(T) - 1)));
+  return each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(a.v[i]) & all_but_sign); });
+}
+template <class T>
+inline bool any(const Mask<T>& mask) {
+  Bits<T> all = mask.v[0];
+  for (int i = 1; i < kPackVectors; ++i) all |= mask.v[i];
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask(bit_cast<__m512i>(all), bit_cast<__m512i>(all)) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_epi8(bit_cast<__m256i>(all)) != 0;
+#elif defined(__SSE2__)
+  return _mm_movemask_epi8(bit_cast<__m128i>(all)) != 0;
+#else
+  for (size_t i = 0; i < sizeof all / sizeof all[0]; ++i)
+    if (all[i]) return true;
+  return false;
+#endif
+}
+template <class T>
+inline bool any_above(const Pack<T>& a, T b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {  // compilers would make vectors of the masks
+    __mmask16 above = 0;
+    for (int i = 0; i < kPackVectors; ++i) above |= _mm512_cmp_ps_mask(bit_cast<__m512>(a.v[i]), _mm512_set1_ps(b), _CMP_GT_OQ);
+    return above != 0;
+  }
+#endif
+  return any(a > b);
 }
 template <class T>
 inline Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T>& b) {
@@ -232,17 +289,27 @@ inline Vec<int16_t> larger(Vec<int16_t> a, Vec<int16_t> b) {
 }
 
 template <class T>
-inline Pack<typename Element<T>::Acc> load(const T* from) {
+inline Pack<typename Element<T>::Acc> load_in_order(const T* from) {
   using P = Pack<typename Element<T>::Acc>;
   return each<P>([&](int i) { return Element<T>::load(from + i * (P::lanes / kPackVectors)); });
 }
 template <bool Stream = false, class T>
-inline void store(T* to, const Pack<typename Element<T>::Acc>& p) {
+inline void store_in_order(T* to, const Pack<typename Element<T>::Acc>& p) {
   for (int i = 0; i < kPackVectors; ++i) Element<T>::template store<Stream>(to + i * (p.lanes / kPackVectors), p.v[i]);
 }
 
+// In an order of the type's own, the same for both.
+template <class T>
+inline Pack<typename Element<T>::Acc> load(const T* from) {
+  return load_in_order(from);
+}
+template <bool Stream = false, class T>
+inline void store(T* to, const Pack<typename Element<T>::Acc>& p) {
+  store_in_order<Stream>(to, p);
+}
+
 // A 32-bit word holds two bfloat16, and each is a float but for its low bits. A shift makes one vector of the
-// first of each pair, a mask another of the second. Cheaper than widening in order, which nobody needs.
+// first of each pair, a mask another of the second. That is cheaper than widening in order.
 inline Pack<float> load(const BFloat16* from) {
   Pack<float> p;
   for (int i = 0; i < kPackVectors; i += 2) {
@@ -252,7 +319,6 @@ inline Pack<float> load(const BFloat16* from) {
   }
   return p;
 }
-// To nearest even. A NaN stays one: those that come here have payloads of a bfloat16 or of the hardware.
 #if defined(__AVX512BF16__)
 inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {  // takes subnormal numbers for 0
   const __m512i halves = bit_cast<__m512i>(_mm512_cvtne2ps_pbh(bit_cast<__m512>(second), bit_cast<__m512>(first)));
@@ -263,11 +329,7 @@ inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {  // takes sub
 }
 #else
 inline Words bfloat16_pairs(Vec<float> first, Vec<float> second) {
-  const auto rounded = [](Vec<float> v) {  // in the high half of each word
-    const Words w = bit_cast<Words>(v);
-    return w + 0x7fff + ((w >> 16) & 1);
-  };
-  return (rounded(first) >> 16) | (rounded(second) & 0xffff0000);
+  return (bfloat16_in_high_half(first) >> 16) | (bfloat16_in_high_half(second) & 0xffff0000);
 }
 #endif
 template <bool Stream = false>
@@ -387,5 +449,77 @@ inline Pack<float> power_of_two(const Pack<float>& t) {
       [&](int i) { return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(y.v[i]), bit_cast<__m512>(t.v[i]))); });
 }
 #endif
+
+// --- near 0, relative to the result ------------------------------------------------------------------------
+
+template <class T>
+struct Reciprocals;  // of what divides the terms of the series below
+template <>
+struct Reciprocals<float> {
+  struct Factorials {  // from 2! on
+    static constexpr float coefficients[] = {1.f / 2, 1.f / 6, 1.f / 24, 1.f / 120, 1.f / 720, 1.f / 5040, 1.f / 40320};
+  };
+  struct OddNumbers {
+    static constexpr float coefficients[] = {1.f, 1.f / 3, 1.f / 5, 1.f / 7, 1.f / 9, 1.f / 11, 1.f / 13};
+  };
+};
+template <>
+struct Reciprocals<double> {
+  struct Factorials {
+    static constexpr double coefficients[] = {1. / 2,         1. / 6,          1. / 24,          1. / 120,           1. / 720,
+                                              1. / 5040,      1. / 40320,      1. / 362880,      1. / 3628800,       1. / 39916800,
+                                              1. / 479001600, 1. / 6227020800, 1. / 87178291200, 1. / 1307674368000, 1. / 20922789888000};
+  };
+  struct OddNumbers {
+    static constexpr double coefficients[] = {1.,      1. / 3,  1. / 5,  1. / 7,  1. / 9,  1. / 11, 1. / 13, 1. / 15,
+                                              1. / 17, 1. / 19, 1. / 21, 1. / 23, 1. / 25, 1. / 27, 1. / 29};
+  };
+};
+
+// e^x - 1 - x for |x| <= 1/2.
+template <class T>
+inline Pack<T> excess(const Pack<T>& x) {
+  return polynomial<typename Reciprocals<T>::Factorials>(x) * (x * x);
+}
+
+// log((1 + s) / (1 - s)) for |s| <= 1/4.
+template <class T>
+inline Pack<T> log_of_ratio(const Pack<T>& s) {
+  return polynomial<typename Reciprocals<T>::OddNumbers>(s * s) * (s + s);
+}
+
+// log(1 + v) for -2/5 <= v <= 2/3.
+template <class T>
+inline Pack<T> log1p_near(const Pack<T>& v) {
+  return log_of_ratio(v / (v + T(2)));
+}
+
+// log(y) of positive normal numbers.
+template <class T>
+inline Pack<T> log_positive(const Pack<T>& y) {
+  constexpr int mantissa = Exp2<T>::mantissa;
+  const auto half_bits = bit_cast<std::conditional_t<sizeof(T) == 4, int32_t, int64_t>>(T(0.70710678118654752440));
+  // The exponent for which y / 2^exponent is in [sqrt(1/2), sqrt(2)).
+  const auto exponent = each<Mask<T>>([&](int i) { return (bit_cast<Bits<T>>(y.v[i]) - half_bits) >> mantissa; });
+  const Pack<T> m = each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(y.v[i]) - (exponent.v[i] << mantissa)); });
+  const Pack<T> steps = each<Pack<T>>([&](int i) { return __builtin_convertvector(exponent.v[i], Vec<T>); });
+  return steps * T(0.69314718055994530942) + log_of_ratio((m - T(1)) / (m + T(1)));
+}
+
+struct LogOfOnePlus {  // log2(1 + r) / r over [-1/4, 1/2]
+  static constexpr float coefficients[] = {1.44269502163f,  -0.721348464489f, 0.480902075768f, -0.360575914383f, 0.288191497326f,
+                                           -0.24272352457f, 0.216324865818f,  -0.17423017323f, 0.0780666694045f};
+};
+
+// log2(y) of positive numbers that are not subnormal, to 4e-8 of itself or of 1.
+inline Pack<float> log2_positive(const Pack<float>& y) {
+  constexpr int32_t low_bits = 0x3f400000;  // of 3/4
+  const auto exponent = each<Mask<float>>([&](int i) { return (bit_cast<Bits<float>>(y.v[i]) - low_bits) >> 23; });
+  const Pack<float> r =
+      each<Pack<float>>([&](int i) { return bit_cast<Vec<float>>(bit_cast<Bits<float>>(y.v[i]) - (exponent.v[i] << 23)); }) - 1.0f;
+  const Pack<float> steps = each<Pack<float>>([&](int i) { return __builtin_convertvector(exponent.v[i], Vec<float>); });
+  return polynomial<LogOfOnePlus>(r) * r + steps;
+}
+inline Pack<double> log2_positive(const Pack<double>& y) { return log_positive(y) * 1.4426950408889634074; }
 
 }  // namespace

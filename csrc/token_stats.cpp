@@ -1,5 +1,5 @@
 // token_stats for one instruction set. The forward reads a row once (a second time, from cache, for a kept
-// set). The backward reads and writes it once.
+// set or a tail). The backward reads and writes it once.
 //
 // A tile's maximum is found first, then its sums.
 // How a row is reduced depends on its length alone: it has the same bits in any batch, on any thread.
@@ -30,8 +30,64 @@ double kept_logmass(const T* x, int64_t vocab, Acc<T> top, Acc<T> scale, Acc<T> 
   return -std::log1p(dropped / kept);
 }
 
+// The ids that a row lists, by the tile they are in.
+class Listed {
+ public:
+  Listed(int64_t vocab, int64_t most) : last_((vocab + kTile - 1) / kTile) { ids_.reserve(most); }
+  void take(const Rows& call, int64_t row) {
+    std::memset(last_.data(), 0, last_.size() * sizeof(Place));
+    ids_.clear();
+    const int64_t* y = call.targets + row * call.n_targets;
+    for (int64_t k = 0; k < call.n_targets; ++k) {
+      if (y[k] == call.ignore_index) continue;
+      Place& last = last_[y[k] / kTile];
+      ids_.push_back({y[k] % kTile, last.place});
+      last.place = ids_.size();
+    }
+  }
+  // Calls f with the place in its tile of every listed id, as often as it is listed.
+  template <class F>
+  void for_each_in(int64_t tile, F f) const {
+    for (size_t place = last_[tile].place; place; place = ids_[place - 1].before) f(ids_[place - 1].at);
+  }
+
+ private:
+  struct Id {
+    int64_t at;
+    size_t before;  // the place of another one in the same tile
+  };
+  struct Place {
+    size_t place;  // in ids_, from 1 on; 0: none
+  };
+  // Vectors of this file's own types, as in Targets below.
+  std::vector<Place> last_;
+  std::vector<Id> ids_;
+};
+
+// log of the share of sum 2^t that the logits hold which are not listed; -inf where there is none.
 template <class T>
-void forward_row(const Forward& call, int64_t row) {
+[[gnu::noinline]] double tail_logmass(const T* x, int64_t vocab, Acc<T> top, Acc<T> scale, const Listed& listed) {
+  double inside = 0, outside = 0;
+  int64_t number = 0;
+  for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+    T rest[kTile], taken[kTile];
+    int64_t count = 0;
+    listed.for_each_in(number++, [&](int64_t at) {
+      if (count == 0) std::memcpy(rest, tile, n * sizeof(T));
+      if (load_one(rest + at) == -kInfinity) return;  // nothing, or taken before
+      taken[count++] = rest[at];
+      rest[at] = Element<T>::minus_infinity();
+    });
+    outside += tile_sums<T, false, false, false>(count == 0 ? tile : rest, n, top, scale).s0;
+    if (count == 0) return;
+    for (; count % kLanes<T> != 0; ++count) taken[count] = Element<T>::minus_infinity();
+    inside += tile_sums<T, false, false, false>(taken, count, top, scale).s0;
+  });
+  return -std::log1p(inside / outside);
+}
+
+template <class T>
+void forward_row(const Forward& call, int64_t row, Listed& listed) {
   using A = Acc<T>;
   const T* x = row_of<T>(call, call.logits, row);
   A* state = static_cast<A*>(call.state) + row * (State::TARGETS + call.n_targets);
@@ -57,7 +113,13 @@ void forward_row(const Forward& call, int64_t row) {
     state[State::SUM_SQ] = A(sum_sq);
     put<A>(call.sum_sq_prob, row, sum_sq);
   }
-  if (call.kept_kind != KeptKind::NONE) {
+  if (call.kept_kind == KeptKind::UNLISTED) {
+    listed.take(call, row);
+    const double tail = undefined ? kNaN : tail_logmass(x, call.vocab, top, scale, listed);
+    state[State::KEPT] = A(tail);
+    state[State::THRESHOLD] = A(-kInfinity);
+    put<A>(call.kept_logmass, row, tail);
+  } else if (call.kept_kind != KeptKind::NONE) {
     // In the accumulation type, as the other backends compute it: the same logits are kept.
     const A log_kept = A(call.log_kept), threshold = (call.kept_kind == KeptKind::MIN_P ? log_kept : log_kept + A(log_s0)) / inv_t;
     const double kept = undefined ? kNaN : kept_logmass(x, call.vocab, top, scale, threshold);
@@ -80,9 +142,11 @@ void forward_row(const Forward& call, int64_t row) {
 template <class T>
 void forward_rows(const Forward& call, int64_t begin, int64_t end) {
   using A = Acc<T>;
+  const bool tails = call.kept_kind == KeptKind::UNLISTED;
+  Listed listed(tails ? call.vocab : 0, tails ? call.n_targets : 0);
   for (int64_t row = begin; row < end; ++row) {
     if (!is_skipped(call, row)) {
-      forward_row<T>(call, row);
+      forward_row<T>(call, row, listed);
       continue;
     }
     const int64_t width = State::TARGETS + call.n_targets;
@@ -93,48 +157,6 @@ void forward_rows(const Forward& call, int64_t begin, int64_t end) {
 }
 
 // --- backward ----------------------------------------------------------------------------------------------
-
-// dz = 2^t (constant + linear t + square 2^t + [kept] inside), t as in the forward: the row's scalars.
-// 1 / T and 1 / sum 2^t are folded in.
-template <class A>
-struct Coefficients {
-  A top, scale, constant, linear, square, inside, threshold;
-};
-
-enum class Terms { constant, linear, all };
-
-template <class T, Terms Kind>
-inline AccPack<T> gradient_of(AccPack<T> x, const Coefficients<Acc<T>>& c) {
-  const AccPack<T> shifted = x - c.top, t = shifted * c.scale;
-  const AccPack<T> e = power_of_two<sizeof(T) == 2>(t);
-  if constexpr (Kind == Terms::constant) return e * c.constant;
-  AccPack<T> g = finite_exponent(t) * c.linear + c.constant;
-  if constexpr (Kind == Terms::all) g = g + e * c.square + select(shifted >= c.threshold, broadcast(c.inside), AccPack<T>{});
-  return e * g;
-}
-
-// `x` and `out` may be the same memory, if nothing is streamed.
-template <class T, Terms Kind, bool Stream>
-void write_gradient(const T* x, T* out, int64_t vocab, const Coefficients<Acc<T>>& c) {
-  const auto edge = [&](int64_t start, int64_t n) {
-    T padded[kLanes<T>] = {};
-    std::memcpy(padded, x + start, n * sizeof(T));
-    store(padded, gradient_of<T, Kind>(load(padded), c));
-    std::memcpy(out + start, padded, n * sizeof(T));
-  };
-  int64_t i = 0;
-  if constexpr (Stream) {  // from the first aligned address on
-    i = std::min<int64_t>(vocab, -reinterpret_cast<uintptr_t>(out) % kVectorBytes / sizeof(T));
-    if (i > 0) edge(0, i);
-  }
-  for (; i + kLanes<T> <= vocab; i += kLanes<T>) store<Stream>(out + i, gradient_of<T, Kind>(load(x + i), c));
-  if (i < vocab) edge(i, vocab - i);
-}
-
-template <class T, Terms Kind>
-void write_gradient(const Backward& call, const T* x, T* out, const Coefficients<Acc<T>>& c) {
-  return call.stream ? write_gradient<T, Kind, true>(x, out, call.vocab, c) : write_gradient<T, Kind, false>(x, out, call.vocab, c);
-}
 
 template <class A>
 bool is_idle(const Backward& call, int64_t row) {
@@ -239,36 +261,39 @@ void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
                kept = state[State::KEPT];
   const double g_h = get<A>(call.g_entropy, row), g_z = get<A>(call.g_logsumexp, row), g_s2 = get<A>(call.g_sum_sq_prob, row);
   const double g_k = kept == -kInfinity ? 0 : get<A>(call.g_kept_logmass, row);  // an empty set is a constant
-  const double inside = g_k != 0 ? g_k * std::exp(-kept) : 0;
+  const bool tail = call.kept_kind == KeptKind::UNLISTED && g_k != 0, at_targets = call.g_logp || tail;
+  const double inside = g_k != 0 && !tail ? g_k * std::exp(-kept) : 0;
 
   // What multiplies p in every logit. Terms without upstream gradient are left out: 0 * (-inf) is NaN.
   double common = g_z;
   if (g_h != 0) common += g_h * mean_u;
   if (g_s2 != 0) common -= 2 * g_s2 * sum_sq;
   if (g_k != 0) common -= g_k;
-  if (call.g_logp)
+  if (at_targets)
     for (int64_t k = 0; k < call.n_targets; ++k) {
       if (y[k] == call.ignore_index) continue;
       common -= y[k] >= 0 && y[k] < call.vocab ? get<A>(call.g_logp, first + k) : kNaN;
     }
 
+  // A tail keeps every logit but the targets, where p is multiplied by 1 / (1 - S) - 1 = S / (1 - S).
+  const double elsewhere = tail ? common + g_k + g_k * std::expm1(-kept) : common;
   const double weight = inv_t / (1 + rest);
   Coefficients<A> c{};
   c.top = state[State::MAX];
   c.scale = A(kLog2E * inv_t);
-  c.constant = A(std::isnan(common) ? kNaN : weight * common);
+  c.constant = A(std::isnan(common) ? kNaN : weight * elsewhere);
   c.linear = A(-weight * g_h * kLn2);
   c.square = A(2 * weight * g_s2 / (1 + rest));
   c.inside = A(weight * inside);
   c.threshold = state[State::THRESHOLD];
-  if (g_s2 != 0 || g_k != 0)
-    write_gradient<T, Terms::all>(call, x, out, c);
+  if (g_s2 != 0 || (g_k != 0 && !tail))
+    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::all>(x, c); });
   else if (g_h != 0)
-    write_gradient<T, Terms::linear>(call, x, out, c);
+    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::linear>(x, c); });
   else
-    write_gradient<T, Terms::constant>(call, x, out, c);
+    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::constant>(x, c); });
 
-  if (!call.g_logp || std::isnan(common)) return;
+  if (!at_targets || std::isnan(common)) return;
   const AtTarget at_target{inv_t, log_s0, common, g_h, g_s2, g_k, inside, state[State::THRESHOLD]};
   if (call.n_targets > kFewTargets) return write_targets<T>(call, row, out, targets, at_target);
   for (int64_t k = 0; k < call.n_targets; ++k) {
@@ -283,7 +308,8 @@ void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
 
 template <class T>
 void backward_rows(const Backward& call, int64_t begin, int64_t end) {
-  Targets targets(call.g_logp && call.n_targets > kFewTargets ? call.n_targets : 0);
+  const bool at_targets = call.g_logp || (call.kept_kind == KeptKind::UNLISTED && call.g_kept_logmass);
+  Targets targets(at_targets && call.n_targets > kFewTargets ? call.n_targets : 0);
   for (int64_t row = begin; row < end; ++row) {
     T* out = const_cast<T*>(row_of<T>(call, call.out, row));
     if (is_skipped(call, row) || is_idle<Acc<T>>(call, row))

@@ -19,6 +19,7 @@ class Reference(NamedTuple):
     logsumexp: Tensor
     sum_sq_prob: Tensor
     kept_logmass: Tensor | None
+    tail_logmass: Tensor | None
 
 
 def token_stats(
@@ -27,6 +28,7 @@ def token_stats(
     temperature: float | Tensor = 1.0,
     min_p: float | None = None,
     min_prob: float | None = None,
+    with_tail: bool = False,
 ) -> Reference:
     """Statistics of rows `logits` [..., V] in the logits' own precision, with `targets` [..., K] or None."""
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
@@ -42,7 +44,11 @@ def token_stats(
     elif min_prob is not None:
         kept = u >= lse.unsqueeze(-1) + math.log(min_prob)
     kept_logmass = None if kept is None else log_p.masked_fill(~kept.detach(), -math.inf).logsumexp(-1)
-    return Reference(logp, entropy, lse, (p * p).sum(-1), kept_logmass)
+    tail_logmass = None
+    if with_tail and targets is not None:
+        listed = torch.zeros_like(log_p, dtype=torch.bool).scatter_(-1, targets, True)
+        tail_logmass = log_p.masked_fill(listed, -math.inf).logsumexp(-1)
+    return Reference(logp, entropy, lse, (p * p).sum(-1), kept_logmass, tail_logmass)
 
 
 def token_divergence(
@@ -85,6 +91,12 @@ def token_divergence(
     if kind == "total_variation":
         return (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
     return beta * kl(log_q, mixture(beta)) + (1 - beta) * kl(log_p, mixture(beta))
+
+
+def token_did_entropy(logits: Tensor, reference_logits: Tensor, temperature: float | Tensor = 1.0) -> Tensor:
+    """Entropy of softmax((logits - reference_logits) / temperature) of rows [..., V]; mass 0 at -inf."""
+    difference = (logits - reference_logits).masked_fill(logits == -math.inf, -math.inf)
+    return token_stats(difference, None, temperature).entropy
 
 
 def row_moments(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

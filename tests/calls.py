@@ -98,6 +98,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
                                      "chunk_rows": 5, "mask": mask}, ("hidden", "weight", "bias")),
         *((rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
           for kind in ("reverse_kl", "forward_kl", "jsd")),
+        (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "with_tail": True}, ("logits",)),
         (rlkern.masked_elbo, packed, ("logits",)),
         (rlkern.masked_elbo, draw | {"weight": per_row[:, 0], "old_token_logp": logp}, ("logits",)),
         (rlkern.bgpo_loss, packed | {"advantages": normal(5), "mc_weight": 0.5, "preset": "paper"}, ("logits",)),

@@ -88,4 +88,15 @@ draw_penalised = drawing("logsumexp", logsumexp=lambda g, *shape: g.normal(*shap
 register("lse_penalty", options={"coef": 0.1}, mask="mask")(draw_penalised)
 draw_two = drawing("logits", "reference_logits", logits=rows(std=1), reference_logits=rows(std=1), mask=Draw.mask)
 register("token_did_entropy", mask="mask")(draw_two)
-register("topk_reverse_kl")(drawing("logp", **dict.fromkeys(("logp", "teacher_logp"), lambda g, *shape: g.logp(*shape, 3))))
+
+
+def of_ids(g, *shape):
+    return g.logp(*shape, 3)
+
+
+register("topk_reverse_kl")(drawing("logp", logp=of_ids, teacher_logp=of_ids))
+draw_ids = drawing("logp", logp=of_ids, other_logp=of_ids, valid=lambda g, *shape: g.uniform(*shape, 3) < 0.8)
+draw_bucket = drawing("tail_logmass", base=draw_ids, tail_logmass=Draw.logp, other_tail_logmass=Draw.logp)
+for kind in ("forward_kl", "reverse_kl", "mixed_kl", "jsd"):
+    register("topk_divergence", label=kind, options={"kind": kind, "tail": "bucket", "min_logp": -10.0, "beta": 0.3})(draw_bucket)
+register("topk_divergence", label="renormalize", options={"tail": "renormalize"})(draw_ids)

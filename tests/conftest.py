@@ -29,14 +29,22 @@ BACKENDS = ("reference", "native", "triton")
 
 @pytest.fixture(params=BACKENDS)
 def backend(request):
-    """Runs the test with each backend. A missing one is a failure, unless RLKERN_TEST_WITHOUT names it."""
-    missing = backends._load(request.param)
-    if isinstance(missing, Exception):
-        if request.param in os.environ.get("RLKERN_TEST_WITHOUT", "").split(","):
-            pytest.skip(f"{request.param}: {missing}")
-        raise missing
-    with rlkern.use_backend(request.param):
-        yield request.param
+    """Runs the test with each backend. A missing one is a failure, unless RLKERN_TEST_WITHOUT names it.
+    "native avx2" stands for the C++ kernels of that instruction set."""
+    name, _, isa = request.param.partition(" ")
+    module = backends._load(name)
+    if isinstance(module, Exception):
+        if name in os.environ.get("RLKERN_TEST_WITHOUT", "").split(","):
+            pytest.skip(f"{name}: {module}")
+        raise module
+    with rlkern.use_backend(name):
+        if not isa:
+            yield name
+            return
+        before = module.isa()
+        module.use_isa(isa)
+        yield name
+        module.use_isa(before)
 
 
 @pytest.fixture

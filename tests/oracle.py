@@ -8,7 +8,7 @@ import torch
 from rlkern import reference, token_stats
 
 INF = math.inf
-FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass")
+FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass", "tail_logmass")
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -37,7 +37,20 @@ def run(logits, targets, *, seed=0, only=None, **options):
     return fields, leaf.grad
 
 
-def expected(logits, targets, *, seed=0, only=None, mask=None, temperature=1.0, ignore_index=-100, min_p=None, min_prob=None, with_sum_sq=False):
+def expected(
+    logits,
+    targets,
+    *,
+    seed=0,
+    only=None,
+    mask=None,
+    temperature=1.0,
+    ignore_index=-100,
+    min_p=None,
+    min_prob=None,
+    with_sum_sq=False,
+    with_tail=False,
+):
     """The same from plain float64 PyTorch and autograd, row skipping by `where`."""
     leaf = logits.detach().double().cpu().clone().requires_grad_()
     y = targets.cpu() if targets.dim() == logits.dim() else targets.cpu().unsqueeze(-1)
@@ -45,9 +58,10 @@ def expected(logits, targets, *, seed=0, only=None, mask=None, temperature=1.0, 
     skipped = ignored.all(-1) if mask is None else ignored.all(-1) | (mask.cpu() == 0)
     x = torch.where(skipped.unsqueeze(-1), 0.0, leaf)
     t = temperature.double().cpu() if isinstance(temperature, torch.Tensor) else temperature
-    ref = reference.token_stats(x, y.clamp(0, logits.shape[-1] - 1), t, min_p, min_prob)
+    y = torch.where(ignored, y.gather(-1, (~ignored).long().argmax(-1, keepdim=True)), y)  # what it lists is listed anyway
+    ref = reference.token_stats(x, y.clamp(0, logits.shape[-1] - 1), t, min_p, min_prob, with_tail)
     values = {"logp": torch.where(ignored | skipped.unsqueeze(-1), 0.0, ref.logp).view(targets.shape)}
-    asked = {"sum_sq_prob": with_sum_sq, "kept_logmass": ref.kept_logmass is not None}
+    asked = {"sum_sq_prob": with_sum_sq, "kept_logmass": ref.kept_logmass is not None, "tail_logmass": with_tail}
     values |= {name: torch.where(skipped, 0.0, getattr(ref, name)) for name in FIELDS[1:] if asked.get(name, True)}
     used = [v for name, v in values.items() if only is None or name in only]
     torch.autograd.backward(used, upstream(used, seed))

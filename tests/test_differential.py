@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlkern.metrics.differential import did_entropy, displacement_metrics, log_ratio_rewards
-from rlkern.primitives.divergence import token_did_entropy
+from rlkern.primitives.did import token_did_entropy
 
 
 def two_policies(n=6, seed=0):

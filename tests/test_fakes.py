@@ -18,6 +18,7 @@ CALLS = {
     "linear": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y, **EVERYTHING), (*ROWS, H), TOKENS),
     "linear of several": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y), (*ROWS, H), SEVERAL),
     "divergence": (lambda x, y: (rlkern.token_divergence(x, x.detach() * 2),), (*ROWS, V), TOKENS),
+    "did": (lambda x, y: (rlkern.token_did_entropy(x, x.detach() * 2),), (*ROWS, V), TOKENS),
     "elbo": (lambda x, y: (rlkern.masked_elbo(x, y, x.detach().new_ones(ROWS), mask=y == 0),), (*ROWS, V), TOKENS),
     "covariance": (lambda x, y: (rlkern.token_covariance(x, x.detach() + 1, y == 0),), ROWS, TOKENS),
     "z_loss": (lambda x, y: (rlkern.spherical_z_loss(x, y, reduction="none"),), (*ROWS, V), TOKENS),

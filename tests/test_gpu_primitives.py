@@ -117,6 +117,32 @@ def test_split_rows_with_a_kept_set_and_a_temperature_each(vocab, dtype, kept):
     check_statistics(x, y, temperature=temperature.double() if dtype == torch.float64 else temperature, **kept)
 
 
+@pytest.mark.parametrize("n_targets", [1, 8, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [SMALL_VOCAB, SPLIT, SPLIT + 1])  # whole rows, split ones, those off a boundary
+def test_the_tail_of_the_targets(vocab, dtype, n_targets):
+    x, y = random_logits(6, vocab, dtype=dtype), random_targets(vocab, 6, n_targets)
+    y[1] = y[1, :1]
+    y[2] = vocab // 2 + torch.arange(n_targets, device="cuda")  # in one tile
+    top = x[3].topk(n_targets).indices
+    y[3], x[3, top] = top, x[3, top] + 25  # little is left for the tail
+    grads = [upstream(6, n_targets, seed=0), upstream(6, seed=1)]
+
+    def both(token_stats, x):
+        stats = token_stats(x, y, temperature=0.8, with_tail=True)
+        return stats.logp, stats.tail_logmass
+
+    logp, tail, d_x = twice(differentiated, lambda x: both(rlkern.token_stats, x), x, grads)
+    *wanted, gradient = differentiated(lambda x: both(reference.token_stats, x), x.double(), grads)
+    tolerance = TOLERANCE[dtype]
+    assert_close((logp, tail), wanted, tolerance, tolerance)
+    p, sizes = (x.double() / 0.8).softmax(-1), [g.double().abs() for g in grads]
+    listed = torch.zeros_like(p, dtype=torch.bool).scatter_(-1, y, True)
+    elsewhere = (-wanted[1].unsqueeze(-1)).exp().masked_fill(listed, 1)
+    terms = p * (sizes[0].sum(-1, keepdim=True) + sizes[1].unsqueeze(-1) * elsewhere)
+    check_entries(d_x, gradient, tolerance * terms.scatter_add_(-1, y, sizes[0]) / 0.8)
+
+
 @pytest.mark.parametrize(("first", "then"), [("triton", "reference"), ("reference", "triton")])
 def test_a_backward_continues_another_backends_forward(first, then):
     """The row state is one format, on the device too."""
@@ -275,6 +301,50 @@ def test_row_moments(dtype):
     g_target, g_variance = (g.abs().unsqueeze(-1) for g in grads)
     terms = (2 * wide.abs() * g_variance + g_target) / VOCAB
     check_entries(d_x[rows], gradient, 1e-5 * terms.scatter_add_(-1, y[rows, None], g_target))
+
+
+def test_row_moments_far_from_zero():
+    """Sixteen steps of float32 wide, in rows that one program reads and in rows that several share."""
+    for vocab in (SMALL_VOCAB, SPLIT + 1):
+        x, y = 1000 + 1e-3 * random_logits(40, vocab, dtype=torch.float32), random_targets(vocab, 40)
+        grads = [upstream(40, seed=seed) for seed in (4, 5)]
+        *values, d_x = twice(differentiated, lambda x, y=y: row_moments(x, y), x, grads)
+        *expected, gradient = differentiated(lambda x, y=y: reference.row_moments(x, y), x.double(), [g.double() for g in grads])
+        torch.testing.assert_close(values[1].double(), expected[1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(values[0].double(), expected[0], rtol=1e-4, atol=1e-8)
+        torch.testing.assert_close(d_x.double(), gradient, rtol=1e-4, atol=1e-5 * gradient.abs().median().item())
+
+
+@pytest.mark.parametrize("vocab", [VOCAB, SPLIT + 1])  # aligned; not, so long that several programs share a row
+@pytest.mark.parametrize(
+    ("dtype", "of_reference"), [(torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)]
+)
+def test_token_did_entropy(dtype, of_reference, vocab):
+    n = 40
+    x, r = random_logits(n, vocab, dtype=dtype), random_logits(n, vocab, dtype=of_reference, seed=1)
+    forbidden, mask, g = drawn(vocab, seed=2) < 0.3, drawn(n, seed=3) < 0.9, upstream(n)
+    x[:, forbidden] = -math.inf
+    r[:, forbidden] = torch.where(drawn(int(forbidden.sum()), seed=4) < 0.5, -math.inf, math.nan).to(of_reference)
+    for t in (x, r):
+        t[~mask] = math.nan
+    temperature = (0.5 + drawn(n, seed=5)).masked_fill(~mask, 0)
+
+    def function(x, r):
+        leaves = [t.detach().requires_grad_() for t in (x, r)]
+        entropy = rlkern.token_did_entropy(*leaves, temperature=temperature, mask=mask)
+        return [entropy.detach(), *torch.autograd.grad(entropy, leaves, g.to(entropy))]
+
+    value, d_x, d_r = twice(function, x, r)
+    for t in (value[~mask], d_x[~mask], d_r[~mask], d_x[:, forbidden], d_r[:, forbidden]):
+        assert not t.any()
+    wide = (x[mask][:, ~forbidden].double() - r[mask][:, ~forbidden].double()) / temperature[mask].double().unsqueeze(-1)
+    expected, gradient = differentiated(lambda u: [reference.token_stats(u, None).entropy], wide, [g[mask]])
+    torch.testing.assert_close(value[mask].double(), expected, rtol=1e-5, atol=1e-5)
+    gradient = gradient / temperature[mask].double().unsqueeze(-1)
+    log_p = wide.log_softmax(-1)
+    terms = (g[mask].double().abs() / temperature[mask]).unsqueeze(-1) * log_p.exp() * (1 + log_p.abs() + expected.unsqueeze(-1))
+    check_entries(d_x[mask][:, ~forbidden], gradient, 1e-5 * terms)
+    check_entries(d_r[mask][:, ~forbidden], -gradient, 1e-5 * terms)
 
 
 def test_nlpo_keep_sets():

@@ -7,7 +7,7 @@ import torch
 
 import rlkern
 from rlkern.losses.distillation.kdrl import kd_coefficient, kdrl_loss, reward_guided_mask
-from rlkern.primitives.divergence import topk_reverse_kl
+from rlkern.primitives.topk import topk_reverse_kl
 
 B, T = 4, 5
 MASK = torch.arange(T) < torch.tensor([5, 3, 4, 1]).unsqueeze(-1)

@@ -47,6 +47,7 @@ def same_gradients(stats, expected, leaves):
         {"mask": torch.tensor([[1, 0, 1], [0, 1, 1]])},
         {"min_p": 0.1, "with_sum_sq": True},
         {"with_entropy": False},
+        {"with_tail": True, "mask": torch.tensor([[1, 0, 1], [0, 1, 1]])},
         {"min_prob": 0.02, "mask": torch.tensor([[True, False, False], [False, True, True]])},
     ],
     ids=str,

@@ -52,7 +52,7 @@ def run(backend, logits, targets=None, mask=None, temperature=1.0, ignore_index=
     if grads:
         upstream = [grads[name].to(acc) if name in grads else None for name in result if name != "state"]
         result["gradient"] = torch.full(logits.shape, math.nan, dtype=logits.dtype) if out is None else out
-        backend.token_stats_backward(logits, *args, result["state"], upstream, result["gradient"])
+        backend.token_stats_backward(logits, *args, kept[0], result["state"], upstream, result["gradient"])
     return result
 
 
@@ -81,6 +81,21 @@ def example(shape=(2, 3), vocab=1000, dtype=torch.float32, k=1, scale=3.0, seed=
     grads = {name: torch.randn(n, generator=g, dtype=torch.float64) for name in ("entropy", "logsumexp")}
     grads["logp"] = torch.randn(n, k, generator=g, dtype=torch.float64)
     return logits, targets, grads
+
+
+@pytest.mark.parametrize("vocab", [7, 33, 2049, 5001])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tails(isa, dtype, vocab):
+    for k in (1, 5, 16, 40):
+        logits, targets, grads = example((4, 2), vocab=vocab, dtype=dtype, k=k)
+        targets[1, 1:] = -100
+        targets[2] = targets[2, 0]
+        targets[3] = (targets[3, 0] // 7 * 7 + torch.arange(k) // 2) % vocab  # side by side, twice each
+        targets[4] = -100
+        grads |= {"tail_logmass": grads["entropy"].flip(0)}
+        for some in (grads, {"tail_logmass": grads["tail_logmass"]}):
+            kept = {name.replace("tail", "kept"): g for name, g in some.items()}
+            compare(logits, targets=targets, grads=kept, kept=(3, 0.0), sum_sq=k == 5, temperature=0.7)
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 16, 33, 1000, 2047, 2048, 2049, 5001])
@@ -340,7 +355,7 @@ def test_state_is_interchangeable_with_the_reference(isa):
     upstream = [grads[name].float() for name in ("logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass")]
     for backend, state in ((native, theirs["state"]), (reference, mine["state"])):
         out = torch.full_like(logits, math.nan)
-        backend.token_stats_backward(logits, targets, None, 1.5, -100, state, upstream, out)
+        backend.token_stats_backward(logits, targets, None, 1.5, -100, 2, state, upstream, out)
         torch.testing.assert_close(out, mine["gradient"], rtol=1e-5, atol=1e-7)
 
 

@@ -64,6 +64,12 @@ REMEDIES = {
     "reverse_kl": divergence(lambda x: kl(x.softmax(-1), OTHER.softmax(-1))),
     "forward_kl": divergence(lambda x: kl(OTHER.softmax(-1), x.softmax(-1)), "forward_kl"),
     "jsd": divergence(mixture, "jsd", 0.3),
+    "did": (
+        lambda x: rlkern.token_did_entropy(x, OTHER, temperature=0.7),
+        r"use rlkern\.reference\.token_did_entropy",
+        lambda x: reference.token_did_entropy(x, OTHER, 0.7),
+        lambda x: (lambda u: -(u.softmax(-1) * log_softmax(u, -1)).sum(-1))((x - OTHER) / 0.7),
+    ),
     "moments": (
         lambda x: (lambda m: m.centred_target + m.variance)(moments.row_moments(x, Y)),
         r"use rlkern\.reference\.row_moments",

@@ -94,6 +94,99 @@ def test_many_targets_of_a_confident_row_keep_relative_accuracy(backend, device)
             assert leaf.grad[0, 77].item() == pytest.approx((k - others) * rest / (1 + rest) - others / (1 + rest), rel=rel)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("vocab", [17, 1000, TILED])
+def test_the_tail_of_the_targets(backend, device, vocab, dtype):
+    """Repeated targets count once, ignored ones not at all, rows start anywhere."""
+    whole = draw(2, 3, vocab + 2, dtype=dtype, device=device)
+    for k in (1, 3, 9, 17):
+        x, y = whole[..., 1:-1], ids(vocab, 2, 3, k, device=device, seed=k)
+        y[0, 0] = torch.arange(k) % vocab  # a run: in one tile
+        y[..., 2::3] = y[..., :1]
+        y[0, 1, 1::2] = -100
+        y[1, 2] = -100
+        check(x, y, with_tail=True, seed=k, inplace_backward=k == 9)
+        check(x, y, with_tail=True, with_sum_sq=True, temperature=0.7)
+
+
+@pytest.mark.parametrize("k", [1, 8, 20])
+def test_the_gradient_of_a_tail_alone(backend, device, k):
+    x, y = draw(3, 4, 300, device=device), ids(300, 3, 4, k, device=device)
+    x[..., 7] = 9.0  # in the tail or a target: of most of the mass
+    y[0, :, 0], y[1:][y[1:] == 7] = 7, 8
+    mask = torch.ones(3, 4, device=device)
+    mask[2, 1] = 0
+    for only in (["tail_logmass"], ["logp", "tail_logmass"], ["entropy", "tail_logmass"]):
+        check(x, y, with_tail=True, only=only, mask=mask)
+    _, d = run(x, y, with_tail=True, only=["tail_logmass"])
+    assert d.double().sum(-1).abs().max() < 1e-6 * d.double().abs().sum(-1).max()
+    one, _ = run(x, y[..., 0], with_tail=True)
+    several, _ = run(x, y[..., :1], with_tail=True)
+    assert torch.equal(one["tail_logmass"], several["tail_logmass"]) and torch.equal(one["logp"], several["logp"].squeeze(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_small_tail_keeps_its_relative_accuracy(backend, device, dtype):
+    """A mass of 1e-9 and less, and listed masses as small: 1 - sum has none of it."""
+    vocab, listed = 5000, [3, 2500, 4999]
+    for gap in (29.25, 45.5, -29.25, -14.75):
+        x = torch.full((1, vocab), -max(gap, 0.0), dtype=dtype, device=device)
+        x[0, listed] = min(gap, 0.0)
+        leaf = x.requires_grad_()
+        mass = rlkern.token_stats(leaf, torch.tensor([listed + [3]], device=device), with_tail=True).tail_logmass
+        ours, rest = 3.0, (vocab - 3) * math.exp(-gap)
+        want = math.log(rest / (ours + rest)) if gap > 0 else -math.log1p(ours / rest)
+        assert math.exp(mass.item()) == pytest.approx(math.exp(want), rel=1e-4, abs=0) and mass.item() == pytest.approx(want, rel=1e-5, abs=0)
+        mass.backward()
+        p, inside = 1 / (ours + rest), ours / (ours + rest)
+        d = leaf.grad[0].double().cpu()
+        rel = 1e-4 if dtype == torch.float32 else 2**-7
+        assert d[listed].tolist() == pytest.approx([-p] * 3, rel=rel, abs=0)
+        assert d[77].item() == pytest.approx(inside / (vocab - 3), rel=rel, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_nothing_left_for_the_tail(backend, device, dtype):
+    """Every id listed, or all others at -inf: a constant. The lowest number that frameworks mask with too."""
+    x = draw(3, 12, dtype=dtype, device=device)
+    x[1, 5:] = -INF
+    x[2, 5:] = torch.finfo(dtype).min
+    y = torch.arange(12, device=device).expand(3, 12).clone()
+    y[1:, 5:] = -100
+    leaf = x.requires_grad_()
+    stats = rlkern.token_stats(leaf, y, with_tail=True)
+    assert (stats.tail_logmass == -INF).all() and stats.kept_logmass is None and stats.target_kept is None
+    stats.tail_logmass.backward(torch.ones(3, dtype=dtype, device=device))
+    assert (leaf.grad == 0).all()
+
+
+def test_a_tail_of_rows_without_a_probability(backend, device):
+    x, y = draw(5, 300, device=device), ids(300, 5, 3, device=device)
+    x[1] = -INF
+    x[2, 150], x[3, 299] = math.nan, INF
+    assert rlkern.token_stats(x, y, with_tail=True).tail_logmass.isnan().tolist() == [False, True, True, True, False]
+    x[:, 40:] = -INF  # tiles without any
+    y %= 40
+    x[1:4] = x[0]
+    check(x, y, with_tail=True)
+
+
+def test_ignore_index_may_be_an_id_of_the_tail(backend, device):
+    x, y = draw(4, 50, device=device), ids(50, 4, 5, device=device)
+    y[:, 2] = 7
+    y[3] = 7  # a skipped row
+    check(x, y, ignore_index=7, with_tail=True, only=["tail_logmass"])
+
+
+def test_a_tail_and_a_kept_set_do_not_go_together():
+    x, y = draw(2, 5), ids(5, 2)
+    for kept in ({"min_p": 0.1}, {"min_prob": 0.2}):
+        with pytest.raises(ValueError, match=r"with_tail=True takes no kept set: expected min_p and min_prob None, got"):
+            rlkern.token_stats(x, y, with_tail=True, **kept)
+    with pytest.raises(TypeError, match="with_tail must be True or False, got 'yes'"):
+        rlkern.token_stats(x, y, with_tail="yes")
+
+
 def test_the_reference_holds_nothing_larger_than_the_row():
     class Largest(TorchDispatchMode):
         numel = 0
@@ -105,7 +198,7 @@ def test_the_reference_holds_nothing_larger_than_the_row():
 
     x, y, state = draw(1, 3, 1000), ids(1000, 3, 600), torch.zeros(3, 606)
     with Largest() as largest:
-        reference.token_stats_backward(x, y, None, 1.0, -100, state, (torch.ones(3, 600), None, None, None, None), torch.empty_like(x))
+        reference.token_stats_backward(x, y, None, 1.0, -100, 0, state, (torch.ones(3, 600), None, None, None, None), torch.empty_like(x))
     assert 3 * 1000 <= largest.numel <= 3 * (1000 + 1)
 
 
@@ -119,7 +212,7 @@ def test_one_of_many_targets_out_of_range_makes_its_row_nan(backend, device):
         for wrong in (50, -1, 2**40):
             bad, out = y.clone(), torch.full_like(x, INF)
             bad[1, 5] = wrong
-            module.token_stats_backward(x, bad, None, 1.0, -100, state, (torch.ones_like(logp), None, None, None, None), out)
+            module.token_stats_backward(x, bad, None, 1.0, -100, 0, state, (torch.ones_like(logp), None, None, None, None), out)
             assert out.isnan().all(-1).tolist() == [[False, True, False]] and out[:, ::2].isfinite().all(), (k, wrong)
 
 
@@ -128,7 +221,7 @@ def test_without_entropy_everything_else_has_the_same_bits(backend, device, dtyp
     x, y = draw(6, TILED, device=device, dtype=dtype), ids(TILED, 6, 2, device=device)
     mask = torch.tensor([1, 0, 1, 1, 1, 1], device=device)
     options = {"mask": mask, "temperature": 0.7, "min_p": 0.2, "with_sum_sq": True}
-    every = [name for name in FIELDS if name != "entropy"]
+    every = [name for name in FIELDS if name not in ("entropy", "tail_logmass")]
     got, d_got = run(x, y, only=every, with_entropy=False, **options)
     want, d_want = run(x, y, only=every, **options)
     assert list(got) == every
@@ -351,6 +444,14 @@ def test_backends_continue_each_other():
         with rlkern.use_backend(backward):
             torch.autograd.backward(fields, [g.float() for g in upstream(fields)])
         torch.testing.assert_close(leaf.grad.double(), want, rtol=1e-5, atol=1e-6)
+        leaf = x.clone().requires_grad_()
+        with rlkern.use_backend(forward):
+            tail = rlkern.token_stats(leaf, y, with_tail=True).tail_logmass
+        with rlkern.use_backend(backward):
+            tail.sum().backward()
+        p, ours = x.double().softmax(-1), torch.zeros_like(x).scatter_(-1, y, 1.0).double()
+        inside = (p * ours).sum(-1, keepdim=True)
+        torch.testing.assert_close(leaf.grad.double(), p * ((1 - ours) / (1 - inside) - 1), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -72,6 +72,21 @@ def test_split_rows_of_every_type(shape, dtype):
     check(draw(1, 2, 1501, dtype=dtype), ids(1501, 1, 2, 3), temperature=1.3, min_p=0.05, with_sum_sq=True)
 
 
+@pytest.mark.parametrize("vocab", LENGTHS)
+@pytest.mark.parametrize("k", [3, 20])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_tails_of_split_rows(shape, vocab, k, dtype):
+    """Ids at the borders of tiles and parts, in rows that start anywhere."""
+    for variant in (SPLIT, WHOLE):
+        shape(variant, GROUPS)
+        x, y = draw(3, vocab + 7, dtype=dtype)[:, 3 : vocab + 3], ids(vocab, 3, k)
+        borders = torch.tensor([0, BLOCK - 1, BLOCK, 3 * BLOCK - 1, 3 * BLOCK, 8 * BLOCK, vocab - 1], device=DEVICE)
+        y[0, : len(borders)] = borders[:k] % vocab
+        y[1, 1:] = -100
+        if vocab > 1:
+            check(x, y, with_tail=True, only=["logp", "tail_logmass"])
+
+
 def test_split_rows_that_are_skipped(shape):
     shape(SPLIT)
     check_skipped(1501, DEVICE, with_sum_sq=True, min_p=0.1)
@@ -144,28 +159,34 @@ def test_the_columns_before_and_after_a_row_do_not_leak(shape):
         check(rows[1:2, 1 : n + 1].unsqueeze(0).expand(1, 1, n).squeeze(0), ids(n, 1), with_sum_sq=True, min_p=0.1)
 
 
+def reads_behind(last_row, monkeypatch) -> list[int]:
+    """Addresses soon behind it that kernels load from now on."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    size = last_row.element_size()
+    end, behind, load = last_row[-1].data_ptr() + size, [], InterpreterBuilder.create_masked_load
+
+    def watched(self, ptrs, mask, *args, **kwargs):
+        at = ptrs.data[mask.data]
+        behind.extend(at[(at >= end) & (at < end + 64 * size)].tolist())
+        return load(self, ptrs, mask, *args, **kwargs)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    return behind
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="looks into Triton's interpreter")
 @pytest.mark.parametrize("vocab", [3 * BLOCK - 1, 3 * BLOCK, 3 * BLOCK + 1, 3 * BLOCK + 6, 3 * BLOCK + 7, 5, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_nothing_behind_the_last_row_is_read(shape, dtype, vocab, monkeypatch):
     """Not even within its last 16 bytes: the memory may be nobody's."""
-    from triton.runtime.interpreter import InterpreterBuilder
-
     shape(WHOLE, GROUPS)
     rows, per_boundary = 3, 16 // dtype.itemsize
     stride = (vocab // per_boundary + 2) * per_boundary + 1
     storage = torch.full((rows * stride + 64,), math.nan, dtype=dtype)
     x = storage.as_strided((rows, vocab), (stride, 1))
     x.copy_(draw(rows, vocab, dtype=dtype))
-    end, behind = x[-1, -1].data_ptr() + dtype.itemsize, []
-    load = InterpreterBuilder.create_masked_load
-
-    def watched(self, ptrs, mask, *args, **kwargs):
-        at = ptrs.data[mask.data]
-        behind.extend(at[(at >= end) & (at < end + 64 * dtype.itemsize)].tolist())
-        return load(self, ptrs, mask, *args, **kwargs)
-
-    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", watched)
+    behind = reads_behind(x[-1], monkeypatch)
     stats = rlkern.token_stats(x.requires_grad_(), ids(vocab, rows), min_p=0.1, with_sum_sq=True)
     torch.autograd.grad((stats.logp + stats.kept_logmass).sum(), x)
     assert not behind and stats.entropy.isfinite().all()

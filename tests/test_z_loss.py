@@ -101,10 +101,12 @@ def test_row_moments():
     target, variance = row_moments(logits, targets)
     torch.testing.assert_close(variance, logits.var(-1, unbiased=False))
     torch.testing.assert_close(target, logits.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - logits.mean(-1))
-    args = (logits, targets, torch.zeros(4, dtype=torch.bool))
+    args = (logits, targets, torch.ones(4, dtype=torch.bool), -100)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.rlkern.row_moments.default, args, test_utils=checks)
-    torch.library.opcheck(torch.ops.rlkern.row_moments_backward.default, (*args, *torch.ones(3, 4).double()), test_utils=checks)
+    torch.library.opcheck(
+        torch.ops.rlkern.row_moments_backward.default, (*args, torch.zeros(4, 2).double(), *torch.ones(2, 4).double()), test_utils=checks
+    )
     leaf = logits.requires_grad_()
     (gradient,) = torch.autograd.grad(row_moments(leaf, targets).variance.sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="second time"):

@@ -1,6 +1,8 @@
 """Triton kernels, one file per primitive, with torch and triton only. See rlkern/backends/contract.py."""
 
 from .covariance import covariance_sums, token_covariance
+from .did import did_entropy_backward, did_entropy_forward
+from .moments import row_moments_backward, row_moments_forward
 from .pair import pair_backward, pair_forward
 from .ratio import kl_terms, ratio_terms
 from .selection import select_bottom, select_fraction, selected_means
@@ -11,10 +13,14 @@ CHECKS_TARGETS = False  # a check would wait for the device
 __all__ = [
     "CHECKS_TARGETS",
     "covariance_sums",
+    "did_entropy_backward",
+    "did_entropy_forward",
     "kl_terms",
     "pair_backward",
     "pair_forward",
     "ratio_terms",
+    "row_moments_backward",
+    "row_moments_forward",
     "select_bottom",
     "select_fraction",
     "selected_means",

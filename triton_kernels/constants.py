@@ -16,7 +16,7 @@ import triton.language as tl
     PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL, PAIR_KIND_ALPHA, PAIR_KIND_TOTAL_VARIATION,
 ) = (tl.constexpr(kind) for kind in range(9))  # fmt: skip
 
-KEPT_NONE, KEPT_MIN_P, KEPT_MIN_PROB = (tl.constexpr(kind) for kind in range(3))
+KEPT_NONE, KEPT_MIN_P, KEPT_MIN_PROB, KEPT_UNLISTED = (tl.constexpr(kind) for kind in range(4))
 KL_K1, KL_ABS, KL_K2, KL_K3 = (tl.constexpr(kind) for kind in range(4))
 
 (

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 
 
 class Gpu(NamedTuple):
@@ -95,6 +96,28 @@ FEW_TARGETS = 8  # a row: so many are worth a look from every tile, and more a s
 def target_warps(block: int) -> int:
     """Warps of a program that holds `block` targets of a row at once."""
     return min(16, max(1, block // 256))
+
+
+def strides(x: torch.Tensor) -> tuple[int, int]:
+    """Those of the rows of [A, B, V]."""
+    return x.stride(0), x.stride(1)
+
+
+def starts_aligned(x: torch.Tensor, align: int) -> bool:
+    """Whether every row of [A, B, V] starts on a 16-byte boundary, or a larger one, of `align` elements."""
+    return x.data_ptr() % (align * x.element_size()) == 0 and all(s % align == 0 for s in strides(x))
+
+
+def row_options(x: torch.Tensor, mask, temperature, acc: torch.dtype):
+    """(pointers of the mask and the temperatures, temperature, what all kernels over rows specialise on).
+    The logits stand for an absent tensor."""
+    if acc == torch.float64 and not isinstance(temperature, torch.Tensor):
+        # a Python float reaches a kernel as float32
+        temperature = torch.full((x.shape[0] * x.shape[1],), temperature, dtype=acc, device=x.device)
+    row_temperature = isinstance(temperature, torch.Tensor)
+    pointers = (x if mask is None else mask, temperature if row_temperature else x)
+    options = dict(HAS_MASK=mask is not None, ROW_TEMPERATURE=row_temperature, ACC=tl.float64 if acc == torch.float64 else tl.float32)
+    return pointers, (1.0 if row_temperature else temperature), options
 
 
 def device_of(tensor: torch.Tensor):

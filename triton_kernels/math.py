@@ -42,3 +42,15 @@ def log1p_gap(x):
     else:
         series = 1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13)))))
     return s * (x - 2.0 * q * series)
+
+
+@triton.jit
+def expm1(x):
+    """e^x - 1 for x >= 0, accurate relative to it."""
+    if x.dtype == tl.float64:
+        w = tl.exp(x)
+        small = tl.where(w == 1.0, x, (w - 1.0) * (x / tl.log(w)))
+        return tl.where(x < 1.0, small, w - 1.0)
+    series = 1.0 + x * (1.0 / 5) * (1.0 + x * (1.0 / 6) * (1.0 + x * (1.0 / 7) * (1.0 + x * (1.0 / 8))))
+    series = 1.0 + x * 0.5 * (1.0 + x * (1.0 / 3) * (1.0 + x * 0.25 * series))
+    return tl.where(x < 0.5, x * series, tl.exp(x) - 1.0)

@@ -10,11 +10,10 @@ import torch
 import triton
 
 from .constants import PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL
-from .launch import device_of, gpu, pair_backward_shape, pair_forward_shape
+from .launch import device_of, gpu, pair_backward_shape, pair_forward_shape, row_options, starts_aligned, strides
 from .pair_backward import pair_backward_kernel
 from .pair_forward import pair_forward_kernel
 from .pair_split import PARTS, pair_merge_kernel, pair_mixture_part_kernel, pair_part_kernel
-from .token_stats import row_arguments, row_strides
 
 MIXTURES = tuple(kind.value for kind in (PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL))
 
@@ -25,24 +24,19 @@ def _same(a, b) -> bool:
     return a.data_ptr() == b.data_ptr() if all(tensors) else a == b if not any(tensors) else False
 
 
-def _pair_arguments(logits, other, targets, mask, temperature, other_temperature, state):
-    """As row_arguments, of both rows."""
-    same = _same(temperature, other_temperature)
-    pointers, temperature, options = row_arguments(logits, targets, mask, temperature, state)
-    other_pointers, other_temperature, _ = row_arguments(other, None, None, other_temperature, state)
-    pointers = (logits, other, *pointers[1:], other_pointers[-1])
-    aligns = 16 // logits.element_size(), 16 // other.element_size()
-    return pointers, (temperature, other_temperature), options | dict(SAME_TEMPERATURE=same, ALIGN=aligns[0], OTHER_ALIGN=aligns[1])
-
-
-def _aligned(*tensors) -> bool:
-    """Whether every row starts on a 16-byte boundary."""
-    return all(t.data_ptr() % 16 == 0 and all(s * t.element_size() % 16 == 0 for s in row_strides(t)) for t in tensors)
+def _common(logits, other, targets, mask, temperature, other_temperature, state):
+    """(pointers, temperatures, what all kernels specialise on). The logits stand for an absent tensor."""
+    same, acc = _same(temperature, other_temperature), state.dtype
+    (mask_pointer, temperatures), temperature, options = row_options(logits, mask, temperature, acc)
+    (_, other_temperatures), other_temperature, _ = row_options(other, None, other_temperature, acc)
+    pointers = (logits, other, logits if targets is None else targets, mask_pointer, temperatures, other_temperatures)
+    options |= dict(K=0 if targets is None else 1, K_BLOCK=1, SAME_TEMPERATURE=same)
+    return pointers, (temperature, other_temperature), options | dict(ALIGN=16 // logits.element_size(), OTHER_ALIGN=16 // other.element_size())
 
 
 def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
     divergence, logp, entropy, logsumexp, *others, state = out
-    pointers, temperatures, options = _pair_arguments(logits, other, targets, mask, temperature, other_temperature, state)
+    pointers, temperatures, options = _common(logits, other, targets, mask, temperature, other_temperature, state)
     outer, inner, vocab = logits.shape
     rows, has_targets = outer * inner, targets is not None
     stats, with_other = any(t is not None for t in (logp, entropy, logsumexp)), any(t is not None for t in others)
@@ -53,10 +47,11 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
         for t, computed in zip((divergence, logp, entropy, logsumexp, *others), wanted, strict=True)
     ]
     options |= dict(KIND=kind, STATS=stats, OTHER=with_other)
-    aligned, mixture, align = _aligned(logits, other), kind in MIXTURES, options["ALIGN"]
+    mixture, align = kind in MIXTURES, options["ALIGN"]
+    aligned = starts_aligned(logits, align) and starts_aligned(other, options["OTHER_ALIGN"])
     shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
     tile = dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
-    row_args = (inner, *row_strides(logits), *row_strides(other), vocab, *temperatures, ignore_index)
+    row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, ignore_index)
     with device_of(logits):
         if shape.splits == 1:
             pair_forward_kernel[(rows,)](*pointers, *outputs, state, *row_args, beta, **options, MIXTURE=mixture, **tile)
@@ -72,9 +67,10 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
 
 
 def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
-    pointers, temperatures, options = _pair_arguments(logits, other, targets, mask, temperature, other_temperature, state)
+    pointers, temperatures, options = _common(logits, other, targets, mask, temperature, other_temperature, state)
     outer, inner, vocab = logits.shape
-    aligned, align = _aligned(logits, other, out), options["ALIGN"]
+    align = options["ALIGN"]
+    aligned = all(s % (16 // x.element_size()) == 0 for x in (logits, other, out) for s in strides(x))
     options["OTHER_ALIGN"] = min(align, options["OTHER_ALIGN"])  # columns count from the gradient's boundaries
     shape = pair_backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
@@ -82,7 +78,7 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
     options |= {f"HAS_{name}": g is not None for name, g in zip(("DIVERGENCE", "LOGP", "ENTROPY", "LSE"), grads, strict=True)}
 
     def same_lead(x, align):
-        return all((a - b) % align == 0 for a, b in zip(row_strides(x), row_strides(out), strict=True))
+        return all((a - b) % align == 0 for a, b in zip(strides(x), strides(out), strict=True))
 
     tile = dict(
         ALIGNED=aligned,
@@ -91,8 +87,6 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
         OTHER_SAME_LEAD=same_lead(other, options["OTHER_ALIGN"]),
         **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
     )
-    strides = (*row_strides(logits), *row_strides(other), *row_strides(out))
+    row_args = (inner, *strides(logits), *strides(other), *strides(out), vocab, groups, *temperatures, ignore_index, beta)
     with device_of(logits):
-        pair_backward_kernel[(outer * inner * groups,)](
-            *pointers, *upstream, inner, *strides, vocab, groups, *temperatures, ignore_index, beta, KIND=kind, **options, **tile
-        )  # fmt: skip
+        pair_backward_kernel[(outer * inner * groups,)](*pointers, *upstream, *row_args, KIND=kind, **options, **tile)

@@ -20,9 +20,9 @@ from .constants import (
     PAIR_TARGET,
     PAIR_WIDTH,
 )
+from .gradient import columns, edges, load_upstream, write_zeros
 from .pair_terms import bounded, log_ratio, slope_term
 from .rows import BATCH_SHAPE, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
-from .token_stats_backward import edge_columns, load_grad
 
 
 @triton.jit
@@ -74,30 +74,20 @@ def pair_backward_kernel(
     other_start = row_start(row, inner, other_stride_a, other_stride_b, OTHER_ALIGN if ALIGNED else 1)
     out_start = row_start(row, inner, out_stride_a, out_stride_b, ALIGN if ALIGNED else 1)
     row = row.to(tl.int64)
-    # Columns count from the gradient's 16-byte boundary before the row. The body lies between boundaries.
-    lead = tl.zeros((), tl.int32) if ALIGNED else (out_start % ALIGN).to(tl.int32)
-    end = vocab + lead
-    body = 0 if ALIGNED else ALIGN
-    body_end = tl.multiple_of(end // ALIGN * ALIGN, ALIGN)
-    last = tl.minimum(first + TILES * BLOCK, body_end)
+    lead, body, body_end, end, last = columns(out_start, first, vocab, ALIGN, ALIGNED, BLOCK, TILES)
     x_ptr = logits_ptr + (tl.multiple_of(start - lead, ALIGN) if SAME_LEAD else start - lead)
     other_x_ptr = other_ptr + (tl.multiple_of(other_start - lead, OTHER_ALIGN) if OTHER_SAME_LEAD else other_start - lead)
     z_ptr = out_ptr + tl.multiple_of(out_start - lead, ALIGN)
     cols = tl.arange(0, BLOCK)
-    edge, in_row = edge_columns(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
+    edge, in_row = edges(lead, body, body_end, end, ALIGN)
 
     active, targets = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
-    g_divergence = load_grad(g_divergence_ptr, row, HAS_DIVERGENCE, ACC)
-    g_logp = load_grad(g_logp_ptr, row, HAS_LOGP, ACC)
-    g_entropy = load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
-    g_lse = load_grad(g_lse_ptr, row, HAS_LSE, ACC)
+    g_divergence = load_upstream(g_divergence_ptr, row, HAS_DIVERGENCE, ACC)
+    g_logp = load_upstream(g_logp_ptr, row, HAS_LOGP, ACC)
+    g_entropy = load_upstream(g_entropy_ptr, row, HAS_ENTROPY, ACC)
+    g_lse = load_upstream(g_lse_ptr, row, HAS_LSE, ACC)
     if not (active & ((g_divergence != 0) | (g_logp != 0) | (g_entropy != 0) | (g_lse != 0))):
-        zero = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
-        for tile in range(first, last, BLOCK):
-            tl.store(z_ptr + tile + cols, zero, mask=(tile + cols >= body) & (tile + cols < body_end))
-        if EDGES:
-            if first == 0:
-                tl.store(z_ptr + edge, tl.zeros((2 * ALIGN,), out_ptr.dtype.element_ty), mask=in_row)
+        write_zeros(z_ptr, first, last, edge, in_row, body, body_end, EDGES, BLOCK)
         return
 
     beta = tl.full((), beta, ACC)

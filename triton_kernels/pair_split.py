@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .pair_forward import balanced, frame_growth, frame_scale, lowest, mixture_sweep, moved, pair_sweep, pair_totals, write_no_pair, write_pair
 from .rows import BATCH_SHAPE, FLOOR, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
-from .token_stats_split import part_of_row
+from .token_stats_split import part_of
 
 PARTS = tl.constexpr(16)
 
@@ -86,7 +86,7 @@ def pair_part_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     other_inv_t = row_inv_temperature(other_temperature, other_temperature_ptr, row, ROW_TEMPERATURE, ACC)
-    begin, end = part_of_row(vocab, part, BLOCK, SPLITS)
+    begin, end = part_of(vocab, part, BLOCK, SPLITS)
     m, other_m, other_ref, ties, s0, x, a, b, s1, worst, own_m, own_ties, own0, own1 = pair_sweep(
         row_ptr, other_row_ptr, begin, end, inv_t, other_inv_t, other_inv_t - inv_t,
         KIND, STATS, OTHER, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
@@ -132,7 +132,7 @@ def pair_mixture_part_kernel(
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     other_inv_t = row_inv_temperature(other_temperature, other_temperature_ptr, row, ROW_TEMPERATURE, ACC)
     difference = other_inv_t - inv_t
-    begin, end = part_of_row(vocab, part, BLOCK, SPLITS)
+    begin, end = part_of(vocab, part, BLOCK, SPLITS)
     parts_row = parts_ptr + row * (PARTS * SPLITS)
     m, other_m, other_ref, ties, s0, x, _a, _b, _s1, _worst = _merge(
         parts_row, inv_t, other_inv_t, difference, KIND, SAME_TEMPERATURE, ACC, SPLITS

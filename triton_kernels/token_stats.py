@@ -7,47 +7,32 @@ token_stats_backward.py    several programs a row, and one more for many targets
 
 import torch
 import triton
-import triton.language as tl
 
-from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, target_warps
+from .constants import KEPT_UNLISTED
+from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, row_options, starts_aligned, strides, target_warps
 from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
 from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
 from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
 
 
-def row_arguments(logits, targets, mask, temperature, state):
+def _common(logits, targets, mask, temperature, state):
     """Pointers and specialisations that all kernels share. The logits stand for an absent tensor."""
-    acc = state.dtype
-    if acc == torch.float64 and not isinstance(temperature, torch.Tensor):
-        # a Python float reaches a kernel as float32
-        temperature = torch.full((logits.shape[0] * logits.shape[1],), temperature, dtype=acc, device=logits.device)
-    row_temperature = isinstance(temperature, torch.Tensor)
+    pointers, temperature, options = row_options(logits, mask, temperature, state.dtype)
     n_targets = 0 if targets is None else targets.shape[1]
-    pointers = (logits, *(logits if x is None else x for x in (targets, mask)), temperature if row_temperature else logits)
-    options = dict(
-        K=n_targets,
-        K_BLOCK=triton.next_power_of_2(max(1, n_targets)),
-        HAS_MASK=mask is not None,
-        ROW_TEMPERATURE=row_temperature,
-        ACC=tl.float64 if acc == torch.float64 else tl.float32,
-    )
-    return pointers, (1.0 if row_temperature else temperature), options
-
-
-def row_strides(x):
-    return x.stride(0), x.stride(1)
+    options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)))
+    return (logits, logits if targets is None else targets, *pointers), temperature, options
 
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
     *outputs, state = out
     if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
         outputs[1] = torch.empty_like(outputs[2])
-    pointers, temperature, options = row_arguments(logits, targets, mask, temperature, state)
+    pointers, temperature, options = _common(logits, targets, mask, temperature, state)
     with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
     outer, inner, vocab = logits.shape
-    rows, row_args = outer * inner, (inner, *row_strides(logits), vocab, temperature, ignore_index)
+    rows, row_args = outer * inner, (inner, *strides(logits), vocab, temperature, ignore_index)
     align = 16 // logits.element_size()
-    aligned = logits.data_ptr() % 16 == 0 and all(s % align == 0 for s in row_strides(logits))
+    aligned = starts_aligned(logits, align)
     shifted = CAN_SHIFT and not aligned
     card = gpu(logits.device)
     shape = forward_shape(card, vocab, logits.element_size(), aligned)
@@ -57,41 +42,47 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=shifted, BLOCK=shape.block, LANES=lanes, num_warps=shape.warps)
     sums = dict(SUM_SQ=with_sum_sq, STAGES=shape.stages)
     with device_of(logits):
+        listed = logits
+        if kept_kind == KEPT_UNLISTED.value:
+            listed = targets.masked_fill(targets == ignore_index, torch.iinfo(torch.int64).max).sort(dim=-1).values
         if shape.splits == 1:
-            token_stats_forward_kernel[(rows,)](*pointers, *outputs, state, *row_args, log_kept, **options, KEPT=kept_kind, **sums, **tile)
+            token_stats_forward_kernel[(rows,)](*pointers, listed, *outputs, state, *row_args, log_kept, **options, KEPT=kept_kind, **sums, **tile)
             return
         parts = logits.new_empty((rows, 7, shape.splits), dtype=state.dtype)
         split = dict(SPLITS=shape.splits, **options)
         token_stats_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, **split, **sums, **tile)
         if kept_kind:
-            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
+            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, listed, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
         split |= dict(SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
         token_stats_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, log_kept, **split)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
-    pointers, temperature, options = row_arguments(logits, targets, mask, temperature, state)
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
+    pointers, temperature, options = _common(logits, targets, mask, temperature, state)
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
-    aligned = all(s % align == 0 for s in row_strides(logits) + row_strides(out))
+    aligned = all(s % align == 0 for s in strides(logits) + strides(out))
     shape = backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
     upstream = (state, *(logits if g is None else g for g in grads), out, inner)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}
-    at_targets = options["HAS_LOGP"] and options["K"] <= FEW_TARGETS
+    options["HAS_TAIL"] = kept_kind == KEPT_UNLISTED.value and options["HAS_KEPT"]
+    options["HAS_KEPT"] = options["HAS_KEPT"] and not options["HAS_TAIL"]
+    writes_targets = options["HAS_LOGP"] or options["HAS_TAIL"]
+    at_targets = writes_targets and options["K"] <= FEW_TARGETS
     tile = dict(
         AT_TARGETS=at_targets,
         ALIGN=align,
         ALIGNED=aligned,
         EDGES=not aligned or vocab % align != 0,
-        SAME_LEAD=all((a - b) % align == 0 for a, b in zip(row_strides(logits), row_strides(out), strict=True)),
+        SAME_LEAD=all((a - b) % align == 0 for a, b in zip(strides(logits), strides(out), strict=True)),
         **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
     )
     with device_of(logits):
-        row_args = (*upstream, *row_strides(logits), *row_strides(out), vocab, groups, temperature, ignore_index)
+        row_args = (*upstream, *strides(logits), *strides(out), vocab, groups, temperature, ignore_index)
         token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)
-        if options["HAS_LOGP"] and not at_targets:
+        if writes_targets and not at_targets:
             in_order, order = targets.sort(dim=-1, stable=True)
-            row_args = (*upstream, *row_strides(out), vocab, temperature, ignore_index)
+            row_args = (*upstream, *strides(out), vocab, temperature, ignore_index)
             options["num_warps"] = target_warps(options["K_BLOCK"])
             token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, *pointers[1:], *row_args, **options)

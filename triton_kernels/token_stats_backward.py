@@ -10,21 +10,9 @@ import triton
 import triton.language as tl
 
 from .constants import STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_SUM_SQ, STATE_TARGETS, STATE_THRESHOLD
+from .gradient import columns, edges, load_upstream, write_zeros
+from .math import expm1
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
-
-
-@triton.jit
-def edge_columns(e, lead, body, body_end, end, ALIGN: tl.constexpr):
-    """Columns outside the body, before and after it, as e = 0, 1, ..., and which of them are the row's."""
-    col = tl.where(e < ALIGN, e, body_end + e - ALIGN)
-    return col, (e < 2 * ALIGN) & (col >= lead) & (col < end) & ((e < ALIGN) == (col < body))
-
-
-@triton.jit
-def load_grad(ptr, row, HAS: tl.constexpr, ACC: tl.constexpr):
-    if HAS:
-        return tl.load(ptr + row)
-    return tl.zeros((), ACC)
 
 
 @triton.jit
@@ -87,16 +75,16 @@ def _gradient_tile(
 @triton.jit
 def _upstream(
     row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
-    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr,
+    HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(whether anything flows back into the row, its targets [K_BLOCK], upstream gradients: logp's [K_BLOCK],
     each statistic's)"""
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
-    g_entropy = load_grad(g_entropy_ptr, row, HAS_ENTROPY, ACC)
-    g_lse = load_grad(g_lse_ptr, row, HAS_LSE, ACC)
-    g_sum_sq = load_grad(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
-    g_kept = load_grad(g_kept_ptr, row, HAS_KEPT, ACC)
+    g_entropy = load_upstream(g_entropy_ptr, row, HAS_ENTROPY, ACC)
+    g_lse = load_upstream(g_lse_ptr, row, HAS_LSE, ACC)
+    g_sum_sq = load_upstream(g_sum_sq_ptr, row, HAS_SUM_SQ, ACC)
+    g_kept = load_upstream(g_kept_ptr, row, HAS_KEPT or HAS_TAIL, ACC)
     flows = (g_entropy != 0) | (g_lse != 0) | (g_sum_sq != 0) | (g_kept != 0)
     g_logp = tl.zeros((K_BLOCK,), ACC)
     if HAS_LOGP:
@@ -109,11 +97,11 @@ def _upstream(
 @triton.jit
 def _row_coefficients(
     state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
-    K: tl.constexpr, K_BLOCK: tl.constexpr,
-    HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr,
+    HAS_KEPT: tl.constexpr, HAS_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(rest, weight, others, c0, c1, c2, inside, delta) of dz = e * c. What turns e into p, and the chain
-    rule's 1/T, are in them. others: c0 without what comes from the targets."""
+    rule's 1/T, are in them. others: c0 without what comes from the targets' logp, as it is at the targets."""
     rest = tl.load(state_row + STATE_REST)
     c0 = g_lse
     c1 = -g_entropy * LN2  # t is in base 2
@@ -130,11 +118,19 @@ def _row_coefficients(
         g_kept = tl.where(log_mass == NEG_INF, 0.0, g_kept)  # an empty kept set is a constant
         inside = tl.where(g_kept == 0, 0.0, g_kept * tl.exp(-log_mass))
         c0 -= g_kept
-    others = c0
-    if HAS_LOGP:
+    if HAS_TAIL:  # at the targets -1, elsewhere 1 / (1 - S) - 1 = S / (1 - S)
+        log_mass = tl.load(state_row + STATE_KEPT)
+        g_kept = tl.where(log_mass == NEG_INF, 0.0, g_kept)
+    others = c0 - g_kept if HAS_TAIL else c0
+    if HAS_LOGP or HAS_TAIL:
         lost = (tl.arange(0, K_BLOCK) < K) & (y != ignore_index) & ((y < 0) | (y >= vocab))
-        others = tl.where(tl.sum(lost.to(tl.int32), axis=0) > 0, float("nan"), others)
-        c0 = others - tl.sum(g_logp, axis=0)
+        undefined = tl.sum(lost.to(tl.int32), axis=0) > 0
+        others = tl.where(undefined, float("nan"), others)
+        if HAS_TAIL:
+            elsewhere = tl.where(g_kept == 0, 0.0, g_kept * expm1(-log_mass))
+            c0 = tl.where(undefined, float("nan"), c0 + elsewhere) - tl.sum(g_logp, axis=0)
+        else:
+            c0 = others - tl.sum(g_logp, axis=0)
     weight = inv_t / (1.0 + rest)
     return rest, weight, others * weight, c0 * weight, c1 * weight, c2 * (weight / (1.0 + rest)), inside * weight, delta
 
@@ -147,6 +143,7 @@ def token_stats_backward_kernel(
     inner, stride_a, stride_b, out_stride_a, out_stride_b, vocab, groups, temperature, ignore_index,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
+    HAS_TAIL: tl.constexpr,  # g_kept_ptr is of the mass of the ids that are not targets
     ACC: tl.constexpr,
     AT_TARGETS: tl.constexpr,  # the tiles write the targets
     ALIGN: tl.constexpr,
@@ -162,36 +159,25 @@ def token_stats_backward_kernel(
     out_start = row_start(row, inner, out_stride_a, out_stride_b, ALIGN if ALIGNED else 1)
     row = row.to(tl.int64)
     state_row = state_ptr + row * (STATE_TARGETS + K)
-    lead = tl.zeros((), tl.int32) if ALIGNED else (out_start % ALIGN).to(tl.int32)
-    # Columns count from the 16-byte boundary before the row. The body lies between boundaries: even its
-    # masked tiles move 16 bytes at a time.
-    end = vocab + lead
-    body = 0 if ALIGNED else ALIGN
-    body_end = tl.multiple_of(end // ALIGN * ALIGN, ALIGN)
-    last = tl.minimum(first + TILES * BLOCK, body_end)
+    lead, body, body_end, end, last = columns(out_start, first, vocab, ALIGN, ALIGNED, BLOCK, TILES)
     x_ptr = logits_ptr + (tl.multiple_of(start - lead, ALIGN) if SAME_LEAD else start - lead)
     z_ptr = out_ptr + tl.multiple_of(out_start - lead, ALIGN)
     cols = tl.arange(0, BLOCK)
-    edge, in_row = edge_columns(tl.arange(0, 2 * ALIGN), lead, body, body_end, end, ALIGN)
+    edge, in_row = edges(lead, body, body_end, end, ALIGN)
 
     flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
         row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
-        K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, ACC,
+        K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
     if not flows:
-        zero = tl.zeros((BLOCK,), out_ptr.dtype.element_ty)
-        for tile in range(first, last, BLOCK):
-            tl.store(z_ptr + tile + cols, zero, mask=(tile + cols >= body) & (tile + cols < body_end))
-        if EDGES:
-            if first == 0:
-                tl.store(z_ptr + edge, tl.zeros((2 * ALIGN,), out_ptr.dtype.element_ty), mask=in_row)
+        write_zeros(z_ptr, first, last, edge, in_row, body, body_end, EDGES, BLOCK)
         return
 
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     m = tl.load(state_row + STATE_MAX)
     rest, weight, others, c0, c1, c2, inside, delta = _row_coefficients(
         state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
-        K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+        K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
     scale = inv_t * LOG2E
     if EDGES:
@@ -224,6 +210,7 @@ def token_stats_backward_targets_kernel(
     inner, out_stride_a, out_stride_b, vocab, temperature, ignore_index,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
+    HAS_TAIL: tl.constexpr,  # g_kept_ptr is of the mass of the ids that are not targets
     ACC: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient at a row's targets. Equal ones stand side by side; the last of them has the sum."""
@@ -232,7 +219,7 @@ def token_stats_backward_targets_kernel(
     row = row.to(tl.int64)
     flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
         row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
-        K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, ACC,
+        K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
     if not flows:
         return
@@ -240,14 +227,14 @@ def token_stats_backward_targets_kernel(
     state_row = state_ptr + row * (STATE_TARGETS + K)
     rest, weight, others, _c0, c1, c2, inside, delta = _row_coefficients(
         state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
-        K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, ACC,
+        K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
     k = tl.arange(0, K_BLOCK)
     y = tl.load(sorted_ptr + row * K + k, mask=k < K, other=ignore_index)
     following = tl.load(sorted_ptr + row * K + k + 1, mask=k + 1 < K, other=ignore_index)
     at = tl.load(order_ptr + row * K + k, mask=k < K, other=0)
     in_vocab = (y != ignore_index) & (y >= 0) & (y < vocab)
-    g = tl.load(g_logp_ptr + row * K + at, mask=in_vocab, other=0.0)
+    g = tl.load(g_logp_ptr + row * K + at, mask=in_vocab, other=0.0) if HAS_LOGP else tl.zeros((K_BLOCK,), ACC)
     shifted_y = tl.load(state_row + STATE_TARGETS + at, mask=in_vocab, other=0.0)
     _y, at_y = tl.associative_scan((y, g), 0, _add_equals)
     # The sum of all in the same order: of targets that are all the same their difference is 0.

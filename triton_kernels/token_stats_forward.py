@@ -18,6 +18,7 @@ import triton.language as tl
 
 from .constants import (
     KEPT_MIN_P,
+    KEPT_UNLISTED,
     STATE_KEPT,
     STATE_MAX,
     STATE_MEAN_U,
@@ -61,8 +62,10 @@ def add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
 
 
 @triton.jit
-def _kept_tile(x, m, delta, scale, kept, dropped):
+def _kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
     e = tl.exp2(exponent(x, m, scale))
+    if KEPT == KEPT_UNLISTED:  # the others are not in x
+        return kept + tl.sum(e, axis=0), dropped
     inside = x - m >= delta
     return kept + tl.sum(tl.where(inside, e, 0.0), axis=0), dropped + tl.sum(tl.where(inside, 0.0, e), axis=0)
 
@@ -71,7 +74,7 @@ def _kept_tile(x, m, delta, scale, kept, dropped):
 
 
 @triton.jit
-def _row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
+def row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
     """(what loads count from: the row, if SHIFTED the 16-byte boundary before it; elements between them)"""
     lead = tl.zeros((), tl.int32)
     if SHIFTED:
@@ -80,7 +83,7 @@ def _row_boundary(row_ptr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr):
 
 
 @triton.jit
-def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+def whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     line = tl.arange(0, BLOCK // LANES)[:, None]
     replaced = tl.cdiv(lead, ALIGN) * ALIGN  # lanes, whole loads of them
     if not SHIFTED:
@@ -103,7 +106,7 @@ def _whole_tile(boundary, i, lead, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, B
 
 
 @triton.jit
-def _last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+def last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
     """The same, element by element: nothing outside of the row is read. Both loads are contiguous along a
     line. If they were not, Triton 3.6 would keep each sum in several threads, which all write it to shared
     memory at once."""
@@ -117,7 +120,7 @@ def _last_tile(boundary, i, lead, end, SHIFTED: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _end_of_whole_tiles(begin, end, vocab, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr):
+def end_of_whole_tiles(begin, end, vocab, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr):
     """A shifted tile loads up to ALIGN - 1 elements behind its last column: they must be the row's. More than
     one tile may be left."""
     return tl.maximum(begin, (tl.minimum(end, vocab - (ALIGN - 1)) if SHIFTED else end) // BLOCK * BLOCK)
@@ -139,7 +142,7 @@ else:
 
 
 @triton.jit
-def _sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
+def sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
     """In the order of the columns."""
     return tl.sum(_rotate(s, lead, LANES) if SHIFTED else s, axis=0)
 
@@ -152,7 +155,7 @@ def sweep(
 ):  # fmt: skip
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, how many are equal to m, S0, S1,
     S2 of the others)."""
-    boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
+    boundary, lead = row_boundary(row_ptr, ALIGN, SHIFTED)
     m = tl.full((), NEG_INF, ACC)
     ties = tl.zeros((), ACC)
     r0 = tl.zeros((), ACC)
@@ -161,45 +164,83 @@ def sweep(
     s0 = tl.zeros((LANES,), ACC)
     s1 = tl.zeros((LANES,), ACC)
     s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
-    whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
+    whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
-        x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SHIFTED:
         if end - whole > BLOCK:
-            x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
             m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
             whole += BLOCK
     if whole < end:
-        x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+        x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
-        r2 += _sum_lanes(s2, lead, SHIFTED, LANES)
-    return m, ties, _sum_lanes(s0, lead, SHIFTED, LANES) + r0, _sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2
+        r2 += sum_lanes(s2, lead, SHIFTED, LANES)
+    return m, ties, sum_lanes(s0, lead, SHIFTED, LANES) + r0, sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2
+
+
+@triton.jit
+def _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, K: tl.constexpr, K_BLOCK: tl.constexpr, ACC: tl.constexpr):
+    """(S0 of the listed entries in [begin, end), each once; the place of the first of them)"""
+    k = tl.arange(0, K_BLOCK)
+    y = tl.load(listed_row + k, mask=k < K, other=vocab)
+    following = tl.load(listed_row + k + 1, mask=k + 1 < K, other=vocab)
+    x = tl.load(row_ptr + y, mask=(y >= begin) & (y < end) & (y != following), other=NEG_INF).to(ACC)
+    return tl.sum(tl.exp2(exponent(x, m, scale)), axis=0), tl.sum((y < begin).to(tl.int32), axis=0)
+
+
+@triton.jit
+def _without_listed(x, i, lead, listed_row, place, K: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """(the tile at column i with -inf for its run of listed ids, which starts at `place`; where the next run
+    starts)"""
+    line = tl.arange(0, BLOCK // LANES)[:, None] * LANES  # known to the compiler: no registers for columns
+    lane = tl.arange(0, LANES)[None, :]
+    first = i + lane
+    if SHIFTED:
+        first += tl.where(lane < lead, LANES, 0) - lead
+    y = tl.load(listed_row + place, mask=place < K, other=i + BLOCK)
+    while y < i + BLOCK:
+        x = tl.where(line == y.to(tl.int32) - first, NEG_INF, x)
+        place += 1
+        y = tl.load(listed_row + place, mask=place < K, other=i + BLOCK)
+    return x, place
 
 
 @triton.jit
 def kept_sweep(
-    row_ptr, begin, end, vocab, m, delta, scale,
-    ACC: tl.constexpr, ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+    row_ptr, begin, end, vocab, m, delta, scale, listed_row,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
+    ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`."""
-    boundary, lead = _row_boundary(row_ptr, ALIGN, SHIFTED)
+    """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row:
+    the row's ids [K] in order, for KEPT_UNLISTED."""
+    boundary, lead = row_boundary(row_ptr, ALIGN, SHIFTED)
     kept = tl.zeros((LANES,), ACC)
     dropped = tl.zeros((LANES,), ACC)
-    whole = _end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
+    if KEPT == KEPT_UNLISTED:
+        listed, place = _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, K, K_BLOCK, ACC)
+    whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in range(begin, whole, BLOCK):
-        x = _whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+        x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        if KEPT == KEPT_UNLISTED:
+            x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
+        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     if SHIFTED:
         if end - whole > BLOCK:
-            x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
+            x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            if KEPT == KEPT_UNLISTED:
+                x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
+            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
             whole += BLOCK
     if whole < end:
-        x = _last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped)
-    return _sum_lanes(kept, lead, SHIFTED, LANES), _sum_lanes(dropped, lead, SHIFTED, LANES)
+        x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+        if KEPT == KEPT_UNLISTED:
+            x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
+        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
+    kept, dropped = sum_lanes(kept, lead, SHIFTED, LANES), sum_lanes(dropped, lead, SHIFTED, LANES)
+    return kept, (listed if KEPT == KEPT_UNLISTED else dropped)
 
 
 @triton.jit
@@ -214,7 +255,9 @@ def log_total(m, ties, s0):
 
 @triton.jit
 def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexpr):
-    """x is kept where x - m reaches it."""
+    """x is kept where x - m reaches it, and all but the listed are, for KEPT_UNLISTED."""
+    if KEPT == KEPT_UNLISTED:
+        return tl.full((), NEG_INF, ACC)
     log_kept = tl.full((), log_kept, ACC)
     return (log_kept if KEPT == KEPT_MIN_P else log_kept + log_s0) / inv_t
 
@@ -284,6 +327,7 @@ def write_zeros(
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_forward_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
+    listed_ptr,  # [N, K], for KEPT_UNLISTED: the targets of each row that are not ignored, in order
     logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,  # [N, K], [N] four times, [N, STATE_TARGETS + K]
     inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
@@ -307,8 +351,9 @@ def token_stats_forward_kernel(
     dropped = tl.zeros((), ACC)
     if KEPT:
         _rest, log_s0, _nothing = log_total(m, ties, s0)
+        delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         kept, dropped = kept_sweep(
-            row_ptr, 0, vocab, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES
+            row_ptr, 0, vocab, vocab, m, delta, scale, listed_ptr + row * K, K, K_BLOCK, KEPT, ACC, ALIGN, SHIFTED, BLOCK, LANES
         )
     write_row(
         row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,

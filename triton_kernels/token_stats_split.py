@@ -16,7 +16,7 @@ from .token_stats_forward import kept_sweep, kept_threshold, log_total, sweep, w
 
 
 @triton.jit
-def part_of_row(vocab, part, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+def part_of(vocab, part, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
     """First and last column, whole tiles but at the row's end; the last parts of a row may be empty."""
     share = tl.cdiv(tl.cdiv(vocab, BLOCK), SPLITS) * BLOCK
     begin = part * share
@@ -58,7 +58,7 @@ def token_stats_part_kernel(
     if not active:
         return
     scale = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC) * LOG2E
-    begin, end = part_of_row(vocab, part, BLOCK, SPLITS)
+    begin, end = part_of(vocab, part, BLOCK, SPLITS)
     m, ties, s0, s1, s2 = sweep(row_ptr, begin, end, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
     out = parts_ptr + row * (7 * SPLITS) + part
     tl.store(out, m)
@@ -73,6 +73,7 @@ def token_stats_part_kernel(
 def token_stats_kept_part_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     parts_ptr,  # [N, 7, SPLITS]
+    listed_ptr,  # [N, K], for KEPT_UNLISTED: the targets of each row that are not ignored, in order
     inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, KEPT: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
@@ -88,13 +89,12 @@ def token_stats_kept_part_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
-    begin, end = part_of_row(vocab, part, BLOCK, SPLITS)
+    begin, end = part_of(vocab, part, BLOCK, SPLITS)
     parts_row = parts_ptr + row * (7 * SPLITS)
     m, ties, s0, _s1, _s2 = _merge(parts_row, scale, False, SPLITS)
     _rest, log_s0, _nothing = log_total(m, ties, s0)
-    kept, dropped = kept_sweep(
-        row_ptr, begin, end, vocab, m, kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC), scale, ACC, ALIGN, SHIFTED, BLOCK, LANES
-    )
+    delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
+    kept, dropped = kept_sweep(row_ptr, begin, end, vocab, m, delta, scale, listed_ptr + row * K, K, K_BLOCK, KEPT, ACC, ALIGN, SHIFTED, BLOCK, LANES)
     tl.store(parts_row + 5 * SPLITS + part, kept)
     tl.store(parts_row + 6 * SPLITS + part, dropped)
 

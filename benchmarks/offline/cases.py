@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from rlkern.backends.contract import PairKind, PairState, State
+from rlkern.backends.contract import KeptKind, PairKind, PairState, State
 from rlkern.backends.gradient_memory import new_gradient
 
 BATCH, TIME = 8, 1024  # rows come as [8, 1024, V], the shape in which trainers hold them
@@ -21,26 +21,31 @@ LAYOUTS = {"V=151936": (151936, 151936), "V=50257 padded": (50257, 50304)}
 LAYOUTS |= {"V=50257": (50257, 50257), "V=262144 odd stride": (262144, 262145)}
 
 FORWARD = {"forward": {}, "forward +sum_sq": {"sum_sq": True}, "forward +kept": {"kept": 1}, "forward K=8": {"targets": 8}}
+FORWARD |= {"forward K=128 +tail": {"targets": 128, "kept": KeptKind.UNLISTED}}
+FORWARD |= {"moments": {"of": "moments"}, "DID": {"of": "did", "reads": 2}}
+_PAIR = {"of": "pair", "reads": 2}
+PAIR_FORWARD = {
+    "pair reverse_kl": {"kind": PairKind.REVERSE_KL, **_PAIR},
+    "pair mixed_kl +stats": {"kind": PairKind.MIXED_KL, "stats": True, **_PAIR},
+    "pair cross_entropy": {"kind": PairKind.CROSS_ENTROPY, **_PAIR},
+    "pair jsd": {"kind": PairKind.JSD, **_PAIR},
+}
+FORWARD |= PAIR_FORWARD
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},
     "backward all": {"grads": ("logp", "entropy", "logsumexp", "sum_sq", "kept")},
     "backward K=128": {"grads": ("logp", "entropy"), "targets": 128},
+    "backward K=128 +tail": {"grads": ("logp", "kept"), "targets": 128, "kept": KeptKind.UNLISTED},
+    "moments backward": {"of": "moments"},
+    "DID backward": {"of": "did", "reads": 2},
+    "DID backward both": {"of": "did", "reads": 2, "writes": 2},
+    "pair backward reverse_kl": {"kind": PairKind.REVERSE_KL, "grads": ("divergence",), **_PAIR},
+    "pair backward mixed_kl +stats": {"kind": PairKind.MIXED_KL, "grads": ("divergence", "logp", "entropy"), **_PAIR},
+    "pair backward jsd": {"kind": PairKind.JSD, "grads": ("divergence",), **_PAIR},
 }
 GRADS = BACKWARD["backward all"]["grads"]
-PAIR_FORWARD = {
-    "pair reverse_kl": {"kind": PairKind.REVERSE_KL},
-    "pair mixed_kl +stats": {"kind": PairKind.MIXED_KL, "stats": True},
-    "pair cross_entropy": {"kind": PairKind.CROSS_ENTROPY},
-    "pair jsd": {"kind": PairKind.JSD},
-}
-PAIR_BACKWARD = {
-    "pair backward reverse_kl": {"kind": PairKind.REVERSE_KL, "grads": ("divergence",)},
-    "pair backward mixed_kl +stats": {"kind": PairKind.MIXED_KL, "grads": ("divergence", "logp", "entropy")},
-    "pair backward jsd": {"kind": PairKind.JSD, "grads": ("divergence",)},
-}
 PAIR_GRADS = ("divergence", "logp", "entropy", "logsumexp")
-VARIANTS = {**FORWARD, **BACKWARD, **PAIR_FORWARD, **PAIR_BACKWARD}
 
 
 @dataclass(frozen=True)
@@ -55,12 +60,25 @@ class Case:
 
     @property
     def backward(self) -> bool:
-        return self.variant in BACKWARD or self.variant in PAIR_BACKWARD
+        return self.variant in BACKWARD
 
     @property
-    def rows(self) -> int:
-        """Rows of logits at once."""
-        return 2 if self.variant in PAIR_FORWARD or self.variant in PAIR_BACKWARD else 1
+    def options(self) -> dict:
+        return {**FORWARD, **BACKWARD}[self.variant]
+
+    @property
+    def module(self) -> str:
+        """The file of rlkern.triton_kernels that launches it."""
+        return self.options.get("of", "token_stats")
+
+    @property
+    def reads(self) -> int:
+        """Rows of logits that a sweep reads."""
+        return self.options.get("reads", 1)
+
+    @property
+    def writes(self) -> int:
+        return self.options.get("writes", 1) if self.backward else 0
 
     @property
     def element_size(self) -> int:
@@ -68,17 +86,19 @@ class Case:
 
 
 def core_cases() -> list[Case]:
-    """Every variant in bf16 on the common layout; the two of most losses on every layout, and in fp32."""
-    cases = [Case(variant, "bf16", "V=151936") for variant in VARIANTS]
+    """Every variant in bf16 on the common layout, moments and pairs off a boundary too; the two of most
+    losses on every layout, and in fp32."""
+    cases = [Case(variant, "bf16", "V=151936") for variant in (*FORWARD, *BACKWARD)]
     for variant in ("forward", "backward logp+entropy"):
         cases += [Case(variant, "bf16", layout) for layout in LAYOUTS]
         cases += [Case(variant, "fp32", layout) for layout in ("V=151936", "V=50257")]
+    cases += [Case(variant, "bf16", "V=50257") for variant in ("moments", "moments backward", "DID", "DID backward")]
     cases.append(Case("forward +kept", "bf16", "V=262144 odd stride"))  # rows so long that all architectures split them
     return list(dict.fromkeys(cases))
 
 
 def all_cases() -> list[Case]:
-    return [Case(variant, dtype, layout) for variant in VARIANTS for dtype in DTYPES for layout in LAYOUTS]
+    return [Case(variant, dtype, layout) for variant in (*FORWARD, *BACKWARD) for dtype in DTYPES for layout in LAYOUTS]
 
 
 def other_cases() -> list[Case]:
@@ -116,7 +136,7 @@ def _pretending(module, target, case: Case) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(module, "gpu", lambda device: card))
         if case.shape:
-            name = ("pair_" if case.rows == 2 else "") + ("backward_shape" if case.backward else "forward_shape")
+            name = ("pair_" if case.module == "pair" else "") + ("backward_shape" if case.backward else "forward_shape")
             stack.enter_context(mock.patch.object(module, name, lambda *_: case.shape))
         yield
 
@@ -134,38 +154,54 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _logits(case: Case) -> torch.Tensor:
-    """One more token than is scored, as in logits[:, :-1]."""
-    vocab, stride = LAYOUTS[case.layout]
-    return torch.empty_strided((BATCH, TIME, vocab), ((TIME + 1) * stride, stride, 1), dtype=DTYPES[case.dtype], device="meta")
-
-
 def record(case: Case, gpu) -> list[Launch]:
     """The launches that `case` stands for, as rlkern.triton_kernels makes them on `gpu`, a GPUTarget."""
-    module = importlib.import_module("rlkern.triton_kernels." + ("pair" if case.rows == 2 else "token_stats"))
+    module = importlib.import_module(f"rlkern.triton_kernels.{case.module}")
+    vocab, stride = LAYOUTS[case.layout]
+    rows = BATCH * TIME
+    # one more token than is scored, as in logits[:, :-1]
+    shape, strides = (BATCH, TIME, vocab), ((TIME + 1) * stride, stride, 1)
+    logits, other = (torch.empty_strided(shape, strides, dtype=DTYPES[case.dtype], device="meta") for _ in range(2))
     with _pretending(module, gpu, case), _recording(module) as launches:
-        (_launch_pair if case.rows == 2 else _launch_token_stats)(module, case)
+        _LAUNCHERS[case.module](module, case, rows, logits, other, _meta(rows, dtype=torch.bool))
     return launches
 
 
-def _launch_token_stats(module, case: Case) -> None:
-    rows, logits, options = BATCH * TIME, _logits(case), VARIANTS[case.variant]
-    mask, n_targets = _meta(rows, dtype=torch.bool), options.get("targets", 1)
-    targets, state = _meta(rows, n_targets, dtype=torch.int64), _meta(rows, State.TARGETS + n_targets)
+def _launch_token_stats(module, case: Case, rows: int, logits, other, mask) -> None:
+    options = case.options
+    n_targets = options.get("targets", 1)
+    targets = _meta(rows, n_targets, dtype=torch.int64)
     if case.backward:
         wanted = options["grads"]
         grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
-        module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, state, grads, new_gradient(logits))
+        kind, state = options.get("kept", 0), _meta(rows, State.TARGETS + n_targets)
+        module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits))
     else:
         sum_sq = _meta(rows) if options.get("sum_sq") else None
         kept = _meta(rows) if options.get("kept") else None
-        out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, state)
+        out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, _meta(rows, State.TARGETS + n_targets))
         module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out)
 
 
-def _launch_pair(module, case: Case) -> None:
-    rows, logits, other, options = BATCH * TIME, _logits(case), _logits(case), VARIANTS[case.variant]
-    mask, state = _meta(rows, dtype=torch.bool), _meta(rows, PairState.WIDTH)
+def _launch_moments(module, case: Case, rows: int, logits, other, mask) -> None:
+    targets, mean, each = _meta(rows, 1, dtype=torch.int64), _meta(rows, 2), (_meta(rows), _meta(rows))
+    if case.backward:
+        module.row_moments_backward(logits, targets, mask, IGNORE, mean, each, new_gradient(logits))
+    else:
+        module.row_moments_forward(logits, targets, mask, IGNORE, (*each, mean))
+
+
+def _launch_did(module, case: Case, rows: int, logits, other, mask) -> None:
+    state, entropy = _meta(rows, State.TARGETS), _meta(rows)
+    if case.backward:
+        out = (new_gradient(logits), new_gradient(other) if case.writes == 2 else None)
+        module.did_entropy_backward(logits, other, mask, TEMPERATURE, state, entropy, out)
+    else:
+        module.did_entropy_forward(logits, other, mask, TEMPERATURE, (entropy, state))
+
+
+def _launch_pair(module, case: Case, rows: int, logits, other, mask) -> None:
+    options, state = case.options, _meta(rows, PairState.WIDTH)
     stats = options.get("stats") or "logp" in options.get("grads", ())
     targets = _meta(rows, 1, dtype=torch.int64) if stats else None
     common = (logits, other, targets, mask, TEMPERATURE, TEMPERATURE, IGNORE, options["kind"], BETA)
@@ -174,3 +210,6 @@ def _launch_pair(module, case: Case) -> None:
         module.pair_backward(*common, state, grads, new_gradient(logits))
     else:
         module.pair_forward(*common, (_meta(rows), *(_meta(rows) if stats else None for _ in range(6)), state))
+
+
+_LAUNCHERS = {"token_stats": _launch_token_stats, "moments": _launch_moments, "did": _launch_did, "pair": _launch_pair}

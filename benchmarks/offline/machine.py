@@ -78,11 +78,26 @@ def _gcn_instruction(op: str, rest: str) -> Instruction:
     return Instruction(op, kind, width, rest.split()[0] if jumps else None, not leaves, issues=not op.startswith("s_"))
 
 
-def _is_predication(program: Program, i: int) -> bool:
-    """Whether a branch skips loads or stores that no lane wants: a masked access, no way that a row takes."""
+def _accesses(program: Program, span: range) -> bool:
+    return any(program.instructions[j].kind in ("load", "store") for j in span)
+
+
+def _block(program: Program, first: int) -> range:
+    """From there to the next jump."""
+    jumps = (j for j in range(first, len(program.instructions)) if program.instructions[j].jump)
+    return range(first, next(jumps, len(program.instructions)))
+
+
+def _without_predication(program: Program, i: int) -> Instruction:
+    """A branch round loads or stores that no lane wants is a masked access, and no way that a row takes."""
     instruction = program.instructions[i]
-    skipped = range(i + 1, program.labels.get(instruction.jump, 0))
-    return instruction.op == "s_cbranch_execz" and any(program.instructions[j].kind in ("load", "store") for j in skipped)
+    target = program.labels.get(instruction.jump, 0)
+    # Code that was moved out of line stands further down.
+    if instruction.op == "s_cbranch_execz" and (_accesses(program, range(i + 1, target)) or _accesses(program, _block(program, i + 1))):
+        return replace(instruction, jump=None)
+    if instruction.op == "s_cbranch_execnz" and target > i and _accesses(program, _block(program, target)):
+        return replace(instruction, falls_through=False)
+    return instruction
 
 
 def _read_gcn(text: str) -> tuple[Program, Resources]:
@@ -96,9 +111,7 @@ def _read_gcn(text: str) -> tuple[Program, Resources]:
         elif line.startswith(".Lfunc_end"):
             break
 
-    for i, instruction in enumerate(program.instructions):
-        if _is_predication(program, i):
-            program.instructions[i] = replace(instruction, jump=None)
+    program.instructions = [_without_predication(program, i) for i in range(len(program.instructions))]
 
     def metadata(name: str) -> int:
         return int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))

@@ -78,10 +78,11 @@ class Program:
     def count(self, path: Iterable[int], kind: str) -> int:
         return sum(self.instructions[i].kind == kind for i in path)
 
-    def _through_the_work(self, start: int, goals: set[int], within: set[int] | None = None) -> list[int]:
-        """The shortest way past the block with the most exponentials, or the cheapest of its copies."""
-        blocks = {block[0]: self.count(block, "exp2") for block in self._blocks()}
-        reachable = {first: path for first, exps in blocks.items() if exps and (path := self.shortest(start, {first}, within))}
+    def _through_the_work(self, work: str, start: int, goals: set[int], within: set[int] | None = None) -> list[int]:
+        """The shortest way past the block with the most instructions of that kind, or the cheapest of its
+        copies."""
+        blocks = {block[0]: self.count(block, work) for block in self._blocks()}
+        reachable = {first: path for first, amount in blocks.items() if amount and (path := self.shortest(start, {first}, within))}
         most = max((blocks[first] for first in reachable), default=0)
         paths = []
         for first, to in reachable.items():
@@ -90,19 +91,20 @@ class Program:
                 paths.append(to + onward[1:])
         return min(paths, key=len, default=[])
 
-    def hot_paths(self, tile: int) -> list[list[int]]:
-        """One path per sweep over a row. `tile`: the logits of one tile that a thread has.
+    def hot_paths(self, work: str, tile: int) -> list[list[int]]:
+        """One path per sweep over a row. `tile`: how many instructions of the kind `work` a thread needs for
+        one, such as an exponential for each of its logits.
 
-        Once round each innermost loop with at least half a tile's exponentials; in a kernel without such a
-        loop from entry to exit. Rare branches (a new maximum, a masked tile) make a way longer: the shortest
-        one has none of them."""
+        Once round each innermost loop with at least half of a tile's; in a kernel without such a loop from
+        entry to exit. Rare branches (a new maximum, a masked tile) make a way longer: the shortest one has
+        none of them."""
         hot: dict[int, list[int]] = {}
         for loop in self.loops():
             if not loop.body & hot.keys():
-                path = self._through_the_work(loop.head, loop.back, loop.body)
-                if 2 * self.count(path, "exp2") >= tile:
+                path = self._through_the_work(work, loop.head, loop.back, loop.body)
+                if 2 * self.count(path, work) >= tile:
                     hot[loop.head] = path
         if hot:
             return [hot[head] for head in sorted(hot)]
         exits = {i for i, instruction in enumerate(self.instructions) if not instruction.falls_through and not instruction.jump}
-        return [path for path in [self._through_the_work(0, exits)] if path]
+        return [path for path in [self._through_the_work(work, 0, exits)] if path]

@@ -29,9 +29,9 @@ class Row:
 
     @property
     def bytes_per_logit(self) -> int:
-        """What must move: forward a read a sweep (a second may hit a cache), backward one and a write. Of a
-        pair every read is two."""
-        return (self.case.rows + 1 if self.case.backward else self.case.rows * self.sweeps) * self.case.element_size
+        """What must move: forward a read a sweep (a second may hit a cache), backward one and a write; of
+        pairs two reads."""
+        return (self.sweeps * self.case.reads + self.case.writes) * self.case.element_size
 
     @property
     def devices(self) -> dict[str, dict]:
@@ -62,24 +62,29 @@ def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
     instructions = exps = wide = covered = 0.0
     widths: Counter[int] = Counter()
     operations: Counter[str] = Counter()
-    paths = program.hot_paths(tile)
+    column = case.element_size * case.reads  # bytes that a sweep reads of it
+    # The work of moments has no exponentials. It shows in the loads of whole vectors.
+    work = "exp2" if any(step.kind == "exp2" for step in program.instructions) else "load"
+    paths = program.hot_paths(work, tile if work == "exp2" else tile * column // 16)
     if not paths:
-        raise RuntimeError(f"{launch.kernel.__name__} for {arch}: no path with an exponential was found in its assembly")
+        raise RuntimeError(f"{launch.kernel.__name__} for {arch}: no path with its work was found in its assembly")
     for path in paths:
         steps = [program.instructions[i] for i in path]
         loads = Counter(step.width for step in steps if step.kind == "load")
         # A row's few scalars are narrower than a vector of logits: a path's widest loads are logits. Some may
         # be loaded twice, so an unrolled loop shows in its exponentials too.
         widest, path_exps = max(loads, default=0), program.count(path, "exp2")
-        tiles = max(1, min(widest * loads[widest] // (tile * case.rows * case.element_size), path_exps // tile)) if block else 1
+        by_loads = widest * loads[widest] // (tile * column)
+        by_work = path_exps // tile if work == "exp2" else by_loads // (2 if launch.kwargs.get("SHIFTED") else 1)
+        tiles = max(1, min(by_loads, by_work)) if block else 1
         logits = tiles * tile
         instructions += sum(step.issues for step in steps) / logits
         exps += path_exps / logits
         wide += 16 * loads[16]
-        covered += logits * case.rows * case.element_size
+        covered += logits * column
         widths += loads
         operations += Counter(step.op for step in steps)
-    tile_bytes = (block or 0) * case.rows * case.element_size
+    tile_bytes = (block or 0) * column
     # a shifted row's tile has two buffers, the second nearly empty
     buffers = resources.shared_bytes // (tile_bytes * (2 if launch.kwargs.get("SHIFTED") else 1)) if block else 0
     costs = {"instructions_per_logit": instructions, "exp2_per_logit": exps, "operations": dict(operations.most_common())}

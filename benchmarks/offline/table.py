@@ -10,15 +10,15 @@ from .report import Row
 _HEADER = "case|type|rows|kernel|tile|regs|spill|smem|warps|flight|loads|instr|exp2|bytes|bound|of peak|issue|exp2 load".split("|")
 
 LEGEND = """\
-kernel       of token_stats: what the case launches
+kernel       what the case launches
 tile         logits per tile / warps per program
 regs, spill  registers, and bytes of spilled memory, per thread
 smem         bytes of shared memory per program
 warps        resident per SM or CU, and what limits them: registers, shared memory, warps or programs (first letter)
 flight       KB of logits that an SM or CU has asked for while all its programs wait
 loads        bytes per global load on the hot path
-instr, exp2  per logit, or pair of them, on the hot path; a kernel that has no loop over tiles counts its prologue too
-bytes        per logit or pair, by design
+instr, exp2  per logit on the hot path; a kernel that has no loop over tiles counts its prologue too
+bytes        per logit, by design
 bound        what runs out first on the device: memory bandwidth, instruction issue or exponentials; of peak: the bandwidth it leaves
 issue, exp2 load   share of the issue slots and exponential units that is busy while memory runs at its peak
 """
@@ -28,7 +28,7 @@ def _cells(row: Row) -> list[str]:
     device = next(iter(row.devices.values()))
     loads = "+".join(f"{n}x{width}" for width, n in sorted(row.load_widths.items(), reverse=True) if width == 16 or row.wide_share < 1)
     name = f"{row.case.variant}: {row.case.label}" if row.case.label else row.case.variant
-    kernel = row.kernel.removeprefix("token_stats_").removeprefix("pair_").removesuffix("_kernel")
+    kernel = row.kernel.removeprefix("token_stats_").removesuffix("_kernel")
     used = [str(n) for n in (row.resources.registers, row.resources.spilled_bytes, row.resources.shared_bytes)]
     cells = [name, row.case.dtype, row.case.layout, kernel, f"{row.block or '-'}/{row.warps}", *used]
     cells += [f"{device['warps']} {device['occupancy_limit'][0]}"]

@@ -1,18 +1,18 @@
 """The calling convention that all backends share, and the numbers that they agree on.
 
 A backend is a module with these functions. They write into tensors that the operators allocated, and may
-assume validated input. `CHECKS_TARGETS` says whether token_stats_forward checks the range of targets.
+assume validated input. `CHECKS_TARGETS` says whether forwards check the range of targets.
 
 Rows of logits:
 
     token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
-    token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out)
+    token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out)
 
     logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
     targets      [N, K] int64 contiguous, or None (K = 0)
     mask         [N] bool contiguous, or None; a row is skipped if it is False or all targets are ignored
     temperature  float, or [N] contiguous in the accumulation dtype (float64 for float64 logits, else float32)
-    kept_kind    a `KeptKind`; log_kept = log k
+    kept_kind    a `KeptKind`; log_kept = log k, for those with a k
     out          forward: (logp [.., K], entropy, logsumexp, sum_sq_prob, kept_logmass,
                  state [.., State.TARGETS + K]), contiguous, N rows; all but logsumexp and state may be None
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
@@ -47,6 +47,26 @@ Two rows at once, logits and those of another policy:
 
 Skipped rows, ignored targets and rows without upstream gradient are as above. The gradient by `other` is
 that by logits with both rows' places exchanged: primitives/divergence.py does that.
+
+Moments of rows, and the entropy of softmax((logits - reference) / T):
+
+    row_moments_forward(logits, targets, mask, ignore_index, out)
+    row_moments_backward(logits, targets, mask, ignore_index, mean, grads, out)
+    did_entropy_forward(logits, reference, mask, temperature, out)
+    did_entropy_backward(logits, reference, mask, temperature, state, grad, out)
+
+    logits, mask, temperature, ignore_index   as above
+    targets      [N, 1], as above
+    reference    [A, B, V] like the logits, with strides and a dtype of its own; float64 only beside float64
+    out          row_moments_forward: (centred target [N], variance [N], mean [N, 2]), contiguous
+                 row_moments_backward: as that of token_stats_backward, but never `logits` itself
+                 did_entropy_forward: (entropy [N], state [N, State.TARGETS]), contiguous
+                 did_entropy_backward: (gradient of the logits, of the reference), each may be None
+    mean         the sum of two numbers, in the accumulation dtype: one alone is too far off where the
+                 variance is small
+    grads, grad  upstream gradients (target, variance), each may be None; of the entropy
+
+A row of moments with an infinite or NaN logit is NaN. Backwards continue from the forward of any backend.
 
 One number a token, over all tokens of a batch:
 
@@ -86,7 +106,7 @@ class State:
     MEAN_U = 2  # sum p u
     SUM_SQ = 3
     KEPT = 4  # kept_logmass
-    THRESHOLD = 5  # x is kept where x - m >= this
+    THRESHOLD = 5  # x is kept where x - m >= this; of UNLISTED, -inf, all but the targets are
     TARGETS = 6
 
 
@@ -94,6 +114,7 @@ class KeptKind:
     NONE = 0
     MIN_P = 1  # p >= k * max p
     MIN_PROB = 2  # p >= k
+    UNLISTED = 3  # no target of the row, or one equal to ignore_index
 
 
 class PairState:

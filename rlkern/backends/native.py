@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 
-CHECKS_TARGETS = True  # token_stats_forward raises IndexError itself, before any row is computed
+CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 
 isa = _cpu.isa  # the instruction set in use, RLKERN_CPU_ISA where that is set
 isas = _cpu.isas  # those that were built and that this processor runs, best first
@@ -56,9 +56,10 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     _cpu.token_stats_forward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
     g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
     own = {
+        "kept_kind": kept_kind,
         "g_logp": g_logp,
         "g_entropy": g_entropy,
         "g_logsumexp": g_logsumexp,
@@ -67,6 +68,59 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
         "out": out,
     }
     _cpu.token_stats_backward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
+
+
+def _pair(other, other_temperature, kind, beta) -> dict:
+    per_row = isinstance(other_temperature, Tensor)
+    return {
+        "other_dtype": _DTYPES[other.dtype],
+        "other": other,
+        "other_temperature": 1.0 if per_row else other_temperature,
+        "other_temperatures": other_temperature if per_row else None,
+        "kind": kind,
+        "beta": beta,
+    }
+
+
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
+    """Raises IndexError as token_stats_forward does."""
+    names = ("divergence", "logp", "entropy", "logsumexp", "other_logp", "other_entropy", "other_logsumexp")
+    *results, state = out
+    rows = _rows(logits, targets, mask, temperature, ignore_index, state)
+    _cpu.pair_forward(rows, _pair(other, other_temperature, kind, beta), dict(zip(names, results, strict=True)))
+
+
+def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
+    names = ("g_divergence", "g_logp", "g_entropy", "g_logsumexp")
+    rows = _rows(logits, targets, mask, temperature, ignore_index, state)
+    own = {**dict(zip(names, grads, strict=True)), "out": out}
+    _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta), own)
+
+
+def row_moments_forward(logits, targets, mask, ignore_index, out) -> None:
+    """Raises IndexError as token_stats_forward."""
+    centred_target, variance, mean = out
+    own = {"centred_target": centred_target, "variance": variance}
+    _cpu.row_moments_forward(_rows(logits, targets, mask, 1.0, ignore_index, mean), own)
+
+
+def row_moments_backward(logits, targets, mask, ignore_index, mean, grads, out) -> None:
+    g_target, g_variance = grads
+    own = {"g_target": g_target, "g_variance": g_variance, "out": out}
+    _cpu.row_moments_backward(_rows(logits, targets, mask, 1.0, ignore_index, mean), own)
+
+
+def did_entropy_forward(logits, reference, mask, temperature, out) -> None:
+    entropy, state = out
+    own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference, "entropy": entropy}
+    _cpu.did_entropy_forward(_rows(logits, None, mask, temperature, 0, state), own)
+
+
+def did_entropy_backward(logits, reference, mask, temperature, state, grad, out) -> None:
+    d_logits, d_reference = out
+    own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference}
+    own |= {"g_entropy": grad, "out": d_logits, "reference_out": d_reference}
+    _cpu.did_entropy_backward(_rows(logits, None, mask, temperature, 0, state), own)
 
 
 def covariance_sums(logp, advantages, mask) -> Tensor:

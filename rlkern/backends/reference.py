@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +28,13 @@ def _inverse_temperature(temperature: float | Tensor, rows: slice, acc: torch.dt
         return 1.0 / temperature
     t = temperature[rows].to(acc).unsqueeze(-1)
     return torch.where(t > 0, 1 / t, math.nan)
+
+
+def _listed(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
+    """[R, V]: which ids are among the targets [R, K]."""
+    nowhere = (targets == ignore_index) | (targets < 0) | (targets >= vocab)
+    listed = torch.zeros(targets.shape[0], vocab + 1, dtype=torch.bool, device=targets.device)
+    return listed.scatter_(-1, targets.masked_fill(nowhere, vocab), True)[:, :vocab]
 
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
@@ -57,9 +66,12 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
             state[:, State.SUM_SQ] = log_p.exp().square().sum(-1)
             sum_sq_out.view(-1)[flat] = state[:, State.SUM_SQ].masked_fill(skipped[flat], 0)
         if kept_kind != KeptKind.NONE:
-            inv = inv_t if isinstance(inv_t, Tensor) else torch.full_like(m, inv_t)
-            delta = (log_kept if kept_kind == KeptKind.MIN_P else log_kept + log_s0) / inv
-            inside = shifted >= delta
+            if kept_kind == KeptKind.UNLISTED:
+                delta, inside = torch.full_like(m, -math.inf), ~_listed(targets[flat], ignore_index, vocab)
+            else:
+                inv = inv_t if isinstance(inv_t, Tensor) else torch.full_like(m, inv_t)
+                delta = (log_kept if kept_kind == KeptKind.MIN_P else log_kept + log_s0) / inv
+                inside = shifted >= delta
             kept, dropped = (torch.where(where, u.exp(), 0).sum(-1, keepdim=True) for where in (inside, ~inside))
             mass = torch.where(log_s0.isnan(), math.nan, -(dropped / kept).log1p())
             state[:, State.KEPT], state[:, State.THRESHOLD] = mass.squeeze(-1), delta.squeeze(-1)
@@ -95,7 +107,7 @@ def _sum_of_equals(columns: Tensor, values: Tensor, spare: int) -> tuple[Tensor,
     return columns.masked_fill(again, spare), sums
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
     state = state.view(-1, state.shape[-1])
     acc, n, vocab = state.dtype, state.shape[0], logits.shape[-1]
     g_logp, g_entropy, g_lse, g_sum_sq, g_kept = grads
@@ -134,8 +146,12 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             c = c + 2 * g_s2 * (p - sum_sq)
         if g_k is not None:
             g_k = torch.where(torch.isneginf(log_kept_mass), 0, g_k)  # an empty kept set is a constant
-            inside = torch.where(g_k != 0, (-log_kept_mass).exp(), 0)
-            c = c + g_k * (torch.where(shifted >= delta, inside, 0) - 1)
+            if kept_kind == KeptKind.UNLISTED:
+                elsewhere = torch.where(g_k != 0, torch.expm1(-log_kept_mass), 0)
+                c = c + g_k * torch.where(_listed(targets[flat], ignore_index, vocab), -1, elsewhere)
+            else:
+                inside = torch.where(g_k != 0, (-log_kept_mass).exp(), 0)
+                c = c + g_k * (torch.where(shifted >= delta, inside, 0) - 1)
         dz = p * c
         if gl is not None:
             # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
@@ -148,6 +164,70 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, state
             dz = spare.scatter(-1, columns, fixed)[:, :vocab]
         dz = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0)
         out[a, rows] = dz.to(out.dtype)
+
+
+# --- moments ------------------------------------------------------------------------------------------------
+
+
+def row_moments_forward(logits, targets, mask, ignore_index, out) -> None:
+    target_out, variance_out, mean_out = (t.view(logits.shape[:2].numel(), -1) for t in out)
+    n, vocab = mean_out.shape[0], logits.shape[-1]
+    skipped = _skipped(n, targets, mask, ignore_index, logits.device).unsqueeze(-1)
+    for a, rows, flat in row_chunks(logits):
+        x = logits[a, rows].to(mean_out.dtype)
+        head = x.mean(-1, keepdim=True)
+        x = x - head  # around the mean: E[x^2] - mean^2 would cancel
+        tail = x.mean(-1, keepdim=True)  # what rounding left
+        x = x - tail
+        y = targets[flat]
+        target = x.gather(-1, y.clamp(0, vocab - 1)).masked_fill((y < 0) | (y >= vocab), math.nan)
+        variance = x.square().mean(-1, keepdim=True)
+        for to, value in ((target_out, target), (variance_out, variance), (mean_out, torch.cat([head, tail], -1))):
+            to[flat] = value.masked_fill(skipped[flat], 0)
+
+
+def row_moments_backward(logits, targets, mask, ignore_index, mean, grads, out) -> None:
+    mean = mean.view(-1, 2)
+    acc, n, vocab = mean.dtype, mean.shape[0], logits.shape[-1]
+    g_target, g_variance = (mean.new_zeros(n, 1) if g is None else g.view(n, 1) for g in grads)
+    idle = _skipped(n, targets, mask, ignore_index, logits.device).unsqueeze(-1) | ((g_target == 0) & (g_variance == 0))
+    g_target = torch.where((targets >= 0) & (targets < vocab) | (g_target == 0), g_target, math.nan)
+    for a, rows, flat in row_chunks(logits):
+        g_t, g_v, (head, tail) = g_target[flat], g_variance[flat], mean[flat].split(1, -1)
+        dx = (logits[a, rows].to(acc) - head - tail) * (2 * g_v / vocab)
+        dx = torch.where(g_v == 0, 0, dx) - g_t / vocab  # no infinite logit times 0
+        at = targets[flat].clamp(0, vocab - 1)
+        dx.scatter_(-1, at, dx.gather(-1, at) + g_t)  # one target a row, so no atomic addition
+        out[a, rows] = dx.masked_fill_(idle[flat], 0).to(out.dtype)
+
+
+# --- differential information distribution ------------------------------------------------------------------
+
+
+def _differences(logits: Tensor, reference: Tensor, mask: Tensor | None, acc: torch.dtype) -> Iterator[tuple[Any, ...]]:
+    """Yields (a, rows, flat, differences [1, R, V], mask): a chunk at a time."""
+    for a, rows, flat in row_chunks(logits):
+        x = logits[a, rows].to(acc)
+        difference = (x - reference[a, rows].to(acc)).masked_fill_(torch.isneginf(x), -math.inf)  # mass 0 in any case
+        yield a, rows, flat, difference.unsqueeze(0), None if mask is None else mask[flat]
+
+
+def did_entropy_forward(logits, reference, mask, temperature, out) -> None:
+    entropy, state = out[0].view(-1), out[1].view(-1, State.TARGETS)
+    for _, _, flat, difference, counted in _differences(logits, reference, mask, state.dtype):
+        t = temperature[flat] if isinstance(temperature, Tensor) else temperature
+        results = (None, entropy[flat], torch.empty_like(entropy[flat]), None, None, state[flat])
+        token_stats_forward(difference, None, counted, t, 0, KeptKind.NONE, 0.0, results)
+
+
+def did_entropy_backward(logits, reference, mask, temperature, state, grad, out) -> None:
+    state, grad = state.view(-1, State.TARGETS), grad.view(-1)
+    for a, rows, flat, difference, counted in _differences(logits, reference, mask, state.dtype):
+        t = temperature[flat] if isinstance(temperature, Tensor) else temperature
+        token_stats_backward(difference, None, counted, t, 0, KeptKind.NONE, state[flat], (None, grad[flat], None, None, None), difference)
+        for to, sign in zip(out, (1, -1), strict=True):
+            if to is not None:
+                to[a, rows] = (sign * difference[0]).to(to.dtype)
 
 
 # --- one number a token, over all tokens of a batch ---------------------------------------------------------

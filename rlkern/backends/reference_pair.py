@@ -216,16 +216,15 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
         columns = {PairState.MAX: z.max, PairState.REST: z.rest, PairState.REF: z.max, PairState.OTHER_REF: w.max}
         columns |= {PairState.OFFSET: offset, PairState.MEAN_SLOPE: mean_slope}
         columns |= {PairState.OTHER_MAX: w.max, PairState.OTHER_REST: w.rest, PairState.OTHER_MEAN_SLOPE: value - mean_slope}
-        computed = [value]
+        computed: list[Tensor | None] = [value]
         for side in (z, w):
             log_s0 = side.rest.log1p()
             shifted = None
             if targets is not None:
                 y = targets[flat]
                 valid = (y >= 0) & (y < vocab)
-                shifted = (
-                    torch.where(torch.isneginf(side.x), side.x, side.x - side.max).gather(-1, y.clamp(0, vocab - 1)).masked_fill(~valid, math.nan)
-                )
+                at_y = side.x.gather(-1, y.clamp(0, vocab - 1))
+                shifted = torch.where(torch.isneginf(at_y), at_y, at_y - side.max).masked_fill(~valid, math.nan)
             if side is z:
                 columns[PairState.MEAN_U] = z.mean_u
                 if shifted is not None:
@@ -260,8 +259,8 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
         # q = p e^x from one exponent: p may underflow where q is large.
         log_q = (w_x - other_ref) * other_inv_t + offset + (ref - m) * inv_t - rest.log1p()
         terms = _Terms(z.p, log_q.exp(), x)
-        # Products with 0 would make NaN of an infinite divergence that nobody differentiates.
-        dz = torch.where(g_div == 0, 0, g_div * (terms.slope(kind, beta) - z.p * mean_slope))
+        # An entry without mass has no gradient by the divergence, whatever its log ratio.
+        dz = (g_div * (terms.slope(kind, beta) - z.p * mean_slope)).masked_fill_((g_div == 0) | (torch.isneginf(z_x) & ~mean_slope.isnan()), 0)
         dz = dz + z.p * (g_lse - g_logp - g_entropy * (u - mean_u))
         if targets is not None:
             y = targets[flat]
@@ -272,5 +271,4 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
             others = dz.gather(-1, at) + z.p.gather(-1, at) * g_logp
             dz = dz.scatter(-1, at, others + g_logp * share)
             dz = torch.where(valid, dz, math.nan)
-        dz = (dz * inv_t).masked_fill(torch.isneginf(z_x), 0)
-        out[a, rows] = dz.masked_fill(skipped[flat].unsqueeze(-1), 0).to(out.dtype)
+        out[a, rows] = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0).to(out.dtype)

@@ -1,13 +1,15 @@
 """What is read from rows of logits or from tokens. One file each holds the maths and the public function."""
 
 from .covariance import token_covariance
-from .divergence import PairStats, gkd_divergence, pair_stats, token_did_entropy, token_divergence, topk_reverse_kl
+from .did import token_did_entropy
+from .divergence import PairStats, gkd_divergence, pair_stats, token_divergence
 from .elbo import masked_elbo
 from .kept import NLPOStats, nlpo_keep_set, nlpo_stats
 from .kl import kl_estimate
 from .linear import linear_token_stats
 from .sequence import next_tokens, sequence_logps
 from .token_stats import TokenStats, entropy_from_logits, token_logprobs, token_stats
+from .topk import topk_divergence, topk_reverse_kl
 
 __all__ = [
     "NLPOStats",
@@ -28,5 +30,6 @@ __all__ = [
     "token_divergence",
     "token_logprobs",
     "token_stats",
+    "topk_divergence",
     "topk_reverse_kl",
 ]

@@ -29,7 +29,6 @@ from ..checks import (
 )
 from ..layout import as_rows
 from ..operator import Operator, differentiable, values_readable
-from .token_stats import entropy_from_logits
 
 _KINDS = {name.lower(): kind for name, kind in vars(PairKind).items() if name.isupper()}
 KINDS = tuple(_KINDS)
@@ -412,40 +411,5 @@ def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Ten
     outside [0, 1].
     """
     check_number("beta", beta, 0, 1)
-    kind = {0: "forward_kl", 1: "reverse_kl"}.get(beta, "jsd")
+    kind = "forward_kl" if beta == 0 else "reverse_kl" if beta == 1 else "jsd"
     return token_divergence(logits, other, kind=kind, beta=beta if kind == "jsd" else 0.5, **options)
-
-
-def token_did_entropy(logits: Tensor, reference_logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
-    """Entropy of the DID of the next token, softmax(logits - reference_logits): [..., V] twice -> [...].
-
-    It is differentiable by both. The difference is a tensor of logits' size in float32 (float64 for float64).
-    Entries at -inf in `logits` have mass 0. One at -inf in the reference alone has infinite mass, and its row
-    is NaN. temperature and mask are as in `entropy_from_logits`. Raises TypeError, ValueError for other
-    dtypes, shapes, devices or options.
-    """
-    check_logits(logits)
-    check_logits(reference_logits, "reference_logits")
-    expect("reference_logits", reference_logits, "float", "[..., V]", like=("logits", logits))
-    dtype = computing_dtype(logits)
-    difference = (logits.to(dtype) - reference_logits.to(dtype)).masked_fill(logits == -math.inf, -math.inf)
-    return entropy_from_logits(difference, temperature=temperature, mask=mask)
-
-
-def topk_reverse_kl(logp: Tensor, teacher_logp: Tensor, *, renormalize: bool = False) -> Tensor:
-    """Reverse KL over K ids a token: sum_k p_k (log p_k - log q_k), [..., K] twice -> [...], with gradient.
-
-    `logp` is `token_logprobs(logits, ids)` with ids [..., K] of the student's or the teacher's top K.
-    `teacher_logp` is the teacher's at the same ids, detached. renormalize makes both distributions over the K
-    ids. Without it the sum lacks the tail, and may be negative. Ids at -inf in `logp` contribute 0. The
-    result is float32 (float64 for float64 logp), for `kdrl_loss(kd="exact", teacher_kl=...)`. Raises
-    TypeError, ValueError for other dtypes and shapes.
-    """
-    expect("logp", logp, "float", "[..., K]")
-    expect("teacher_logp", teacher_logp, "float", "[..., K]", like=("logp", logp))
-    check_flags(renormalize=renormalize)
-    logp, teacher_logp = logp.to(computing_dtype(logp)), teacher_logp.detach().to(computing_dtype(logp))
-    if renormalize:
-        logp, teacher_logp = logp.log_softmax(-1), teacher_logp.log_softmax(-1)
-    none = logp == -math.inf
-    return torch.where(none, 0, logp.exp() * torch.where(none, 0, logp - teacher_logp)).sum(-1)

@@ -25,6 +25,7 @@ from .token_stats import (
     compute,
     mark_kept,
     new_results,
+    public_stats,
     row_options,
     write_gradient,
 )
@@ -207,6 +208,7 @@ def linear_token_stats(
     min_prob: float | None = None,
     with_sum_sq: bool = False,
     with_entropy: bool = True,
+    with_tail: bool = False,
     group=None,
 ) -> TokenStats:
     """`token_stats` of `hidden @ weight.T + bias`, without all logits at once.
@@ -219,8 +221,9 @@ def linear_token_stats(
         hidden: [..., H] float32, bfloat16, float16 or float64. torch.autocast casts it, with weight and bias.
         weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. All three may require grad.
         chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
-        targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, group: as in
-            `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the products too.
+        targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
+            group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
+            products too.
 
     Returns:
         TokenStats as of `token_stats`, with its gradients. Logits are rounded to hidden's dtype, like those
@@ -236,7 +239,7 @@ def linear_token_stats(
     if isinstance(hidden, Tensor) and not hidden.is_meta and torch.is_autocast_enabled(hidden.device.type):
         hidden, weight, bias = (_autocast(x, hidden.device.type) for x in (hidden, weight, bias))
     _check_matrix(hidden, weight, bias)
-    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy)
+    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail)
     y, counted, row_temperature, o = row_options(
         hidden,
         targets,
@@ -248,8 +251,9 @@ def linear_token_stats(
         min_prob=min_prob,
         with_sum_sq=with_sum_sq,
         with_entropy=with_entropy,
+        with_tail=with_tail,
     )
     if chunk_rows is None:
         chunk_rows = _default_chunk_rows(hidden, weight.shape[0])
     check_count("chunk_rows", chunk_rows, 1)
-    return TokenStats(*_linear_token_stats(hidden, weight, bias, y, counted, row_temperature, chunk_rows, *o))
+    return public_stats(o, *_linear_token_stats(hidden, weight, bias, y, counted, row_temperature, chunk_rows, *o))

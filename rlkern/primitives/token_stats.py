@@ -43,6 +43,7 @@ class TokenStats(NamedTuple):
     sum_sq_prob: Tensor = None  # type: ignore[assignment]
     kept_logmass: Tensor = None  # type: ignore[assignment]
     target_kept: Tensor = None  # type: ignore[assignment]  # bool: the target is in the kept set
+    tail_logmass: Tensor = None  # type: ignore[assignment]
 
     @property
     def proxy_logp(self) -> Tensor:
@@ -71,7 +72,7 @@ class Results(NamedTuple):
     entropy: Tensor | None
     logsumexp: Tensor
     sum_sq_prob: Tensor | None
-    kept_logmass: Tensor | None
+    kept_logmass: Tensor | None  # of UNLISTED ids: tail_logmass
     target_kept: Tensor | None
     state: Tensor  # what the backward needs of a row
 
@@ -91,7 +92,7 @@ def new_results(x: Tensor, targets: Tensor | None, options: Options) -> Results:
         lse,
         torch.empty_like(lse) if options.with_sum_sq else None,
         torch.empty_like(lse) if kept else None,
-        torch.empty_like(logp, dtype=torch.bool) if kept and logp is not None else None,
+        torch.empty_like(logp, dtype=torch.bool) if kept and options.kept_kind != KeptKind.UNLISTED and logp is not None else None,
         lse.new_empty((*rows, State.TARGETS + n_targets)),
     )
 
@@ -134,7 +135,7 @@ def mark_kept(results: Results) -> None:
 def write_gradient(
     out, logits, targets, mask, row_temperature, temperature, ignore_index, kept_kind, log_kept, sum_sq, entropy, state, *grads
 ) -> None:
-    """The backward, into out, which may be the logits. It needs only two of the options."""
+    """The backward, into out, which may be the logits. It needs only three of the options."""
     if logits.numel() == 0:
         return
     y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, temperature)
@@ -142,7 +143,7 @@ def write_gradient(
     rows = as_rows(logits)
     rows_of_out = rows if out is logits else as_rows(out)
     backend = backends.select(logits.device)
-    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, state, upstream, rows_of_out)
+    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, kept_kind, state, upstream, rows_of_out)
 
 
 def _backward(logits, *args):
@@ -173,8 +174,12 @@ _token_stats = differentiable(
 # --- public -------------------------------------------------------------------------------------------------
 
 
-def check_kept(min_p: float | None, min_prob: float | None) -> tuple[int, float]:
+def check_kept(min_p: float | None, min_prob: float | None, with_tail: bool = False) -> tuple[int, float]:
     """(kept_kind, log_kept) of the kept set."""
+    if with_tail:
+        if not (min_p is None and min_prob is None):
+            raise ValueError(f"with_tail=True takes no kept set: expected min_p and min_prob None, got {min_p} and {min_prob}")
+        return KeptKind.UNLISTED, 0.0
     if min_p is None and min_prob is None:
         return KeptKind.NONE, 0.0
     if min_p is not None and min_prob is not None:
@@ -199,15 +204,23 @@ def row_options(
     min_prob: float | None,
     with_sum_sq: bool,
     with_entropy: bool,
+    with_tail: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Options]:
     """(targets, mask, row_temperature, options), checked, for rows x [..., anything], called `of`."""
     targets = None if targets is None else check_targets(targets, x, of)
     mask = check_mask(mask, x, of)
     ignore_index = check_ignore_index(ignore_index)
     row_temperature, temperature = check_temperature(temperature, x, targets, mask, ignore_index)
-    kept_kind, log_kept = check_kept(min_p, min_prob)
+    kept_kind, log_kept = check_kept(min_p, min_prob, with_tail)
     options = Options(temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
     return targets, mask, row_temperature, options
+
+
+def public_stats(options: Options, logp, entropy, logsumexp, sum_sq_prob, kept_logmass, target_kept) -> TokenStats:
+    """What the operators return, by public name."""
+    if options.kept_kind == KeptKind.UNLISTED:
+        return TokenStats(logp, entropy, logsumexp, sum_sq_prob, tail_logmass=kept_logmass)
+    return TokenStats(logp, entropy, logsumexp, sum_sq_prob, kept_logmass, target_kept)
 
 
 def token_stats(
@@ -221,6 +234,7 @@ def token_stats(
     min_prob: float | None = None,
     with_sum_sq: bool = False,
     with_entropy: bool = True,
+    with_tail: bool = False,
     inplace_backward: bool = False,
     group=None,
 ) -> TokenStats:
@@ -231,6 +245,7 @@ def token_stats(
         logp = log p[target]     entropy = -sum p log p     logsumexp = log sum e^u     sum_sq_prob = sum p^2
         kept_logmass = log of the mass of the kept set, {p >= min_p * max p} or {p >= min_prob};
                        KL(kept, renormalised || p) = -kept_logmass
+        tail_logmass = log of the mass of all ids that are not among the row's targets
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, any leading strides (`logits[:, :-1]` is not
@@ -244,6 +259,10 @@ def token_stats(
         min_prob: keep the tokens with p >= min_prob, inclusive. An empty set: kept_logmass -inf, no gradient.
         with_sum_sq: also compute sum_sq_prob.
         with_entropy: False leaves the entropy out (None). A CPU saves a tenth of the forward.
+        with_tail: also compute tail_logmass, in a second sweep: summed as such, so it keeps its relative
+            accuracy beside targets that hold nearly everything. An id counts as listed once, however often it
+            is; entries equal to ignore_index list nothing. All of the mass listed: -inf, no gradient. Not
+            together with min_p or min_prob. `topk_divergence` takes it.
         inplace_backward: write the gradient over the logits. It takes no memory, and the backward destroys
             the logits. Another operation that saved them raises in its own backward. Under torch.compile the
             gradient is a new tensor.
@@ -251,8 +270,9 @@ def token_stats(
 
     Returns:
         TokenStats(logp, entropy | None, logsumexp, sum_sq_prob | None, kept_logmass | None) in float32
-        (float64 for float64 logits), freshly allocated, shaped like the rows (logp like targets). All carry
-        gradients. `.proxy_logp` is logp - kept_logmass, -inf outside the kept set.
+        (float64 for float64 logits), freshly allocated, shaped like the rows (logp like targets), and
+        tail_logmass | None. All carry gradients. `.proxy_logp` is logp - kept_logmass, -inf outside the kept
+        set.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
@@ -263,7 +283,7 @@ def token_stats(
     if targets is None:
         raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
     check_logits(logits)
-    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, inplace_backward=inplace_backward)
+    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, inplace_backward=inplace_backward)
     if inplace_backward:
         check_inplace(logits)
     y, counted, row_temperature, o = row_options(
@@ -276,8 +296,9 @@ def token_stats(
         min_prob=min_prob,
         with_sum_sq=with_sum_sq,
         with_entropy=with_entropy,
+        with_tail=with_tail,
     )
-    return TokenStats(*_token_stats(logits, y, counted, row_temperature, *o, in_place=bool(inplace_backward)))
+    return public_stats(o, *_token_stats(logits, y, counted, row_temperature, *o, in_place=bool(inplace_backward)))
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, **options) -> Tensor:

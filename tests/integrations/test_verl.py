@@ -30,6 +30,7 @@ from verl.workers.config import FSDPActorConfig, PolicyLossConfig
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
 
+import rlkern
 from rlkern.integrations import verl as rlkern_verl
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
@@ -465,6 +466,33 @@ def test_gradient_in_place_only_where_patch_was_told_so():
     assert torch.equal(leaf.detach(), logits)
     overwritten = logits_after(inplace_backward=True)
     torch.testing.assert_close(overwritten.detach(), overwritten.grad, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("clamp", [None, -4.0])
+def test_topk_distillation_is_verls(clamp):
+    """compute_forward_kl_topk, from log-probabilities of rlkern: its gradient, the mass of the student."""
+    g = torch.Generator().manual_seed(0)
+    lengths, n = (4, 3), 7
+    logits = 2 * torch.randn(1, n, 31, generator=g)
+    teacher, ids = (2 * torch.randn(n, 31, generator=g)).log_softmax(-1).topk(5)
+    options = types.SimpleNamespace(use_chunked_topk=False, log_prob_min_clamp=clamp)
+
+    def verls(x):
+        nested = (jagged(list(t.split(lengths))) for t in (teacher, ids))
+        result = compute_forward_kl_topk(x, *nested, types.SimpleNamespace(distillation_loss=options), "thd")
+        return result["distillation_losses"], 1 - result["student_mass"]
+
+    def ours(x):
+        stats = rlkern.token_stats(x, ids.unsqueeze(0), with_tail=True)
+        return rlkern.topk_divergence(stats.logp, teacher.unsqueeze(0), min_logp=clamp), stats.tail_logmass.exp()
+
+    assert (rlkern.token_logprobs(logits, ids.unsqueeze(0)) < -4).any()  # something to clamp
+    found = []
+    for function in (ours, verls):
+        leaf = logits.clone().requires_grad_()
+        losses, rest = function(leaf)
+        found.append((losses, rest, *torch.autograd.grad(losses.sum() + rest.sum(), leaf)))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
 
 
 def engine_gradient(**flags):
