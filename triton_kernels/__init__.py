@@ -3,6 +3,7 @@
 from .covariance import covariance_sums, token_covariance
 from .did import did_entropy_backward, did_entropy_forward
 from .moments import row_moments_backward, row_moments_forward
+from .pair import pair_backward, pair_forward
 from .ratio import kl_terms, ratio_terms
 from .selection import select_bottom, select_fraction, selected_means
 from .token_stats import token_stats_backward, token_stats_forward
@@ -15,6 +16,8 @@ __all__ = [
     "did_entropy_backward",
     "did_entropy_forward",
     "kl_terms",
+    "pair_backward",
+    "pair_forward",
     "ratio_terms",
     "row_moments_backward",
     "row_moments_forward",

@@ -6,6 +6,16 @@ import triton.language as tl
     STATE_MAX, STATE_REST, STATE_MEAN_U, STATE_SUM_SQ, STATE_KEPT, STATE_THRESHOLD, STATE_TARGETS,
 ) = (tl.constexpr(column) for column in range(7))  # fmt: skip
 
+(
+    PAIR_MAX, PAIR_REST, PAIR_MEAN_U, PAIR_REF, PAIR_OTHER_REF, PAIR_OFFSET, PAIR_MEAN_SLOPE,
+    PAIR_OTHER_MAX, PAIR_OTHER_REST, PAIR_OTHER_MEAN_SLOPE, PAIR_TARGET, PAIR_WIDTH,
+) = (tl.constexpr(column) for column in range(12))  # fmt: skip
+
+(
+    PAIR_KIND_REVERSE_KL, PAIR_KIND_FORWARD_KL, PAIR_KIND_MIXED_KL, PAIR_KIND_CROSS_ENTROPY,
+    PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL, PAIR_KIND_ALPHA, PAIR_KIND_TOTAL_VARIATION,
+) = (tl.constexpr(kind) for kind in range(9))  # fmt: skip
+
 KEPT_NONE, KEPT_MIN_P, KEPT_MIN_PROB, KEPT_UNLISTED = (tl.constexpr(kind) for kind in range(4))
 KL_K1, KL_ABS, KL_K2, KL_K3 = (tl.constexpr(kind) for kind in range(4))
 

@@ -75,6 +75,21 @@ def backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = Tru
     return BackwardShape(*_fit(vocab, 8192 // element_size, 4), 1 if card.amd else 3, tiles=4)
 
 
+# A tile of a pair is two, and needs the registers of both. Not measured: from `make report`.
+
+
+def pair_forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> ForwardShape:
+    """Of two rows at once; a pair of rows has as many parts as one of twice the length."""
+    splits = forward_shape(card, 2 * vocab, element_size, aligned).splits
+    stages = 1 if card.amd else 4 if card.capability[0] == 9 else 3
+    # Off the boundaries loads go through registers, of which half a tile leaves room for twice the programs.
+    return ForwardShape(*_fit(vocab, (4096 if aligned else 2048) // element_size, 4), stages, splits)
+
+
+def pair_backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> BackwardShape:
+    return BackwardShape(*_fit(vocab, 4096 // element_size, 4), 1 if card.amd else 3, tiles=4)
+
+
 FEW_TARGETS = 8  # a row: so many are worth a look from every tile, and more a second launch
 
 

@@ -1,4 +1,4 @@
-"""What Triton lacks on every target (its interpreter has no libdevice). Used once a row: a series will do."""
+"""What Triton lacks on every target (its interpreter has no libdevice)."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0, accurate relative to x."""
+    """log(1 + x) for x > -1, accurate relative to x. Used once a row: a series will do."""
     if x.dtype == tl.float64:
         w = 1.0 + x
         small = tl.where(w == 1.0, x, tl.log(w) * (x / (w - 1.0)))
@@ -15,7 +15,33 @@ def log1p(x):
     s = x / (2.0 + x)
     q = s * s
     series = 1.0 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13))))))
-    return tl.where(x < 0.5, 2.0 * s * series, tl.log(1.0 + x))
+    return tl.where(tl.abs(x) < 0.5, 2.0 * s * series, tl.log(1.0 + x))
+
+
+@triton.jit
+def excess(x):
+    """e^x - 1 - x for |x| <= 1/2, relative to itself: 7 multiply-adds in float32."""
+    if x.dtype == tl.float64:
+        series = 1.0 + x * (1.0 / 16)
+        for n in tl.static_range(15, 2, -1):
+            series = 1.0 + x * (1.0 / n) * series
+        return 0.5 * x * x * series
+    series = 1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320))
+    return x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * (1.0 / 120 + x * series))))
+
+
+@triton.jit
+def log1p_gap(x):
+    """x - log(1 + x) for -0.4 <= x <= 0.7, relative to itself."""
+    s = x / (2.0 + x)
+    q = s * s
+    if x.dtype == tl.float64:
+        series = q * 0.0 + 1.0 / 33
+        for n in tl.static_range(31, 1, -2):
+            series = 1.0 / n + q * series
+    else:
+        series = 1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * (1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13)))))
+    return s * (x - 2.0 * q * series)
 
 
 @triton.jit

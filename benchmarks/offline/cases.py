@@ -8,11 +8,11 @@ from unittest import mock
 
 import torch
 
-from rlkern.backends.contract import KeptKind, State
+from rlkern.backends.contract import KeptKind, PairKind, PairState, State
 from rlkern.backends.gradient_memory import new_gradient
 
 BATCH, TIME = 8, 1024  # rows come as [8, 1024, V], the shape in which trainers hold them
-TEMPERATURE, IGNORE, LOG_KEPT = 0.7, -100, -3.0
+TEMPERATURE, IGNORE, LOG_KEPT, BETA = 0.7, -100, -3.0, 0.3
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -23,6 +23,14 @@ LAYOUTS |= {"V=50257": (50257, 50257), "V=262144 odd stride": (262144, 262145)}
 FORWARD = {"forward": {}, "forward +sum_sq": {"sum_sq": True}, "forward +kept": {"kept": 1}, "forward K=8": {"targets": 8}}
 FORWARD |= {"forward K=128 +tail": {"targets": 128, "kept": KeptKind.UNLISTED}}
 FORWARD |= {"moments": {"of": "moments"}, "DID": {"of": "did", "reads": 2}}
+_PAIR = {"of": "pair", "reads": 2}
+PAIR_FORWARD = {
+    "pair reverse_kl": {"kind": PairKind.REVERSE_KL, **_PAIR},
+    "pair mixed_kl +stats": {"kind": PairKind.MIXED_KL, "stats": True, **_PAIR},
+    "pair cross_entropy": {"kind": PairKind.CROSS_ENTROPY, **_PAIR},
+    "pair jsd": {"kind": PairKind.JSD, **_PAIR},
+}
+FORWARD |= PAIR_FORWARD
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},
@@ -32,8 +40,12 @@ BACKWARD = {
     "moments backward": {"of": "moments"},
     "DID backward": {"of": "did", "reads": 2},
     "DID backward both": {"of": "did", "reads": 2, "writes": 2},
+    "pair backward reverse_kl": {"kind": PairKind.REVERSE_KL, "grads": ("divergence",), **_PAIR},
+    "pair backward mixed_kl +stats": {"kind": PairKind.MIXED_KL, "grads": ("divergence", "logp", "entropy"), **_PAIR},
+    "pair backward jsd": {"kind": PairKind.JSD, "grads": ("divergence",), **_PAIR},
 }
 GRADS = BACKWARD["backward all"]["grads"]
+PAIR_GRADS = ("divergence", "logp", "entropy", "logsumexp")
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,7 @@ def _pretending(module, target, case: Case) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(module, "gpu", lambda device: card))
         if case.shape:
-            name = "backward_shape" if case.backward else "forward_shape"
+            name = ("pair_" if case.module == "pair" else "") + ("backward_shape" if case.backward else "forward_shape")
             stack.enter_context(mock.patch.object(module, name, lambda *_: case.shape))
         yield
 
@@ -188,4 +200,16 @@ def _launch_did(module, case: Case, rows: int, logits, other, mask) -> None:
         module.did_entropy_forward(logits, other, mask, TEMPERATURE, (entropy, state))
 
 
-_LAUNCHERS = {"token_stats": _launch_token_stats, "moments": _launch_moments, "did": _launch_did}
+def _launch_pair(module, case: Case, rows: int, logits, other, mask) -> None:
+    options, state = case.options, _meta(rows, PairState.WIDTH)
+    stats = options.get("stats") or "logp" in options.get("grads", ())
+    targets = _meta(rows, 1, dtype=torch.int64) if stats else None
+    common = (logits, other, targets, mask, TEMPERATURE, TEMPERATURE, IGNORE, options["kind"], BETA)
+    if case.backward:
+        grads = tuple(_meta(rows) if name in options["grads"] else None for name in PAIR_GRADS)
+        module.pair_backward(*common, state, grads, new_gradient(logits))
+    else:
+        module.pair_forward(*common, (_meta(rows), *(_meta(rows) if stats else None for _ in range(6)), state))
+
+
+_LAUNCHERS = {"token_stats": _launch_token_stats, "moments": _launch_moments, "did": _launch_did, "pair": _launch_pair}

@@ -83,8 +83,7 @@ def new_pair_results(logits, other, targets, mask, row_temperature, other_row_te
 
 
 def _backend(device: torch.device, kind: int):
-    backend = backends.select(device)
-    return backends.reference if kind in _REFERENCE_ONLY or not hasattr(backend, "pair_forward") else backend
+    return backends.reference if kind in _REFERENCE_ONLY else backends.select(device)
 
 
 def _for_backend(logits, targets, mask, row_temperature, other_row_temperature, temperature, other_temperature):

@@ -1,0 +1,92 @@
+"""Divergences of two rows of logits on a GPU: the launchers. Calling convention: rlkern/backends/contract.py.
+
+pair_terms.py      functions of an entry of both rows
+pair_forward.py    one program a pair of rows
+pair_split.py      several programs a pair, for long rows
+pair_backward.py   several programs a pair
+"""
+
+import torch
+import triton
+
+from .constants import PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL
+from .launch import device_of, gpu, pair_backward_shape, pair_forward_shape, row_options, starts_aligned, strides
+from .pair_backward import pair_backward_kernel
+from .pair_forward import pair_forward_kernel
+from .pair_split import PARTS, pair_merge_kernel, pair_mixture_part_kernel, pair_part_kernel
+
+MIXTURES = tuple(kind.value for kind in (PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL))
+
+
+def _same(a, b) -> bool:
+    """Whether two temperatures are one, as far as the host can see."""
+    tensors = [isinstance(t, torch.Tensor) for t in (a, b)]
+    return a.data_ptr() == b.data_ptr() if all(tensors) else a == b if not any(tensors) else False
+
+
+def _common(logits, other, targets, mask, temperature, other_temperature, state):
+    """(pointers, temperatures, what all kernels specialise on). The logits stand for an absent tensor."""
+    same, acc = _same(temperature, other_temperature), state.dtype
+    (mask_pointer, temperatures), temperature, options = row_options(logits, mask, temperature, acc)
+    (_, other_temperatures), other_temperature, _ = row_options(other, None, other_temperature, acc)
+    pointers = (logits, other, logits if targets is None else targets, mask_pointer, temperatures, other_temperatures)
+    options |= dict(K=0 if targets is None else 1, K_BLOCK=1, SAME_TEMPERATURE=same)
+    return pointers, (temperature, other_temperature), options | dict(ALIGN=16 // logits.element_size(), OTHER_ALIGN=16 // other.element_size())
+
+
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
+    divergence, logp, entropy, logsumexp, *others, state = out
+    pointers, temperatures, options = _common(logits, other, targets, mask, temperature, other_temperature, state)
+    outer, inner, vocab = logits.shape
+    rows, has_targets = outer * inner, targets is not None
+    stats, with_other = any(t is not None for t in (logp, entropy, logsumexp)), any(t is not None for t in others)
+    # What a kernel writes though nobody asked for it.
+    wanted = (True, has_targets, stats, stats, has_targets and with_other, with_other, with_other)
+    outputs = [
+        logits if not computed else torch.empty_like(divergence) if t is None else t
+        for t, computed in zip((divergence, logp, entropy, logsumexp, *others), wanted, strict=True)
+    ]
+    options |= dict(KIND=kind, STATS=stats, OTHER=with_other)
+    mixture, align = kind in MIXTURES, options["ALIGN"]
+    aligned = starts_aligned(logits, align) and starts_aligned(other, options["OTHER_ALIGN"])
+    shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
+    tile = dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
+    row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, ignore_index)
+    with device_of(logits):
+        if shape.splits == 1:
+            pair_forward_kernel[(rows,)](*pointers, *outputs, state, *row_args, beta, **options, MIXTURE=mixture, **tile)
+            return
+        parts = logits.new_empty((rows, PARTS.value, shape.splits), dtype=state.dtype)
+        options["SPLITS"] = shape.splits
+        pair_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, **options, **tile)
+        if mixture:
+            of_parts = {name: value for name, value in options.items() if name not in ("STATS", "OTHER")}
+            pair_mixture_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, beta, **of_parts, **tile)
+        of_rows = {name: value for name, value in options.items() if name not in ("ALIGN", "OTHER_ALIGN")}
+        pair_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, beta, **of_rows, MIXTURE=mixture, num_warps=1)
+
+
+def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
+    pointers, temperatures, options = _common(logits, other, targets, mask, temperature, other_temperature, state)
+    outer, inner, vocab = logits.shape
+    align = options["ALIGN"]
+    aligned = all(s % (16 // x.element_size()) == 0 for x in (logits, other, out) for s in strides(x))
+    options["OTHER_ALIGN"] = min(align, options["OTHER_ALIGN"])  # columns count from the gradient's boundaries
+    shape = pair_backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
+    groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
+    upstream = (state, *(logits if g is None else g for g in grads), out)
+    options |= {f"HAS_{name}": g is not None for name, g in zip(("DIVERGENCE", "LOGP", "ENTROPY", "LSE"), grads, strict=True)}
+
+    def same_lead(x, align):
+        return all((a - b) % align == 0 for a, b in zip(strides(x), strides(out), strict=True))
+
+    tile = dict(
+        ALIGNED=aligned,
+        EDGES=not aligned or vocab % align != 0,
+        SAME_LEAD=same_lead(logits, align),
+        OTHER_SAME_LEAD=same_lead(other, options["OTHER_ALIGN"]),
+        **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
+    )
+    row_args = (inner, *strides(logits), *strides(other), *strides(out), vocab, groups, *temperatures, ignore_index, beta)
+    with device_of(logits):
+        pair_backward_kernel[(outer * inner * groups,)](*pointers, *upstream, *row_args, KIND=kind, **options, **tile)
