@@ -115,11 +115,11 @@ RLKERN_INLINE void with_entries(const AccPack<T>& z, const AccPack<T>& w, const 
     f(Entries<T, By::series>(e, t, x, w, u));
 }
 
-// What mixing a share of q into p does, M = (1 - share) p + share q: log(M / p), log(q / M), t / (1 + share t) with
-// t = q / p - 1. From the larger one's side: nothing overflows.
+// What mixing a share of q into p does, M = (1 - share) p + share q: log(M / p), log(q / M), q / M, and
+// t / (1 + share t) with t = q / p - 1. From the larger one's side: nothing overflows.
 template <class A>
 struct Mixture {
-  Pack<A> log, log_other, slope;
+  Pack<A> log, log_other, other, slope;
 };
 template <bool Short, class A>
 RLKERN_INLINE Mixture<A> mixture_of(const Pack<A>& x, A share) {
@@ -127,12 +127,12 @@ RLKERN_INLINE Mixture<A> mixture_of(const Pack<A>& x, A share) {
   const Mask<A> up = x > A(0);
   const Pack<A> own = select(up, broadcast(share), broadcast(1 - share)), mass = own + (one - own) * s;
   const Pack<A> rest = log_positive(mass), gap = one - s;
-  return {select(up, x, zero) + rest, select(up, zero, x) - rest, select(up, gap, zero - gap) / mass};
+  return {select(up, x, zero) + rest, select(up, zero, x) - rest, select(up, one, s) / mass, select(up, gap, zero - gap) / mass};
 }
 
-// (e f, e g) of the kinds that mix.
+// (e f, e (g - base)) of the kinds that mix.
 template <int Kind, class T, By Difference>
-RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Difference>& v, Acc<T> beta) {
+RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Difference>& v, Acc<T> beta, [[maybe_unused]] Acc<T> base) {
   using A = Acc<T>;
   const A rest = 1 - beta, share = Kind == PairKind::SKEW_REVERSE_KL ? rest : beta;
   if constexpr (Difference == By::parts) {
@@ -140,11 +140,10 @@ RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, D
     const AccPack<T> mass = max_or_second(broadcast(A(1e-37)), v.e * (1 - share) + v.q * share), log_m = log2_positive(mass);
     const AccPack<T> log_p = finite_exponent(v.t), log_q = finite_exponent(v.other_t), to_p = v.e * (log_m - log_p) * A(kLn2);
     if constexpr (Kind == PairKind::JSD) return {(v.q * (log_q - log_m)) * A(beta * kLn2) - to_p * rest, to_p * -rest};
-    const AccPack<T> share_of_e = v.e * (v.q - v.e) / mass;
     if constexpr (Kind == PairKind::SKEW_FORWARD_KL)
-      return {v.q * (log_q - log_m) * A(kLn2) - (v.q - v.e) * rest, share_of_e * (-rest * rest)};
+      return {v.q * (log_q - log_m) * A(kLn2) - (v.q - v.e) * rest, v.e * (broadcast(rest - base) - v.q / mass * rest)};
     else
-      return {(v.q - v.e) * rest - to_p, share_of_e * (beta * rest) - to_p};
+      return {(v.q - v.e) * rest - to_p, v.e * (v.q - v.e) / mass * (beta * rest) - to_p};
   } else {
     const AccPack<T> v_t = v.grown * share, y = log1p_near(v_t);
     AccPack<T> e_f, e_g;
@@ -153,7 +152,7 @@ RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, D
       e_g = v.e * y * -rest;
     } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
       e_f = v.e * ((v.x * v.grown - v.excess) - (y * v_t - excess(y)) - v.grown * y * rest);
-      e_g = v.e * v.grown / (v_t + A(1)) * (-rest * rest);
+      e_g = v.e * (v.grown / (v_t + A(1)) * (-rest * rest) - base);
     } else {
       e_f = v.e * excess(y);
       e_g = v.e * (v_t / (v_t + A(1)) * beta - y);
@@ -165,7 +164,7 @@ RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, D
         e_g = select(v.far, v.e * m.log * -rest, e_g);
       } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
         e_f = select(v.far, v.q * m.log_other - (v.q - v.e) * rest, e_f);
-        e_g = select(v.far, v.e * m.slope * (-rest * rest), e_g);
+        e_g = select(v.far, v.e * (broadcast(rest - base) - m.other * rest), e_g);
       } else {
         e_f = select(v.far, (v.q - v.e) * rest - v.e * m.log, e_f);
         e_g = select(v.far, v.e * (m.slope * (beta * rest) - m.log), e_g);
@@ -272,7 +271,7 @@ struct PairSums {
 
 // Whole: with the sum for the entropy, and without the entries equal to the maximum. Else the tile has none.
 template <class T, int Kind, bool Coarse, bool Whole>
-PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame, Acc<T> beta) {
+PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame, Acc<T> beta, Acc<T> base = 0) {
   using A = Acc<T>;
   constexpr bool mixes = Kind >= PairKind::JSD, forward = Kind == PairKind::MIXED_KL, reverse = !mixes && Kind != kTrial;
   const Units<A> units(frame);
@@ -292,7 +291,7 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
     }
     with_entries<T, Coarse>(at_z, load(w + i), e, t, units, [&](const auto& v) __attribute__((always_inline)) {
       if constexpr (mixes) {
-        const auto [e_f, e_g] = mixture_terms<Kind>(v, beta);
+        const auto [e_f, e_g] = mixture_terms<Kind>(v, beta, base);
         a = a + e_f;
         b = b + e_g;
       } else {
@@ -422,20 +421,30 @@ struct Divergence {
   double value, mean_slope, offset;
 };
 
+// How contract.py has the MEAN_SLOPE of SKEW_FORWARD_KL: its sign says whether 1 - beta is taken off.
+inline double based(double mean_slope, bool is_taken_off) { return is_taken_off ? std::min(mean_slope, -1e-30) : std::max(mean_slope, 0.); }
+template <class A>
+A base_of(const Pair& call, A mean_slope) {
+  return call.kind == PairKind::SKEW_FORWARD_KL && mean_slope < 0 ? A(1 - call.beta) : 0;
+}
+
 // The second sweep of a kind that mixes, with both normalisers.
 template <class T, int Kind>
 Divergence mixture_divergence(const Pair& call, int64_t row, const PairRow<T, kShift>& sums, double offset) {
   Frame<Acc<T>> frame = sums.frame;
   frame.offset = Acc<T>(offset);
+  // Of rows that differ much g is all but 1 - beta in most of p: then that is its base.
+  const Acc<T> base = sums.coarse && Kind == PairKind::SKEW_FORWARD_KL ? 1 - sums.beta : 0;
   for (bool coarse = sums.coarse;; coarse = false) {
     double f = 0, g = 0;
     for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
-      const PairSums part = coarse ? pair_sums<T, Kind, kMayBeCoarse<T>, false>(z, w, n, frame, sums.beta)
+      const PairSums part = coarse ? pair_sums<T, Kind, kMayBeCoarse<T>, false>(z, w, n, frame, sums.beta, base)
                                    : pair_sums<T, Kind, false, false>(z, w, n, frame, sums.beta);
       f += part.a;
       g += part.b;
     });
-    if (!coarse || !(f < kCoarseTo * sums.mass)) return {std::max(0., f / sums.mass), g / sums.mass, offset};
+    if (!coarse || !(f < kCoarseTo * sums.mass))
+      return {std::max(0., f / sums.mass), Kind == PairKind::SKEW_FORWARD_KL ? based(g / sums.mass, base != 0) : g / sums.mass, offset};
   }
 }
 
@@ -537,7 +546,7 @@ void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>&
   const SideStats<A> others(other, frame.other_inv_t);
   state[PairState::OTHER_MAX] = others.top;
   state[PairState::OTHER_REST] = A(others.rest);
-  state[PairState::OTHER_MEAN_SLOPE] = A(d.value - d.mean_slope);
+  state[PairState::OTHER_MEAN_SLOPE] = A(d.value - d.mean_slope - base_of(call, d.mean_slope));
   put<A>(call.other_logsumexp, row, others.logsumexp());
   put<A>(call.other_entropy, row, others.entropy());
   if (!call.other_logp) return;
@@ -565,20 +574,21 @@ void pair_forward_rows(const PairForward& call, int64_t begin, int64_t end) {
 
 // --- backward ----------------------------------------------------------------------------------------------
 
-// dz = e (slope g + constant + linear t), t the exponent of e. 1 / T and the row's sum are folded in.
+// dz = e (slope (g - base) + constant + linear t), t the exponent of e. 1 / T and the row's sum are folded in.
 template <class A>
 struct PairCoefficients {
   Frame<A> frame;
-  A slope, constant, linear, beta;
+  A slope, constant, linear, beta, base;
 };
 
-// e g of entries whose differences are formed in a given way.
+// e (g - base) of entries whose differences are formed in a given way.
 template <int Kind, class T, By Difference>
-RLKERN_INLINE AccPack<T> slope_terms(const Entries<T, Difference>& v, Acc<T> beta) {
+RLKERN_INLINE AccPack<T> slope_terms(const Entries<T, Difference>& v, const PairCoefficients<Acc<T>>& c) {
+  const Acc<T> beta = c.beta;
   if constexpr (Kind == PairKind::REVERSE_KL) return AccPack<T>{} - v.e * v.x;
   if constexpr (Kind == PairKind::FORWARD_KL || Kind == PairKind::CROSS_ENTROPY) return AccPack<T>{} - v.e_t();
   if constexpr (Kind == PairKind::MIXED_KL) return AccPack<T>{} - v.e_t() * beta - v.e * v.x * (1 - beta);
-  if constexpr (Kind >= PairKind::JSD) return mixture_terms<Kind>(v, beta).second;
+  if constexpr (Kind >= PairKind::JSD) return mixture_terms<Kind>(v, beta, c.base).second;
 }
 
 template <class T, int Kind>
@@ -587,7 +597,7 @@ RLKERN_INLINE AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>&
   using A = Acc<T>;
   const AccPack<T> t = (z - u.top) * u.scale, e = power_of_two<sizeof(T) == 2>(t);
   AccPack<T> e_g;
-  const auto take = [&](const auto& v) __attribute__((always_inline)) { e_g = slope_terms<Kind>(v, c.beta); };
+  const auto take = [&](const auto& v) __attribute__((always_inline)) { e_g = slope_terms<Kind>(v, c); };
   const AccPack<T> x = log_ratio<T>(z, w, u);
   if constexpr (Kind == PairKind::REVERSE_KL) {
     e_g = AccPack<T>{} - e * x;
@@ -655,6 +665,7 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
   c.frame.other_ref = state[PairState::OTHER_REF];
   c.frame.offset = state[PairState::OFFSET];
   c.beta = A(call.beta);
+  c.base = base_of(call, state[PairState::MEAN_SLOPE]);
   // Terms without upstream gradient are left out: 0 * (-inf) is NaN.
   double others = g_z;
   if (g_h != 0) others += g_h * double(state[PairState::MEAN_U]);
@@ -679,7 +690,7 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
       using W = decltype(logit);
       const double at_w = load_one(static_cast<const W*>(row_start(call, call.other, call.other_dtype, row)) + y);
       const double z_ref = shifted + (double(c.frame.top) - double(c.frame.ref));
-      here += g_d * slope_at(kind, call.beta, (at_w - c.frame.other_ref) * c.frame.other_inv_t - z_ref * inv_t + c.frame.offset);
+      here += g_d * (slope_at(kind, call.beta, (at_w - c.frame.other_ref) * c.frame.other_inv_t - z_ref * inv_t + c.frame.offset) - c.base);
     });
   }
   const double at_y = inv_t * (std::exp(logp) * here - g_y * std::expm1(logp));

@@ -25,6 +25,7 @@ BACKENDS = {  # what each file of backends may import, of rlkern
     "contract": set(),
     "reference": {"layout", "backends"},
     "reference_pair": {"layout", "backends"},
+    "reference_rows": set(),
     "native": {"backends", "_cpu"},
     "gradient_memory": set(),
     "__init__": {"backends", "triton_kernels", "rlkern"},  # the package itself for its version

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .constants import (
     PAIR_KIND_REVERSE_KL,
+    PAIR_KIND_SKEW_FORWARD_KL,
     PAIR_MAX,
     PAIR_MEAN_SLOPE,
     PAIR_MEAN_U,
@@ -107,7 +108,10 @@ def pair_backward_kernel(
     if HAS_ENTROPY:
         c0 += g_entropy * tl.load(state_row + PAIR_MEAN_U)
     if HAS_DIVERGENCE:  # where nobody differentiates it, it may be infinite
-        c0 -= tl.where(g_divergence == 0, 0.0, g_divergence * tl.load(state_row + PAIR_MEAN_SLOPE))
+        mean_slope = tl.load(state_row + PAIR_MEAN_SLOPE)
+        if KIND == PAIR_KIND_SKEW_FORWARD_KL:
+            mean_slope = tl.where(mean_slope < 0, mean_slope + (1.0 - beta), mean_slope)
+        c0 -= tl.where(g_divergence == 0, 0.0, g_divergence * mean_slope)
     y = tl.zeros((), tl.int32)
     at_target = tl.zeros((), ACC)
     if HAS_LOGP:

@@ -23,6 +23,7 @@ from .constants import (
     PAIR_KIND_FORWARD_KL,
     PAIR_KIND_MIXED_KL,
     PAIR_KIND_REVERSE_KL,
+    PAIR_KIND_SKEW_FORWARD_KL,
     PAIR_MAX,
     PAIR_MEAN_SLOPE,
     PAIR_MEAN_U,
@@ -358,7 +359,8 @@ def write_pair(
     tl.store(state_row + PAIR_REF, m)
     tl.store(state_row + PAIR_OTHER_REF, other_ref)
     tl.store(state_row + PAIR_OFFSET, offset)
-    tl.store(state_row + PAIR_MEAN_SLOPE, slope)
+    # Not below 0 by rounding: of this kind the sign says something.
+    tl.store(state_row + PAIR_MEAN_SLOPE, tl.maximum(slope, 0.0, propagate_nan=tl.PropagateNan.ALL) if KIND == PAIR_KIND_SKEW_FORWARD_KL else slope)
     tl.store(state_row + PAIR_OTHER_MAX, own_m if OTHER else zero)
     tl.store(state_row + PAIR_OTHER_REST, other_rest)
     tl.store(state_row + PAIR_OTHER_MEAN_SLOPE, other_slope)

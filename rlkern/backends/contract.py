@@ -130,7 +130,7 @@ class PairState:
     REF = 3
     OTHER_REF = 4
     OFFSET = 5
-    MEAN_SLOPE = 6  # sum p g; NaN where the divergence is infinite
+    MEAN_SLOPE = 6  # sum p g; NaN where the divergence is infinite; of SKEW_FORWARD_KL less 1 - beta if negative
     OTHER_MAX = 7  # MAX, REST and MEAN_SLOPE with the places exchanged; only if other_logsumexp was asked for
     OTHER_REST = 8
     OTHER_MEAN_SLOPE = 9

@@ -13,21 +13,9 @@ from ..layout import row_chunks
 from .contract import LARGEST_EXPONENT, KeptKind, KLKind, State
 from .reference_pair import pair_backward as pair_backward
 from .reference_pair import pair_forward as pair_forward
+from .reference_rows import inverse_temperature, skipped_rows
 
 CHECKS_TARGETS = False
-
-
-def _skipped(n: int, targets: Tensor | None, mask: Tensor | None, ignore_index: int, device) -> Tensor:
-    skipped = torch.zeros(n, dtype=torch.bool, device=device) if mask is None else ~mask
-    return skipped if targets is None else skipped | (targets == ignore_index).all(-1)
-
-
-def _inverse_temperature(temperature: float | Tensor, rows: slice, acc: torch.dtype):
-    """1/T, a float or [R, 1]; a temperature that is not positive makes the row NaN."""
-    if not isinstance(temperature, Tensor):
-        return 1.0 / temperature
-    t = temperature[rows].to(acc).unsqueeze(-1)
-    return torch.where(t > 0, 1 / t, math.nan)
 
 
 def _listed(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
@@ -42,10 +30,10 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     state_out = state_out.view(-1, state_out.shape[-1])
     acc = state_out.dtype
     n, vocab = state_out.shape[0], logits.shape[-1]
-    skipped = _skipped(n, targets, mask, ignore_index, logits.device)
+    skipped = skipped_rows(n, targets, mask, ignore_index, logits.device)
     for a, rows, flat in row_chunks(logits):
         x = logits[a, rows].to(acc)
-        inv_t = _inverse_temperature(temperature, flat, acc)
+        inv_t = inverse_temperature(temperature, flat, acc)
         m = x.amax(-1, keepdim=True)
         shifted = torch.where(torch.isneginf(x), x, x - m)  # -inf - -inf would be NaN in a row of -inf alone
         u = shifted * inv_t
@@ -115,7 +103,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         dropped = targets == ignore_index
         g_logp = g_logp.view(n, -1).masked_fill(dropped, 0)
     per_row = [None if g is None else g.view(-1) for g in (g_entropy, g_lse, g_sum_sq, g_kept)]
-    skipped = _skipped(n, targets, mask, ignore_index, logits.device)
+    skipped = skipped_rows(n, targets, mask, ignore_index, logits.device)
     # A row without upstream gradient gets zeros, even if it holds NaN.
     idle = torch.ones_like(skipped)
     for g in (None if g_logp is None else g_logp.ne(0).any(-1), *per_row):
@@ -128,7 +116,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         m, rest, mean_u, sum_sq, log_kept_mass, delta = (s[:, i : i + 1] for i in range(State.TARGETS))
         gl = None if g_logp is None else g_logp[flat]
         g_h, g_z, g_s2, g_k = (None if g is None else g[flat].unsqueeze(-1) for g in per_row)
-        inv_t = _inverse_temperature(temperature, flat, acc)
+        inv_t = inverse_temperature(temperature, flat, acc)
         x = logits[a, rows].to(acc)
         shifted = x - m
         u = (shifted * inv_t).clamp_min(-1e4)
@@ -172,7 +160,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
 def row_moments_forward(logits, targets, mask, ignore_index, out) -> None:
     target_out, variance_out, mean_out = (t.view(logits.shape[:2].numel(), -1) for t in out)
     n, vocab = mean_out.shape[0], logits.shape[-1]
-    skipped = _skipped(n, targets, mask, ignore_index, logits.device).unsqueeze(-1)
+    skipped = skipped_rows(n, targets, mask, ignore_index, logits.device).unsqueeze(-1)
     for a, rows, flat in row_chunks(logits):
         x = logits[a, rows].to(mean_out.dtype)
         head = x.mean(-1, keepdim=True)
@@ -190,7 +178,7 @@ def row_moments_backward(logits, targets, mask, ignore_index, mean, grads, out) 
     mean = mean.view(-1, 2)
     acc, n, vocab = mean.dtype, mean.shape[0], logits.shape[-1]
     g_target, g_variance = (mean.new_zeros(n, 1) if g is None else g.view(n, 1) for g in grads)
-    idle = _skipped(n, targets, mask, ignore_index, logits.device).unsqueeze(-1) | ((g_target == 0) & (g_variance == 0))
+    idle = skipped_rows(n, targets, mask, ignore_index, logits.device).unsqueeze(-1) | ((g_target == 0) & (g_variance == 0))
     g_target = torch.where((targets >= 0) & (targets < vocab) | (g_target == 0), g_target, math.nan)
     for a, rows, flat in row_chunks(logits):
         g_t, g_v, (head, tail) = g_target[flat], g_variance[flat], mean[flat].split(1, -1)

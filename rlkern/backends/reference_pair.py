@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..layout import row_chunks
 from .contract import PairKind, PairState
+from .reference_rows import inverse_temperature, skipped_rows
 
 _NEAR = 0.5  # up to this |x| differences of p and q are computed from x, beyond it from p and q
 
@@ -152,14 +153,6 @@ def _side(x: Tensor, inv_t: Tensor | float) -> _Side:
     return _Side(x, inv_t, m, torch.where(m.isinf() | m.isnan(), math.nan, rest), u.exp(), u)
 
 
-def _inverse(temperature: float | Tensor, rows: slice, acc: torch.dtype) -> float | Tensor:
-    """1/T, a float or [R, 1]; a temperature that is not positive makes the row NaN."""
-    if not isinstance(temperature, Tensor):
-        return 1.0 / temperature
-    t = temperature[rows].to(acc).unsqueeze(-1)
-    return torch.where(t > 0, 1 / t, math.nan)
-
-
 def _log_ratio(z: _Side, w: _Side, ref: Tensor, other_ref: Tensor) -> Tensor:
     """log(q / p) up to the OFFSET. Where neither has mass it is anything finite."""
     none = torch.isneginf(z.x) & torch.isneginf(w.x)
@@ -170,19 +163,14 @@ def _log_ratio(z: _Side, w: _Side, ref: Tensor, other_ref: Tensor) -> Tensor:
     return torch.where(torch.as_tensor(z.inv_t == w.inv_t), same, (b - other_ref) * w.inv_t - (a - ref) * z.inv_t)
 
 
-def _skipped(n: int, targets: Tensor | None, mask: Tensor | None, ignore_index: int, device: torch.device) -> Tensor:
-    skipped = torch.zeros(n, dtype=torch.bool, device=device) if mask is None else ~mask
-    return skipped if targets is None else skipped | (targets == ignore_index).all(-1)
-
-
 def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
     *results, state_out = out
     state_out = state_out.view(-1, PairState.WIDTH)
     acc, vocab = state_out.dtype, logits.shape[-1]
-    skipped = _skipped(state_out.shape[0], targets, mask, ignore_index, logits.device)
+    skipped = skipped_rows(state_out.shape[0], targets, mask, ignore_index, logits.device)
     for a, rows, flat in row_chunks(logits):
-        z = _side(logits[a, rows].to(acc), _inverse(temperature, flat, acc))
-        w = _side(other[a, rows].to(acc), _inverse(other_temperature, flat, acc))
+        z = _side(logits[a, rows].to(acc), inverse_temperature(temperature, flat, acc))
+        w = _side(other[a, rows].to(acc), inverse_temperature(other_temperature, flat, acc))
         # The offset is log(sum e^u / sum e^w'), where it is near 0 from the sum of the differences.
         x = _log_ratio(z, w, z.max, w.max)
         terms = _Terms(z.e, w.e, x)
@@ -196,6 +184,8 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
             mean_slope = value
         elif kind in (PairKind.FORWARD_KL, PairKind.CROSS_ENTROPY):
             mean_slope = torch.zeros_like(value)
+        elif kind == PairKind.SKEW_FORWARD_KL:
+            mean_slope = mean_slope.clamp(min=0)
         elif kind == PairKind.MIXED_KL:
             mean_slope = (1 - beta) * terms.reverse.sum(-1, keepdim=True)
         if kind == PairKind.CROSS_ENTROPY:  # -sum q log p, both terms positive
@@ -244,13 +234,15 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
     state = state.view(-1, PairState.WIDTH)
     acc, n, vocab = state.dtype, state.shape[0], logits.shape[-1]
     upstream = [torch.zeros(n, dtype=acc, device=logits.device) if g is None else g.view(-1) for g in grads]
-    skipped = _skipped(n, targets, mask, ignore_index, logits.device) | torch.stack(upstream).eq(0).all(0)
+    skipped = skipped_rows(n, targets, mask, ignore_index, logits.device) | torch.stack(upstream).eq(0).all(0)
     for a, rows, flat in row_chunks(logits):
         columns = state[flat].unbind(-1)
         m, rest, mean_u, ref, other_ref, offset, mean_slope = (c.unsqueeze(-1) for c in columns[: PairState.OTHER_MAX])
         g_div, g_logp, g_entropy, g_lse = (g[flat].unsqueeze(-1) for g in upstream)
-        z_x, inv_t = logits[a, rows].to(acc), _inverse(temperature, flat, acc)
-        w_x, other_inv_t = other[a, rows].to(acc), _inverse(other_temperature, flat, acc)
+        if kind == PairKind.SKEW_FORWARD_KL:
+            mean_slope = torch.where(mean_slope < 0, mean_slope + (1 - beta), mean_slope)
+        z_x, inv_t = logits[a, rows].to(acc), inverse_temperature(temperature, flat, acc)
+        w_x, other_inv_t = other[a, rows].to(acc), inverse_temperature(other_temperature, flat, acc)
         shifted = z_x - m
         u = (shifted * inv_t).clamp_min(-1e4)
         z = _Side(z_x, inv_t, m, rest, torch.where(torch.isneginf(z_x), 0, u.exp()), u)

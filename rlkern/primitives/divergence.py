@@ -135,6 +135,9 @@ def exchange_pair(logits, other, targets, mask, row_temperature, other_row_tempe
     kind, complement = _EXCHANGED[o.kind]
     options = o._replace(temperature=o.other_temperature, other_temperature=o.temperature, kind=kind, beta=1 - o.beta if complement else o.beta)
     s = state.unbind(-1)
+    mean_slope = s[PairState.OTHER_MEAN_SLOPE]
+    if kind == PairKind.SKEW_FORWARD_KL:
+        mean_slope = mean_slope.clamp(min=0)  # not below 0 by rounding: of this kind the sign says something
     columns = torch.zeros_like(state)
     for to, column in (
         (PairState.MAX, s[PairState.OTHER_MAX]),
@@ -142,7 +145,7 @@ def exchange_pair(logits, other, targets, mask, row_temperature, other_row_tempe
         (PairState.REF, s[PairState.OTHER_REF]),
         (PairState.OTHER_REF, s[PairState.REF]),
         (PairState.OFFSET, -s[PairState.OFFSET]),
-        (PairState.MEAN_SLOPE, s[PairState.OTHER_MEAN_SLOPE]),
+        (PairState.MEAN_SLOPE, mean_slope),
     ):
         columns[..., to] = column
     if targets is not None:  # they only tell which rows are skipped
