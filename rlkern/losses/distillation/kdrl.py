@@ -43,8 +43,9 @@ def kdrl_loss(
         "k3"       e^-d - 1 + d      that of KL(teacher || student), another divergence
         "exact"    teacher_kl        its own, on any samples
 
-    For "exact" use `rlkern.token_divergence(logits, teacher_logits)` or `topk_reverse_kl`. Off-policy, with
-    old_logp of another student, the first three are biased: the ratio multiplies the reward's part alone.
+    For "exact" take logp and teacher_kl (the divergence) from `rlkern.pair_stats(logits, teacher_logits, ids)`:
+    one read and one gradient for both. `topk_divergence` needs less of the teacher. Off-policy, with old_logp
+    of another student, the first three are biased: the ratio multiplies the reward's part alone.
 
     Args:
         logp, old_logp: [B, T]; gradients flow into logp. old_logp=None is on-policy, as the paper writes it.
