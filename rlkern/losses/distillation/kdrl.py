@@ -43,7 +43,7 @@ def kdrl_loss(
         "k3"       e^-d - 1 + d      that of KL(teacher || student), another divergence
         "exact"    teacher_kl        its own, on any samples
 
-    For "exact" take logp and teacher_kl (the divergence) from `rlkern.pair_stats(logits, teacher_logits, ids)`:
+    For "exact" take logp and teacher_kl (the divergence) from `rlkern.pair_stats(logits, teacher_logits, y)`:
     one read and one gradient for both. `topk_divergence` needs less of the teacher. Off-policy, with old_logp
     of another student, the first three are biased: the ratio multiplies the reward's part alone.
 
