@@ -1,18 +1,22 @@
-"""Accuracy, not speed: errors against float64 beside eager PyTorch's, and inputs that break other kernels.
+"""Accuracy, not speed: errors against float64 beside eager PyTorch's, inputs that break others, close pairs.
 
 python benchmarks/accuracy.py          # without a GPU, TRITON_INTERPRET=1 adds the Triton kernels
 """
 
+import contextlib
+import functools
 import math
 import os
 
 import torch
+from contenders import log_softmax_pair, trl_gkd
 from table import columns
 
 import rlkern
 from rlkern import backends
 
 ROWS, VOCAB = 16, 9001
+PAIR_KINDS = ("reverse_kl", "jsd")
 
 
 def names() -> list[str]:
@@ -76,6 +80,64 @@ def stress_cases():
     yield "confident, p = 1 - 1e-7", confident, y
 
 
+def close_pair(dtype, noise, rows=ROWS, vocab=VOCAB):
+    """Logits, and the same with noise, both rounded."""
+    g = torch.Generator().manual_seed(2)
+    z, w = (torch.randn(rows, vocab, generator=g, dtype=torch.float64) for _ in range(2))
+    z = (3 * z).to(dtype)
+    return z, (z.double() + noise * w).to(dtype)
+
+
+def exact_pair(kind):
+    """For float64: sums of p f(log(q / p)) with f >= 0, in which small divergences keep their digits."""
+
+    def h(t):
+        return (1 + t) * torch.log1p(t) - t
+
+    def run(logits, other):
+        log_p = logits.log_softmax(-1)
+        x = other.log_softmax(-1) - log_p
+        t = torch.expm1(x)
+        return (log_p.exp() * (t - x if kind == "reverse_kl" else 0.5 * h(t) - h(0.5 * t))).sum(-1)
+
+    return run
+
+
+def fused_pair(name, kind):
+    def run(logits, other):
+        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        with rlkern.use_backend(name):
+            return rlkern.token_divergence(logits.to(device), other.to(device), kind=kind)
+
+    return run
+
+
+def pair_runs(kind):
+    """By name: eager float32, TRL's function where TRL is installed, every backend of rlkern."""
+
+    def first(forward):
+        return lambda logits, other: forward(logits, (other, None))[0]
+
+    runs = {"eager": first(functools.partial(log_softmax_pair, kind))}
+    with contextlib.suppress(ImportError):
+        runs["TRL"] = first(next(c.forward for c in trl_gkd() if c.computes == kind))
+    return runs | {name: fused_pair(name, kind) for name in names()}
+
+
+def measure_pair(run, logits, other):
+    """(value, gradient) as float64."""
+    leaf = logits.clone().requires_grad_()
+    value = run(leaf, other)
+    (value * torch.linspace(-1, 1, value.numel(), device=value.device, dtype=value.dtype)).sum().backward()
+    return [t.detach().double().cpu() for t in (value, leaf.grad)]
+
+
+def pair_errors(kind, logits, other) -> dict[str, list[float]]:
+    """By name, the errors of value and gradient."""
+    want = measure_pair(exact_pair(kind), logits.double(), other.double())
+    return {name: [error(a, b) for a, b in zip(measure_pair(run, logits, other), want, strict=True)] for name, run in pair_runs(kind).items()}
+
+
 def main() -> None:
     runs = {"eager": eager, **{name: fused(name) for name in names()}}
     header = ["", *(f"{name} {what}" for name in runs for what in ("logp", "H", "grad"))]
@@ -94,6 +156,16 @@ def main() -> None:
     print(columns(rows))
     print("\nThe inputs that break other kernels, float32")
     print(columns([header, *([name, *errors(x, y)] for name, x, y in stress_cases())]))
+
+    rows = [["", *(f"{name} {what}" for name in pair_runs(PAIR_KINDS[0]) for what in ("value", "grad"))]]
+    for kind in PAIR_KINDS:
+        for dtype in (torch.float32, torch.bfloat16):
+            for noise in (1e-1, 1e-3, 1e-5):
+                found = pair_errors(kind, *close_pair(dtype, noise))
+                name = f"{kind}, {str(dtype).removeprefix('torch.')}, noise {noise:.0e}"
+                rows.append([name, *(f"{e:.0e}" for errors_of_run in found.values() for e in errors_of_run)])
+    print("\nTwo rows, the second is the first with noise; of a noise of 1e-5 bfloat16 keeps what falls on logits near 0")
+    print(columns(rows))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ first (330 seconds at most; what decides whether the kernels are right and fast)
     install    the project into a temporary folder, as users do; where that fails the Python files alone
     tests      full size, dtypes, layouts, CUDA graphs, no host sync; every primitive, every public function
     variants   launch shapes against each other
-    bench      rlkern against eager PyTorch, beside the card's own copy bandwidth
+    bench      rlkern against eager PyTorch, one row and two rows, beside the card's own copy bandwidth
 
 second (300 seconds at most; no CPU kernels, which it does not need):
 

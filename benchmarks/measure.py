@@ -1,6 +1,7 @@
 """Timing and memory on GPU and CPU. Each contender runs once a round: a drifting clock hits all alike."""
 
 import argparse
+import copy
 import ctypes
 import datetime
 import functools
@@ -20,6 +21,7 @@ from rlkern import reference
 from rlkern.backends import gradient_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PAIRS = ("reverse_kl", "forward_kl", "jsd", "reverse_kl+logp+entropy")  # of two rows: a kind of token_divergence, and what else
 RESULTS = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results")
 FEW_ROWS_BYTES = 64 << 20  # logits below this take a GPU less time than the host takes to queue the launches
 _FLUSH_BYTES = 512 << 20
@@ -58,14 +60,14 @@ class Case(NamedTuple):
     dtype: str  # a key of DTYPES
     rows: int
     vocab: int
-    computes: str  # which contenders: contenders.LOGP or contenders.BOTH
+    computes: str  # which contenders: contenders.LOGP, contenders.BOTH or one of PAIRS
 
     def __str__(self) -> str:
         return f"{self.computes}, {self.dtype}, N = {self.rows:,}, V = {self.vocab:,}, {self.device}"
 
 
 def few_rows(case: Case) -> bool:
-    return design_bytes(case, "forward") < FEW_ROWS_BYTES
+    return logits_bytes(case) < FEW_ROWS_BYTES
 
 
 class _GpuClock:
@@ -143,7 +145,7 @@ def rotation(case: Case) -> int:
     if case.device != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    return min(64, 4 * cache // design_bytes(case, "forward") + 1)
+    return min(64, 4 * cache // logits_bytes(case) + 1)
 
 
 def spread(values) -> float:
@@ -155,14 +157,23 @@ def spread(values) -> float:
 
 
 def inputs(case: Case):
-    """Logits, targets, upstream gradients of logp and entropy. Random: kernels can be faster on zeros."""
+    """Logits, the targets or for PAIRS (other logits, targets), upstream gradients of all that is computed.
+
+    Random: kernels can be faster on zeros. The other rows are independent: for close ones kernels have a
+    faster path.
+    """
     generator = torch.Generator(case.device).manual_seed(0)
-    x = torch.empty(case.rows, case.vocab, dtype=DTYPES[case.dtype], device=case.device)
-    for rows in x.split(max(1, (1 << 28) // case.vocab)):
-        rows.copy_(torch.randn(rows.shape, generator=generator, device=case.device).mul_(2))
+
+    def logits():
+        x = torch.empty(case.rows, case.vocab, dtype=DTYPES[case.dtype], device=case.device)
+        for rows in x.split(max(1, (1 << 28) // case.vocab)):
+            rows.copy_(torch.randn(rows.shape, generator=generator, device=case.device).mul_(2))
+        return x
+
+    x, pair = logits(), case.computes in PAIRS
     y = torch.randint(case.vocab, (case.rows,), generator=generator, device=case.device)
-    g_logp, g_entropy = (torch.randn(case.rows, generator=generator, device=case.device) for _ in range(2))
-    return x, y, (g_logp, g_entropy)
+    grads = tuple(torch.randn(case.rows, generator=generator, device=case.device) for _ in range(3 if pair else 2))
+    return x, (logits(), y) if pair else y, grads
 
 
 def _gradient(outputs, x, grads):
@@ -202,10 +213,10 @@ class _Run:
         return times
 
     def warm_up(self, timer):
-        """Compiles, and measures what needs measuring once: the error of logp and the peak memory."""
-        logp = self.phases()[0](None)[0].detach()
+        """Compiles, and measures what needs measuring once: the first result's error, the peak memory."""
+        first = self.phases()[0](None)[0].detach()
         self.restore()
-        self.error = _logp_error(logp, self.x, self.y)
+        self.error = _error(first, self.case.computes, self.x, self.y)
         self.once(timer)
         self.peak = peak_memory(self.case.device, self.phases())
         self.restore()
@@ -217,13 +228,13 @@ class _ReplayedRun(_Run):
     forwards = both = None
 
     def replay_over(self, buffers) -> None:
-        leaves = [buffer.detach().requires_grad_(self.contender.backward) for buffer in buffers]
-        self.forwards = Replay([functools.partial(self.contender.forward, leaf, self.y) for leaf in leaves], self.case.device)
+        leaves = [(x.detach().requires_grad_(self.contender.backward), y) for x, y in buffers]
+        self.forwards = Replay([functools.partial(self.contender.forward, *leaf) for leaf in leaves], self.case.device)
         if self.contender.backward:
-            self.both = Replay([functools.partial(self._gradient_of, leaf) for leaf in leaves], self.case.device)
+            self.both = Replay([functools.partial(self._gradient_of, *leaf) for leaf in leaves], self.case.device)
 
-    def _gradient_of(self, leaf):
-        return _gradient(self.contender.forward(leaf, self.y), leaf, self.grads)
+    def _gradient_of(self, leaf, y):
+        return _gradient(self.contender.forward(leaf, y), leaf, self.grads)
 
     def once(self, timer) -> tuple[float, ...]:
         if self.forwards is None:  # while warming up
@@ -232,13 +243,16 @@ class _ReplayedRun(_Run):
         return (forward, max(self.both.ms() - forward, 1e-6)) if self.both else (forward,)
 
 
-def _logp_error(logp, x, y, sample=16) -> float | None:
-    """Largest error of |logp| against float64 over a few rows; None for other results (a GRPO loss)."""
-    if logp.shape[0] != x.shape[0]:
+def _error(first, computes, x, y, sample=16) -> float | None:
+    """Largest error of |logp| or the divergence against float64 over a few rows; None for a loss of all."""
+    if first.shape[0] != x.shape[0]:
         return None
     rows = torch.linspace(0, x.shape[0] - 1, min(sample, x.shape[0])).long().to(x.device)
-    exact = reference.token_stats(x[rows].double(), y[rows].unsqueeze(-1)).logp.squeeze(-1)
-    return (logp[rows].double().abs() - exact.abs()).abs().max().item()
+    if computes in PAIRS:
+        exact = reference.token_divergence(x[rows].double(), y[0][rows].double(), computes.split("+")[0])
+    else:
+        exact = reference.token_stats(x[rows].double(), y[rows].unsqueeze(-1)).logp.squeeze(-1)
+    return (first[rows].double().abs() - exact.abs()).abs().max().item()
 
 
 def interleaved(contenders: dict, logits: torch.Tensor, rounds: int) -> tuple[dict[str, list], dict[str, int | None]]:
@@ -293,10 +307,20 @@ def _resident(field: str) -> int:
         return next(int(line.split()[1]) << 10 for line in file if line.startswith(field))
 
 
+def logits_bytes(case: Case) -> int:
+    return case.rows * case.vocab * DTYPES[case.dtype].itemsize
+
+
+def passes(case: Case) -> dict[str, int]:
+    """How often logits have to cross the bus. Forward they are read, backward read and a gradient written."""
+    reads = 2 if case.computes in PAIRS else 1
+    forward = 2 * reads if case.computes == "jsd" else reads  # the mixture needs both sums first
+    return {"forward": forward, "backward": reads + 1, "total": forward + reads + 1}
+
+
 def design_bytes(case: Case, phase: str) -> int:
-    """Bytes that have to move: one read of the logits forward; one read and one write backward."""
-    size = case.rows * case.vocab * DTYPES[case.dtype].itemsize
-    return {"forward": 1, "backward": 2, "total": 3}[phase] * size
+    """Bytes that have to move."""
+    return passes(case)[phase] * logits_bytes(case)
 
 
 def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, replayed: bool | None = None) -> dict:
@@ -306,7 +330,7 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, re
     replayed = case.device == "cuda" and few_rows(case) if replayed is None else replayed
     x, y, grads = inputs(case)
     pristine = x.clone()
-    buffers = [x.clone() for _ in range(rotation(case))] if replayed else []
+    buffers = [(x.clone(), copy.deepcopy(y)) for _ in range(rotation(case))] if replayed else []
     runs, skipped = [], {}
     torch._dynamo.reset()
     for contender in contenders:
@@ -343,6 +367,7 @@ def run_case(case: Case, contenders, rounds: int, log=print, skip_slow=False, re
                 x.copy_(pristine)
     copy_gb_s = 2 * x.numel() * x.element_size() / median(copies) / 1e6
     measured = {**case._asdict(), "rounds": rounds, "replayed": replayed, "copy_ms": median(copies), "copy_gb_s": copy_gb_s}
+    measured["passes"] = passes(case)["total"]
     measured["copy_of"] = f"{case.rows} x {case.vocab} {case.dtype}"
     return {**measured, "results": [_summary(run, case, copy_gb_s) for run in runs], "skipped": skipped}
 
@@ -353,14 +378,14 @@ def share_copy(measured: list[dict]) -> None:
     def case_of(entry):
         return Case(*(entry[field] for field in Case._fields))
 
-    largest = max(measured, key=lambda entry: design_bytes(case_of(entry), "forward"))
+    largest = max(measured, key=lambda entry: logits_bytes(case_of(entry)))
     for entry in measured:
         if entry["replayed"] and entry["copy_of"] != largest["copy_of"]:
             for result, phase in itertools.product(entry["results"], ("forward", "backward", "total")):
                 if phase in result:
                     result[phase]["of_copy"] *= entry["copy_gb_s"] / largest["copy_gb_s"]
             entry |= {"copy_gb_s": largest["copy_gb_s"], "copy_of": largest["copy_of"]}
-            entry["copy_ms"] = 2 * design_bytes(case_of(entry), "forward") / largest["copy_gb_s"] / 1e6
+            entry["copy_ms"] = 2 * logits_bytes(case_of(entry)) / largest["copy_gb_s"] / 1e6
 
 
 def _summary(run: _Run, case: Case, copy_gb_s: float) -> dict:

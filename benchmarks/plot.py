@@ -31,7 +31,7 @@ def _draw(axis, case):
         axis.barh(i, total - forward, left=forward, color=colour, alpha=0.55)
         axis.text(total, i, f" {total:,.0f}" if total >= 100 else f" {total:.3g}", va="center", fontsize=8)
     axis.set_yticks(range(len(entries)), [e["name"] for e in entries], fontsize=8)
-    floor = 1.5 * case["copy_ms"]
+    floor = case.get("passes", 3) / 2 * case["copy_ms"]
     axis.axvline(floor, color="black", lw=0.8, ls=":")
     axis.set_title(
         f"{case['computes']}, {case['dtype']}, {case['rows']:,} x {case['vocab']:,}: ms forward (dark) + backward (light); "

@@ -2,6 +2,7 @@
 
     python benchmarks/run.py                  the default set of the GPU, else the CPU; about three minutes
     python benchmarks/run.py --device cpu --dtypes bf16 --shapes 512x32768 --computes logp+entropy
+    python benchmarks/run.py --computes reverse_kl jsd    of the default set only these
     python benchmarks/run.py --full                all vocabularies, both dtypes, logp alone too
 
 Writes benchmarks/results/<machine>-<date>.json, case by case, and .png.
@@ -14,7 +15,7 @@ import time
 from pathlib import Path
 
 from contenders import BOTH, LOGP, contenders
-from measure import DTYPES, RESULTS, Case, argument_parser, arguments, machine, run_case, share_copy
+from measure import DTYPES, PAIRS, RESULTS, Case, argument_parser, arguments, machine, run_case, share_copy
 from session import write
 from table import render
 
@@ -26,8 +27,9 @@ _GPU_SHAPES = ((8192, 151_936), (16_384, 32_768), (64, 151_936), (4096, 262_144)
 def default_cases(device: str, full: bool = False) -> list[Case]:
     """Most telling cases first: a time budget cuts the list from its end."""
     if device == "cuda":
-        first, *others = _GPU_SHAPES
-        cases = [Case(device, "bf16", *first, kind) for kind in (BOTH, LOGP)]
+        first, second, *others = _GPU_SHAPES
+        cases = [Case(device, "bf16", *first, kind) for kind in (BOTH, LOGP, *PAIRS)]
+        cases += [Case(device, "bf16", *second, kind) for kind in (BOTH, *PAIRS)]
         cases += [Case(device, "bf16", *shape, BOTH) for shape in others]
         cases += [Case(device, "fp32", *shape, BOTH) for shape in _GPU_SHAPES]
         if full:
@@ -35,7 +37,7 @@ def default_cases(device: str, full: bool = False) -> list[Case]:
             cases += [Case(device, dtype, *shape, kind) for dtype in ("bf16", "fp32") for shape in rest for kind in (BOTH, LOGP)]
         return cases
     cases = [Case(device, dtype, *shape, BOTH) for dtype in ("bf16", "fp32") for shape in _CPU_SHAPES]
-    cases += [Case(device, "bf16", *_CPU_SHAPES[0], LOGP)]
+    cases += [Case(device, "bf16", *_CPU_SHAPES[0], kind) for kind in (LOGP, *PAIRS)]
     if full:
         cases += [Case(device, dtype, max(32, (1 << 24) // v), v, BOTH) for dtype in ("bf16", "fp32") for v in VOCABULARIES if v != 151_936]
         cases += [Case(device, "fp16", *_CPU_SHAPES[0], BOTH), Case(device, "bf16", *_CPU_SHAPES[1], LOGP)]
@@ -44,7 +46,7 @@ def default_cases(device: str, full: bool = False) -> list[Case]:
 
 def rehearsal_cases() -> list[Case]:
     """One of each kind that a GPU is given, tiny, for a processor: the last one is replayed."""
-    return [Case("cpu", "bf16", 8, 300, BOTH), Case("cpu", "bf16", 8, 300, LOGP), Case("cpu", "fp32", 2, 300, BOTH)]
+    return [*(Case("cpu", "bf16", 8, 300, kind) for kind in (BOTH, LOGP, *PAIRS)), Case("cpu", "fp32", 2, 300, BOTH)]
 
 
 def slug(info: dict, device: str) -> str:
@@ -87,7 +89,7 @@ def main() -> int:
     parser = argument_parser(__doc__, "device", "rounds", "threads")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), help="only these of the default set; with --shapes: bf16 by default")
     parser.add_argument("--shapes", nargs="+", metavar="NxV", help="replaces the default set: such as 512x32768")
-    parser.add_argument("--computes", nargs="+", choices=(BOTH, LOGP), default=[BOTH])
+    parser.add_argument("--computes", nargs="+", choices=(BOTH, LOGP, *PAIRS), help=f"only these of the default set; with --shapes: {BOTH}")
     parser.add_argument("--full", action="store_true", help="all vocabularies and dtypes")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--no-peers", action="store_true", help="leave other packages' kernels out")
@@ -102,9 +104,11 @@ def main() -> int:
     cases = default_cases(args.device, args.full)
     if args.shapes:
         shapes = [tuple(int(n) for n in shape.replace(",", "").split("x")) for shape in args.shapes]
-        cases = [Case(args.device, dtype, *shape, kind) for kind in args.computes for dtype in args.dtypes or ["bf16"] for shape in shapes]
-    elif args.dtypes:
-        cases = [case for case in cases if case.dtype in args.dtypes]
+        cases = [Case(args.device, dtype, *shape, kind) for kind in args.computes or [BOTH] for dtype in args.dtypes or ["bf16"] for shape in shapes]
+    else:
+        cases = [case for case in cases if case.dtype in (args.dtypes or DTYPES) and case.computes in (args.computes or (BOTH, LOGP, *PAIRS))]
+    if not cases:
+        parser.error("the default set holds no such case: --shapes makes one")
     replayed = []
     if args.rehearse:
         cases, replayed, args.rounds = rehearsal_cases(), rehearsal_cases()[-1:], 2

@@ -9,11 +9,11 @@ import torch
 pytest.importorskip("pytest_benchmark")
 
 from contenders import BOTH, LOGP, contenders  # noqa: E402
-from measure import Case, inputs  # noqa: E402
+from measure import PAIRS, Case, inputs  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = ((8192, 32_000), (8192, 151_936)) if DEVICE == "cuda" else ((64, 32_768), (32, 151_936))
-CASES = [Case(DEVICE, dtype, *shape, kind) for kind in (BOTH, LOGP) for dtype in ("bf16", "fp32") for shape in SHAPES]
+CASES = [Case(DEVICE, dtype, *shape, kind) for kind in (BOTH, LOGP, *PAIRS) for dtype in ("bf16", "fp32") for shape in SHAPES]
 CONTENDERS = [c for c in contenders(DEVICE)[0] if not c.slow]
 
 

@@ -13,6 +13,7 @@ from rlkern import reference
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import accuracy  # noqa: E402
 import check  # noqa: E402
 import contenders  # noqa: E402
 import measure  # noqa: E402
@@ -21,7 +22,7 @@ import sanitize  # noqa: E402
 import shared_card  # noqa: E402
 import table  # noqa: E402
 
-# Of the peers TRL's kernel runs interpreted; Liger's return something else than log-probabilities.
+# Of the peers TRL's function runs anywhere, its kernel interpreted; Liger's return something else.
 HERE = [c for c in contenders.contenders("cpu")[0] if not c.slow and not c.name.startswith("Liger")]
 
 
@@ -29,27 +30,34 @@ HERE = [c for c in contenders.contenders("cpu")[0] if not c.slow and not c.name.
 def test_contenders_compute_what_they_say(contender):
     case = measure.Case("cpu", "fp32", 16, 50, contender.computes)
     x, y, grads = measure.inputs(case)
-    exact = reference.token_stats(x.double(), y.unsqueeze(-1))
+    other, targets = y if contender.computes in measure.PAIRS else (None, y)
+    exact_x = x.double().requires_grad_()
+    stats = reference.token_stats(exact_x, targets.unsqueeze(-1))
+    known = {"logp": stats.logp.squeeze(-1), "entropy": stats.entropy}
+    names = contender.computes.split("+")
+    exact = [known[name] if name in known else reference.token_divergence(exact_x, other.double(), name) for name in names]
     leaf = x.clone().requires_grad_()
     outputs = contender.forward(leaf * 1.0, y)
-    assert len(outputs) == (2 if contender.computes == contenders.BOTH else 1)
-    torch.testing.assert_close(outputs[0].abs().double(), exact.logp.squeeze(-1).abs(), rtol=1e-5, atol=1e-5)
-    if contender.computes == contenders.BOTH:
-        torch.testing.assert_close(outputs[1].double(), exact.entropy, rtol=1e-5, atol=1e-5)
+    exact = [torch.copysign(wanted, got.detach().double()) for got, wanted in zip(outputs, exact, strict=True)]  # some return -logp
+    for got, wanted in zip(outputs, exact, strict=True):
+        torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
     (d_x,) = torch.autograd.grad(outputs, leaf, grads[: len(outputs)])
-    assert d_x.abs().sum() > 0
+    (wanted,) = torch.autograd.grad(exact, exact_x, [g.double() for g in grads[: len(outputs)]])
+    torch.testing.assert_close(d_x.double(), wanted, rtol=1e-4, atol=1e-6)
 
 
 def test_an_absent_peer_says_so_in_a_line(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     _, absent = contenders.contenders("cpu")
-    assert {line.split(":")[0] for line in absent} == {"TRL", "Liger", "flash-attn", "quack"}
+    assert {line.split(":")[0] for line in absent} - {"TRL GKD"} == {"TRL", "Liger", "flash-attn", "quack"}
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     found, absent = contenders.contenders("cpu")
     assert {line.split(":")[0] for line in absent} | {c.name.split()[0] for c in found if c.kind == "peer"} >= {"TRL", "Liger", "flash-attn", "quack"}
     assert contenders.contenders("cpu", peers=False)[1] == [] and all(c.kind != "peer" for c in contenders.contenders("cpu", peers=False)[0])
     with pytest.raises(ImportError, match="no_such_package is not installed"):
         contenders._load_file("no_such_package", "kernels.py")
+    with pytest.raises(ImportError, match="rlkern has no no_such_function in checks.py"):
+        contenders._load_function("rlkern", "checks.py", "no_such_function")
 
 
 def test_a_case_is_measured_and_printed():
@@ -67,6 +75,29 @@ def test_a_case_is_measured_and_printed():
     text = table.render(measured)
     assert "rlkern, in place" in text and "not measured: broken" in text
     assert "rlkern" in table.compact(measured)
+
+
+@pytest.mark.parametrize("computes", measure.PAIRS)
+def test_pairs_are_measured_as_they_come_and_replayed(computes):
+    case = measure.Case("cpu", "bf16", 8, 100, computes)
+    mine = [c for c in HERE if c.computes == computes]
+    assert {"rlkern", "rlkern, in place", contenders.EAGER} <= {c.name for c in mine}
+    for replayed in (False, True):
+        measured = json.loads(json.dumps(measure.run_case(case, HERE, rounds=2, log=lambda line: None, replayed=replayed)))
+        assert {r["name"] for r in measured["results"]} == {c.name for c in mine if not (replayed and c.in_place)}
+        assert all(r["logp_error"] < 0.1 for r in measured["results"])
+        assert "eager" in table.ratios(measured)["rlkern"] and measured["passes"] == (7 if computes == "jsd" else 5)
+        assert computes in table.render(measured)
+
+
+def test_close_pairs_are_judged_by_sums_that_keep_their_digits():
+    z, w = accuracy.close_pair(torch.float32, 1e-1, rows=4, vocab=50)
+    for kind in accuracy.PAIR_KINDS:
+        exact = accuracy.exact_pair(kind)(z.double(), w.double())
+        torch.testing.assert_close(exact, reference.token_divergence(z.double(), w.double(), kind), rtol=1e-12, atol=0)
+        for noise, eager_is_off in ((1e-1, 0), (1e-5, 1)):
+            found = accuracy.pair_errors(kind, *accuracy.close_pair(torch.float32, noise, rows=4, vocab=300))
+            assert max(found["reference"]) < 1e-5 and found["eager"][0] > eager_is_off
 
 
 def test_in_place_contenders_find_the_same_logits_in_every_round():
@@ -104,7 +135,10 @@ def test_ratios():
 
 def test_the_bytes_that_must_move():
     case = measure.Case("cpu", "bf16", 8192, 151_936, contenders.BOTH)
-    assert [measure.design_bytes(case, p) / (8192 * 151_936) for p in ("forward", "backward", "total")] == [2, 4, 6]
+    wanted = {contenders.BOTH: [2, 4, 6], **dict.fromkeys(measure.PAIRS, [4, 6, 10]), "jsd": [8, 6, 14]}
+    for computes, by_logit in wanted.items():
+        sizes = [measure.design_bytes(case._replace(computes=computes), p) for p in ("forward", "backward", "total")]
+        assert [size / (8192 * 151_936) for size in sizes] == by_logit
 
 
 def test_a_fall_of_more_than_the_tolerance_is_found():
@@ -132,6 +166,10 @@ def test_the_default_sets_hold_the_sizes_that_are_reported():
     assert [(c.dtype, c.rows, c.vocab) for c in cuda if c.computes == contenders.BOTH] == [(t, *s) for t in ("bf16", "fp32") for s in shapes]
     assert [(c.rows, c.vocab) for c in cuda if c.computes == contenders.LOGP] == shapes[:1]
     assert [measure.few_rows(c) for c in cuda if c.computes == contenders.BOTH] == [False, False, True, False] * 2
+    for device, sizes in (("cpu", [(512, 32_768)]), ("cuda", shapes[:2])):
+        pairs = [c for c in run.default_cases(device) if c.computes in measure.PAIRS]
+        assert [(c.dtype, c.rows, c.vocab, c.computes) for c in pairs] == [("bf16", *size, kind) for size in sizes for kind in measure.PAIRS]
+    assert {c.computes for c in cuda} == {c.computes for c in run.rehearsal_cases()}
     assert run.slug({"cpu": "Some CPU @ 2.0GHz"}, "cpu") == "cpu-some"
 
 
