@@ -36,7 +36,7 @@ Frame<A> frame_of(const Pair& call, int64_t row) {
 template <class A>
 struct Units {
   A top, other_ref, inv_t, offset;
-  A stretch, lead;              // x = (w stretch - z + lead) inv_t + offset
+  A stretch, of_w, of_z, lead;  // x = ((w stretch - of_w) - (z - of_z) + lead) inv_t + offset
   A scale, other_scale, shift;  // e = 2^((z - top) scale), q = 2^((w - other_ref) other_scale + shift)
 
   explicit Units(const Frame<A>& f)
@@ -45,18 +45,27 @@ struct Units {
         inv_t(f.inv_t),
         offset(f.offset),
         stretch(f.other_inv_t / f.inv_t),
+        of_w(0),
+        of_z(0),
         lead(A(double(f.ref) - double(f.other_ref) * stretch)),
         scale(A(kLog2E * f.inv_t)),
         other_scale(A(kLog2E * f.inv_t * stretch)),
-        shift(A(kLog2E * (double(f.offset) + (double(f.ref) - double(f.top)) * f.inv_t))) {}
+        shift(A(kLog2E * (double(f.offset) + (double(f.ref) - double(f.top)) * f.inv_t))) {
+    // w - z first is exact for rows that are all but equal. Rows that lie far apart would lose digits.
+    if (std::abs(lead) <= 32) return;
+    of_w = A(double(f.other_ref) * stretch);
+    of_z = f.ref;
+    lead = 0;
+  }
 };
 
-// The difference first: of rows that are all but equal it is exact.
 template <class T>
 RLKERN_INLINE AccPack<T> log_ratio(const AccPack<T>& z, const AccPack<T>& w, const Units<Acc<T>>& u) {
-  const AccPack<T> lowest = broadcast(-kFar<Acc<T>>);
-  const AccPack<T> x = ((w * u.stretch - max_or_second(lowest, z)) + u.lead) * u.inv_t + u.offset;
-  return max_or_second(lowest, x);
+  using A = Acc<T>;
+  const AccPack<T> finite = max_or_second(broadcast(std::numeric_limits<A>::lowest()), z);
+  const AccPack<T> x = ((w * u.stretch - u.of_w) - (finite - u.of_z) + u.lead) * u.inv_t + u.offset;
+  // Between -kFar and kFar. Of two NaN either stays one.
+  return AccPack<T>{} - max_or_second(broadcast(-kFar<A>), AccPack<T>{} - max_or_second(broadcast(-kFar<A>), x));
 }
 
 // How differences of e and q are formed: from x, by series, or from e and q themselves. The latter is cheaper, and
@@ -126,7 +135,8 @@ RLKERN_INLINE Mixture<A> mixture_of(const Pack<A>& x, A share) {
   const Pack<A> zero{}, one = broadcast(A(1)), s = power_of_two<Short>(magnitude(x) * A(-kLog2E));
   const Mask<A> up = x > A(0);
   const Pack<A> own = select(up, broadcast(share), broadcast(1 - share)), mass = own + (one - own) * s;
-  const Pack<A> rest = log_positive(mass), gap = one - s;
+  const Pack<A> gap = one - s, v = (own - one) * gap;  // M is 1 + v of the larger one
+  const Pack<A> rest = select(v >= A(-0.4), log1p_near(v), log_positive(mass));
   return {select(up, x, zero) + rest, select(up, zero, x) - rest, select(up, one, s) / mass, select(up, gap, zero - gap) / mass};
 }
 
@@ -271,7 +281,7 @@ struct PairSums {
 
 // Whole: with the sum for the entropy, and without the entries equal to the maximum. Else the tile has none.
 template <class T, int Kind, bool Coarse, bool Whole>
-PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame, Acc<T> beta, Acc<T> base = 0) {
+PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame, Acc<T> beta, Acc<T> base) {
   using A = Acc<T>;
   constexpr bool mixes = Kind >= PairKind::JSD, forward = Kind == PairKind::MIXED_KL, reverse = !mixes && Kind != kTrial;
   const Units<A> units(frame);
@@ -345,7 +355,8 @@ struct PairRow {
     const double lk = gained * frame.inv_t;
     frame.top = frame.ref = top;
     frame.other_ref = other_ref;
-    const double k = std::exp(lk), grown = std::exp(lk + eta), gain = std::abs(eta) < 1 ? k * std::expm1(eta) : grown - k;
+    const double k = std::exp(lk), grown = other_top > -kInfinity ? std::exp(lost * stretch * frame.inv_t) : k,
+                 gain = std::abs(eta) < 1 ? k * std::expm1(eta) : grown - k;
     const double moved = k * x + gain * (x + mass);
     u = grown * (u + kLog2E * lk * (x + mass));
     b = grown * (b + x + eta * (mass + x)) - moved;
@@ -356,7 +367,8 @@ struct PairRow {
 
   template <bool Coarse>
   PairSums sums_of(const T* z, const T* w, int64_t n, bool with_max) const {
-    return with_max ? pair_sums<T, Kind, Coarse, true>(z, w, n, frame, beta) : pair_sums<T, Kind, Coarse, false>(z, w, n, frame, beta);
+    return with_max ? pair_sums<T, Kind, Coarse, true>(z, w, n, frame, beta, 0)
+                    : pair_sums<T, Kind, Coarse, false>(z, w, n, frame, beta, 0);
   }
 
   void add(const T* z, const T* w, int64_t n) {
@@ -368,7 +380,7 @@ struct PairRow {
       other_top = new_other;
       if (top > -kInfinity && new_other > -kInfinity) {
         // Both normalisers with this tile, so that its terms are summed near their zero.
-        const PairSums part = pair_sums<T, kTrial, false, false>(z, w, n, frame, beta);
+        const PairSums part = pair_sums<T, kTrial, false, false>(z, w, n, frame, beta, 0);
         const double eta = -std::log1p((x + part.x) / (mass + part.own.s0));
         if (std::isfinite(eta)) move(frame.top, A(double(frame.other_ref) - eta / frame.other_inv_t));
       }
@@ -404,17 +416,15 @@ struct PairRow {
 };
 
 template <class T, int Kind>
-PairRow<T, Kind> sums_of_row(const PairForward& call, int64_t row, const Frame<Acc<T>>& frame) {
-  for (bool precise = false;; precise = true) {
-    PairRow<T, Kind> sums(frame, Acc<T>(call.beta), call.entropy);
-    bool first = true;
-    for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
-      sums.add(z, w, n);
-      if (first && !precise && kMayBeCoarse<T>) sums.coarse = sums.reverse() >= kCoarseFrom;
-      first = false;
-    });
-    if (!sums.coarse || !(sums.reverse() < kCoarseTo)) return sums;
-  }
+PairRow<T, Kind> sums_of_row(const PairForward& call, int64_t row, const Frame<Acc<T>>& frame, bool precise) {
+  PairRow<T, Kind> sums(frame, Acc<T>(call.beta), call.entropy);
+  bool first = true;
+  for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
+    sums.add(z, w, n);
+    if (first && !precise && kMayBeCoarse<T>) sums.coarse = sums.reverse() >= kCoarseFrom;
+    first = false;
+  });
+  return sums;
 }
 
 struct Divergence {
@@ -434,18 +444,15 @@ Divergence mixture_divergence(const Pair& call, int64_t row, const PairRow<T, kS
   Frame<Acc<T>> frame = sums.frame;
   frame.offset = Acc<T>(offset);
   // Of rows that differ much g is all but 1 - beta in most of p: then that is its base.
-  const Acc<T> base = sums.coarse && Kind == PairKind::SKEW_FORWARD_KL ? 1 - sums.beta : 0;
-  for (bool coarse = sums.coarse;; coarse = false) {
-    double f = 0, g = 0;
-    for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
-      const PairSums part = coarse ? pair_sums<T, Kind, kMayBeCoarse<T>, false>(z, w, n, frame, sums.beta, base)
-                                   : pair_sums<T, Kind, false, false>(z, w, n, frame, sums.beta);
-      f += part.a;
-      g += part.b;
-    });
-    if (!coarse || !(f < kCoarseTo * sums.mass))
-      return {std::max(0., f / sums.mass), Kind == PairKind::SKEW_FORWARD_KL ? based(g / sums.mass, base != 0) : g / sums.mass, offset};
-  }
+  const Acc<T> base = Kind == PairKind::SKEW_FORWARD_KL && sums.reverse() >= kCoarseFrom ? 1 - sums.beta : 0;
+  double f = 0, g = 0;
+  for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
+    const PairSums part = sums.coarse ? pair_sums<T, Kind, kMayBeCoarse<T>, false>(z, w, n, frame, sums.beta, base)
+                                      : pair_sums<T, Kind, false, false>(z, w, n, frame, sums.beta, base);
+    f += part.a;
+    g += part.b;
+  });
+  return {std::max(0., f / sums.mass), Kind == PairKind::SKEW_FORWARD_KL ? based(g / sums.mass, base != 0) : g / sums.mass, offset};
 }
 
 template <class T, int Kind>
@@ -515,9 +522,13 @@ void with_kind(int kind, F f) {
 template <class T, int Kind>
 void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>& frame) {
   using A = Acc<T>;
-  const auto sums = sums_of_row<T, kFirstSweep<Kind>>(call, row, frame);
-  const SideStats<A> own(sums.own, frame.inv_t);
+  auto sums = sums_of_row<T, kFirstSweep<Kind>>(call, row, frame, false);
   Divergence d = divergence_of<T, Kind>(call, row, sums);
+  if (sums.coarse && d.value < kCoarseTo) {
+    sums = sums_of_row<T, kFirstSweep<Kind>>(call, row, frame, true);
+    d = divergence_of<T, Kind>(call, row, sums);
+  }
+  const SideStats<A> own(sums.own, frame.inv_t);
   if (own.undefined || std::isinf(sums.other_top) || std::isnan(sums.x)) d = {kNaN, kNaN, kNaN};
   if (std::isinf(d.value)) d.mean_slope = kNaN;  // as the gradient: no number is right
 
@@ -542,7 +553,8 @@ void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>&
   }
   if (!call.other_logsumexp) return;
   RowSums<A> other;
-  for_each_pair<T>(call, row, [&](const T*, const T* w, int64_t n) { other.template add<false, true>(w, n, Units<A>(frame).other_scale); });
+  for_each_pair<T>(call, row,
+                   [&](const T*, const T* w, int64_t n) { other.template add<false, true>(w, n, A(kLog2E * frame.other_inv_t)); });
   const SideStats<A> others(other, frame.other_inv_t);
   state[PairState::OTHER_MAX] = others.top;
   state[PairState::OTHER_REST] = A(others.rest);
@@ -628,8 +640,7 @@ void write_pair_gradient(const PairBackward& call, int64_t row, void* out, const
 
 // g(x) of one entry.
 double slope_at(int kind, double beta, double x) {
-  x = std::min(std::max(x, -700.), 700.);
-  const double t = std::expm1(x), rest = 1 - beta;
+  const double t = std::expm1(std::min(x, 700.)), rest = 1 - beta;
   const auto log_mixture = [&](double share) {
     return std::max(x, 0.) + std::log1p((x > 0 ? 1 - share : share) * std::expm1(-std::abs(x)));
   };

@@ -37,7 +37,7 @@ def cpu(request):
 
 
 def draw(*shape, dtype=torch.float64, device="cpu", seed=0, **options):
-    return [x.to(device) for x in oracle.draw(*shape, dtype=dtype, scale=2.0, seed=seed, **options)]
+    return [x.to(device) for x in oracle.draw(*shape, dtype=dtype, seed=seed, **{"scale": 2.0, **options})]
 
 
 def both(function, *leaves):
@@ -84,7 +84,8 @@ def test_low_precision_inputs_are_accumulated_in_float32(backend, device, kind, 
     expected, d_expected, largest = oracle.precise(z, w, kind)
     assert value.dtype == torch.float32 and gradient.dtype == dtype
     torch.testing.assert_close(value.double(), expected, rtol=5e-6, atol=0)
-    rounding = {torch.float32: 0, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    bfloat16 = 2**-7 if backend == "triton" and device == "cpu" else 2**-8  # the interpreter truncates
+    rounding = {torch.float32: 0, torch.bfloat16: bfloat16, torch.float16: 2**-11}[dtype]
     atol = 3e-6 * largest.max().item() + (2**-24 if dtype == torch.float16 else 0)
     torch.testing.assert_close(gradient.double(), d_expected, rtol=rounding, atol=atol)
 
@@ -266,6 +267,53 @@ def test_one_row_for_all(backend, device):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+@pytest.mark.parametrize("mask", [-INF, torch.finfo(torch.float32).min, -1e6])
+def test_the_student_alone_has_nothing_in_its_first_tiles(backend, device, kind, mask):
+    z, w = draw(1, 3000, dtype=torch.float32, device=device, scale=1.0)
+    w = z + 0.5 * w
+    z[:, :2500] = mask
+    value, gradient = differentiate(lambda a: token_divergence(a, w, kind=kind), z, torch.ones(1))
+    expected, d_expected, _ = oracle.precise(z.masked_fill(z < -1e5, -INF), w, kind)
+    torch.testing.assert_close(value.double(), expected, rtol=5e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), d_expected, rtol=0, atol=1e-5 * d_expected.abs().max().item())
+
+
+@every_kind
+def test_skewed_rows_that_are_neither_close_nor_far(backend, device, kind):
+    """Where the first tile differs much and the divergence is small all the same."""
+    z, w = draw(40, 300, dtype=torch.float32, device=device, scale=1.0)
+    for beta in (0.1, 0.9):
+        for noise in (0.5, 0.7, 1.0):
+            value, gradient = differentiate(lambda a, w=z + noise * w, o=beta: token_divergence(a, w, kind=kind, beta=o), z, torch.ones(40))
+            expected, d_expected, largest = oracle.precise(z, z + noise * w, kind, beta)
+            torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+            assert ((gradient - d_expected).abs().amax(-1) <= 1e-5 * largest.squeeze()).all()
+
+
+@pytest.mark.parametrize("shift", [3.7, 100.0, 1e4, -1e4])
+def test_a_constant_between_the_rows_costs_no_digits(backend, device, shift):
+    z, w = draw(2, 1500, dtype=torch.float32, device=device)
+    w = z + shift + 0.01 * w
+    for kind in ("reverse_kl", "forward_kl", "jsd"):
+        expected = oracle.precise(z, w, kind)[0]
+        torch.testing.assert_close(token_divergence(z, w, kind=kind).double(), expected, rtol=1e-4, atol=0)
+
+
+@every_kind
+def test_rows_of_the_lowest_number_alone_are_uniform(backend, device, kind):
+    z = torch.full((1, 40), torch.finfo(torch.float32).min, device=device)
+    value, gradient = differentiate(lambda a: token_divergence(a, z.clone(), kind=kind), z, torch.ones(1))
+    assert (gradient == 0).all() and (value == 0 if kind != "cross_entropy" else (value - math.log(40)).abs() < 1e-6)
+
+
+def test_gradient_at_the_target_of_rows_that_lie_far_apart(backend, device):
+    z = torch.tensor([[0.0, 3000.0]], device=device, requires_grad=True)
+    s = pair_stats(z, torch.tensor([[2000.0, 0.0]], device=device), torch.tensor([1], device=device))
+    (s.divergence + s.logp).sum().backward()
+    assert s.divergence == 2000 and (z.grad == 0).all()
+
+
 def test_dtypes_may_differ(backend, device):
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     z, w = draw(4, 11, device=device)
@@ -274,7 +322,7 @@ def test_dtypes_may_differ(backend, device):
         value, d_a, d_b = both(lambda a, b: token_divergence(a, b, other_grad=True), a, b)
         assert value.dtype == (torch.float64 if of_z == torch.float64 else torch.float32) and d_a.dtype == of_z and d_b.dtype == of_w
         expected = both(oracle.textbook, a.double(), b.double())
-        tolerance = max({torch.bfloat16: 2**-8, torch.float16: 2**-10}.get(d, 1e-5) for d in (of_z, of_w))
+        tolerance = max({torch.bfloat16: 2**-7 if backend == "triton" else 2**-8, torch.float16: 2**-10}.get(d, 1e-5) for d in (of_z, of_w))
         torch.testing.assert_close([x.double() for x in (value, d_a, d_b)], list(expected), rtol=tolerance, atol=1e-5)
 
 
@@ -290,7 +338,7 @@ def test_rows_have_the_same_bits_in_any_batch(backend, device):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"other": torch.zeros(3, 8)}, ValueError, "logits have 9 columns and other has 8: give vocab=, .* at most 8"),
+        ({"other": torch.zeros(3, 8)}, ValueError, "logits with 9 columns and other with 8: give vocab=, .* at most 8"),
         ({"other": torch.zeros(4, 9)}, ValueError, r"other must be \(3, 9\) for logits \(3, 9\), got \(4, 9\)"),
         ({"other": torch.zeros(3, 9, dtype=torch.int64)}, TypeError, "other must be float32"),
         ({"other": torch.zeros(3, 9, device="meta")}, ValueError, "other must be on the device of logits cpu, got meta"),

@@ -471,7 +471,7 @@ def test_temperatures_that_are_not_positive():
             assert x.isnan().tolist() == [False, True, True, True, False, False]
 
 
-@every_dtype
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)  # float16 is converted
 def test_statistics_have_the_bits_of_token_stats(dtype):
     z, w = oracle.draw(3, 4, 5003, dtype=dtype)
     z[0, 0, :TILE] = w[0, 1, 3000:] = -INF

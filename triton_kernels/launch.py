@@ -82,8 +82,7 @@ def pair_forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool =
     """Of two rows at once; a pair of rows has as many parts as one of twice the length."""
     splits = forward_shape(card, 2 * vocab, element_size, aligned).splits
     stages = 1 if card.amd else 4 if card.capability[0] == 9 else 3
-    # Off the boundaries loads go through registers, of which half a tile leaves room for twice the programs.
-    return ForwardShape(*_fit(vocab, (4096 if aligned else 2048) // element_size, 4), stages, splits)
+    return ForwardShape(*_fit(vocab, 4096 // element_size, 4), stages, splits)  # aligned or not: the same sums
 
 
 def pair_backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> BackwardShape:

@@ -48,7 +48,7 @@ def _gradient_tile(
     if HAS_LOGP:
         if (y >= low) & (y < high):
             dz = tl.where(cols == y.to(tl.int32), e * c + slopes + at_target, dz)
-    dz = tl.where(z == NEG_INF, 0.0, dz)
+    dz = tl.where(z == NEG_INF, 0.0 * c0, dz)  # NaN if the row is
     tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
 
 

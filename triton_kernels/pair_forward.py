@@ -38,7 +38,7 @@ from .constants import (
     PAIR_WIDTH,
 )
 from .math import excess, log1p, log1p_gap
-from .pair_terms import NEAR, bounded, log_ratio, mixture_terms
+from .pair_terms import APART, NEAR, bounded, log_ratio, mixture_terms
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 from .token_stats_forward import add_tile, log_total
 
@@ -67,10 +67,18 @@ def balanced(other_m, p_all, q_all, other_inv_t):
 @triton.jit
 def frame_growth(top, other_ref, new_top, new_ref, inv_t, difference, SAME_TEMPERATURE: tl.constexpr):
     """What is added to every x. With one temperature it is the difference of what log_ratio rounds."""
-    eta = ((new_top - new_ref) - (top - other_ref)) * inv_t
+    lead, new_lead = top - other_ref, new_top - new_ref
+    eta = tl.where(tl.maximum(tl.abs(lead), tl.abs(new_lead)) > APART, (new_top - top) - (new_ref - other_ref), new_lead - lead) * inv_t
     if not SAME_TEMPERATURE:
         eta += (other_ref - new_ref) * difference
     return bounded(eta)
+
+
+@triton.jit
+def unless_empty(m, k, log_k, eta, other_ref, new_ref, other_inv_t):
+    """(k, log k, eta) of sums up to the maximum m. Without mass of p their unit is the new one already."""
+    empty = m == NEG_INF
+    return tl.where(empty, 1.0, k), tl.where(empty, 0.0, log_k), tl.where(empty, bounded((other_ref - new_ref) * other_inv_t), eta)
 
 
 @triton.jit
@@ -151,6 +159,7 @@ def _add_pair(
 
         k_other, _log = frame_scale(other_ref, new_ref, other_inv_t)
         eta = frame_growth(top, other_ref, new_top, new_ref, inv_t, difference, SAME_TEMPERATURE)
+        k, log_k, eta = unless_empty(old_m, k, log_k, eta, other_ref, new_ref, other_inv_t)
         if STATS:
             d = tl.maximum(log_k * LOG2E, FLOOR)
             r1 = k * (r1 + d * (r0 + ties))
@@ -173,14 +182,13 @@ def _add_pair(
     return m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst
 
 
-# A tile is [BLOCK / LANES, LANES]. A thread holds whole lanes: sums over axis 0 stay inside it. Of aligned
-# rows a lane is one load of 16 bytes, elsewhere neighbouring threads load neighbouring elements.
+# A tile is [BLOCK / LANES, LANES]. A thread holds whole lanes: sums over axis 0 stay inside it. A lane is
+# what one load of 16 bytes brings. Rows off the boundaries keep that order, element by element: the same bits.
 
 
 @triton.jit
-def _columns(BLOCK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
-    line, lane = tl.arange(0, BLOCK // LANES)[:, None], tl.arange(0, LANES)[None, :]
-    return lane * (BLOCK // LANES) + line if ALIGNED else line * LANES + lane
+def _columns(BLOCK: tl.constexpr, LANES: tl.constexpr):
+    return tl.arange(0, LANES)[None, :] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[:, None]
 
 
 @triton.jit
@@ -192,7 +200,7 @@ def pair_sweep(
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, other_m, other_ref, how many are
     equal to m, P of the others, X, A, B, S1, the largest log ratio that may be infinite); and of the other
     row as in token_stats_forward.py (maximum, how many are equal to it, S0 and S1 of the others)."""
-    columns = _columns(BLOCK, LANES, ALIGNED)
+    columns = _columns(BLOCK, LANES)
     zero = tl.zeros((), ACC)
     m = zero + NEG_INF
     other_m = zero + NEG_INF
@@ -250,7 +258,7 @@ def mixture_sweep(
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(sum e f, sum e g) over the columns [begin, end), once the row's offset is known"""
-    columns = _columns(BLOCK, LANES, ALIGNED)
+    columns = _columns(BLOCK, LANES)
     f = tl.zeros((LANES,), ACC)
     g = tl.zeros((LANES,), ACC)
     whole = tl.maximum(begin, end // BLOCK * BLOCK)

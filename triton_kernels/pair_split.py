@@ -10,7 +10,19 @@ mixture_sweep.
 import triton
 import triton.language as tl
 
-from .pair_forward import balanced, frame_growth, frame_scale, lowest, mixture_sweep, moved, pair_sweep, pair_totals, write_no_pair, write_pair
+from .pair_forward import (
+    balanced,
+    frame_growth,
+    frame_scale,
+    lowest,
+    mixture_sweep,
+    moved,
+    pair_sweep,
+    pair_totals,
+    unless_empty,
+    write_no_pair,
+    write_pair,
+)
 from .rows import BATCH_SHAPE, FLOOR, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 from .token_stats_split import part_of
 
@@ -41,6 +53,7 @@ def _merge(parts_row, inv_t, other_inv_t, difference, KIND: tl.constexpr, SAME_T
     other_ref = balanced(other_ref, p_all, q_all, other_inv_t)
     k_other, _log = frame_scale(part_ref, other_ref, other_inv_t)
     eta = frame_growth(part_top, part_ref, top, other_ref, inv_t, difference, SAME_TEMPERATURE)
+    k, log_k, eta = unless_empty(part_m, k, log_k, eta, part_ref, other_ref, other_inv_t)
     # The others' maxima are ordinary entries of the row.
     at_top = part_m == m
     s1 = k * (s1 + tl.maximum(log_k * LOG2E, FLOOR) * (s0 + ties))

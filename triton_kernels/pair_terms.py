@@ -19,6 +19,7 @@ from .math import excess, log1p_gap
 from .rows import LOG2E
 
 NEAR = tl.constexpr(0.5)
+APART = tl.constexpr(32.0)  # logits
 
 
 @triton.jit
@@ -32,8 +33,11 @@ def bounded(x):
 @triton.jit
 def log_ratio(z, w, ref, other_ref, inv_t, difference, SAME_TEMPERATURE: tl.constexpr):
     """(w - other_ref) / other_temperature - (z - ref) / temperature: x up to the row's offset. The difference
-    of the logits is taken first: near equality it is exact. difference: that of the inverse temperatures."""
-    x = ((w - z) + (ref - other_ref)) * inv_t
+    of the logits is taken first: near equality it is exact. Rows that lie far apart would lose digits by it.
+    difference: that of the inverse temperatures."""
+    lead = ref - other_ref
+    apart = tl.abs(lead) > APART
+    x = ((w - tl.where(apart, other_ref, 0.0)) - (z - tl.where(apart, ref, 0.0)) + tl.where(apart, 0.0, lead)) * inv_t
     if not SAME_TEMPERATURE:
         x += (w - other_ref) * difference
     return x

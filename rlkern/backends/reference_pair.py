@@ -16,6 +16,7 @@ from ..layout import row_chunks
 from .contract import PairKind, PairState
 from .reference_rows import inverse_temperature, skipped_rows
 
+_APART = 32  # logits
 _NEAR = 0.5  # up to this |x| differences of p and q are computed from x, beyond it from p and q
 
 
@@ -157,7 +158,9 @@ def _log_ratio(z: _Side, w: _Side, ref: Tensor, other_ref: Tensor) -> Tensor:
     """log(q / p) up to the OFFSET. Where neither has mass it is anything finite."""
     none = torch.isneginf(z.x) & torch.isneginf(w.x)
     a, b = (torch.where(none, r, s.x) for r, s in ((ref, z), (other_ref, w)))
-    same = (b - a + (ref - other_ref)) * z.inv_t  # the difference first: near equality it is exact
+    lead = ref - other_ref
+    # The difference of the logits first: near equality it is exact. Rows far apart would lose digits by it.
+    same = torch.where(lead.abs() > _APART, (b - other_ref) - (a - ref), b - a + lead) * z.inv_t
     if not isinstance(z.inv_t, Tensor) and not isinstance(w.inv_t, Tensor):
         return same if z.inv_t == w.inv_t else (b - other_ref) * w.inv_t - (a - ref) * z.inv_t
     return torch.where(torch.as_tensor(z.inv_t == w.inv_t), same, (b - other_ref) * w.inv_t - (a - ref) * z.inv_t)

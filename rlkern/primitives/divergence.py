@@ -326,18 +326,22 @@ def token_divergence(
         "total_variation"  sum |p - q| / 2, in plain PyTorch
 
     The KL kinds and the cross entropy read both rows once, the others twice; the gradient reads both once and
-    writes once. Values keep their relative accuracy however close the rows are; equal rows give exactly 0.
+    writes once. Values keep their relative accuracy however close the rows are, also where a constant lies
+    between them. Equal rows give exactly 0.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.
-        other: [..., V] in any of these dtypes.
-        beta: see the table; 0 < beta < 1, for "mixed_kl" 0 <= beta <= 1.
+        other: [..., V] in any of these dtypes; float64 is rounded to float32 unless the logits are float64.
+        beta: see the table; 0 < beta < 1, for "mixed_kl" 0 <= beta <= 1, for "alpha" 0.001 <= beta <= 0.999.
+            The other kinds have none, and want it between 0 and 1 all the same.
         temperature, other_temperature: a positive float, or a tensor [...] with one a row, anything in rows
-            that are not read. No gradient. other_temperature=None is `temperature`.
+            that are not read. No gradient. other_temperature=None is `temperature`: soft labels that are
+            ready as they are want other_temperature=1.
         mask: [...] bool or number; rows where it is 0 are not read: 0 out, zero gradient.
         vocab: the number of columns that count, for logits of different widths. Columns beyond are not read,
             and their gradient is 0.
-        other_grad: whether `other` takes a gradient too; not for "cross_entropy". Else it is used detached.
+        other_grad: whether `other` takes a gradient too; not for "cross_entropy". Without it `other` is
+            used detached.
         inplace_backward: write the gradient over the logits, as in `token_stats`.
         group: reserved for vocabulary-parallel logits; must be None.
 
