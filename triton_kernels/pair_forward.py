@@ -183,7 +183,7 @@ def _add_pair(
 
 
 # A tile is [BLOCK / LANES, LANES]. A thread holds whole lanes: sums over axis 0 stay inside it. A lane is
-# what one load of 16 bytes brings. Rows off the boundaries keep that order, element by element: the same bits.
+# what one load of 16 bytes brings. Rows off the boundaries keep that order, by element: the same bits.
 
 
 @triton.jit
