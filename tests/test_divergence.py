@@ -234,9 +234,11 @@ def test_columns_that_do_not_count(backend, device, kind):
     expected = both(lambda a, b: token_divergence(a, b, kind=kind, other_grad=True), *short)
     for in_place in (False, True):
         got = both(lambda a, b, i=in_place: token_divergence(a * 1, b, kind=kind, vocab=37, other_grad=True, inplace_backward=i), z, w)
-        assert torch.equal(got[0], expected[0])
+        # The Triton kernels sum rows on 16-byte boundaries in another order.
+        same = torch.equal if backend != "triton" else lambda a, b: torch.allclose(a, b, rtol=1e-12, atol=1e-15)
+        assert same(got[0], expected[0])
         for gradient, of_short in zip(got[1:], expected[1:], strict=True):
-            assert torch.equal(gradient[..., :37], of_short) and (gradient[..., 37:] == 0).all()
+            assert same(gradient[..., :37], of_short) and (gradient[..., 37:] == 0).all()
     targets = torch.tensor([[0, 36, 5], [1, 2, 3]], device=device)
     stats = pair_stats(z, w, targets, vocab=37)
     torch.testing.assert_close(stats.other_logp, rlkern.token_logprobs(short[1], targets))

@@ -182,13 +182,15 @@ def _add_pair(
     return m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst
 
 
-# A tile is [BLOCK / LANES, LANES]. A thread holds whole lanes: sums over axis 0 stay inside it. A lane is
-# what one load of 16 bytes brings. Rows off the boundaries keep that order, by element: the same bits.
+# A tile is [BLOCK / LANES, LANES]. A thread holds whole lanes: sums over axis 0 stay inside it. Of aligned
+# rows a lane is one load of 16 bytes, elsewhere neighbouring threads load neighbouring elements. So the last
+# bits depend on whether rows start on 16 bytes.
 
 
 @triton.jit
-def _columns(BLOCK: tl.constexpr, LANES: tl.constexpr):
-    return tl.arange(0, LANES)[None, :] * (BLOCK // LANES) + tl.arange(0, BLOCK // LANES)[:, None]
+def _columns(BLOCK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
+    line, lane = tl.arange(0, BLOCK // LANES)[:, None], tl.arange(0, LANES)[None, :]
+    return lane * (BLOCK // LANES) + line if ALIGNED else line * LANES + lane
 
 
 @triton.jit
@@ -200,7 +202,7 @@ def pair_sweep(
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, other_m, other_ref, how many are
     equal to m, P of the others, X, A, B, S1, the largest log ratio that may be infinite); and of the other
     row as in token_stats_forward.py (maximum, how many are equal to it, S0 and S1 of the others)."""
-    columns = _columns(BLOCK, LANES)
+    columns = _columns(BLOCK, LANES, ALIGNED)
     zero = tl.zeros((), ACC)
     m = zero + NEG_INF
     other_m = zero + NEG_INF
@@ -258,7 +260,7 @@ def mixture_sweep(
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(sum e f, sum e g) over the columns [begin, end), once the row's offset is known"""
-    columns = _columns(BLOCK, LANES)
+    columns = _columns(BLOCK, LANES, ALIGNED)
     f = tl.zeros((LANES,), ACC)
     g = tl.zeros((LANES,), ACC)
     whole = tl.maximum(begin, end // BLOCK * BLOCK)
