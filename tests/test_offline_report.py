@@ -42,7 +42,7 @@ PAIR_CEILINGS = {  # on sm_80, sm_90, sm_100, gfx942
     "pair cross_entropy": (45, 45, 35, 48),
     "pair jsd": (143, 143, 120, 111),
     "pair backward reverse_kl": (27, 27, 24, 19),
-    "pair backward mixed_kl +stats": (47, 47, 39, 29),
+    "pair backward mixed_kl +stats": (47, 47, 39, 33.5),
     "pair backward jsd": (97, 97, 84, 68),
 }
 FP32_ALLOWANCE = 1.5
