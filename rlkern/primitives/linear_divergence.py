@@ -174,7 +174,8 @@ def linear_token_divergence(
         weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. All three may require grad.
         other_hidden, other_weight, other_bias: the teacher's or reference's, [..., H'], [V', H'] and [V'],
             of one dtype, on the device of hidden. H' may differ from H, and V' from V with vocab=.
-        other_grad: whether they take a gradient too; not for "cross_entropy". Else they are used detached.
+        other_grad: whether they take a gradient too; not for "cross_entropy". Without it they are used
+            detached.
         chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
         kind, beta, temperature, other_temperature, mask, vocab, group: as in `token_divergence`, for the
             rows of hidden. On a CPU masked rows are left out of the products too.
@@ -182,8 +183,8 @@ def linear_token_divergence(
     Returns:
         [...] as `token_divergence`. The logits are float32 (float64), also of 16-bit operands, where a
         model's own head would round them. On a GPU their gradient is rounded to hidden's dtype for the
-        products. Where there is no 16-bit product with a float32 result (on a CPU, torch < 2.8) the operands
-        are cast.
+        products. A CPU, and torch before 2.8, has no product of 16-bit operands with a float32 result: there
+        the operands are cast.
 
     Raises:
         TypeError, ValueError: as `token_divergence`; for weights of another shape, dtype or device.
