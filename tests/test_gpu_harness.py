@@ -374,6 +374,7 @@ from pathlib import Path
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
 from session import Session, Step
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 session = Session("second", Path({str(tmp_path)!r}) / "out", Path({str(tmp_path)!r}) / "results")
 steps = [Step(name, 60, lambda limit: [sys.executable, "-c", {child!r}]) for name in ("suite", "memcheck")]
 print("begun", flush=True)
