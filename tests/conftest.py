@@ -4,6 +4,8 @@ Workers of pytest-xdist compute on one thread each. With more, waiting threads k
 workers, and small models take ten times as long.
 """
 
+import contextlib
+import gc
 import os
 
 import pytest
@@ -20,11 +22,25 @@ _comparison._DTYPE_PRECISIONS.update({torch.float64: (1e-11, 1e-12), torch.float
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
+    with contextlib.suppress(ImportError):
+        import interpreter
+
+        interpreter.look_up_the_language_once()
 
 import rlkern  # noqa: E402
 from rlkern import backends  # noqa: E402
 
 BACKENDS = ("reference", "native", "triton")
+
+
+def pytest_collection_finish() -> None:
+    """Garbage collections pass over what thousands of tests hold: each took a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(params=BACKENDS)

@@ -127,14 +127,14 @@ def test_results_may_be_written_into(backend, device):
     assert len({t.data_ptr() for t in s[:5]}) == 5
 
 
-@pytest.mark.parametrize("cut", [lambda x: x[:, :9], lambda x: x[:, :, :2], lambda x: x[1:], lambda x: x.transpose(0, 1)])
+@pytest.mark.parametrize("cut", [lambda x: x[:, :3], lambda x: x[:, :, :2], lambda x: x[1:], lambda x: x.transpose(0, 1)])
 @pytest.mark.parametrize(
     "value",
     [lambda x, y: rlkern.token_logprobs(x, y), lambda x, y: rlkern.token_divergence(x, x.detach().flip(-1)), lambda x, y: row_moments(x, y).variance],
 )
 def test_gradients_of_slices_of_four_dimensions(backend, device, value, cut):
     """Their rows need not have a view, and the gradient must reach its memory all the same."""
-    x = cut(torch.randn(2, 10, 3, 7, generator=torch.Generator().manual_seed(0)).to(device))
+    x = cut(torch.randn(2, 4, 3, 7, generator=torch.Generator().manual_seed(0)).to(device))
     y = torch.arange(x[..., 0].numel(), device=device).view(x.shape[:-1]) % 7
     leaf, dense = x.detach().requires_grad_(), x.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
     want = torch.autograd.grad(value(dense, y).sum(), dense)[0]

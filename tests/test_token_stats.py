@@ -106,7 +106,8 @@ def test_the_tail_of_the_targets(backend, device, vocab, dtype):
         y[0, 1, 1::2] = -100
         y[1, 2] = -100
         check(x, y, with_tail=True, seed=k, inplace_backward=k == 9)
-        check(x, y, with_tail=True, with_sum_sq=True, temperature=0.7)
+        if k in (3, 17):
+            check(x, y, with_tail=True, with_sum_sq=True, temperature=0.7)
 
 
 @pytest.mark.parametrize("k", [1, 8, 20])

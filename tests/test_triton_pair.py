@@ -243,7 +243,7 @@ def test_minus_infinity(kind, forward, where, shape):
     """In both rows it is nothing. In one row an infinite or a finite divergence, the other rows unharmed."""
     shape(forward)
     z, w = pair_of_rows(4)
-    plain = run(z, w, kind=kind)[0][3]
+    plain = run(z[3:], w[3:], kind=kind, beta=0.3)[0][0]
     z[0, where], w[0, where] = -INF, -INF
     z[1, where] = -INF
     w[2, where] = -INF
@@ -262,7 +262,7 @@ def test_minus_infinity(kind, forward, where, shape):
         else:
             torch.testing.assert_close(value[row].double(), finite[row], rtol=1e-5, atol=0)
             assert gradient[row].isfinite().all() and (row == 2 or (gradient[row, where] == 0).all())
-    assert torch.equal(run(z, w, kind=kind)[0][3], plain)
+    assert torch.equal(value[3], plain)
 
 
 @pytest.mark.parametrize("kind", [*TEACHER_ALONE, *STUDENT_ALONE])
