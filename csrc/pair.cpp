@@ -88,12 +88,10 @@ inline void for_each_pair(const Pair& call, int64_t row, F f) {
 
 // --- forward -----------------------------------------------------------------------------------------------
 
-// What a first sweep sums: for a kind that needs both normalisers the reverse KL, and for the forward one both.
+// What a first sweep sums: the reverse KL for a kind that needs both normalisers.
 constexpr int kShift = PairKind::REVERSE_KL, kTrial = -1;  // the latter: no more than the normalisers need
 template <int Kind>
-constexpr int kFirstSweep = Kind >= PairKind::JSD          ? kShift
-                            : Kind == PairKind::FORWARD_KL ? int(PairKind::MIXED_KL)
-                                                           : Kind;
+constexpr int kFirstSweep = Kind >= PairKind::JSD ? kShift : Kind;
 
 struct PairSums {
   Sums own;                // of e, as in tile_sums
@@ -107,7 +105,8 @@ struct PairSums {
 template <class T, int Kind, bool Coarse, bool Whole>
 PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame, Acc<T> beta, Acc<T> base) {
   using A = Acc<T>;
-  constexpr bool mixes = Kind >= PairKind::JSD, forward = Kind == PairKind::MIXED_KL, reverse = !mixes && Kind != kTrial;
+  constexpr bool mixes = Kind >= PairKind::JSD, forward = Kind == PairKind::FORWARD_KL || Kind == PairKind::MIXED_KL;
+  constexpr bool reverse = !mixes && Kind != kTrial && Kind != PairKind::FORWARD_KL;
   const Units<A> units(frame);
   AccPack<T> s0{}, s1{}, x{}, a{}, b{}, u{}, furthest{};
   Mask<A> ties{};
@@ -226,6 +225,7 @@ struct PairRow {
     const double xi = x / mass;
     return std::max(0., (b / mass - ((1 + xi) * log_xi() - xi)) / (1 + xi));
   }
+  bool differs_much() const { return (Kind == PairKind::FORWARD_KL ? forward() : reverse()) >= kCoarseFrom; }
 
   void look_for_infinity(const T* z, const T* w, int64_t n) {
     Mask<A> p{}, q{};
@@ -245,7 +245,7 @@ PairRow<T, Kind> sums_of_row(const PairForward& call, int64_t row, const Frame<A
   bool first = true;
   for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
     sums.add(z, w, n);
-    if (first && !precise && kMayBeCoarse<T>) sums.coarse = sums.reverse() >= kCoarseFrom;
+    if (first && !precise && kMayBeCoarse<T>) sums.coarse = sums.differs_much();
     first = false;
   });
   return sums;
@@ -268,7 +268,7 @@ Divergence mixture_divergence(const Pair& call, int64_t row, const PairRow<T, kS
   Frame<Acc<T>> frame = sums.frame;
   frame.offset = Acc<T>(offset);
   // Of rows that differ much g is all but 1 - beta in most of p: then that is its base.
-  const Acc<T> base = Kind == PairKind::SKEW_FORWARD_KL && sums.reverse() >= kCoarseFrom ? 1 - sums.beta : 0;
+  const Acc<T> base = Kind == PairKind::SKEW_FORWARD_KL && sums.differs_much() ? 1 - sums.beta : 0;
   double f = 0, g = 0;
   for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
     const PairSums part = sums.coarse ? pair_sums<T, Kind, kMayBeCoarse<T>, false>(z, w, n, frame, sums.beta, base)
@@ -439,11 +439,8 @@ RLKERN_INLINE AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>&
     e_g = AccPack<T>{} - e * x;
   } else if (!any_above(magnitude(x), A(kNear))) {
     take(Entries<T, By::series>(e, t, x, w, u));
-  } else if (sizeof(T) == 2 && !any_above(broadcast(A(1. / 128)) - magnitude(x), A(0))) {
-    // Rounding to 16 bits hides what differences by parts lose from there on.
-    take(Entries<T, By::parts>(e, t, x, w, u));
   } else {
-    take(Entries<T, By::either>(e, t, x, w, u));
+    take(Entries<T, sizeof(T) == 2 ? By::either_of_few_digits : By::either>(e, t, x, w, u));
   }
   return e_g * c.slope + e * (finite_exponent(t) * c.linear + c.constant);
 }

@@ -61,12 +61,19 @@ RLKERN_INLINE AccPack<T> log_ratio(const AccPack<T>& z, const AccPack<T>& w, con
   const AccPack<T> finite = max_or_second(broadcast(std::numeric_limits<A>::lowest()), z);
   const AccPack<T> x = ((w * u.stretch - u.of_w) - (finite - u.of_z) + u.lead) * u.inv_t + u.offset;
   // Between -kFar and kFar; a NaN stays one.
-  return AccPack<T>{} - max_or_second(broadcast(-kFar<A>), AccPack<T>{} - max_or_second(broadcast(-kFar<A>), x));
+  return min_or_second(broadcast(kFar<A>), max_or_second(broadcast(-kFar<A>), x));
+}
+
+// The exponent of q.
+template <class T>
+RLKERN_INLINE AccPack<T> other_exponent(const AccPack<T>& w, const Units<Acc<T>>& u) {
+  return (w - u.other_ref) * u.other_scale + u.shift;
 }
 
 // How differences of e and q are formed: from x, by series, or from e and q themselves. The latter is cheaper, and
-// loses digits where |x| is small.
-enum class By { series, either, parts };
+// loses digits where |x| is small. What is then rounded to 16 bits needs few of them.
+enum class By { series, either, either_of_few_digits, parts };
+constexpr double kNearOfFewDigits = 1. / 32;  // from there on e and q lose 5 bits of 23
 
 template <class T, By Difference>
 struct Entries {
@@ -77,21 +84,23 @@ struct Entries {
 
   RLKERN_INLINE Entries(const AccPack<T>& e, const AccPack<T>& t, const AccPack<T>& x, const AccPack<T>& w, const Units<Acc<T>>& u)
       : e(e), t(t), x(x) {
+    using A = Acc<T>;
+    constexpr bool few = Difference == By::either_of_few_digits;
     if constexpr (Difference != By::parts) {
-      excess = ::excess(x);
+      excess = few ? (x * A(1. / 6) + A(1. / 2)) * (x * x) : ::excess(x);
       grown = x + excess;
     }
     if constexpr (Difference != By::series) {
-      other_t = (w - u.other_ref) * u.other_scale + u.shift;
+      other_t = other_exponent<T>(w, u);
       q = power_of_two<sizeof(T) == 2>(other_t);
     }
-    if constexpr (Difference == By::either) far = magnitude(x) > Acc<T>(kNear);
+    far = magnitude(x) > A(few ? kNearOfFewDigits : kNear);
   }
   template <class Near, class Far>
   RLKERN_INLINE AccPack<T> choose(Near near, Far by_parts) const {
     if constexpr (Difference == By::series) return near();
     if constexpr (Difference == By::parts) return by_parts();
-    if constexpr (Difference == By::either) return select(far, by_parts(), near());
+    return select(far, by_parts(), near());
   }
   RLKERN_INLINE AccPack<T> e_t() const {  // q - e
     return choose([&] { return e * grown; }, [&] { return q - e; });
@@ -111,13 +120,17 @@ struct Entries {
 template <class T, bool Coarse, class F>
 RLKERN_INLINE void with_entries(const AccPack<T>& z, const AccPack<T>& w, const AccPack<T>& e, const AccPack<T>& t, const Units<Acc<T>>& u,
                                 F f) {
-  const AccPack<T> x = log_ratio<T>(z, w, u);
-  if constexpr (Coarse)
+  if constexpr (Coarse) {
+    const AccPack<T> least = broadcast(-kFar<Acc<T>>);
+    const AccPack<T> x = (max_or_second(least, other_exponent<T>(w, u)) - max_or_second(least, t)) * Acc<T>(kLn2);
     f(Entries<T, By::parts>(e, t, x, w, u));
-  else if (any_above(magnitude(x), Acc<T>(kNear)))
-    f(Entries<T, By::either>(e, t, x, w, u));
-  else
-    f(Entries<T, By::series>(e, t, x, w, u));
+  } else {
+    const AccPack<T> x = log_ratio<T>(z, w, u);
+    if (any_above(magnitude(x), Acc<T>(kNear)))
+      f(Entries<T, By::either>(e, t, x, w, u));
+    else
+      f(Entries<T, By::series>(e, t, x, w, u));
+  }
 }
 
 // What mixing a share of q into p does, M = (1 - share) p + share q: log(M / p), log(q / M), q / M, and
@@ -136,47 +149,60 @@ RLKERN_INLINE Mixture<A> mixture_of(const Pack<A>& x, A share) {
   return {select(up, x, zero) + rest, select(up, zero, x) - rest, select(up, one, s) / mass, select(up, gap, zero - gap) / mass};
 }
 
-// (e f, e (g - base)) of the kinds that mix.
+// (e f, e (g - base)) of the kinds that mix, from exponents: one logarithm, that of M, as accurate as these: to 1e-7
+// of the exponent.
 template <int Kind, class T, By Difference>
-RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Difference>& v, Acc<T> beta, [[maybe_unused]] Acc<T> base) {
+RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_by_parts(const Entries<T, Difference>& v, Acc<T> share, Acc<T> beta, Acc<T> base) {
   using A = Acc<T>;
-  const A rest = 1 - beta, share = Kind == PairKind::SKEW_REVERSE_KL ? rest : beta;
+  const A rest = 1 - beta;
+  const AccPack<T> mass = max_or_second(broadcast(A(1e-37)), v.e * (1 - share) + v.q * share), log_m = log2_positive(mass);
+  const AccPack<T> log_p = finite_exponent(v.t), log_q = finite_exponent(v.other_t), to_p = v.e * (log_m - log_p) * A(kLn2);
+  if constexpr (Kind == PairKind::JSD) return {(v.q * (log_q - log_m)) * A(beta * kLn2) - to_p * rest, to_p * -rest};
+  if constexpr (Kind == PairKind::SKEW_FORWARD_KL)
+    return {v.q * (log_q - log_m) * A(kLn2) - (v.q - v.e) * rest, v.e * (broadcast(rest - base) - v.q / mass * rest)};
+  else
+    return {(v.q - v.e) * rest - to_p, v.e * (v.q - v.e) / mass * (beta * rest) - to_p};
+}
+
+// The same by series.
+template <int Kind, class T, By Difference>
+RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_by_series(const Entries<T, Difference>& v, Acc<T> share, Acc<T> beta, Acc<T> base) {
+  using A = Acc<T>;
+  const A rest = 1 - beta;
+  const AccPack<T> v_t = v.grown * share;
+  const AccPack<T> y = Difference == By::either_of_few_digits ? v_t * ((v_t * A(1. / 3) - A(1. / 2)) * v_t + A(1)) : log1p_near(v_t);
+  if constexpr (Kind == PairKind::JSD) return {v.e * ((v.x * v.grown - v.excess) * beta - (y * v_t - excess(y))), v.e * y * -rest};
+  if constexpr (Kind == PairKind::SKEW_FORWARD_KL)
+    return {v.e * ((v.x * v.grown - v.excess) - (y * v_t - excess(y)) - v.grown * y * rest),
+            v.e * (v.grown / (v_t + A(1)) * (-rest * rest) - base)};
+  else
+    return {v.e * excess(y), v.e * (v_t / (v_t + A(1)) * beta - y)};
+}
+
+// The same from x alone.
+template <int Kind, class T, By Difference>
+RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_by_ratio(const Entries<T, Difference>& v, Acc<T> share, Acc<T> beta, Acc<T> base) {
+  using A = Acc<T>;
+  const A rest = 1 - beta;
+  const Mixture<A> m = mixture_of<sizeof(T) == 2>(v.x, share);
+  if constexpr (Kind == PairKind::JSD) return {v.q * m.log_other * beta - v.e * m.log * rest, v.e * m.log * -rest};
+  if constexpr (Kind == PairKind::SKEW_FORWARD_KL)
+    return {v.q * m.log_other - (v.q - v.e) * rest, v.e * (broadcast(rest - base) - m.other * rest)};
+  else
+    return {(v.q - v.e) * rest - v.e * m.log, v.e * (m.slope * (beta * rest) - m.log)};
+}
+
+template <int Kind, class T, By Difference>
+RLKERN_INLINE std::pair<AccPack<T>, AccPack<T>> mixture_terms(const Entries<T, Difference>& v, Acc<T> beta, Acc<T> base) {
+  const Acc<T> share = Kind == PairKind::SKEW_REVERSE_KL ? 1 - beta : beta;
   if constexpr (Difference == By::parts) {
-    // One logarithm, that of M. The others are exponents. Each is as accurate as these: to 1e-7 of the exponent.
-    const AccPack<T> mass = max_or_second(broadcast(A(1e-37)), v.e * (1 - share) + v.q * share), log_m = log2_positive(mass);
-    const AccPack<T> log_p = finite_exponent(v.t), log_q = finite_exponent(v.other_t), to_p = v.e * (log_m - log_p) * A(kLn2);
-    if constexpr (Kind == PairKind::JSD) return {(v.q * (log_q - log_m)) * A(beta * kLn2) - to_p * rest, to_p * -rest};
-    if constexpr (Kind == PairKind::SKEW_FORWARD_KL)
-      return {v.q * (log_q - log_m) * A(kLn2) - (v.q - v.e) * rest, v.e * (broadcast(rest - base) - v.q / mass * rest)};
-    else
-      return {(v.q - v.e) * rest - to_p, v.e * (v.q - v.e) / mass * (beta * rest) - to_p};
+    return mixture_by_parts<Kind>(v, share, beta, base);
+  } else if constexpr (Difference == By::series) {
+    return mixture_by_series<Kind>(v, share, beta, base);
   } else {
-    const AccPack<T> v_t = v.grown * share, y = log1p_near(v_t);
-    AccPack<T> e_f, e_g;
-    if constexpr (Kind == PairKind::JSD) {
-      e_f = v.e * ((v.x * v.grown - v.excess) * beta - (y * v_t - excess(y)));
-      e_g = v.e * y * -rest;
-    } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
-      e_f = v.e * ((v.x * v.grown - v.excess) - (y * v_t - excess(y)) - v.grown * y * rest);
-      e_g = v.e * (v.grown / (v_t + A(1)) * (-rest * rest) - base);
-    } else {
-      e_f = v.e * excess(y);
-      e_g = v.e * (v_t / (v_t + A(1)) * beta - y);
-    }
-    if constexpr (Difference == By::either) {
-      const Mixture<A> m = mixture_of<sizeof(T) == 2>(v.x, share);
-      if constexpr (Kind == PairKind::JSD) {
-        e_f = select(v.far, v.q * m.log_other * beta - v.e * m.log * rest, e_f);
-        e_g = select(v.far, v.e * m.log * -rest, e_g);
-      } else if constexpr (Kind == PairKind::SKEW_FORWARD_KL) {
-        e_f = select(v.far, v.q * m.log_other - (v.q - v.e) * rest, e_f);
-        e_g = select(v.far, v.e * (broadcast(rest - base) - m.other * rest), e_g);
-      } else {
-        e_f = select(v.far, (v.q - v.e) * rest - v.e * m.log, e_f);
-        e_g = select(v.far, v.e * (m.slope * (beta * rest) - m.log), e_g);
-      }
-    }
-    return {e_f, e_g};
+    const auto near = mixture_by_series<Kind>(v, share, beta, base);
+    const auto far = Difference == By::either ? mixture_by_ratio<Kind>(v, share, beta, base) : mixture_by_parts<Kind>(v, share, beta, base);
+    return {select(v.far, far.first, near.first), select(v.far, far.second, near.second)};
   }
 }
 

@@ -261,7 +261,7 @@ RLKERN_INLINE Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T
   return each<Pack<T>>([&](int i) { return mask.v[i] ? a.v[i] : b.v[i]; });
 }
 
-// The larger of the two, and `b` where either is NaN, as the hardware's own instruction has it.
+// The larger or the smaller of the two, and `b` where either is NaN, as the hardware's own instructions have it.
 inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   return bit_cast<Vec<float>>(_mm512_max_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
@@ -273,10 +273,26 @@ inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) {
   return a > b ? a : b;
 #endif
 }
+inline Vec<float> min_or_second(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return bit_cast<Vec<float>>(_mm512_min_ps(bit_cast<__m512>(a), bit_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return bit_cast<Vec<float>>(_mm256_min_ps(bit_cast<__m256>(a), bit_cast<__m256>(b)));
+#elif defined(__SSE2__)
+  return bit_cast<Vec<float>>(_mm_min_ps(bit_cast<__m128>(a), bit_cast<__m128>(b)));
+#else
+  return a < b ? a : b;
+#endif
+}
 inline Vec<double> max_or_second(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+inline Vec<double> min_or_second(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
 template <class T>
 inline Pack<T> max_or_second(const Pack<T>& a, const Pack<T>& b) {
   return each<Pack<T>>([&](int i) { return max_or_second(a.v[i], b.v[i]); });
+}
+template <class T>
+inline Pack<T> min_or_second(const Pack<T>& a, const Pack<T>& b) {
+  return each<Pack<T>>([&](int i) { return min_or_second(a.v[i], b.v[i]); });
 }
 
 inline Vec<int16_t> larger(Vec<int16_t> a, Vec<int16_t> b) {
