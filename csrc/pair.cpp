@@ -127,11 +127,19 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
         const auto [e_f, e_g] = mixture_terms<Kind>(v, beta, base);
         a = a + e_f;
         b = b + e_g;
+        return;
+      }
+      if constexpr (Kind == PairKind::CROSS_ENTROPY) u = u + v.all_q() * max_or_second(broadcast(-kFar<A>), t);
+      if constexpr (Coarse) {  // the parts of all terms
+        const AccPack<T> bits = v.bits();
+        x = x + v.q;
+        if constexpr (reverse) a = a + e * bits;
+        if constexpr (forward) b = b + v.q * bits;
+        furthest = max_or_second(magnitude(bits), furthest);
       } else {
         x = x + v.e_t();
         if constexpr (reverse) a = a + v.e_reverse();
         if constexpr (forward) b = b + v.e_forward();
-        if constexpr (Kind == PairKind::CROSS_ENTROPY) u = u + v.all_q() * max_or_second(broadcast(-kFar<A>), t);
         if constexpr (Kind != kTrial) furthest = max_or_second(magnitude(v.x), furthest);
       }
     });
@@ -142,6 +150,11 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
   sums.a = sum_lanes(a);
   sums.b = sum_lanes(b);
   sums.u = sum_lanes(u);
+  if constexpr (Coarse && !mixes) {
+    sums.x -= sums.own.s0 + sums.own.ties;
+    sums.a = sums.x - kLn2 * sums.a;
+    sums.b = kLn2 * sums.b - sums.x;
+  }
   sums.unbounded = max_lanes(furthest) > kFar<A> / 2;
   return sums;
 }

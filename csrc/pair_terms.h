@@ -77,7 +77,7 @@ constexpr double kNearOfFewDigits = 1. / 32;  // from there on e and q lose 5 bi
 
 template <class T, By Difference>
 struct Entries {
-  AccPack<T> e, t, x;        // t the exponent of e
+  AccPack<T> e, t, x;        // t the exponent of e; by parts there is no x
   AccPack<T> excess, grown;  // e^x - 1 - x, e^x - 1, by series
   AccPack<T> q, other_t;     // by parts
   Mask<Acc<T>> far;
@@ -94,13 +94,17 @@ struct Entries {
       other_t = other_exponent<T>(w, u);
       q = power_of_two<sizeof(T) == 2>(other_t);
     }
-    far = magnitude(x) > A(few ? kNearOfFewDigits : kNear);
+    if constexpr (Difference != By::parts) far = magnitude(x) > A(few ? kNearOfFewDigits : kNear);
   }
   template <class Near, class Far>
   RLKERN_INLINE AccPack<T> choose(Near near, Far by_parts) const {
     if constexpr (Difference == By::series) return near();
     if constexpr (Difference == By::parts) return by_parts();
     return select(far, by_parts(), near());
+  }
+  RLKERN_INLINE AccPack<T> bits() const {  // x in units of ln 2, by parts; between -kFar and kFar
+    const AccPack<T> least = broadcast(-kFar<Acc<T>>);
+    return max_or_second(least, other_t) - max_or_second(least, t);
   }
   RLKERN_INLINE AccPack<T> e_t() const {  // q - e
     return choose([&] { return e * grown; }, [&] { return q - e; });
@@ -121,9 +125,7 @@ template <class T, bool Coarse, class F>
 RLKERN_INLINE void with_entries(const AccPack<T>& z, const AccPack<T>& w, const AccPack<T>& e, const AccPack<T>& t, const Units<Acc<T>>& u,
                                 F f) {
   if constexpr (Coarse) {
-    const AccPack<T> least = broadcast(-kFar<Acc<T>>);
-    const AccPack<T> x = (max_or_second(least, other_exponent<T>(w, u)) - max_or_second(least, t)) * Acc<T>(kLn2);
-    f(Entries<T, By::parts>(e, t, x, w, u));
+    f(Entries<T, By::parts>(e, t, {}, w, u));
   } else {
     const AccPack<T> x = log_ratio<T>(z, w, u);
     if (any_above(magnitude(x), Acc<T>(kNear)))
