@@ -464,7 +464,11 @@ void write_pair_gradient(const PairBackward& call, int64_t row, void* out, const
   int64_t start = 0;
   for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
     T tile[kTile];
-    for (int64_t i = 0; i < n; i += kLanes<T>) store(tile + i, pair_gradient_of<T, Kind>(load(z + i), load(w + i), u, c));
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      prefetch_next_tile(z + i);
+      prefetch_next_tile(w + i);
+      store(tile + i, pair_gradient_of<T, Kind>(load(z + i), load(w + i), u, c));
+    }
     const int64_t left = std::min(kTile, call.vocab - start);
     if constexpr (std::is_same_v<T, float>)
       if (converts(call)) return from_floats(tile, left, out, call.dtype, std::exchange(start, start + left));
