@@ -192,9 +192,9 @@ inline AccPack<T> gradient_of(AccPack<T> x, const Coefficients<Acc<T>>& c) {
 }
 
 // Writes f of each of n logits, a pack at a time. X is T, or what T is computed in. `x` and `out` may be the
-// same memory, if nothing is streamed.
+// same memory, if nothing is streamed. Flat: compilers made a call of f, for AVX2 at four times the time.
 template <bool Stream, class X, class T, class F>
-void write_gradient(const X* x, T* out, int64_t n, F f) {
+[[gnu::flatten]] void write_gradient(const X* x, T* out, int64_t n, F f) {
   const auto write = [&](const X* from, T* to, auto stream) {
     if constexpr (std::is_same_v<X, T>)
       store<stream>(to, f(load(from)));
