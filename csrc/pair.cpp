@@ -88,10 +88,13 @@ inline void for_each_pair(const Pair& call, int64_t row, F f) {
 
 // --- forward -----------------------------------------------------------------------------------------------
 
-// What a first sweep sums: the reverse KL for a kind that needs both normalisers.
-constexpr int kShift = PairKind::REVERSE_KL, kTrial = -1;  // the latter: no more than the normalisers need
+// What a sweep sums that is no kind: what the normalisers need, and with it how much the rows differ.
+constexpr int kTrial = -1, kShift = -2;
 template <int Kind>
 constexpr int kFirstSweep = Kind >= PairKind::JSD ? kShift : Kind;
+// The reverse KL says how much rows differ. Where the kind is another, an entry that the other row lacks must not
+// count for more than this times its mass: the rest may be close.
+constexpr double kMostPerMass = 64;
 
 struct PairSums {
   Sums own;                // of e, as in tile_sums
@@ -106,7 +109,8 @@ template <class T, int Kind, bool Coarse, bool Whole>
 PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame, Acc<T> beta, Acc<T> base) {
   using A = Acc<T>;
   constexpr bool mixes = Kind >= PairKind::JSD, forward = Kind == PairKind::FORWARD_KL || Kind == PairKind::MIXED_KL;
-  constexpr bool reverse = !mixes && Kind != kTrial && Kind != PairKind::FORWARD_KL;
+  constexpr bool bounds = Kind == kShift || Kind == PairKind::CROSS_ENTROPY, infinite = !mixes && Kind >= 0;
+  constexpr bool reverse = bounds || Kind == PairKind::REVERSE_KL || Kind == PairKind::MIXED_KL;
   const Units<A> units(frame);
   AccPack<T> s0{}, s1{}, x{}, a{}, b{}, u{}, furthest{};
   Mask<A> ties{};
@@ -130,17 +134,17 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
         return;
       }
       if constexpr (Kind == PairKind::CROSS_ENTROPY) u = u + v.all_q() * max_or_second(broadcast(-kFar<A>), t);
-      if constexpr (Coarse) {  // the parts of all terms
+      if constexpr (Coarse) {  // what the terms are made of; put together below
         const AccPack<T> bits = v.bits();
         x = x + v.q;
-        if constexpr (reverse) a = a + e * bits;
+        if constexpr (reverse) a = a + e * (bounds ? max_or_second(broadcast(A(-kMostPerMass * kLog2E)), bits) : bits);
         if constexpr (forward) b = b + v.q * bits;
-        furthest = max_or_second(magnitude(bits), furthest);
+        if constexpr (infinite) furthest = max_or_second(magnitude(bits), furthest);
       } else {
         x = x + v.e_t();
-        if constexpr (reverse) a = a + v.e_reverse();
+        if constexpr (reverse) a = a + (bounds ? min_or_second(e * A(kMostPerMass), v.e_reverse()) : v.e_reverse());
         if constexpr (forward) b = b + v.e_forward();
-        if constexpr (Kind != kTrial) furthest = max_or_second(magnitude(v.x), furthest);
+        if constexpr (infinite) furthest = max_or_second(magnitude(v.x), furthest);
       }
     });
   }
@@ -152,17 +156,20 @@ PairSums pair_sums(const T* z, const T* w, int64_t n, const Frame<Acc<T>>& frame
   sums.u = sum_lanes(u);
   if constexpr (Coarse && !mixes) {
     sums.x -= sums.own.s0 + sums.own.ties;
-    sums.a = sums.x - kLn2 * sums.a;
-    sums.b = kLn2 * sums.b - sums.x;
+    if constexpr (reverse) sums.a = sums.x - kLn2 * sums.a;
+    if constexpr (forward) sums.b = kLn2 * sums.b - sums.x;
   }
   sums.unbounded = max_lanes(furthest) > kFar<A> / 2;
   return sums;
 }
 
-// A divergence from the first on is summed by parts. One that then falls below the second is summed again.
+// Rows whose first tile differs by the first, as differs_much has it, are summed by parts. If the divergence then
+// is below the second they are summed again.
 constexpr double kCoarseFrom = 0.2, kCoarseTo = 0.05;
 template <class T>
 constexpr bool kMayBeCoarse = sizeof(T) < 8;  // nobody waits for float64
+// A mixture of nearly one row alone has a small divergence from it, whatever the rows.
+inline bool may_be_coarse(const Pair& call) { return call.kind < PairKind::JSD || (call.beta >= 0.1 && call.beta <= 0.9); }
 
 // The sums over the tiles so far, in units of the frame.
 template <class T, int Kind>
@@ -258,7 +265,7 @@ PairRow<T, Kind> sums_of_row(const PairForward& call, int64_t row, const Frame<A
   bool first = true;
   for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
     sums.add(z, w, n);
-    if (first && !precise && kMayBeCoarse<T>) sums.coarse = sums.differs_much();
+    if (first && !precise && kMayBeCoarse<T>) sums.coarse = may_be_coarse(call) && sums.differs_much();
     first = false;
   });
   return sums;
@@ -281,7 +288,7 @@ Divergence mixture_divergence(const Pair& call, int64_t row, const PairRow<T, kS
   Frame<Acc<T>> frame = sums.frame;
   frame.offset = Acc<T>(offset);
   // Of rows that differ much g is all but 1 - beta in most of p: then that is its base.
-  const Acc<T> base = Kind == PairKind::SKEW_FORWARD_KL && sums.differs_much() ? 1 - sums.beta : 0;
+  const Acc<T> base = Kind == PairKind::SKEW_FORWARD_KL && may_be_coarse(call) && sums.differs_much() ? 1 - sums.beta : 0;
   double f = 0, g = 0;
   for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
     const PairSums part = sums.coarse ? pair_sums<T, Kind, kMayBeCoarse<T>, false>(z, w, n, frame, sums.beta, base)

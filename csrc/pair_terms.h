@@ -98,8 +98,8 @@ struct Entries {
   }
   template <class Near, class Far>
   RLKERN_INLINE AccPack<T> choose(Near near, Far by_parts) const {
+    static_assert(Difference != By::parts, "by parts the sums of e, q, e x and q x are enough");
     if constexpr (Difference == By::series) return near();
-    if constexpr (Difference == By::parts) return by_parts();
     return select(far, by_parts(), near());
   }
   RLKERN_INLINE AccPack<T> bits() const {  // x in units of ln 2, by parts; between -kFar and kFar
@@ -116,7 +116,10 @@ struct Entries {
     return choose([&] { return e * (x * grown - excess); }, [&] { return q * x - (q - e); });
   }
   RLKERN_INLINE AccPack<T> all_q() const {
-    return choose([&] { return e * grown + e; }, [&] { return q; });
+    if constexpr (Difference == By::parts)
+      return q;
+    else
+      return choose([&] { return e * grown + e; }, [&] { return q; });
   }
 };
 

@@ -13,6 +13,7 @@ from .layout import counted_rows
 from .operator import values_readable
 
 FINITE = torch.finfo(torch.float32).max  # as an upper bound: anything but infinity
+SMALLEST = torch.finfo(torch.float32).tiny  # of what is divided by: its reciprocal is finite
 
 Like = tuple[str, Tensor]  # a tensor that another one must go with, and its name
 
@@ -171,8 +172,8 @@ def check_temperature(
     if not isinstance(temperature, Tensor):
         if not isinstance(temperature, (int, float)) or isinstance(temperature, bool):
             raise TypeError(f"{name} must be a float or a float tensor with one entry a row, got {shown(temperature)}")
-        if not 0 < temperature <= FINITE:
-            raise ValueError(f"{name} must be positive and finite, got {temperature}")
+        if not SMALLEST <= temperature <= FINITE:
+            raise ValueError(f"{name} must be positive and finite, at least {SMALLEST:.4g}, got {temperature}")
         if torch.compiler.is_compiling() and temperature != 1:
             # A number, even in new_full, would be part of the graph, compiled again for every value.
             return temperature * logits.new_ones(logits.shape[:-1], dtype=computing_dtype(logits)), 1.0
@@ -185,7 +186,7 @@ def check_temperature(
         raise ValueError(f"{name} carries no gradient here: pass {name}.detach()")
     temperature = temperature.expand(rows)
     if values_readable(temperature):
-        bad = ~((temperature > 0) & (temperature < math.inf))
+        bad = ~((temperature >= SMALLEST) & (temperature < math.inf))
         if bad.any():
             counted = counted_rows(targets, mask, ignore_index, len(rows))
             bad = bad if counted is None else bad & counted
@@ -242,6 +243,8 @@ def check_number(name: str, value: float, low: float = -math.inf, high: float = 
 
 def interval(low: float, high: float) -> str:
     """For an error: "in [0, inf)" where high is FINITE, "finite" where low is -FINITE as well."""
+    if (low, high) == (-math.inf, math.inf):
+        return "a number"
     if (low, high) == (-FINITE, FINITE):
         return "finite"
     return f"in [{low}, inf)" if high == FINITE else f"in [{low}, {high}]"

@@ -123,6 +123,17 @@ def test_facts(backend, device, kind):
         assert (shifted < (2e-6 if kind == "total_variation" else 1e-11)).all()
 
 
+@pytest.mark.parametrize("kind", ["forward_kl", "cross_entropy", "jsd", "skew_forward_kl", "skew_reverse_kl"])
+def test_close_rows_of_which_the_teacher_lacks_a_token(backend, device, kind):
+    """Its log ratio is infinite and counts for next to nothing: the other tokens keep their digits."""
+    z, w = (x.to(device) for x in oracle.draw(2, 900, noise=1e-4))
+    z[:, 5], w[:, 5] = -14, -INF
+    expected, gradient, largest = oracle.precise(z, w, kind, 0.5)
+    value, d_z = differentiate(lambda x: token_divergence(x, w, kind=kind, beta=0.5), z, torch.ones(2))
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=0)
+    assert ((d_z - gradient).abs().amax(-1) <= 1e-5 * largest.squeeze()).all()
+
+
 @every_kind
 def test_minus_infinity(backend, device, kind):
     """On one side or on both, in the middle and at the ends, against the limits."""
@@ -354,6 +365,8 @@ def test_rows_have_the_same_bits_in_any_batch(backend, device):
         ({"kind": "alpha", "beta": 1e-4}, ValueError, r"\[0.001, 0.999\], got 0.0001: its limits are 'forward_kl' \(1\) and 'reverse_kl' \(0\)"),
         ({"beta": None}, TypeError, "beta must be a number, got NoneType"),
         ({"temperature": 0.0}, ValueError, "^temperature must be positive"),
+        ({"temperature": 1e-39}, ValueError, "^temperature must be positive and finite, at least 1.175e-38, got 1e-39"),
+        ({"beta": float("nan")}, ValueError, "beta must be a number, got nan"),
         ({"other_temperature": 0.0}, ValueError, "other_temperature must be positive"),
         ({"other_temperature": torch.ones(4)}, ValueError, r"other_temperature must be .*\(3,\).*got \(4,\)"),
         (
@@ -559,6 +572,8 @@ def test_gkd_divergence_takes_its_ends_for_the_kl_divergences():
     for beta, error, message in ((1.5, ValueError, r"beta must be in \[0, 1\], got 1.5"), ("1", TypeError, "beta must be a number, got str")):
         with pytest.raises(error, match=message):
             gkd_divergence(z, w, beta)
+    with pytest.raises(TypeError, match="gkd_divergence takes no kind, beta chooses it; got 'jsd'"):
+        gkd_divergence(z, w, 0.5, kind="jsd")
 
 
 # --- as PyTorch sees them -----------------------------------------------------------------------------------

@@ -208,7 +208,7 @@ def check_beta(kind: str, beta: float) -> float:
                 "its limits are 'forward_kl' (1) and 'reverse_kl' (0)"
             )
     elif not 0 < beta < 1:
-        raise ValueError(f"beta is the weight of a distribution in a mixture, 0 < beta < 1, got {beta}")
+        raise ValueError(f"beta must be a weight in a mixture, 0 < beta < 1, got {beta}")
     return float(beta)
 
 
@@ -326,14 +326,16 @@ def token_divergence(
         "total_variation"  sum |p - q| / 2, in plain PyTorch
 
     The KL kinds and the cross entropy read both rows once, the others twice; the gradient reads both once and
-    writes once. Values keep their relative accuracy however close the rows are, also where a constant lies
-    between them. Equal rows give exactly 0.
+    writes once. Equal rows give exactly 0. Values keep their relative accuracy however close the rows are,
+    also where a constant lies between them: mostly 1e-7 in float32. There are two limits. With two
+    temperatures an error of 1e-7 of the logits counts as a difference of the rows. And as beta nears 1 the
+    skewed kinds compare rows that are all but equal: their accuracy is 1e-5 at 0.9 and 1e-3 at 0.99.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.
         other: [..., V] in any of these dtypes; float64 is rounded to float32 unless the logits are float64.
         beta: see the table; 0 < beta < 1, for "mixed_kl" 0 <= beta <= 1, for "alpha" 0.001 <= beta <= 0.999.
-            The other kinds have none, and want it between 0 and 1 all the same.
+            The other kinds do not use it.
         temperature, other_temperature: a positive float, or a tensor [...] with one a row, anything in rows
             that are not read. No gradient. other_temperature=None is `temperature`: soft labels that are
             ready as they are want other_temperature=1.
@@ -441,8 +443,10 @@ def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Ten
     """The divergence of GKD's trainers: beta = 0 is the forward KL, 1 the reverse KL, between them the jsd.
 
     The two ends are the KL divergences themselves, as in TRL. The limits of jsd / (beta (1 - beta)) are the
-    same. The options are those of `token_divergence` without kind. Raises as that, and ValueError for a beta
-    outside [0, 1].
+    same. The options are those of `token_divergence` without kind. Raises as that, TypeError for a kind, and
+    ValueError for a beta outside [0, 1].
     """
+    if "kind" in options:
+        raise TypeError(f"gkd_divergence takes no kind, beta chooses it; got {options['kind']!r}")
     kind, beta = gkd_kind(beta)
     return token_divergence(logits, other, kind=kind, beta=beta, **options)

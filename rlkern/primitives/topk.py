@@ -95,10 +95,10 @@ def topk_divergence(
     """Divergence over K ids a token, of the student's p from the teacher's q: [..., K] twice -> [...].
 
         kind          value
-        "forward_kl"  KL(q || p) = sum q log(q / p)
-        "reverse_kl"  KL(p || q) = sum p log(p / q)
-        "mixed_kl"    beta KL(q || p) + (1 - beta) KL(p || q)
-        "jsd"         beta KL(q || M) + (1 - beta) KL(p || M), M = beta q + (1 - beta) p (arXiv 2306.13649)
+        "forward_kl"  KL(q, p) = sum q log(q / p)
+        "reverse_kl"  KL(p, q) = sum p log(p / q)
+        "mixed_kl"    beta KL(q, p) + (1 - beta) KL(p, q)
+        "jsd"         beta KL(q, M) + (1 - beta) KL(p, M), M = beta q + (1 - beta) p (arXiv 2306.13649)
 
         tail           the classes
         "none"         the K ids. Their masses differ, so a KL may be negative
@@ -108,22 +108,22 @@ def topk_divergence(
     Args:
         logp: [..., K] float, log p at K distinct ids: `token_stats(logits, ids, with_tail=True).logp`.
         other_logp: [..., K] float, log q at the same ids; used detached.
-        kind, beta: see above. beta is in [0, 1], for "jsd" in (0, 1). The KLs alone do not read it.
+        kind, beta: see above. beta is in [0, 1], for "jsd" in (0, 1). The others do not use it.
         tail_logmass: [...] float, log of the mass that p has elsewhere, for "bucket": `tail_logmass` of the
             same `token_stats`. It carries gradient too.
         other_tail_logmass: [...] float, the same of q; used detached. None takes it from other_logp: 1 less
             the sum, exact to 1e-7 in float32.
         valid: [..., K] bool or number, 0 at ids that are no class at all, such as padding and repetitions.
-            Their mass belongs to a bucket if the masses given say so: p's if ignore_index stood there.
+            A bucket holds their mass only if tail_logmass does: it does where ignore_index stood in the ids.
         min_logp: raise both log-probabilities to at least this before anything else, as verl does at -10
             (`log_prob_min_clamp`). Below it there is no gradient, at the bound there is.
 
     Returns:
         [...] in float32 (float64 for float64 logp), differentiable any number of times by logp and
-        tail_logmass. "bucket", "renormalize" and "jsd" are sums of terms >= 0: they keep their relative
-        accuracy for p near q. For this "bucket" takes the masses of p and q to be 1 in all, and if they are
-        not a KL includes their difference. A class at -inf on both sides contributes 0, and an entry at -inf
-        gets no gradient. A KL is +inf where its first argument has mass that its second lacks.
+        tail_logmass. "bucket", "renormalize" and "jsd" are sums of terms >= 0: never negative. They are as
+        accurate as the log-probabilities given: in float32 a KL below 1e-7 is their rounding. A class at -inf
+        on both sides contributes 0, and an entry at -inf gets no gradient. A KL is +inf where its first
+        argument has mass that its second lacks.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
