@@ -49,7 +49,7 @@ def of_logits(logits, other, chosen, tail, **options):
     """topk_divergence, from logits."""
     (logp, mass), (other_logp, other_mass) = scored(logits, chosen), scored(other, chosen)
     if tail == "bucket":
-        options |= {"tail_logmass": mass, "other_tail_logmass": other_mass}
+        options = {**options, "tail_logmass": mass, "other_tail_logmass": other_mass}
     return topk_divergence(logp, other_logp, tail=tail, **options)
 
 
