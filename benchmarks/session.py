@@ -139,17 +139,29 @@ class Session:
             if len(group) == 1:
                 self._run_chain(group[0], later)
             else:
-                threads = [threading.Thread(target=self._run_chain, args=(chain, later, True)) for chain in group]
-                for thread in threads:
-                    thread.start()
+                # Not Thread.join: up to Python 3.12 one that is interrupted takes its thread for ended.
+                ends = [self._start_chain(chain, later) for chain in group]
                 try:
-                    for thread in threads:
-                        thread.join()
+                    for end in ends:
+                        end.wait()
                 except BaseException:  # whoever stops this process means all that it has started
                     self.cancelled.set()
-                    for thread in threads:
-                        thread.join()
+                    for end in ends:
+                        end.wait()
                     raise
+
+    def _start_chain(self, chain: list[Step], later: float) -> threading.Event:
+        """Runs it in a thread; set when it has ended."""
+        end = threading.Event()
+
+        def run() -> None:
+            try:
+                self._run_chain(chain, later, beside=True)
+            finally:
+                end.set()
+
+        threading.Thread(target=run).start()
+        return end
 
     def _run_chain(self, chain: list[Step], later: float, beside: bool = False) -> None:
         for i, step in enumerate(chain):
