@@ -120,6 +120,7 @@ class _Rule(NamedTuple):
     forward: Operator
     backward: Operator
     overwrite: Operator | None
+    consume: Operator | None
     outputs: int
     shown: int  # outputs and constants
     wrt: int
@@ -139,12 +140,13 @@ def _run(operator: Operator, args: Sequence, batched: bool = False) -> Any:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
-        forward, _, _, outputs, shown, _, _ = _rules[call[0]]
+        rule = _rules[call[0]]
+        forward, outputs, shown = rule.forward, rule.outputs, rule.shown
         results = _run(forward, (*tensors, *call[1]))
         if not isinstance(results, tuple):
             results = (results,)
         ctx.save_for_backward(*tensors, *results[shown:])
-        ctx.call = call
+        ctx.call, ctx.consumed = call, False
         ctx.set_materialize_grads(False)
         if outputs < shown:
             constants = [x for x in results[outputs:shown] if x is not None]
@@ -181,18 +183,27 @@ def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
 
 def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
     n, (_, options, in_place) = rule.forward.tensors, ctx.call
-    args = (*saved[:n], *options, *saved[n:], *grads[: rule.outputs])
+    kept, backward = saved[n:], rule.backward
     compiling = _is_compiling()
     batched = not compiling and _is_batched(_first(grads))  # type: ignore[arg-type]  # one is there
+    if rule.consume is not None and not compiling and kept[-1] is not None:
+        last = None
+        if not batched and not ctx.consumed:
+            # With a version of its own: nobody but this Function can read it, and that knows that it is gone.
+            backward, last, ctx.consumed = rule.consume, kept[-1].data, True
+        elif not ctx.consumed:
+            last = kept[-1]
+        kept = (*kept[:-1], last)
+    args = (*saved[:n], *options, *kept, *grads[: rule.outputs])
     overwrites = rule.overwrite is not None and in_place and ctx.needs_input_grad[1] and not batched and not compiling
     gradients: tuple[Tensor | None, ...] = (None,) * rule.wrt
     if rule.wrt > 1:
         wanted = [w and not (overwrites and i == 0) for i, w in enumerate(ctx.needs_input_grad[1 : 1 + rule.wrt])]
         if any(wanted):
-            results = _run(rule.backward, (*args, wanted), batched)
+            results = _run(backward, (*args, wanted), batched)
             gradients = tuple(g if want else None for g, want in zip(results, wanted, strict=True))
     elif not overwrites:
-        gradients = (_run(rule.backward, args, batched),)
+        gradients = (_run(backward, args, batched),)
     if not overwrites:
         return gradients
     _run(rule.overwrite, args)  # type: ignore[arg-type]
@@ -209,6 +220,7 @@ def differentiable(
     wrt: int = 1,
     instead: str,
     overwrite: Operator | None = None,
+    consume: Operator | None = None,
 ) -> Callable:
     """The forward as a function with gradients, which the backward computes.
 
@@ -225,11 +237,13 @@ def differentiable(
         instead: what can be differentiated twice. The error for a second derivative names it.
         overwrite: the backward in place. Called with in_place=True, the function writes the gradient over its
             first argument. Whoever else saved that tensor gets PyTorch's error, not a wrong number.
+        consume: the backward where it may write over the last kept result. That of the first backward, if not
+            compiled; a further one (retain_graph=True) calls `backward` with None in that place.
     """
     for operator in (forward, backward):
         _refuse_torch_func(operator)
     n, name, shown = forward.tensors, forward.name, outputs + constants
-    _rules[name] = _Rule(forward, backward, overwrite, outputs, shown, wrt, instead)
+    _rules[name] = _Rule(forward, backward, overwrite, consume, outputs, shown, wrt, instead)
 
     def apply(*args: Any, in_place: bool = False) -> Any:
         results = _Function.apply((name, args[n:], in_place), *args[:n])

@@ -1,6 +1,6 @@
-"""Hidden states times an output matrix, a chunk of rows at a time, and the gradients back through it.
+"""Hidden states times an output matrix, a block of rows or a tile of columns at a time, and the gradients back.
 
-The library computes the products. Nothing of size [N, V] stays.
+The library computes the products. Logits of 16-bit operands are rounded to those, or float32.
 """
 
 from __future__ import annotations
@@ -24,37 +24,114 @@ def default_chunk_rows(hidden: Tensor, bytes_a_row: int) -> int:
     return max(1, (64 << 20 if hidden.device.type == "cpu" else 512 << 20) // bytes_a_row)
 
 
-class Chunks:
-    """The rows in pieces. Their logits are always in the same memory.
+def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
+    """[start, stop) in pieces of at most `step`."""
+    for i in range(start, stop, step):
+        yield slice(i, min(i + step, stop))
 
-    wide: the logits are float32 also of 16-bit operands, not rounded to those. Where the library has no such
-        product, the operands are cast.
+
+# --- products -----------------------------------------------------------------------------------------------
+
+
+def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of that dtype are fast. A CPU without the instructions emulates them, 20 times slower."""
+    if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported = "_is_mkldnn_bf16_supported" if dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    return getattr(torch.ops.mkldnn, supported)()
+
+
+def _widens(x: Tensor) -> bool:
+    """Whether products of x's dtype can have a float32 result that was never rounded to that dtype."""
+    return x.is_cuda and MM_INTO_FLOAT32
+
+
+def multiply(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a @ b, rounded once to out's dtype where the library can."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif out.dtype == torch.float32 and _widens(a):
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, accumulated in total's dtype where the library can."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif total.dtype == torch.float32 and _widens(a):
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total += torch.mm(a, b)
+
+
+class Head:
+    """Hidden states [n, H] and the matrix [V, H], with bias [V] or None, that makes logits of them.
+
+    dtype: of the logits; float32 beside 16-bit operands does not round them to 16 bits, and adds the bias in
+        float32. Where the library has no such product, or is slow at products of 16 bits, the operands are
+        cast: hidden here, the matrix in `columns`.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_rows: int, *by_row: Tensor | None, wide: bool = False):
-        dtype = computing_dtype(hidden) if wide else hidden.dtype
-        if dtype != hidden.dtype and not (hidden.is_cuda and MM_INTO_FLOAT32):
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-        self.hidden, self.weight, self.by_row = hidden, weight, by_row
-        self.bias = None if bias is None else bias.to(dtype)
-        self.step = min(chunk_rows, max(1, hidden.shape[0]))
-        self.buffer = hidden.new_empty(self.step, weight.shape[0], dtype=dtype)
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None):
+        self.dtype = hidden.dtype if dtype is None else dtype
+        operands = hidden.dtype if _multiplies(hidden.dtype, hidden.device) else torch.float32
+        if self.dtype != hidden.dtype and not _widens(hidden):
+            operands = self.dtype
+        self.hidden, self.weight, self.bias = hidden.to(operands), weight, bias
+
+    def columns(self, part: slice) -> Head:
+        """What makes these columns of the logits."""
+        tile = object.__new__(Head)
+        tile.dtype, tile.hidden, tile.weight = self.dtype, self.hidden, self.weight[part].to(self.hidden.dtype)
+        tile.bias = None if self.bias is None else self.bias[part].to(torch.promote_types(self.dtype, self.hidden.dtype))
+        return tile
+
+    def whole(self) -> Head:
+        return self.columns(slice(0, len(self.weight)))
+
+    def new_logits(self, rows: int, columns: int) -> Tensor:
+        return self.hidden.new_empty(rows, columns, dtype=self.dtype)
+
+    def logits(self, rows: slice, buffer: Tensor) -> Tensor:
+        """Of these rows and all columns of what `columns` or `whole` returned, in the memory of the buffer."""
+        hidden, matrix, bias = self.hidden[rows], self.weight.t(), self.bias
+        n, v = hidden.shape[0], matrix.shape[1]
+        out = buffer.view(-1)[: n * v].view(n, v)
+        if bias is None:
+            multiply(out, hidden, matrix)
+        elif out.dtype == hidden.dtype:
+            torch.addmm(bias, hidden, matrix, out=out)
+        elif bias.dtype == hidden.dtype:  # operands that were cast
+            out.copy_(torch.addmm(bias, hidden, matrix))
+        else:
+            multiply(out, hidden, matrix)
+            out += bias
+        return out
+
+
+class Chunks:
+    """The rows in pieces. Their logits are always in the same memory."""
+
+    def __init__(self, head: Head, chunk_rows: int, *by_row: Tensor | None):
+        self.head, self.by_row = head.whole(), by_row
+        self.rows = head.hidden.shape[0]
+        self.step = max(1, min(chunk_rows, self.rows))
+        self.buffer = head.new_logits(min(self.step, self.rows), len(head.weight))
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.step)
 
     def __iter__(self) -> Iterator[tuple]:
         """Yields (rows, logits of these rows, *these rows of every other tensor)."""
-        for start in range(0, self.hidden.shape[0], self.step):
-            rows = slice(start, start + self.step)
-            hidden = self.hidden[rows]
-            logits = self.buffer[: hidden.shape[0]]
-            if self.buffer.dtype != hidden.dtype:
-                torch.mm(hidden, self.weight.t(), out_dtype=self.buffer.dtype, out=logits)
-                if self.bias is not None:
-                    logits += self.bias
-            elif self.bias is None:
-                torch.mm(hidden, self.weight.t(), out=logits)
-            else:
-                torch.addmm(self.bias, hidden, self.weight.t(), out=logits)
-            yield rows, logits, *(None if x is None else x[rows] for x in self.by_row)
+        for rows in blocks(0, self.rows, self.step):
+            yield rows, self.head.logits(rows, self.buffer), *(None if x is None else x[rows] for x in self.by_row)
+
+
+# --- rows ---------------------------------------------------------------------------------------------------
 
 
 def _indices(counted: Tensor | None) -> Tensor | None:
@@ -101,48 +178,75 @@ def new_gradients(parameters: Sequence[Tensor | None], wanted: Sequence[bool]) -
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) if want and x is not None else None for x, want in parts)
 
 
-class GradientSums:
-    """The gradients by hidden, weight and bias, from those by the logits of one chunk after the other.
+# --- gradients ----------------------------------------------------------------------------------------------
 
-    Those by weight and bias are summed in float32 and written by `finish`; beyond the chunks' columns they
-    are 0.
+
+class GradientSums:
+    """The gradients by hidden, weight and bias, from those by the logits of one piece after the other.
+
+        sums.begin(head.whole(), columns, pieces)  # what makes these columns, and in how many pieces they come
+        sums.add(rows, d_logits)                   # each piece: all of these columns of some rows
+        sums.finish()                              # after the last columns; any that never came get 0
+
+    The gradient by weight is one product, rounded once, where its columns are one piece. Where they are several
+    it is a float32 sum, rounded at the end, and so is that by hidden where the columns come in tiles. That by
+    bias is summed in float32.
+
+    weight_sum: float32 [V, H], to which the gradient by weight is added, instead of out's.
     """
 
-    def __init__(self, rows: Rows, chunks: Chunks, out: Sequence[Tensor | None]):
-        self.rows, self.chunks, (self.d_hidden, self.d_weight, self.d_bias) = rows, chunks, out
-        self.wanted = any(x is not None for x in out)
-        self.d_rows = rows.room(self.d_hidden)
-        acc = computing_dtype(chunks.hidden)
-        self.weight_sum = None if self.d_weight is None else torch.zeros_like(chunks.weight, dtype=acc)
-        self.bias_sum = None if self.d_bias is None else chunks.weight.new_zeros(len(chunks.weight), dtype=acc)
+    def __init__(self, rows: Rows, head: Head, out: Sequence[Tensor | None], *, tiled: bool = False, weight_sum: Tensor | None = None):
+        self.rows, self.hidden, (self.d_hidden, self.d_weight, self.d_bias) = rows, head.hidden, out
+        self.weight_sum, self.wanted = weight_sum, weight_sum is not None or any(x is not None for x in out)
+        self.acc = computing_dtype(head.hidden)
+        self.d_rows = self.of_rows = rows.room(self.d_hidden)
+        self.tiled, self.columns = tiled, slice(0, 0)
+        if tiled and self.d_rows is not None:
+            self.of_rows = self.d_rows.zero_() if self.d_rows.dtype == self.acc else torch.zeros_like(self.d_rows, dtype=self.acc)
+
+    def begin(self, head: Head, columns: slice, pieces: int) -> None:
+        self._end()
+        self.head, self.columns, self.added = head, columns, self.weight_sum is not None
+        self.of_weight = self.of_bias = None
+        if self.weight_sum is not None:
+            self.of_weight = self.weight_sum[columns]
+        elif self.d_weight is not None:
+            part = self.d_weight[columns]
+            self.of_weight = part if pieces == 1 or part.dtype == self.acc else torch.empty_like(part, dtype=self.acc)
+        if self.d_bias is not None:
+            self.of_bias = self.d_bias.new_zeros(columns.stop - columns.start, dtype=self.acc)
 
     def add(self, part: slice, d_logits: Tensor) -> None:
-        if self.bias_sum is not None:
-            self.bias_sum += d_logits.sum(0, dtype=self.bias_sum.dtype)
-        hidden, weight = self.chunks.hidden, self.chunks.weight
-        d_logits = d_logits.to(hidden.dtype)
-        if self.d_rows is not None and self.d_rows.dtype == hidden.dtype:
-            torch.mm(d_logits, weight, out=self.d_rows[part])
-        elif self.d_rows is not None:
-            self.d_rows[part] = torch.mm(d_logits, weight)
-        if self.weight_sum is not None:
-            _add_product(self.weight_sum, d_logits.t(), hidden[part])
+        if self.of_bias is not None:
+            self.of_bias += d_logits.sum(0, dtype=self.acc)
+        d_logits = d_logits.to(self.hidden.dtype)
+        if self.of_rows is not None:
+            (add_product if self.tiled else multiply)(self.of_rows[part], d_logits, self.head.weight)
+        if self.of_weight is not None:
+            (add_product if self.added else multiply)(self.of_weight, d_logits.t(), self.hidden[part])
+        self.added = True
+
+    def _end(self) -> None:
+        """Rounds the sums of these columns."""
+        if self.columns.stop == 0:
+            return
+        if self.d_weight is not None:
+            part = self.d_weight[self.columns]
+            if not self.added:
+                part.zero_()
+            elif self.of_weight is not None and self.of_weight.dtype != part.dtype:
+                part.copy_(self.of_weight)
+        if self.d_bias is not None:
+            self.d_bias[self.columns].copy_(self.of_bias)  # type: ignore[arg-type]
 
     def finish(self) -> None:
+        self._end()
+        for x in (self.d_weight, self.d_bias):
+            if x is not None:
+                x[self.columns.stop :].zero_()
+        if self.d_rows is not None and self.of_rows is not None and self.of_rows.dtype != self.d_rows.dtype:
+            self.d_rows.copy_(self.of_rows)
         self.rows.place(self.d_hidden, self.d_rows)
-        for to, value in ((self.d_weight, self.weight_sum), (self.d_bias, self.bias_sum)):
-            if to is not None and value is not None:
-                to[: len(value)].copy_(value)
-                to[len(value) :].zero_()
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda and MM_INTO_FLOAT32:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total += torch.mm(a, b)
 
 
 def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "") -> None:
