@@ -1,8 +1,9 @@
 """A row in parts: statistics of some of its columns at a time, and of the whole row from those.
 
-A part is what a backend's `token_stats_forward` leaves of its columns, in the columns of `State`. It is relative
-to its own maximum, and REST leaves out that maximum's own 1. So a confident row keeps its relative accuracy: the
-1 is left out once, for the maximum of the row. Parts may be tiles of a matrix or shards of a vocabulary.
+A part is what a backend's `token_stats_forward` leaves of some columns, in the columns of `State`. It is
+relative to its own maximum, and REST leaves out that maximum's own 1. So a confident row keeps its relative
+accuracy: the 1 is left out once, for the maximum of the row. Parts may be tiles of a matrix or shards of a
+vocabulary.
 """
 
 from __future__ import annotations
@@ -77,7 +78,10 @@ def merge(parts: Tensor, temperature: float | Tensor) -> Tensor:
 
 
 def finish(state: Tensor, targets: Tensor | None, mask: Tensor | None, temperature: float | Tensor, options: Options) -> Results:
-    """The statistics of whole rows from their state [n, W]; targets [n] or [n, K], temperature as in `merge`."""
+    """The statistics of whole rows from their state [n, W]; targets [n] or [n, K], temperature as in `merge`.
+
+    Rows that do not count get zeros.
+    """
     counted = counted_rows(targets, mask, options.ignore_index, 1)
     if counted is not None:
         state = state.masked_fill(~counted.unsqueeze(-1), 0)
@@ -95,6 +99,4 @@ def finish(state: Tensor, targets: Tensor | None, mask: Tensor | None, temperatu
         dropped = y == options.ignore_index
         dropped = dropped if counted is None else dropped | ~counted.unsqueeze(-1)
         logp = (state[:, State.TARGETS :] * inv_t - log_s0).masked_fill(dropped, 0).view(targets.shape)
-    return Results(
-        logp, entropy if options.with_entropy else None, logsumexp, sum_sq if options.with_sum_sq else None, None, None, state
-    )
+    return Results(logp, entropy if options.with_entropy else None, logsumexp, sum_sq if options.with_sum_sq else None, None, None, state)

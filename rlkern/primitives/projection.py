@@ -1,4 +1,4 @@
-"""Hidden states times an output matrix, a block of rows or a tile of columns at a time, and the gradients back.
+"""Hidden states times an output matrix, some rows or columns at a time, and the gradients back through it.
 
 The library computes the products. Logits of 16-bit operands are rounded to those, or float32.
 """
@@ -34,7 +34,7 @@ def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
 
 
 def _multiplies(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products of that dtype are fast. A CPU without the instructions emulates them, 20 times slower."""
+    """Whether products of that dtype are fast. A CPU without the instructions emulates them."""
     if device.type != "cpu" or dtype not in (torch.bfloat16, torch.float16):
         return True
     if not torch.backends.mkldnn.is_available():
@@ -97,7 +97,7 @@ class Head:
         return self.hidden.new_empty(rows, columns, dtype=self.dtype)
 
     def logits(self, rows: slice, buffer: Tensor) -> Tensor:
-        """Of these rows and all columns of what `columns` or `whole` returned, in the memory of the buffer."""
+        """Of these rows, all columns of what `columns` or `whole` returned; in the memory of the buffer."""
         hidden, matrix, bias = self.hidden[rows], self.weight.t(), self.bias
         n, v = hidden.shape[0], matrix.shape[1]
         out = buffer.view(-1)[: n * v].view(n, v)
@@ -184,13 +184,13 @@ def new_gradients(parameters: Sequence[Tensor | None], wanted: Sequence[bool]) -
 class GradientSums:
     """The gradients by hidden, weight and bias, from those by the logits of one piece after the other.
 
-        sums.begin(head.whole(), columns, pieces)  # what makes these columns, and in how many pieces they come
+        sums.begin(head.whole(), columns, pieces)  # what makes these columns, and in how many pieces
         sums.add(rows, d_logits)                   # each piece: all of these columns of some rows
         sums.finish()                              # after the last columns; any that never came get 0
 
-    The gradient by weight is one product, rounded once, where its columns are one piece. Where they are several
-    it is a float32 sum, rounded at the end, and so is that by hidden where the columns come in tiles. That by
-    bias is summed in float32.
+    The gradient by weight is one product, rounded once, where its columns are one piece. Where they are
+    several it is a float32 sum, rounded at the end, and so is that by hidden where the columns come in tiles.
+    That by bias is summed in float32.
 
     weight_sum: float32 [V, H], to which the gradient by weight is added, instead of out's.
     """

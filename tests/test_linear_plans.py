@@ -1,0 +1,323 @@
+"""The plans of linear_token_stats: kept logits, tiles of the matrix, chunks of rows; the parts of a row."""
+
+import math
+
+import pytest
+import torch
+from oracle import FIELDS, upstream
+from torch.nn.functional import linear
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rlkern import LinearPlan, linear_plan, linear_token_stats, reference, token_stats, use_backend
+from rlkern.primitives import plans
+
+V, H, N = 53, 6, 10
+KEEP_ALL, KEEP_SOME, KEEP_NONE = 1 << 30, 4 * V * 8, 1  # bytes of float64 logits
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(plans, "TILE", 20)
+    monkeypatch.setattr(plans, "BLOCK", 3)
+
+
+def draw(*lead, dtype=torch.float64, bias=True, seed=0, vocab=V, hidden=H):
+    g = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    return normal(*lead, hidden), normal(vocab, hidden), normal(vocab) if bias else None, torch.randint(vocab, lead, generator=g)
+
+
+def gradients(stats, leaves, seed=0, **options):
+    fields = [getattr(stats, name) for name in FIELDS if getattr(stats, name) is not None]
+    loss = sum((f * g.to(f).masked_fill(f == -math.inf, 0)).sum() for f, g in zip(fields, upstream(fields, seed), strict=True))
+    return torch.autograd.grad(loss, [x for x in leaves if x is not None], **options)
+
+
+def ours(hidden, weight, bias, targets, **options):
+    return linear_token_stats(hidden, weight, targets, bias=bias, **options)
+
+
+class Products(TorchDispatchMode):
+    """How many operations the products in the block take, in multiples of 2 N H V."""
+
+    def __init__(self, unit):
+        super().__init__()
+        self.unit, self.operations = unit, 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if f._schema.name in ("aten::mm", "aten::addmm", "aten::addmm_"):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.operations += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+        return f(*args, **(kwargs or {}))
+
+    @property
+    def products(self):
+        return self.operations / self.unit
+
+
+MASK = torch.tensor([[1, 0, 1, 1, 1], [0, 1, 1, 1, 0]])
+SEVERAL = torch.tensor([[[1, 2], [-100, 3], [-100, -100], [52, 20], [19, 21]], [[-100, -100], [52, 52], [0, -100], [39, 40], [5, 45]]])
+
+
+@pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_SOME, KEEP_NONE])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"with_sum_sq": True},
+        {"temperature": torch.linspace(0.5, 2, N).view(2, 5), "mask": MASK},
+        {"min_p": 0.1, "with_sum_sq": True, "temperature": 0.7},
+        {"with_entropy": False, "ignore_index": 20, "mask": MASK},
+        {"targets": SEVERAL, "with_sum_sq": True},
+        {"targets": SEVERAL, "with_tail": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+def test_every_plan_equals_the_product_written_out(options, workspace, as_on_a_gpu, monkeypatch):
+    if as_on_a_gpu:  # all rows are in the products
+        monkeypatch.setattr("rlkern.primitives.projection._indices", lambda counted: None)
+    hidden, weight, bias, targets = draw(2, 5)
+    options = dict(options)
+    targets = options.pop("targets", targets)
+    with torch.no_grad():
+        bias[torch.tensor([0, 3, *range(20, 40)])] = -math.inf  # a whole tile among them
+        targets[1, 2] = 25 if targets.dim() == 2 else targets[1, 2]
+        if "mask" in options:
+            hidden[0, 1] = math.nan
+    leaves = hidden, weight, bias
+    dirty = [torch.where(MASK.unsqueeze(-1) == 0, 0.0, hidden) if "mask" in options else hidden, weight, bias]
+    stats, expected = ours(*leaves, targets, workspace=workspace, **options), token_stats(linear(*dirty), targets, **options)
+    for name in (*FIELDS, "target_kept"):
+        got, want = getattr(stats, name), getattr(expected, name)
+        assert (got is None) == (want is None), name
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+    got, want = gradients(stats, leaves, retain_graph=True), gradients(expected, leaves)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    again = gradients(stats, leaves)  # the kept logits are gone
+    torch.testing.assert_close(again, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_confident_rows_in_tiles(backend):
+    """1 - p, logp and entropy keep their relative accuracy, wherever the maximum is."""
+    weight = torch.zeros(V, 1)
+    hidden = torch.ones(V, 1, requires_grad=True)
+    bias = torch.linspace(-3, 0, V).requires_grad_()
+    logits = bias.detach().repeat(V, 1)
+    with use_backend(backend):
+        for y in range(0, V, 9):
+            b = bias.detach().clone()
+            b[y] = 18
+            b.requires_grad_()
+            stats = linear_token_stats(hidden[:1], weight.requires_grad_(), torch.tensor([y]), bias=b, workspace=KEEP_NONE)
+            exact = b.detach().double().requires_grad_()
+            want = reference.token_stats(exact.unsqueeze(0), torch.tensor([[y]]))
+            torch.testing.assert_close(stats.logp.double(), want.logp.squeeze(-1), rtol=1e-5, atol=0)
+            torch.testing.assert_close(stats.entropy.double(), want.entropy, rtol=1e-5, atol=0)
+            (got,) = torch.autograd.grad(stats.logp.sum(), b)
+            (exact_gradient,) = torch.autograd.grad(want.logp.sum(), exact)
+            torch.testing.assert_close(got.double(), exact_gradient, rtol=1e-5, atol=0)
+    assert logits.shape == (V, V)
+
+
+def test_rows_without_a_distribution():
+    """All -inf, +inf, NaN in any tile: as token_stats."""
+    hidden, weight = torch.eye(5, dtype=torch.float64), torch.randn(V, 5, dtype=torch.float64)
+    bias = torch.zeros(V, dtype=torch.float64)
+    rows = linear(hidden, weight, bias)
+    weight[:, 0] = -math.inf
+    weight[30, 1], weight[45, 2], weight[:45, 3] = math.inf, math.nan, -math.inf
+    hidden.requires_grad_()
+    weight.requires_grad_()
+
+    def loss(f):
+        stats = []
+        for i in range(5):  # one hidden unit a row: no 0 * inf in the product
+            h, w = hidden[i : i + 1, i : i + 1], weight[:, i : i + 1]
+            stats.append(f(h, w, torch.tensor([7])))
+        return stats
+
+    got = loss(lambda h, w, y: linear_token_stats(h, w, y, workspace=KEEP_NONE))
+    want = loss(lambda h, w, y: token_stats(linear(h, w), y))
+    for a, b in zip(got, want, strict=True):
+        for name in ("logp", "entropy", "logsumexp"):
+            torch.testing.assert_close(getattr(a, name), getattr(b, name), equal_nan=True)
+    assert rows.shape == (5, V)
+
+
+@pytest.mark.parametrize(
+    ("workspace", "frozen", "expected"),
+    [
+        (KEEP_ALL, (), 3),
+        (KEEP_NONE, (), 4),
+        (KEEP_SOME, (), 3.6),
+        (KEEP_ALL, (1,), 2),
+        (KEEP_NONE, (1,), 3),
+        (KEEP_ALL, (0, 1), 1),
+        (KEEP_NONE, (0,), 3),
+    ],
+    ids=str,
+)
+def test_products(workspace, frozen, expected, monkeypatch):
+    monkeypatch.setattr("rlkern.operator.watched", lambda x: False)  # the mode sees what runs inside the operators
+    hidden, weight, _, targets = draw(N, bias=False)
+    leaves = [x.detach() if i in frozen else x for i, x in enumerate((hidden, weight))]
+    needs = (leaves[0].requires_grad, leaves[1].requires_grad, False)
+    plan = linear_plan(N, H, V, torch.float64, needs=needs, workspace=workspace)
+    with Products(2 * N * H * V) as counted:
+        stats = linear_token_stats(*leaves, targets, workspace=workspace)
+        if any(needs):
+            stats.logp.sum().backward()
+    assert counted.products == pytest.approx(expected) and plan.products == pytest.approx(expected)
+
+
+def test_table():
+    def plan(*args, **options):
+        return linear_plan(*args, **options)[1:6]
+
+    large = (4096, 151936)
+    with pytest.MonkeyPatch.context() as real:
+        real.setattr(plans, "TILE", 8192)
+        real.setattr(plans, "BLOCK", 8192)
+        assert plan(2048, *large) == (2048, "tiles", 8192, 1, 3)
+        assert plan(8192, *large, workspace=1) == (0, "tiles", 8192, 8192, 4)
+        assert plan(8192, *large)[0] == 3533 and 3.5 < plan(8192, *large)[4] < 3.6
+        assert plan(8192, *large, logits_dtype=torch.float32)[0] == 1766
+        assert plan(8192, *large, device="cpu")[0] == 883
+        assert plan(8192, *large, needs=(True, False, False), workspace=1) == (0, "chunks", 151936, 1, 3)
+        assert plan(8192, *large, needs=(False, False, False)) == (0, "chunks", 151936, 1766, 1)
+        assert plan(8192, *large, whole_rows=True) == (3533, "chunks", 151936, 1766, pytest.approx(3 + 4659 / 8192))
+        assert plan(8192, *large, chunk_rows=64) == (0, "chunks", 151936, 64, 4)
+        assert plan(8192, *large, known=True) == (0, "chunks", 151936, 1766, 3)
+        assert linear_plan(8192, *large, workspace=1).bytes == 8192 * 8192 * 2 + 8192 * 4096 * 4
+        assert linear_plan(2048, *large).bytes == 2048 * 151936 * 2
+        text = "3533 of 8192 rows kept; tiles of 4659 x 8192 logits; 3.569 products, 1353 MiB"
+        assert str(linear_plan(8192, *large)) == text
+    assert isinstance(linear_plan(1, 1, 1), LinearPlan)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_kept_logits_give_the_bits_of_token_stats(bias):
+    *leaves, targets = draw(256, dtype=torch.bfloat16, bias=bias, vocab=9001, hidden=128)
+    stats, expected = ours(*leaves, targets, with_sum_sq=True), token_stats(linear(*leaves), targets, with_sum_sq=True)
+    for name in ("logp", "entropy", "logsumexp", "sum_sq_prob"):
+        assert torch.equal(getattr(stats, name), getattr(expected, name)), name
+    got, want = gradients(stats, leaves), gradients(expected, leaves)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+def relative_error(x, exact):
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+def test_accuracy_of_tiles(monkeypatch):
+    """Of bfloat16: the statistics; the gradients against products in float64 of the same logits' gradient."""
+    monkeypatch.setattr(plans, "TILE", 2048)
+    monkeypatch.setattr(plans, "BLOCK", 256)
+    hidden, weight, bias, targets = draw(256, dtype=torch.bfloat16, vocab=9001, hidden=128)
+    with torch.no_grad():
+        weight /= 3
+    stats = ours(hidden, weight, bias, targets, workspace=1, with_sum_sq=True)
+    logits = linear(hidden, weight, bias).detach().requires_grad_()
+    expected = token_stats(logits, targets, with_sum_sq=True)
+    for name in ("logp", "entropy", "logsumexp", "sum_sq_prob"):
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=2e-6, atol=2e-6)
+    wide = logits.detach().double().requires_grad_()
+    (rounded,), (d_logits,) = gradients(expected, [logits]), gradients(token_stats(wide, targets, with_sum_sq=True), [wide])
+    d_hidden, d_weight, d_bias = gradients(stats, (hidden, weight, bias))
+    h, w = hidden.detach().double(), weight.detach().double()
+    for got, limit, product in ((d_weight, 1.02, lambda d: d.t() @ h), (d_hidden, 1.25, lambda d: d @ w)):
+        one_product, exact = product(rounded.double()).bfloat16(), product(d_logits)
+        assert relative_error(got, exact) <= limit * relative_error(one_product, exact)
+    torch.testing.assert_close(d_bias.double(), rounded.double().sum(0), rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_SOME, KEEP_NONE])
+def test_float32_logits_of_16_bit_operands(workspace):
+    hidden, weight, bias, targets = draw(N, dtype=torch.bfloat16, hidden=64)
+    leaves = hidden, weight, bias
+    stats = ours(*leaves, targets, logits_dtype=torch.float32, workspace=workspace)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = token_stats(linear(*exact), targets)
+    torch.testing.assert_close(stats.logp.double(), expected.logp, rtol=1e-6, atol=1e-5)
+    for got, want in zip(gradients(stats, leaves), gradients(expected, exact), strict=True):
+        assert got.dtype == torch.bfloat16
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-8 * want.abs().max().item())
+    # Rounded logits are off by far more than that.
+    assert (ours(*leaves, targets).logp - expected.logp).abs().max() > 1e-3
+
+
+def test_nothing_of_the_size_of_the_logits_without_gradients():
+    hidden, weight, bias, targets = (x.detach() for x in draw(64))
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        ours(hidden, weight, bias, targets)
+        with torch.no_grad():
+            ours(hidden.requires_grad_(), weight, bias, targets)
+        assert not saved
+        ours(hidden, weight, bias, targets)
+    assert max(saved) == 64 * V
+
+
+@pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_NONE])
+def test_checkpoint_offloading_and_vectorized_jacobian(workspace):
+    *leaves, targets = draw(N)
+
+    def f(*leaves):
+        return ours(*leaves, targets, workspace=workspace).logp
+
+    (want,) = torch.autograd.grad(f(*leaves).sum(), leaves[1])
+    recomputed = torch.utils.checkpoint.checkpoint(f, *leaves, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(recomputed.sum(), leaves[1])[0], want)
+    with torch.autograd.graph.save_on_cpu():
+        stats = f(*leaves)
+    torch.testing.assert_close(torch.autograd.grad(stats.sum(), leaves[1])[0], want)
+    rows = torch.autograd.functional.jacobian(lambda w: f(leaves[0], w, leaves[2]), leaves[1].detach(), vectorize=True)
+    torch.testing.assert_close(rows.sum(0), want)
+
+
+@pytest.mark.parametrize("workspace", [1 << 20, 4 * V * 4, 1])
+def test_compile(workspace):
+    hidden, weight, bias, targets = draw(N, dtype=torch.float32)
+
+    def loss(*inputs):
+        stats = ours(*inputs, workspace=workspace)
+        return (stats.logp * stats.entropy).sum()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for rows in (N, 7, 5):
+        inputs = hidden[:rows], weight, bias, targets[:rows]
+        got, want = (torch.autograd.grad(f(*inputs), (hidden, weight, bias)) for f in (compiled, loss))
+        torch.testing.assert_close(got, want)
+
+
+def test_consuming_operators():
+    *leaves, targets = draw(N, dtype=torch.float32)
+    options = (4, 20, 3, False, 1.0, -100, 0, 0.0, False, True)
+    args = [x.detach() for x in leaves]
+    with torch.no_grad():
+        *_, state, logits = torch.ops.rlkern.linear_token_stats(*args, targets, None, None, *options)
+    grads = (torch.ones(N), None, None, None, None)
+    operator = torch.ops.rlkern.linear_token_stats_backward_.default
+    args = (*args, targets, None, None, *options, state, logits, *grads, [True, True, True])
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"workspace": -1}, ValueError, "workspace must be at least 0"),
+        ({"workspace": 1e9}, TypeError, "workspace must be an int"),
+        ({"logits_dtype": torch.float32}, ValueError, "logits_dtype must be torch.float64"),
+        ({"logits_dtype": "float32"}, TypeError, "logits_dtype must be a torch.dtype"),
+    ],
+    ids=str,
+)
+def test_errors(change, error, message):
+    hidden, weight, bias, targets = draw(3)
+    with pytest.raises(error, match=message):
+        linear_token_stats(hidden, weight, targets, bias=bias, **change)
