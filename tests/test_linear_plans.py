@@ -8,7 +8,7 @@ from oracle import FIELDS, upstream
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlkern import LinearPlan, linear_plan, linear_token_stats, reference, token_stats, use_backend
+from rlkern import LinearPlan, linear_plan, linear_token_stats, reference, token_stats
 from rlkern.primitives import plans
 
 V, H, N = 53, 6, 10
@@ -101,52 +101,43 @@ def test_every_plan_equals_the_product_written_out(options, workspace, as_on_a_g
     torch.testing.assert_close(again, want, rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("backend", ["reference", "native"])
-def test_confident_rows_in_tiles(backend):
+def test_confident_rows_in_tiles(backend, device):
     """1 - p, logp and entropy keep their relative accuracy, wherever the maximum is."""
-    weight = torch.zeros(V, 1)
-    hidden = torch.ones(V, 1, requires_grad=True)
-    bias = torch.linspace(-3, 0, V).requires_grad_()
-    logits = bias.detach().repeat(V, 1)
-    with use_backend(backend):
-        for y in range(0, V, 9):
-            b = bias.detach().clone()
-            b[y] = 18
-            b.requires_grad_()
-            stats = linear_token_stats(hidden[:1], weight.requires_grad_(), torch.tensor([y]), bias=b, workspace=KEEP_NONE)
-            exact = b.detach().double().requires_grad_()
-            want = reference.token_stats(exact.unsqueeze(0), torch.tensor([[y]]))
-            torch.testing.assert_close(stats.logp.double(), want.logp.squeeze(-1), rtol=1e-5, atol=0)
-            torch.testing.assert_close(stats.entropy.double(), want.entropy, rtol=1e-5, atol=0)
-            (got,) = torch.autograd.grad(stats.logp.sum(), b)
-            (exact_gradient,) = torch.autograd.grad(want.logp.sum(), exact)
-            torch.testing.assert_close(got.double(), exact_gradient, rtol=1e-5, atol=0)
-    assert logits.shape == (V, V)
+    weight, hidden = torch.zeros(V, 1, device=device, requires_grad=True), torch.ones(1, 1, device=device)
+    for y in (0, 19, 20, 45):
+        bias = torch.linspace(-3, 0, V, device=device)
+        bias[y] = 18
+        exact = bias.double().requires_grad_()
+        stats = linear_token_stats(hidden, weight, torch.tensor([y], device=device), bias=bias.requires_grad_(), workspace=KEEP_NONE)
+        expected = reference.token_stats(exact.unsqueeze(0), torch.tensor([[y]], device=device))
+        (got,), (want,) = torch.autograd.grad(stats.logp.sum(), bias), torch.autograd.grad(expected.logp.sum(), exact)
+        for a, b in ((stats.logp, expected.logp.squeeze(-1)), (stats.entropy, expected.entropy), (got, want)):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
+
+
+def test_many_targets_in_tiles(backend, device):
+    """Repeated, ignored, in one tile or in all, and in a row whose others are all elsewhere."""
+    hidden, weight, bias, _ = draw(4, dtype=torch.float32)
+    leaves = [x.detach().to(device).requires_grad_() for x in (hidden, weight, bias)]
+    targets = torch.randint(V, (4, 12), generator=torch.Generator().manual_seed(1)).to(device)
+    targets[0, :5], targets[1], targets[2, 3:9], targets[3] = 7, 52, -100, torch.tensor([33] * 11 + [50])
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    stats, expected = ours(*leaves, targets, workspace=KEEP_NONE), token_stats(linear(*exact), targets)
+    torch.testing.assert_close(stats.logp.double(), expected.logp, rtol=2e-6, atol=2e-6)
+    for got, want in zip(gradients(stats, leaves), gradients(expected, exact), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
 
 
 def test_rows_without_a_distribution():
     """All -inf, +inf, NaN in any tile: as token_stats."""
-    hidden, weight = torch.eye(5, dtype=torch.float64), torch.randn(V, 5, dtype=torch.float64)
-    bias = torch.zeros(V, dtype=torch.float64)
-    rows = linear(hidden, weight, bias)
+    weight = torch.randn(V, 5, dtype=torch.float64)
     weight[:, 0] = -math.inf
-    weight[30, 1], weight[45, 2], weight[:45, 3] = math.inf, math.nan, -math.inf
-    hidden.requires_grad_()
-    weight.requires_grad_()
-
-    def loss(f):
-        stats = []
-        for i in range(5):  # one hidden unit a row: no 0 * inf in the product
-            h, w = hidden[i : i + 1, i : i + 1], weight[:, i : i + 1]
-            stats.append(f(h, w, torch.tensor([7])))
-        return stats
-
-    got = loss(lambda h, w, y: linear_token_stats(h, w, y, workspace=KEEP_NONE))
-    want = loss(lambda h, w, y: token_stats(linear(h, w), y))
-    for a, b in zip(got, want, strict=True):
+    weight[30, 1], weight[45, 2], weight[:45, 3], weight[52, 3] = math.inf, math.nan, -math.inf, math.nan
+    hidden, y = torch.ones(1, 1, dtype=torch.float64), torch.tensor([7])
+    for column in weight.split(1, dim=1):
+        got, want = linear_token_stats(hidden, column.requires_grad_(), y, workspace=KEEP_NONE), token_stats(linear(hidden, column), y)
         for name in ("logp", "entropy", "logsumexp"):
-            torch.testing.assert_close(getattr(a, name), getattr(b, name), equal_nan=True)
-    assert rows.shape == (5, V)
+            torch.testing.assert_close(getattr(got, name), getattr(want, name), equal_nan=True)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +179,7 @@ def test_table():
         assert plan(8192, *large)[0] == 3533 and 3.5 < plan(8192, *large)[4] < 3.6
         assert plan(8192, *large, logits_dtype=torch.float32)[0] == 1766
         assert plan(8192, *large, device="cpu")[0] == 883
-        assert plan(8192, *large, needs=(True, False, False), workspace=1) == (0, "chunks", 151936, 1, 3)
+        assert plan(8192, *large, needs=(True, False, False), workspace=1) == (0, "chunks", 151936, 441, 3)
         assert plan(8192, *large, needs=(False, False, False)) == (0, "chunks", 151936, 1766, 1)
         assert plan(8192, *large, whole_rows=True) == (3533, "chunks", 151936, 1766, pytest.approx(3 + 4659 / 8192))
         assert plan(8192, *large, chunk_rows=64) == (0, "chunks", 151936, 64, 4)

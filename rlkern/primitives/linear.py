@@ -7,6 +7,7 @@ matrix, whose gradient is then complete a tile at a time, or by chunks of whole 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def _tiles(head: Head, tile: int) -> Iterator[tuple[Head, slice]]:
         yield head.columns(columns), columns
 
 
-def _in_tiles(head: Head, tile: int, rows: slice, buffer: Tensor, targets, mask, row_temperature, o: Options) -> Results:
+def _in_tiles(head: Head, tile: int, o: Options, rows: slice, buffer: Tensor, targets, mask, row_temperature) -> Results:
     """The statistics of some rows from their parts."""
     in_part = o._replace(ignore_index=IGNORED)
     parts = []
@@ -97,7 +98,7 @@ def _forward(hidden, weight, bias, targets, mask, row_temperature, keep_rows, ti
         buffer = head.new_logits(min(block_rows, n - kept), tile or len(weight))
         for part in blocks(kept, n, block_rows):
             of_rows = _of(part, *rows.others)
-            put(part, _in_tiles(head, tile, part, buffer, *of_rows, o) if tile else compute(head.logits(part, buffer), *of_rows, *o))
+            put(part, _in_tiles(head, tile, o, part, buffer, *of_rows) if tile else compute(head.logits(part, buffer), *of_rows, *o))
     for to, value in zip(stats, results, strict=True):
         rows.place(to, value)
     mark_kept(stats)
@@ -109,10 +110,9 @@ def _new_gradients(hidden, weight, bias, *others):
 
 
 def _backward(
-    hidden, weight, bias, targets, mask, row_temperature, keep_rows, tile, block_rows, wide,
+    overwrite, hidden, weight, bias, targets, mask, row_temperature, keep_rows, tile, block_rows, wide,
     temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy,
     state, logits, g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass, wanted,
-    overwrite=False,
 ):  # fmt: skip
     o = Options(temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy)
     by_row = (state, g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass)
@@ -166,7 +166,7 @@ _linear_token_stats = differentiable(
     ),
     Operator(
         f"linear_token_stats_backward({_ARGUMENTS}, {_SAVED}, bool[] wanted) -> {_GRADIENTS}",
-        run=_backward,
+        run=partial(_backward, False),
         fake=_new_gradients,
     ),
     outputs=5,
@@ -175,7 +175,7 @@ _linear_token_stats = differentiable(
     instead="use rlkern.reference.token_stats of torch.nn.functional.linear(hidden, weight, bias), with targets [..., K]",
     consume=Operator(
         f"linear_token_stats_backward_({_ARGUMENTS}, {_SAVED.replace('Tensor? logits', 'Tensor(a!)? logits')}, bool[] wanted) -> {_GRADIENTS}",
-        run=lambda *args: _backward(*args, overwrite=True),
+        run=partial(_backward, True),
         fake=_new_gradients,
     ),
 )

@@ -50,14 +50,14 @@ def default_workspace(device: str) -> int:
 def cut(vocab: int, itemsize: int, needs: tuple[bool, bool, bool], workspace: int, whole_rows: bool, chunk_rows: int | None) -> Cut:
     """itemsize: bytes of a logit. The others as in `linear_plan`."""
     in_workspace = workspace // (vocab * itemsize)
-    chunk = max(1, in_workspace // 2)
+    chunk = max(1, in_workspace // 2, TILE * BLOCK // vocab)
     if chunk_rows is not None:
         return Cut(0, 0, chunk_rows)
     if not any(needs):
         return Cut(0, 0, chunk)
-    if whole_rows or not needs[1] or vocab <= TILE:
+    if whole_rows or not needs[1]:
         return Cut(in_workspace, 0, chunk)
-    return Cut(in_workspace, TILE, BLOCK)
+    return Cut(in_workspace, TILE if vocab > TILE else 0, BLOCK)
 
 
 def check_workspace(workspace: int | None, device: str) -> int:
@@ -93,8 +93,8 @@ def linear_plan(
 
         "tiles"   a tile of 8192 columns at a time, for a weight that trains: its gradient is complete with
                   the tile, so no float32 copy of it exists
-        "chunks"  whole rows, as many as half of the workspace holds: for a frozen weight, and for what needs
-                  a row twice (min_p, min_prob, with_tail)
+        "chunks"  whole rows, as many as half of the workspace holds, or as many logits as a tile has: for a
+                  frozen weight, and for what needs a row twice (min_p, min_prob, with_tail)
 
     Args:
         rows, hidden_size, vocab: N, H and V.
