@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class Operator:
 
     Args:
         schema: such as "name(Tensor x, Tensor? mask, float scale) -> (Tensor, Tensor)". Tensors come first.
+            One that comes later takes no gradient and is not saved: the backward gets it as it is by then.
         run: the implementation. It may return None for a result that was not asked for.
         fake: returns new tensors of the results' shapes and dtypes, and computes nothing.
         plain: the same in PyTorch's own operations, with gradient. It replaces the kernels under
@@ -67,7 +69,8 @@ class Operator:
 
     def __init__(self, schema: str, run: Callable, fake: Callable, plain: Callable | None = None):
         self.name, self.run, self.plain = schema.partition("(")[0], run, plain
-        self.tensors = schema.partition(") ->")[0].count("Tensor")  # how many arguments are tensors
+        arguments = schema.partition("(")[2].split(", ")
+        self.tensors = len(list(takewhile(lambda argument: argument.startswith("Tensor"), arguments)))  # how many come first
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, lambda x, *args: _without_none(x, run(x, *args)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlkern::{self.name}", lambda x, *args: _without_none(x, fake(x, *args)), lib=_library)
@@ -186,13 +189,12 @@ def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tupl
     kept, backward = saved[n:], rule.backward
     compiling = _is_compiling()
     batched = not compiling and _is_batched(_first(grads))  # type: ignore[arg-type]  # one is there
-    if rule.consume is not None and not compiling and kept[-1] is not None:
-        last = None
-        if not batched and not ctx.consumed:
+    if rule.consume is not None and not compiling:
+        last = None if ctx.consumed else kept[-1]
+        if not batched:
+            backward, ctx.consumed = rule.consume, True
             # With a version of its own: nobody but this Function can read it, and that knows that it is gone.
-            backward, last, ctx.consumed = rule.consume, kept[-1].data, True
-        elif not ctx.consumed:
-            last = kept[-1]
+            last = None if last is None else last.data
         kept = (*kept[:-1], last)
     args = (*saved[:n], *options, *kept, *grads[: rule.outputs])
     overwrites = rule.overwrite is not None and in_place and ctx.needs_input_grad[1] and not batched and not compiling
@@ -237,8 +239,8 @@ def differentiable(
         instead: what can be differentiated twice. The error for a second derivative names it.
         overwrite: the backward in place. Called with in_place=True, the function writes the gradient over its
             first argument. Whoever else saved that tensor gets PyTorch's error, not a wrong number.
-        consume: the backward where it may write over the last kept result. That of the first backward, if not
-            compiled; a further one (retain_graph=True) calls `backward` with None in that place.
+        consume: the backward that may write over the last kept result, and over tensors among the options. It
+            runs where nothing is compiled. From the second time on (retain_graph=True) that result is None.
     """
     for operator in (forward, backward):
         _refuse_torch_func(operator)

@@ -7,6 +7,7 @@ import torch
 from oracle import FIELDS, upstream
 from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
+from two_processes import one_of_them, results_of
 
 from rlkern import LinearPlan, linear_plan, linear_token_stats, reference, token_stats
 from rlkern.primitives import plans
@@ -78,7 +79,7 @@ SEVERAL = torch.tensor([[[1, 2], [-100, 3], [-100, -100], [52, 20], [19, 21]], [
 @pytest.mark.parametrize("as_on_a_gpu", [False, True])
 def test_every_plan_equals_the_product_written_out(options, workspace, as_on_a_gpu, monkeypatch):
     if as_on_a_gpu:  # all rows are in the products
-        monkeypatch.setattr("rlkern.primitives.projection._indices", lambda counted: None)
+        monkeypatch.setattr("rlkern.primitives.projection._indices", lambda *_: None)
     hidden, weight, bias, targets = draw(2, 5)
     options = dict(options)
     targets = options.pop("targets", targets)
@@ -242,6 +243,83 @@ def test_float32_logits_of_16_bit_operands(workspace):
     assert (ours(*leaves, targets).logp - expected.logp).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_SOME, KEEP_NONE])
+def test_num_valid_leaves_rows_out(workspace, monkeypatch):
+    """As on a GPU: rows in the order of a stable sort, none of the others in a product."""
+    indices = "rlkern.primitives.projection.values_readable"
+    hidden, weight, bias, targets = draw(2, 5)
+    with torch.no_grad():
+        hidden[0, 1] = hidden[1, 4] = math.nan
+    targets[1, 2] = -100
+    options = {"mask": MASK, "temperature": torch.linspace(0.5, 2, N).view(2, 5)}
+    leaves, count = (hidden, weight, bias), 6
+    want = ours(*leaves, targets, **options)
+    want_gradients = gradients(want, leaves)
+    monkeypatch.setattr(indices, lambda x: False)
+    monkeypatch.setattr("rlkern.primitives.linear.values_readable", lambda x: False)
+    monkeypatch.setattr("rlkern.operator.watched", lambda x: False)
+    for num_valid in (count, count + 2):
+        with Products(2 * num_valid * H * V) as counted:
+            stats = ours(*leaves, targets, num_valid=num_valid, workspace=workspace, **options)
+        assert counted.products == 1
+        for got, expected in zip((stats.logp, stats.entropy), (want.logp, want.entropy), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradients(stats, leaves), want_gradients, rtol=1e-11, atol=1e-11)
+    fewer = ours(*leaves, targets, num_valid=count - 1, workspace=workspace, **options)
+    assert fewer.logp[1, 3] == 0 and torch.allclose(fewer.logp[:, :3], want.logp[:, :3])
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="num_valid must be the number of rows that count, here 6, got 5"):
+        ours(*leaves, targets, num_valid=count - 1, **options)
+
+
+@pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_SOME, KEEP_NONE])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_weight_grad_out_is_added_to(workspace, dtype):
+    *leaves, targets = draw(N, dtype=dtype)
+    hidden, weight, bias = leaves
+    want = gradients(ours(*leaves, targets, workspace=workspace), leaves)
+    main_grad = torch.ones(V, H, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    stats = [ours(*leaves, targets, workspace=workspace, weight_grad_out=main_grad) for _ in range(2)]
+    main_grad += 1  # another one's between forward and backward
+    for s in stats:
+        fields = [getattr(s, name) for name in FIELDS if getattr(s, name) is not None]
+        loss = sum((f * g.to(f)).sum() for f, g in zip(fields, upstream(fields, 0), strict=True))
+        d_hidden, d_weight, d_bias = torch.autograd.grad(loss, leaves, allow_unused=True)
+        assert d_weight is None and torch.equal(d_hidden, want[0]) and torch.equal(d_bias, want[2])
+    tolerance = 1e-11 if dtype == torch.float64 else 2**-6
+    torch.testing.assert_close(main_grad, 2 + 2 * want[1].to(main_grad), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_SOME, KEEP_NONE])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_lora(workspace, frozen):
+    hidden, weight, bias, targets = draw(2, 5)
+    a, b = draw(1, seed=1, vocab=2)[1], draw(1, seed=2, hidden=2)[1]
+    weight.requires_grad_(not frozen)
+    leaves = [x for x in (hidden, weight, bias, a, b) if x.requires_grad]
+    options = {"mask": MASK, "with_sum_sq": True}
+    stats = ours(hidden, weight, bias, targets, lora=(a, b, 0.7), workspace=workspace, **options)
+    expected = token_stats(linear(hidden, weight + 0.7 * b @ a, bias), targets, **options)
+    for name in ("logp", "entropy", "sum_sq_prob"):
+        torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(gradients(stats, leaves), gradients(expected, leaves), rtol=1e-11, atol=1e-11)
+
+
+def test_fixed_blocks_are_products_of_one_shape(monkeypatch):
+    monkeypatch.setattr(plans, "FIXED_BLOCK", 4)
+    monkeypatch.setattr("rlkern.operator.watched", lambda x: False)
+    *leaves, targets = draw(N)
+    want = token_stats(linear(*leaves), targets)
+    for workspace in (KEEP_ALL, 4 * V * 8, KEEP_NONE):
+        with Products(2 * 4 * H * V) as counted:
+            stats = ours(*leaves, targets, fixed_blocks=True, workspace=workspace)
+        assert counted.products == 3  # 10 rows by fours
+        torch.testing.assert_close(stats.entropy, want.entropy, rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(gradients(stats, leaves), gradients(want, leaves, retain_graph=True), rtol=1e-11, atol=1e-11)
+    alone = ours(leaves[0][9:], *leaves[1:], targets[9:], fixed_blocks=True)
+    assert torch.equal(alone.logp, stats.logp[9:])
+
+
 def test_nothing_of_the_size_of_the_logits_without_gradients():
     hidden, weight, bias, targets = (x.detach() for x in draw(64))
     saved = []
@@ -288,13 +366,14 @@ def test_compile(workspace):
 
 def test_consuming_operators():
     *leaves, targets = draw(N, dtype=torch.float32)
-    options = (4, 20, 3, False, 1.0, -100, 0, 0.0, False, True)
+    how = (4, 20, 3, False, False, None, None)
+    options = (*how, 1.0, -100, 0, 0.0, False, True)
     args = [x.detach() for x in leaves]
     with torch.no_grad():
-        *_, state, logits = torch.ops.rlkern.linear_token_stats(*args, targets, None, None, *options)
+        *_, state, logits = torch.ops.rlkern.linear_token_stats(*args, None, None, targets, None, None, *options)
     grads = (torch.ones(N), None, None, None, None)
     operator = torch.ops.rlkern.linear_token_stats_backward_.default
-    args = (*args, targets, None, None, *options, state, logits, *grads, [True, True, True])
+    args = (*args, None, None, targets, None, None, *options, state, logits, *grads, [True, True, True, False, False])
     torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -305,6 +384,16 @@ def test_consuming_operators():
         ({"workspace": 1e9}, TypeError, "workspace must be an int"),
         ({"logits_dtype": torch.float32}, ValueError, "logits_dtype must be torch.float64"),
         ({"logits_dtype": "float32"}, TypeError, "logits_dtype must be a torch.dtype"),
+        ({"num_valid": 4}, ValueError, "num_valid must be at most the number of rows 3, got 4"),
+        ({"num_valid": True}, TypeError, "num_valid must be an integer"),
+        ({"fixed_blocks": "yes"}, TypeError, "fixed_blocks must be True or False"),
+        ({"weight_grad_out": torch.zeros(V, H)}, TypeError, "weight_grad_out must be torch.float64"),
+        ({"weight_grad_out": torch.zeros(H, V)}, ValueError, "weight_grad_out must have the shape of weight"),
+        ({"lora": (1, 2)}, TypeError, "lora must be"),
+        ({"lora": (torch.zeros(2, H), torch.zeros(V, 2), 1.0)}, TypeError, "dtype of hidden"),
+        ({"lora": (torch.zeros(2, H - 1).double(), torch.zeros(V, 2).double(), 1.0)}, ValueError, r"lora must be A \[r, 6\] and B \[53, r\]"),
+        ({"lora": (torch.zeros(2, H).double(), torch.zeros(V, 3).double(), 1.0)}, ValueError, "lora must be"),
+        ({"lora": (torch.zeros(2, H).double(), torch.zeros(V, 2).double(), "1")}, TypeError, "lora's scale"),
     ],
     ids=str,
 )
@@ -312,3 +401,34 @@ def test_errors(change, error, message):
     hidden, weight, bias, targets = draw(3)
     with pytest.raises(error, match=message):
         linear_token_stats(hidden, weight, targets, bias=bias, **change)
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_matrix_of_fsdp(tmp_path):
+    """A sharded matrix is gathered, and the processes' gradients are averaged."""
+    want = torch.stack([w for _, w in map(of_process, range(2))]).mean(0)
+    results = results_of(__file__, tmp_path)
+    for rank, result in enumerate(results):
+        torch.testing.assert_close(result["logp"], of_process(rank)[0])
+        torch.testing.assert_close(result["gradient"], want.chunk(2)[rank])
+
+
+def of_process(rank, shard=lambda x: x):
+    hidden, weight, _, targets = draw(4, seed=rank, bias=False)
+    weight = shard(draw(1, seed=7)[1].detach()).requires_grad_()
+    logp = linear_token_stats(hidden, weight, targets, workspace=KEEP_NONE).logp
+    logp.sum().backward()
+    return logp.detach(), weight.grad
+
+
+def main():
+    from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
+
+    with one_of_them() as (rank, results):
+        mesh = init_device_mesh("cpu", (2,))
+        results["logp"], gradient = of_process(rank, lambda x: distribute_tensor(x, mesh, [Shard(0)]))
+        results["gradient"] = gradient.to_local()
+
+
+if __name__ == "__main__":
+    main()

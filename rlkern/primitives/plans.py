@@ -14,6 +14,7 @@ from ..checks import check_choice, check_count, shown
 
 TILE = 8192  # columns, a multiple of 128; wide enough to keep the product busy
 BLOCK = 8192  # rows of a tile
+FIXED_BLOCK = 512  # rows, where a product must always have the same shape
 WORKSPACE = {"cpu": 256 << 20}  # bytes
 DEFAULT_WORKSPACE = 1 << 30
 
@@ -24,6 +25,7 @@ class Cut(NamedTuple):
     keep_rows: int  # so many rows' logits are kept for the backward, or all if there are fewer
     tile: int  # columns at a time of the other rows; 0: all
     block_rows: int  # other rows at a time
+    fixed: bool = False  # fewer rows are filled up to block_rows, and kept ones come so many at a time too
 
 
 class LinearPlan(NamedTuple):
@@ -47,12 +49,16 @@ def default_workspace(device: str) -> int:
     return WORKSPACE.get(device, DEFAULT_WORKSPACE)
 
 
-def cut(vocab: int, itemsize: int, needs: tuple[bool, bool, bool], workspace: int, whole_rows: bool, chunk_rows: int | None) -> Cut:
+def cut(
+    vocab: int, itemsize: int, needs: tuple[bool, bool, bool], workspace: int, whole_rows: bool, chunk_rows: int | None, fixed_blocks: bool = False
+) -> Cut:
     """itemsize: bytes of a logit. The others as in `linear_plan`."""
     in_workspace = workspace // (vocab * itemsize)
     chunk = max(1, in_workspace // 2, TILE * BLOCK // vocab)
     if chunk_rows is not None:
-        return Cut(0, 0, chunk_rows)
+        return Cut(0, 0, chunk_rows, fixed_blocks)
+    if fixed_blocks:  # nothing that depends on which row it is
+        return Cut(in_workspace if any(needs) else 0, 0, FIXED_BLOCK, True)
     if not any(needs):
         return Cut(0, 0, chunk)
     if whole_rows or not needs[1]:

@@ -25,7 +25,8 @@ def default_chunk_rows(hidden: Tensor, bytes_a_row: int) -> int:
 
 
 def blocks(start: int, stop: int, step: int) -> Iterator[slice]:
-    """[start, stop) in pieces of at most `step`."""
+    """[start, stop) in pieces of at most `step`; 0: in one piece."""
+    step = step or max(1, stop - start)
     for i in range(start, stop, step):
         yield slice(i, min(i + step, stop))
 
@@ -68,16 +69,23 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += torch.mm(a, b)
 
 
+def fill_rows(x: Tensor, rows: int) -> Tensor:
+    """x [n, ...] with rows of 0 behind it, if it has fewer."""
+    return x if x.shape[0] >= rows else torch.cat([x, x.new_zeros(rows - x.shape[0], *x.shape[1:])])
+
+
 class Head:
     """Hidden states [n, H] and the matrix [V, H], with bias [V] or None, that makes logits of them.
 
     dtype: of the logits; float32 beside 16-bit operands does not round them to 16 bits, and adds the bias in
         float32. Where the library has no such product, or is slow at products of 16 bits, the operands are
         cast: hidden here, the matrix in `columns`.
+    least_rows: products of fewer rows are filled up with rows of 0 to so many. A product of another shape may
+        be another kernel, with other bits.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None):
-        self.dtype = hidden.dtype if dtype is None else dtype
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None, least_rows: int = 0):
+        self.dtype, self.least_rows = hidden.dtype if dtype is None else dtype, least_rows
         operands = hidden.dtype if _multiplies(hidden.dtype, hidden.device) else torch.float32
         if self.dtype != hidden.dtype and not _widens(hidden):
             operands = self.dtype
@@ -86,7 +94,8 @@ class Head:
     def columns(self, part: slice) -> Head:
         """What makes these columns of the logits."""
         tile = object.__new__(Head)
-        tile.dtype, tile.hidden, tile.weight = self.dtype, self.hidden, self.weight[part].to(self.hidden.dtype)
+        tile.dtype, tile.least_rows = self.dtype, self.least_rows
+        tile.hidden, tile.weight = self.hidden, self.weight[part].to(self.hidden.dtype)
         tile.bias = None if self.bias is None else self.bias[part].to(torch.promote_types(self.dtype, self.hidden.dtype))
         return tile
 
@@ -101,6 +110,9 @@ class Head:
         hidden, matrix, bias = self.hidden[rows], self.weight.t(), self.bias
         n, v = hidden.shape[0], matrix.shape[1]
         out = buffer.view(-1)[: n * v].view(n, v)
+        if n < self.least_rows:
+            filled = Head(fill_rows(hidden, self.least_rows), self.weight, bias, self.dtype)
+            return out.copy_(filled.logits(slice(None), self.new_logits(self.least_rows, v))[:n])
         if bias is None:
             multiply(out, hidden, matrix)
         elif out.dtype == hidden.dtype:
@@ -134,31 +146,49 @@ class Chunks:
 # --- rows ---------------------------------------------------------------------------------------------------
 
 
-def _indices(counted: Tensor | None) -> Tensor | None:
-    """The rows that products need; None: all, as on a GPU, where the host would wait."""
-    if counted is None or not values_readable(counted) or counted.all():
+def _indices(counted: Tensor | None, num_valid: int | None) -> Tensor | None:
+    """The rows that products need; None: all, as on a GPU, where the host would wait to learn how many."""
+    if counted is not None and values_readable(counted):
+        count = int(counted.sum())
+        if num_valid is not None and count != num_valid:
+            raise ValueError(f"num_valid must be the number of rows that count, here {count}, got {num_valid}")
+        return None if count == len(counted) else counted.nonzero().squeeze(-1)
+    if counted is None or num_valid is None:
         return None
-    return counted.nonzero().squeeze(-1)
+    return counted.logical_not().to(torch.uint8).sort(stable=True).indices[:num_valid]
 
 
 class Rows:
-    """Tensors by row, leading dimensions merged. On a CPU only counted rows, for smaller products."""
+    """Tensors by row, leading dimensions merged. Rows that do not count are left out, for smaller products,
+    on a CPU and where num_valid says how many count.
+    """
 
-    def __init__(self, hidden: Tensor, targets: Tensor | None, mask: Tensor | None, ignore_index: int, *others: Tensor | None):
+    def __init__(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None,
+        mask: Tensor | None,
+        ignore_index: int,
+        *others: Tensor | None,
+        num_valid: int | None = None,
+    ):
         self.lead = hidden.shape[:-1]
         hidden, targets, mask, *others = (self.flat(x) for x in (hidden, targets, mask, *others))  # type: ignore[assignment]
-        self.counts = counted_rows(targets, mask, ignore_index, 1)
-        self.counted = _indices(self.counts)
-        picked = (hidden, targets, mask, *others)
+        counts = counted_rows(targets, mask, ignore_index, 1)
+        self.counted = _indices(counts, num_valid)
+        self.all_count = self.counted is not None and num_valid is None
+        picked = (hidden, targets, mask, *others, counts)
         self.hidden: Any
-        self.hidden, *self.others = (x if x is None or self.counted is None else x[self.counted] for x in picked)
+        self.hidden, *self.others, self.counts = (x if x is None or self.counted is None else x[self.counted] for x in picked)
 
     def flat(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(self.lead.numel(), *x.shape[len(self.lead) :])
 
     def clean(self, hidden: Tensor) -> Tensor:
         """0 in the rows that do not count: they meet a gradient of 0, but may hold NaN."""
-        return hidden if self.counts is None or self.counted is not None else hidden.masked_fill(~self.counts.unsqueeze(-1), 0)
+        if self.counts is None or self.all_count:
+            return hidden
+        return hidden.masked_fill(~self.counts.unsqueeze(-1), 0)
 
     def room(self, to: Tensor | None) -> Tensor | None:
         """Where to write the rows of a contiguous tensor, before `place`."""
@@ -221,10 +251,21 @@ class GradientSums:
             self.of_bias += d_logits.sum(0, dtype=self.acc)
         d_logits = d_logits.to(self.hidden.dtype)
         if self.of_rows is not None:
-            (add_product if self.tiled else multiply)(self.of_rows[part], d_logits, self.head.weight)
+            self._add_rows(self.of_rows[part], d_logits)
         if self.of_weight is not None:
             (add_product if self.added else multiply)(self.of_weight, d_logits.t(), self.hidden[part])
         self.added = True
+
+    def _add_rows(self, out: Tensor, d_logits: Tensor) -> None:
+        if self.tiled:
+            add_product(out, d_logits, self.head.weight)
+        elif len(out) >= self.head.least_rows:
+            multiply(out, d_logits, self.head.weight)
+        else:
+            filled = fill_rows(d_logits, self.head.least_rows)
+            product = out.new_empty(len(filled), out.shape[1])
+            multiply(product, filled, self.head.weight)
+            out.copy_(product[: len(out)])
 
     def _end(self) -> None:
         """Rounds the sums of these columns."""
@@ -278,3 +319,15 @@ def autocast(hidden: Any, *others: Any) -> tuple:
         return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
 
     return tuple(x.to(dtype) if castable(x) else x for x in (hidden, *others))
+
+
+def whole_parameter(x: Any) -> Any:
+    """A DTensor as a tensor of all of it, as FSDP2 shards parameters; anything else as it is.
+
+    The gradient that each process computes from its own rows is averaged over the mesh, as FSDP2 does.
+    """
+    if not hasattr(x, "full_tensor"):
+        return x
+    from torch.distributed.tensor import Partial
+
+    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
