@@ -98,6 +98,11 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.entropy_from_logits, {"logits": logits, "temperature": 0.7, "mask": mask}, ("logits",)),
         (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V),
                                      "chunk_rows": 5, "mask": mask}, ("hidden", "weight", "bias")),
+        (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "workspace": 4 * V * 4,
+                                     "logits_dtype": torch.float32, "fixed_blocks": True,
+                                     "lora": (normal(2, 3), normal(V, 2), 0.5)}, ("hidden", "weight")),
+        (rlkern.linear_plan, {"rows": 100, "hidden_size": 64, "vocab": 1000, "dtype": torch.bfloat16, "needs": (True, True, False),
+                              "workspace": 1 << 16, "device": "cuda", "logits_dtype": torch.float32}, ()),
         *((function, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "other_hidden": normal(B, T, 2), "other_weight": normal(V + 2, 2),
                       "other_bias": normal(V + 2), "kind": "jsd", "vocab": V, "chunk_rows": 5, "mask": mask, "other_grad": True, **more},
            ("hidden", "weight", "other_hidden", "other_weight", "other_bias"))

@@ -403,6 +403,7 @@ def test_errors(change, error, message):
         linear_token_stats(hidden, weight, targets, bias=bias, **change)
 
 
+@pytest.mark.slow  # what DTensor imports
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
 def test_matrix_of_fsdp(tmp_path):
     """A sharded matrix is gathered, and the processes' gradients are averaged."""

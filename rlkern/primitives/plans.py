@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..checks import check_choice, check_count, shown
+from ..checks import check_choice, check_count, check_flags, shown
 
 TILE = 8192  # columns, a multiple of 128; wide enough to keep the product busy
 BLOCK = 8192  # rows of a tile
@@ -127,8 +127,10 @@ def linear_plan(
     if chunk_rows is not None:
         check_count("chunk_rows", chunk_rows, 1)
     itemsize = check_logits_dtype(logits_dtype, dtype).itemsize
-    if len(needs) != 3:
-        raise ValueError(f"needs must be three flags, for hidden, weight and bias, got {len(needs)}")
+    if not isinstance(needs, (tuple, list)) or len(needs) != 3:
+        given = len(needs) if isinstance(needs, (tuple, list)) else shown(needs)
+        raise TypeError(f"needs must be three flags, for hidden, weight and bias, got {given}")
+    check_flags(**{f"needs[{i}]": need for i, need in enumerate(needs)}, whole_rows=whole_rows, known=known)
     c = cut(vocab, itemsize, needs, check_workspace(workspace, device), whole_rows or known, chunk_rows)
     kept = 0 if known else min(rows, c.keep_rows)
     others = rows - kept
