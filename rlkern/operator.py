@@ -161,20 +161,28 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        rule, saved = _rules[ctx.call[0]], ctx.saved_tensors
-        if _is_compiling():  # it hands zeros to the results that were not asked for
-            grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
+        around = ctx.call[3]
+        if around is None:
+            return _gradients(ctx, grads)
+        with around():
+            return _gradients(ctx, grads)
+
+
+def _gradients(ctx: Any, grads: Sequence) -> tuple:
+    rule, saved = _rules[ctx.call[0]], ctx.saved_tensors
+    if _is_compiling():  # it hands zeros to the results that were not asked for
+        grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
+        gradients = _derivative(rule, ctx, saved, grads)
+    elif grads[0] is None and all(g is None for g in grads):
+        gradients = ()
+    elif torch.is_grad_enabled():  # create_graph=True
+        with torch.no_grad():
             gradients = _derivative(rule, ctx, saved, grads)
-        elif grads[0] is None and all(g is None for g in grads):
-            gradients = ()
-        elif torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                gradients = _derivative(rule, ctx, saved, grads)
-            pairs = zip(gradients, saved, strict=False)
-            gradients = tuple(None if g is None else once(g, x, rule.instead) for g, x in pairs)
-        else:
-            gradients = _derivative(rule, ctx, saved, grads)
-        return (None, *gradients, *(None,) * (rule.forward.tensors - len(gradients)))
+        pairs = zip(gradients, saved, strict=False)
+        gradients = tuple(None if g is None else once(g, x, rule.instead) for g, x in pairs)
+    else:
+        gradients = _derivative(rule, ctx, saved, grads)
+    return (None, *gradients, *(None,) * (rule.forward.tensors - len(gradients)))
 
 
 def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
@@ -185,7 +193,7 @@ def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
-    n, (_, options, in_place) = rule.forward.tensors, ctx.call
+    n, (_, options, in_place, _) = rule.forward.tensors, ctx.call
     kept, backward = saved[n:], rule.backward
     compiling = _is_compiling()
     batched = not compiling and _is_batched(_first(grads))  # type: ignore[arg-type]  # one is there
@@ -228,7 +236,7 @@ def differentiable(
 
     Called with the forward's arguments, it returns the first `outputs` results, which carry gradients, and
     the next `constants`, which do not. One that was not asked for is None. All further results are kept for
-    this call:
+    this call, in the context around() if the function was called with around=:
 
         backward(*arguments, *kept results, *gradients by the outputs, each may be None)
 
@@ -247,8 +255,8 @@ def differentiable(
     n, name, shown = forward.tensors, forward.name, outputs + constants
     _rules[name] = _Rule(forward, backward, overwrite, consume, outputs, shown, wrt, instead)
 
-    def apply(*args: Any, in_place: bool = False) -> Any:
-        results = _Function.apply((name, args[n:], in_place), *args[:n])
+    def apply(*args: Any, in_place: bool = False, around: Callable | None = None) -> Any:
+        results = _Function.apply((name, args[n:], in_place, around), *args[:n])
         results = _with_none(results) if _is_compiling() else results
         return results if shown > 1 else results[0]
 

@@ -1,5 +1,6 @@
 """The plans of linear_token_stats: kept logits, tiles of the matrix, chunks of rows; the parts of a row."""
 
+import contextlib
 import math
 
 import pytest
@@ -305,6 +306,29 @@ def test_lora(workspace, frozen):
     torch.testing.assert_close(gradients(stats, leaves), gradients(expected, leaves), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_NONE])
+def test_parameters_that_are_only_there_when_gathered(workspace):
+    """As in ZeRO-3: outside of the context the matrix is empty."""
+    hidden, weight, _, targets = draw(N, bias=False)
+    want = torch.autograd.grad(ours(hidden, weight, None, targets).logp.sum(), (hidden, weight))
+    values, entered = weight.detach().clone(), []
+
+    @contextlib.contextmanager
+    def gathered():
+        entered.append(True)
+        weight.data = values
+        yield
+        weight.data = values[:0]
+
+    with gathered():  # its accumulator of gradients knows the size
+        weight.expand_as(weight)
+    stats = ours(hidden, weight, None, targets, gathered=gathered, workspace=workspace)
+    assert weight.numel() == 0
+    got = torch.autograd.grad(stats.logp.sum(), (hidden, weight))
+    torch.testing.assert_close(got, want)
+    assert weight.numel() == 0 and len(entered) == 3
+
+
 def test_fixed_blocks_are_products_of_one_shape(monkeypatch):
     monkeypatch.setattr(plans, "FIXED_BLOCK", 4)
     monkeypatch.setattr("rlkern.operator.watched", lambda x: False)
@@ -389,6 +413,7 @@ def test_consuming_operators():
         ({"fixed_blocks": "yes"}, TypeError, "fixed_blocks must be True or False"),
         ({"weight_grad_out": torch.zeros(V, H)}, TypeError, "weight_grad_out must be torch.float64"),
         ({"weight_grad_out": torch.zeros(H, V)}, ValueError, "weight_grad_out must have the shape of weight"),
+        ({"gathered": 3}, TypeError, "gathered must be a function"),
         ({"lora": (1, 2)}, TypeError, "lora must be"),
         ({"lora": (torch.zeros(2, H), torch.zeros(V, 2), 1.0)}, TypeError, "dtype of hidden"),
         ({"lora": (torch.zeros(2, H - 1).double(), torch.zeros(V, 2).double(), 1.0)}, ValueError, r"lora must be A \[r, 6\] and B \[53, r\]"),

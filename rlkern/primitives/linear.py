@@ -6,7 +6,8 @@ matrix, whose gradient is then complete a tile at a time, or by chunks of whole 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -268,6 +269,7 @@ def linear_token_stats(
     chunk_rows: int | None = None,
     weight_grad_out: Tensor | None = None,
     lora: tuple[Tensor, Tensor, float] | None = None,
+    gathered: Callable[[], Any] | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
@@ -307,13 +309,16 @@ def linear_token_stats(
             under torch.compile.
         lora: (A [r, H], B [V, r], scale) of an adapter on the head: the logits are those of the weight
             weight + scale * B @ A, which is never formed. Gradients by A and B; weight is mostly frozen.
+        gathered: a function that returns a context manager in which weight and bias have their values, as
+            `lambda: deepspeed.zero.GatheredParameters([weight])` for ZeRO-3. The forward and the backward
+            each run in one. Not under torch.compile.
         targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
             group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
             products too.
 
     Returns:
-        TokenStats as of `token_stats`, with its gradients. Those of weight and bias are
-        rounded once.
+        TokenStats as of `token_stats`, with its gradients. Those of weight and bias are rounded once. A
+        DTensor among the two, as FSDP2 shards it, is gathered, and its gradient averaged over the mesh.
 
     Raises:
         TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
@@ -322,36 +327,39 @@ def linear_token_stats(
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    weight, bias = whole_parameter(weight), whole_parameter(bias)
-    hidden, weight, bias = autocast(hidden, weight, bias)
-    check_matrix(hidden, weight, bias)
-    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
-    lora_hidden, lora_weight = _lora(lora, hidden, weight)
-    _check_weight_grad_out(weight_grad_out, weight)
-    y, counted, row_temperature, o = row_options(
-        hidden,
-        targets,
-        of="hidden",
-        mask=mask,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        min_p=min_p,
-        min_prob=min_prob,
-        with_sum_sq=with_sum_sq,
-        with_entropy=with_entropy,
-        with_tail=with_tail,
-    )
-    if chunk_rows is not None:
-        check_count("chunk_rows", chunk_rows, 1)
-    if num_valid is not None:
-        check_count("num_valid", num_valid)
-        if num_valid > hidden.shape[:-1].numel():
-            raise ValueError(f"num_valid must be at most the number of rows {hidden.shape[:-1].numel()}, got {num_valid}")
-    dtype = check_logits_dtype(logits_dtype, hidden.dtype)
-    parameters = hidden, weight, bias, lora_hidden, lora_weight
-    hidden_needs, weight_needs, *others_need = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
-    needs = hidden_needs, weight_needs, any(others_need)
-    workspace, whole_rows = check_workspace(workspace, hidden.device.type), o.kept_kind != KeptKind.NONE
-    sizes = cut(weight.shape[0], dtype.itemsize, needs, workspace, whole_rows, chunk_rows, bool(fixed_blocks))
-    how = _How(*sizes, dtype != hidden.dtype, num_valid, weight_grad_out)
-    return public_stats(o, *_linear_token_stats(*parameters, y, counted, row_temperature, *how, *o))
+    if gathered is not None and not callable(gathered):
+        raise TypeError(f"gathered must be a function that returns a context manager, or None, got {shown(gathered)}")
+    with nullcontext() if gathered is None else gathered():
+        weight, bias = whole_parameter(weight), whole_parameter(bias)
+        hidden, weight, bias = autocast(hidden, weight, bias)
+        check_matrix(hidden, weight, bias)
+        check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
+        lora_hidden, lora_weight = _lora(lora, hidden, weight)
+        _check_weight_grad_out(weight_grad_out, weight)
+        y, counted, row_temperature, o = row_options(
+            hidden,
+            targets,
+            of="hidden",
+            mask=mask,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            min_p=min_p,
+            min_prob=min_prob,
+            with_sum_sq=with_sum_sq,
+            with_entropy=with_entropy,
+            with_tail=with_tail,
+        )
+        if chunk_rows is not None:
+            check_count("chunk_rows", chunk_rows, 1)
+        if num_valid is not None:
+            check_count("num_valid", num_valid)
+            if num_valid > hidden.shape[:-1].numel():
+                raise ValueError(f"num_valid must be at most the number of rows {hidden.shape[:-1].numel()}, got {num_valid}")
+        dtype = check_logits_dtype(logits_dtype, hidden.dtype)
+        parameters = hidden, weight, bias, lora_hidden, lora_weight
+        hidden_needs, weight_needs, *others_need = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
+        needs = hidden_needs, weight_needs, any(others_need)
+        workspace, whole_rows = check_workspace(workspace, hidden.device.type), o.kept_kind != KeptKind.NONE
+        sizes = cut(weight.shape[0], dtype.itemsize, needs, workspace, whole_rows, chunk_rows, bool(fixed_blocks))
+        how = _How(*sizes, dtype != hidden.dtype, num_valid, weight_grad_out)
+        return public_stats(o, *_linear_token_stats(*parameters, y, counted, row_temperature, *how, *o, around=gathered))
