@@ -4,6 +4,7 @@ from .aggregate import LossOutput, aggregate
 from .distillation.kdrl import kd_coefficient as kd_coefficient
 from .distillation.kdrl import kdrl_loss
 from .distillation.kdrl import reward_guided_mask as reward_guided_mask
+from .fused import FusedOutput, linear_fused_loss
 from .policy.cispo import cispo_loss
 from .policy.clip_cov import clip_cov_loss
 from .policy.epo import EntropyHistory as EntropyHistory
@@ -27,6 +28,7 @@ from .z_loss import lse_penalty, spherical_z_loss
 
 __all__ = [  # the flat names of rlkern
     "DPOOutput",
+    "FusedOutput",
     "LossOutput",
     "aggregate",
     "bradley_terry_loss",
@@ -40,6 +42,7 @@ __all__ = [  # the flat names of rlkern
     "gspo_loss",
     "kdrl_loss",
     "kl_cov_loss",
+    "linear_fused_loss",
     "lp_reg_loss",
     "lse_penalty",
     "nash_md_loss",

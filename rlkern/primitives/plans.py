@@ -66,6 +66,11 @@ def cut(
     return Cut(in_workspace, TILE if vocab > TILE else 0, BLOCK)
 
 
+def rows_at_once(vocab: int, itemsize: int, workspace: int) -> int:
+    """Of a chunk of logits that fills the workspace."""
+    return max(1, workspace // (vocab * itemsize))
+
+
 def check_workspace(workspace: int | None, device: str) -> int:
     """Bytes; the default for None."""
     if workspace is None:
@@ -131,7 +136,10 @@ def linear_plan(
         given = len(needs) if isinstance(needs, (tuple, list)) else shown(needs)
         raise TypeError(f"needs must be three flags, for hidden, weight and bias, got {given}")
     check_flags(**{f"needs[{i}]": need for i, need in enumerate(needs)}, whole_rows=whole_rows, known=known)
-    c = cut(vocab, itemsize, needs, check_workspace(workspace, device), whole_rows or known, chunk_rows)
+    size = check_workspace(workspace, device)
+    if known and chunk_rows is None:
+        chunk_rows = rows_at_once(vocab, itemsize, size)
+    c = cut(vocab, itemsize, needs, size, whole_rows, chunk_rows)
     kept = 0 if known else min(rows, c.keep_rows)
     others = rows - kept
     block, tile = max(1, min(others, c.block_rows)), c.tile or vocab

@@ -160,7 +160,7 @@ def _indices(counted: Tensor | None, num_valid: int | None) -> Tensor | None:
 
 class Rows:
     """Tensors by row, leading dimensions merged. Rows that do not count are left out, for smaller products,
-    on a CPU and where num_valid says how many count.
+    on a CPU and where num_valid says how many count, unless leaves_out says not to.
     """
 
     def __init__(
@@ -171,11 +171,12 @@ class Rows:
         ignore_index: int,
         *others: Tensor | None,
         num_valid: int | None = None,
+        leaves_out: bool = True,
     ):
         self.lead = hidden.shape[:-1]
         hidden, targets, mask, *others = (self.flat(x) for x in (hidden, targets, mask, *others))  # type: ignore[assignment]
         counts = counted_rows(targets, mask, ignore_index, 1)
-        self.counted = _indices(counts, num_valid)
+        self.counted = _indices(counts, num_valid) if leaves_out else None
         self.all_count = self.counted is not None and num_valid is None
         picked = (hidden, targets, mask, *others, counts)
         self.hidden: Any
@@ -183,6 +184,10 @@ class Rows:
 
     def flat(self, x: Tensor | None) -> Tensor | None:
         return None if x is None else x.reshape(self.lead.numel(), *x.shape[len(self.lead) :])
+
+    def index(self, part: slice) -> slice | Tensor:
+        """Which of all rows these are."""
+        return part if self.counted is None else self.counted[part]
 
     def clean(self, hidden: Tensor) -> Tensor:
         """0 in the rows that do not count: they meet a gradient of 0, but may hold NaN."""
