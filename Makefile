@@ -28,7 +28,7 @@ BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help setup quickstart lab diffusion test fuzz lint format bench bench-check bench-losses bench-bgpo report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab diffusion test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -72,6 +72,9 @@ bench-losses: $(VENV)/.built  ## Clip-Cov, KL-Cov and Lp-Reg from logits to grad
 
 bench-bgpo: $(VENV)/.built  ## one Monte-Carlo draw of BGPO from logits to gradient, against eager PyTorch
 	$(PY) benchmarks/bgpo.py $(ARGS)
+
+bench-head: $(VENV)/.built  ## from hidden states to gradients: the linear head's plans, eager, compiled, PyTorch's and TRL's functions
+	$(PY) benchmarks/linear_head.py $(ARGS)
 
 report: $(VENV)/.built  ## compile every GPU kernel offline and tabulate what the compiler made of it; needs no GPU
 	$(PY) benchmarks/report.py $(ARGS)

@@ -103,7 +103,7 @@ class _CallersLoss:
     def of_all(self, stats: TokenStats) -> Tensor:
         n, lead = stats.logsumexp.numel(), stats.logsumexp.dim()
         rows = (None if x is None else x.reshape(n, *x.shape[lead:]) for x in stats)
-        return self.of_rows(RowStats(*rows, slice(0, n)))  # type: ignore[arg-type]
+        return self.of_rows(RowStats(*rows, slice(0, n)))  # type: ignore[arg-type, call-arg]
 
 
 def _refuse(of: str, **options: Any) -> None:
