@@ -188,6 +188,8 @@ def test_table():
         assert plan(8192, *large, known=True) == (0, "chunks", 151936, 1766, 3)
         assert linear_plan(8192, *large, workspace=1).bytes == 8192 * 8192 * 2 + 8192 * 4096 * 4
         assert linear_plan(2048, *large).bytes == 2048 * 151936 * 2
+        wide = linear_plan(8192, *large, workspace=1, logits_dtype=torch.float32).bytes
+        assert wide == 8192 * 8192 * (4 + 2) + 8192 * 4096 * 4
         text = "3533 of 8192 rows kept; tiles of 4659 x 8192 logits; 3.569 products, 1353 MiB"
         assert str(linear_plan(8192, *large)) == text
     assert isinstance(linear_plan(1, 1, 1), LinearPlan)
