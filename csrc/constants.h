@@ -22,7 +22,7 @@ RLKERN_ENUM(Summary, count, clip_fraction_low, clip_fraction_high, clip_fraction
             effective_sample_size, tokens, log_mean_ratio, abs_log_ratio);
 #undef RLKERN_ENUM
 
-constexpr int64_t ELSEWHERE = -(int64_t(1) << 62);
+constexpr int64_t ELSEWHERE = -(int64_t(1) << 62) - 1;
 constexpr double LARGEST_EXPONENT = 80;
 
 }  // namespace rlkern

@@ -188,6 +188,8 @@ def test_table():
         assert plan(8192, *large, known=True) == (0, "chunks", 151936, 1766, 3)
         assert linear_plan(8192, *large, workspace=1).bytes == 8192 * 8192 * 2 + 8192 * 4096 * 4
         assert linear_plan(2048, *large).bytes == 2048 * 151936 * 2
+        wide = linear_plan(8192, *large, workspace=1, logits_dtype=torch.float32).bytes
+        assert wide == 8192 * 8192 * (4 + 2) + 8192 * 4096 * 4
         text = "3533 of 8192 rows kept; tiles of 4659 x 8192 logits; 3.569 products, 1353 MiB"
         assert str(linear_plan(8192, *large)) == text
     assert isinstance(linear_plan(1, 1, 1), LinearPlan)
@@ -230,18 +232,20 @@ def test_accuracy_of_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_SOME, KEEP_NONE])
-def test_float32_logits_of_16_bit_operands(workspace):
-    hidden, weight, bias, targets = draw(N, dtype=torch.bfloat16, hidden=64)
-    leaves = hidden, weight, bias
-    stats = ours(*leaves, targets, logits_dtype=torch.float32, workspace=workspace)
+@pytest.mark.parametrize(("dtype", "fixed_blocks"), [(torch.bfloat16, False), (torch.float16, True)], ids=str)
+def test_float32_logits_of_16_bit_operands(dtype, fixed_blocks, workspace):
+    hidden, weight, bias, targets = draw(N, dtype=dtype, hidden=64)
+    leaves, options = (hidden, weight, bias), {"workspace": workspace, "fixed_blocks": fixed_blocks}
+    stats = ours(*leaves, targets, logits_dtype=torch.float32, **options)
     exact = [x.detach().double().requires_grad_() for x in leaves]
     expected = token_stats(linear(*exact), targets)
     torch.testing.assert_close(stats.logp.double(), expected.logp, rtol=1e-6, atol=1e-5)
     for got, want in zip(gradients(stats, leaves), gradients(expected, exact), strict=True):
-        assert got.dtype == torch.bfloat16
+        assert got.dtype == dtype
         torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-8 * want.abs().max().item())
     # Rounded logits are off by far more than that.
-    assert (ours(*leaves, targets).logp - expected.logp).abs().max() > 1e-3
+    rounded = (ours(*leaves, targets, **options).logp - expected.logp).abs().max()
+    assert 1e-3 < rounded < 0.2
 
 
 @pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_SOME, KEEP_NONE])
@@ -356,6 +360,33 @@ def test_nothing_of_the_size_of_the_logits_without_gradients():
     assert max(saved) == 64 * V
 
 
+class Allocated(TorchDispatchMode):
+    """The (elements, dtype) of every new tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = set()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        results = f(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, torch.Tensor)}
+        for x in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() not in given:
+                self.tensors.add((x.numel(), x.dtype))
+        return results
+
+
+def test_memory(monkeypatch):
+    """Tiles make no float32 copy of the matrix' gradient, chunks of a frozen matrix nothing of its size."""
+    monkeypatch.setattr("rlkern.operator.watched", lambda x: False)
+    hidden, weight, _, targets = draw(N, dtype=torch.bfloat16, bias=False)
+    for w in (weight, weight.detach()):
+        with Allocated() as new:
+            linear_token_stats(hidden, w, targets, workspace=KEEP_NONE).logp.sum().backward()
+        large = {x for x in new.tensors if x[0] >= V * H}
+        assert large == ({(V * H, torch.bfloat16)} if w.requires_grad else set())
+
+
 @pytest.mark.parametrize("workspace", [KEEP_ALL, KEEP_NONE])
 def test_checkpoint_offloading_and_vectorized_jacobian(workspace):
     *leaves, targets = draw(N)
@@ -373,7 +404,7 @@ def test_checkpoint_offloading_and_vectorized_jacobian(workspace):
     torch.testing.assert_close(rows.sum(0), want)
 
 
-@pytest.mark.parametrize("workspace", [1 << 20, 4 * V * 4, 1])
+@pytest.mark.parametrize("workspace", [1 << 20, 4 * V * 4])
 def test_compile(workspace):
     hidden, weight, bias, targets = draw(N, dtype=torch.float32)
 
@@ -414,6 +445,7 @@ def test_consuming_operators():
         ({"weight_grad_out": torch.zeros(V, H)}, TypeError, "weight_grad_out must be torch.float64"),
         ({"weight_grad_out": torch.zeros(H, V)}, ValueError, "weight_grad_out must have the shape of weight"),
         ({"gathered": 3}, TypeError, "gathered must be a function"),
+        ({"gathered": lambda: 3}, TypeError, "gathered must be .* got one that returns 3"),
         ({"lora": (1, 2)}, TypeError, "lora must be"),
         ({"lora": (torch.zeros(2, H), torch.zeros(V, 2), 1.0)}, TypeError, "dtype of hidden"),
         ({"lora": (torch.zeros(2, H - 1).double(), torch.zeros(V, 2).double(), 1.0)}, ValueError, r"lora must be A \[r, 6\] and B \[53, r\]"),

@@ -169,5 +169,5 @@ SUMMARY = (
     *("tokens", "log_mean_ratio", "abs_log_ratio"),
 )
 
-ELSEWHERE = -(1 << 62)  # in place of a target
+ELSEWHERE = -(1 << 62) - 1  # in place of a target
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32, with room for a product

@@ -149,6 +149,8 @@ def linear_plan(
     products = (kept * direct + others * again) / rows if rows else 0
     acc = 8 if dtype == torch.float64 else 4
     size = (kept * vocab + (block * tile if others else 0)) * itemsize
+    if itemsize > dtype.itemsize and any(needs):  # the logits' gradient is cast for the products
+        size += max(block if others else 0, kept if c.tile else min(kept, c.block_rows)) * tile * dtype.itemsize
     if needs[1] and pieces > 1 and dtype.itemsize != acc:
         size += tile * hidden_size * acc
     if needs[0] and c.tile and others and dtype.itemsize != acc:

@@ -6,6 +6,7 @@ The library computes the products. Logits of 16-bit operands are rounded to thos
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -93,9 +94,8 @@ class Head:
 
     def columns(self, part: slice) -> Head:
         """What makes these columns of the logits."""
-        tile = object.__new__(Head)
-        tile.dtype, tile.least_rows = self.dtype, self.least_rows
-        tile.hidden, tile.weight = self.hidden, self.weight[part].to(self.hidden.dtype)
+        tile = copy(self)
+        tile.weight = self.weight[part].to(self.hidden.dtype)
         tile.bias = None if self.bias is None else self.bias[part].to(torch.promote_types(self.dtype, self.hidden.dtype))
         return tile
 
@@ -107,12 +107,18 @@ class Head:
 
     def logits(self, rows: slice, buffer: Tensor) -> Tensor:
         """Of these rows, all columns of what `columns` or `whole` returned; in the memory of the buffer."""
-        hidden, matrix, bias = self.hidden[rows], self.weight.t(), self.bias
-        n, v = hidden.shape[0], matrix.shape[1]
+        hidden = self.hidden[rows]
+        n, v = hidden.shape[0], self.weight.shape[0]
         out = buffer.view(-1)[: n * v].view(n, v)
-        if n < self.least_rows:
-            filled = Head(fill_rows(hidden, self.least_rows), self.weight, bias, self.dtype)
-            return out.copy_(filled.logits(slice(None), self.new_logits(self.least_rows, v))[:n])
+        if n >= self.least_rows:
+            self._write(out, hidden)
+            return out
+        filled = self.new_logits(self.least_rows, v)
+        self._write(filled, fill_rows(hidden, self.least_rows))
+        return out.copy_(filled[:n])
+
+    def _write(self, out: Tensor, hidden: Tensor) -> None:
+        matrix, bias = self.weight.t(), self.bias
         if bias is None:
             multiply(out, hidden, matrix)
         elif out.dtype == hidden.dtype:
@@ -122,7 +128,6 @@ class Head:
         else:
             multiply(out, hidden, matrix)
             out += bias
-        return out
 
 
 class Chunks:
