@@ -29,10 +29,12 @@ def token_stats(
     min_p: float | None = None,
     min_prob: float | None = None,
     with_tail: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Reference:
     """Statistics of rows `logits` [..., V] in the logits' own precision, with `targets` [..., K] or None."""
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    u = logits / scale
+    u = transform(logits, logit_scale, softcap) / scale
     lse = u.logsumexp(-1)
     log_p = u - lse.unsqueeze(-1)
     p = log_p.exp()
@@ -49,6 +51,12 @@ def token_stats(
         listed = torch.zeros_like(log_p, dtype=torch.bool).scatter_(-1, targets, True)
         tail_logmass = log_p.masked_fill(listed, -math.inf).logsumexp(-1)
     return Reference(logp, entropy, lse, (p * p).sum(-1), kept_logmass, tail_logmass)
+
+
+def transform(logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """softcap tanh(logit_scale logits / softcap), without a softcap logit_scale logits; -inf stays -inf."""
+    z = logits * logit_scale
+    return z if softcap is None else (softcap * (z / softcap).tanh()).masked_fill(logits == -math.inf, -math.inf)
 
 
 def token_divergence(

@@ -5,8 +5,10 @@ assume validated input. `CHECKS_TARGETS` says whether forwards check the range o
 
 Rows of logits:
 
-    token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
-    token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out)
+    token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out,
+                        softcap=0.0)
+    token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out,
+                         softcap=0.0)
 
     logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
     targets      [N, K] int64 contiguous, or None (K = 0)
@@ -18,6 +20,9 @@ Rows of logits:
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
     grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous,
                  in the accumulation dtype; each may be None
+    softcap      0, or c > 0: the rows are x = tanh(logits / c), also in `state`; the temperature is for these.
+                 -inf stays -inf. The gradient is by the logits; its slope by them, 4 r / (1 + r)^2 / c with
+                 r = exp(-2 |logits| / c), keeps its relative accuracy.
 
 `state` holds what the backward needs of a row, in the accumulation dtype and the columns of `State`. A
 backward can continue from the forward of any backend.

@@ -40,11 +40,12 @@ def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
     }
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
     """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not
     ignore_index."""
     logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state = out
     own = {
+        "softcap": softcap,
         "kept_kind": kept_kind,
         "log_kept": log_kept,
         "logp": logp,
@@ -56,9 +57,10 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     _cpu.token_stats_forward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
     g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
     own = {
+        "softcap": softcap,
         "kept_kind": kept_kind,
         "g_logp": g_logp,
         "g_entropy": g_entropy,
