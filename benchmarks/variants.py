@@ -103,7 +103,7 @@ class Operators:
         self.case = case
         x, self.y, self.grads = inputs(case)
         self.logits = [x] + [x.clone() for _ in range(rotation(case) - 1 if few_rows(case) else 0)]
-        self.options = (None, None, 1.0, -100, 0, 0.0, False, True)  # no mask, no kept set, the entropy
+        self.options = (None, None, 1.0, -100, 0, 0.0, False, True, 0.0)  # no mask, no kept set, the entropy, no softcap
         self.state = self.forward()[-1]
 
     def forward(self, i: int = 0):
