@@ -15,7 +15,7 @@ from rlkern.integrations import logit_transforms
 ISAS = [f"native {isa}" for isa in getattr(backends._load("native"), "isas", lambda: [])()]
 ALL = pytest.mark.parametrize("backend", ["reference", "triton", *ISAS], indirect=True)
 ACCURACY = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}
-ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+ROUNDING = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 SCALE, CAP = 1.3, 30.0
 
 
@@ -80,9 +80,9 @@ def test_slope_where_tanh_is_1(backend, device):
         x = (a * CAP).to(dtype).to(device).requires_grad_()
         slope = 1 / (x.detach().double().cpu() / CAP).cosh().square()
         k = rlkern.token_stats(x.unsqueeze(0), torch.zeros(1, dtype=torch.int64, device=device), softcap=CAP, temperature=1e6).logsumexp
-        (g,) = torch.autograd.grad(k.sum(), x)
+        (g,) = torch.autograd.grad(k * 1e8, x)  # no subnormal numbers
         p = (CAP * (x.detach().double().cpu() / CAP).tanh() / 1e6).softmax(0)
-        torch.testing.assert_close(g.double().cpu() * 1e6 / p, slope, rtol=tolerance, atol=0)
+        torch.testing.assert_close(g.double().cpu() / 100 / p, slope, rtol=tolerance, atol=0)
         y = torch.tensor([[a.argmax()]], device=device)  # a target in saturation
         (g,) = torch.autograd.grad(rlkern.token_logprobs(x.unsqueeze(0), y, softcap=CAP).sum(), x)
         p = (CAP * (x.detach().double().cpu() / CAP).tanh()).softmax(0)
@@ -193,7 +193,7 @@ def test_compiled_and_twice_differentiable_form():
         stats = rlkern.token_stats(x, y, softcap=CAP, logit_scale=SCALE, temperature=0.7)
         return (stats.logp + stats.entropy).sum()
 
-    compiled = torch.compile(loss, fullgraph=True)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(*(torch.autograd.grad(f(x), x)[0] for f in (compiled, loss)))
     z = draw(2, 5, dtype=torch.float64, scale=20.0).requires_grad_()
     assert torch.autograd.gradgradcheck(lambda z: reference.token_stats(z, ids(5, 2, 1), softcap=CAP).logp, z)
@@ -252,12 +252,13 @@ def test_attributes_of_configs(attributes, scale, cap):
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
 SMALL |= {"head_dim": 8, "pad_token_id": 0}
+_MLA = {"num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8}
 MODELS = {
     "Gemma2": {"final_logit_softcapping": 0.3, "query_pre_attn_scalar": 8},
     "Granite": {"logits_scaling": 7.0},
     "Cohere": {"logit_scale": 0.3},
     "HyperCLOVAX": {"logits_scaling": 0.3},
-    "MiniCPM3": {"dim_model_base": 4, "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    "MiniCPM3": {"dim_model_base": 4, **_MLA},
 }
 
 
@@ -267,7 +268,7 @@ def test_a_model_of_transformers(name):
     transformers = pytest.importorskip("transformers")
     if not hasattr(transformers, f"{name}Config"):
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
-    config = getattr(transformers, f"{name}Config")(**SMALL, **MODELS[name])
+    config = getattr(transformers, f"{name}Config")(**SMALL | MODELS[name])
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval().double()
     model.lm_head.weight.data *= 20
