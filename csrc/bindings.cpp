@@ -119,7 +119,8 @@ PYBIND11_MODULE(_cpu, m) {
          FIELD(g_kept_logmass), FIELD(out));
   });
   const auto read_pair = [](const py::dict& from, Pair& call) {
-    fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(kind), FIELD(beta));
+    fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(softcap), FIELD(other_softcap),
+         FIELD(kind), FIELD(beta));
   };
   define_rows_of<PairForward, py::dict, py::dict>(m, "pair_forward", &pair_forward,
                                                   [=](const py::dict& pair, const py::dict& from, PairForward& call) {

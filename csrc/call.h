@@ -50,6 +50,7 @@ struct Pair : Rows {  // n_targets is 0 or 1; state: Acc [rows, PairState::WIDTH
   Matrix other;
   double other_temperature;
   const void* other_temperatures;  // null where `temperatures` is
+  double softcap, other_softcap;   // 0: none
   int kind;                        // a PairKind
   double beta;
 };

@@ -66,12 +66,18 @@ def token_divergence(
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
     other_temperature: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    other_logit_scale: float | None = None,
+    other_softcap: float | None = None,
 ) -> Tensor:
     """The divergences of `rlkern.token_divergence` between rows of finite logits [..., V]."""
 
     def log_softmax(x: Tensor, t: float | Tensor) -> Tensor:
         return (x / (t.unsqueeze(-1) if isinstance(t, Tensor) else t)).log_softmax(-1)
 
+    cap = softcap if other_softcap is None else None if other_softcap == math.inf else other_softcap
+    logits, other = transform(logits, logit_scale, softcap), transform(other, logit_scale if other_logit_scale is None else other_logit_scale, cap)
     log_p = log_softmax(logits, temperature)
     log_q = log_softmax(other, temperature if other_temperature is None else other_temperature)
 

@@ -33,13 +33,15 @@ gradient without being read.
 
 Two rows at once, logits and those of another policy:
 
-    pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out)
+    pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out,
+                 softcap=0.0, other_softcap=0.0)
     pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta,
-                  state, grads, out)
+                  state, grads, out, softcap=0.0, other_softcap=0.0)
 
-    logits, mask, temperature, ignore_index  as above
+    logits, mask, temperature, ignore_index, softcap  as above
     other              [A, B, V] as logits, in any dtype but float64; float64 beside float64 logits
     targets            [N, 1] or None
+    other_softcap      of other; as softcap
     other_temperature  as temperature; a float where temperature is one, a tensor where it is one
     kind, beta         a `PairKind` and its parameter, see primitives/divergence.py; only the reference has
                        ALPHA and TOTAL_VARIATION

@@ -72,31 +72,38 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
     _cpu.token_stats_backward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
-def _pair(other, other_temperature, kind, beta) -> dict:
+def _pair(other, other_temperature, kind, beta, softcap, other_softcap) -> dict:
     per_row = isinstance(other_temperature, Tensor)
     return {
         "other_dtype": _DTYPES[other.dtype],
         "other": other,
         "other_temperature": 1.0 if per_row else other_temperature,
         "other_temperatures": other_temperature if per_row else None,
+        "softcap": softcap,
+        "other_softcap": other_softcap,
         "kind": kind,
         "beta": beta,
     }
 
 
-def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
+def pair_forward(
+    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0
+) -> None:
     """Raises IndexError as token_stats_forward does."""
     names = ("divergence", "logp", "entropy", "logsumexp", "other_logp", "other_entropy", "other_logsumexp")
     *results, state = out
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
-    _cpu.pair_forward(rows, _pair(other, other_temperature, kind, beta), dict(zip(names, results, strict=True)))
+    pair = _pair(other, other_temperature, kind, beta, softcap, other_softcap)
+    _cpu.pair_forward(rows, pair, dict(zip(names, results, strict=True)))
 
 
-def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
+def pair_backward(
+    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out, softcap=0.0, other_softcap=0.0
+) -> None:
     names = ("g_divergence", "g_logp", "g_entropy", "g_logsumexp")
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     own = {**dict(zip(names, grads, strict=True)), "out": out}
-    _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta), own)
+    _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta, softcap, other_softcap), own)
 
 
 def row_moments_forward(logits, targets, mask, ignore_index, out) -> None:
