@@ -220,6 +220,74 @@ def test_numbers_that_do_not_go_together():
             rlkern.token_stats(x, y, **options)
 
 
+# --- pairs --------------------------------------------------------------------------------------------------
+
+SIDES = ({}, {"other_softcap": INF}, {"softcap": None, "other_softcap": 20.0}, {"other_logit_scale": 0.5, "other_temperature": 0.9})
+PAIR_BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton", *ISAS[:1], *ISAS[-1:]], indirect=True)
+
+
+@PAIR_BACKENDS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["reverse_kl", "mixed_kl", "jsd", "cross_entropy"])
+def test_pairs(backend, device, dtype, kind):
+    """Both gradients; caps of one family, of the first or the second model alone, and two of their own."""
+    for sides, vocab in zip(SIDES, (37, 300, 37, 2053), strict=True):
+        x = draw(2, 3, vocab + 1, dtype=torch.float32, scale=15.0, device=device)
+        other, x = (x + draw(2, 3, vocab + 1, scale=3.0, seed=5, device=device)).to(dtype), x.to(dtype)
+        options = {"logit_scale": SCALE, "softcap": CAP, "temperature": 0.8, **sides}
+        y, both = ids(vocab, 2, 3, device=device), kind != "cross_entropy"
+        leaves = [t[..., 1:].detach().requires_grad_() for t in (x, other)]
+        exact = [t.detach().double().cpu().requires_grad_() for t in leaves]
+        got = rlkern.pair_stats(leaves[0], leaves[1], y, kind=kind, other_grad=both, **options)
+        own = {name: options[name] for name in ("logit_scale", "softcap", "temperature")}
+        want = reference.token_stats(exact[0], y.unsqueeze(-1).cpu(), **own)
+        divergence = reference.token_divergence(*exact, kind, **options)
+        tolerance = 1e-11 if dtype == torch.float64 else 5e-6
+        for a, b in ((got.divergence, divergence), (got.logp, want.logp.squeeze(-1)), (got.entropy, want.entropy)):
+            torch.testing.assert_close(a.double().cpu(), b, rtol=tolerance, atol=tolerance)
+        g = oracle.upstream([divergence] * 3)
+        grads = torch.autograd.grad([got.divergence, got.logp, got.entropy], leaves[: 1 + both], [t.to(got.logp) for t in g])
+        right = torch.autograd.grad([divergence, want.logp.squeeze(-1), want.entropy], exact[: 1 + both], g)
+        rounding = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2**-7}[dtype]
+        for a, b in zip(grads, right, strict=True):
+            torch.testing.assert_close(a.double().cpu(), b, rtol=rounding, atol=10 * tolerance * b.abs().max().item())
+
+
+@PAIR_BACKENDS
+def test_equal_pairs_are_0_apart(backend, device):
+    x = draw(3, 50, scale=20.0, device=device)
+    for t in (0.7, torch.tensor([0.5, 1.0, 2.0], device=device)):
+        for cap in (None, CAP):
+            assert (rlkern.token_divergence(x, x.clone(), softcap=cap, logit_scale=SCALE, temperature=t, kind="jsd") == 0).all()
+
+
+def test_pairs_in_place_masked_and_from_hidden_states():
+    x, other, y = draw(4, 50, scale=20.0), draw(4, 50, scale=20.0, seed=3), ids(50, 4)
+    x[:, 7] = other[:, 7] = -INF
+    options = {"softcap": CAP, "other_softcap": INF, "logit_scale": SCALE, "kind": "reverse_kl"}
+
+    def gradient(leaf, **more):
+        stats = rlkern.pair_stats(leaf, other, y, **options, **more)
+        return torch.autograd.grad((stats.divergence + stats.logp).sum(), leaf)[0]
+
+    want, memory = gradient(x.clone().requires_grad_()), x.clone().requires_grad_()
+    assert torch.equal(gradient(memory, inplace_backward=True), want) and want.isfinite().all() and (want[:, 7] == 0).all()
+    hidden, weight, others = (draw(*shape, dtype=torch.float64, seed=s, scale=3.0) for s, shape in enumerate([(6, 8), (50, 8), (6, 8)]))
+    leaf = hidden.clone().requires_grad_()
+    got = rlkern.linear_token_divergence(leaf, weight, others, weight, chunk_rows=4, other_logit_scale=0.7, softcap=CAP)
+    want = rlkern.token_divergence(naive(leaf @ weight.T, CAP, 1.0), naive(others @ weight.T, CAP, 0.7))
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(d.sum(), leaf)[0] for d in (got, want)))
+
+
+def test_errors_of_pairs():
+    x, other = draw(2, 5), draw(2, 5, seed=3)
+    for name in ("logit_scale", "softcap", "other_logit_scale", "other_softcap"):
+        for value in (0, -1, math.nan, "30", True, *([] if name == "other_softcap" else [INF])):
+            with pytest.raises((TypeError, ValueError), match=rf"^{name} "):
+                rlkern.token_divergence(x, other, **{name: value})
+
+
 # --- configs ------------------------------------------------------------------------------------------------
 
 

@@ -276,13 +276,13 @@ def pair_options(
     plain = check_temperature(temperature, logits, targets, mask, ignore_index)
     row_temperature, number, cap = check_transforms(logit_scale, softcap, *plain, logits)
     others = (logit_scale if other_logit_scale is None else other_logit_scale, softcap if other_softcap is None else other_softcap)
+    if other_temperature is not None:
+        plain = check_temperature(other_temperature, logits, targets, mask, ignore_index, name="other_temperature")
+    other_row_temperature, other_number, other_cap = check_transforms(*others, *plain, logits, "other_", math.inf)
     if other_temperature is None and others == (logit_scale, softcap):
-        # A tensor of its own: Dynamo does not take one twice.
-        other_row_temperature, other_number, other_cap = None if row_temperature is None else row_temperature.detach(), number, cap
-    else:
-        if other_temperature is not None:
-            plain = check_temperature(other_temperature, logits, targets, mask, ignore_index, name="other_temperature")
-        other_row_temperature, other_number, other_cap = check_transforms(*others, *plain, logits, "other_", math.inf)
+        other_row_temperature = row_temperature  # as it was divided: backends see by the memory that it is the same
+    if row_temperature is not None and other_row_temperature is row_temperature:
+        other_row_temperature = row_temperature.detach()  # a tensor of its own: Dynamo does not take one twice
     code = _KINDS[kind]
     if kind == "mixed_kl" and beta in (0, 1):
         code = PairKind.FORWARD_KL if beta else PairKind.REVERSE_KL
@@ -349,7 +349,7 @@ def token_divergence(
     The KL kinds and the cross entropy read both rows once, the others twice; the gradient reads both once and
     writes once. Equal rows give exactly 0. Values keep their relative accuracy however close the rows are,
     also where a constant lies between them: mostly 1e-7 in float32. There are two limits. With two
-    temperatures an error of 1e-7 of the logits counts as a difference of the rows. And as beta nears 1 the
+    temperatures, scales or softcaps an error of 1e-7 of the logits counts as a difference of the rows. And as beta nears 1 the
     skewed kinds compare rows that are all but equal: their accuracy is 1e-5 at 0.9 and 1e-3 at 0.99.
 
     Args:
