@@ -42,9 +42,8 @@ OPTIONS = ({"min_p": 0.01, "with_sum_sq": True}, {"min_prob": 0.001, "temperatur
 
 
 @ALL
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("vocab", [7, 2049])
-def test_every_statistic_and_gradient(backend, device, dtype, vocab):
+@pytest.mark.parametrize(("vocab", "dtype"), [(7, torch.float32), (2049, torch.bfloat16), (2049, torch.float64)], ids=str)
+def test_every_statistic_and_gradient(backend, device, vocab, dtype):
     x = draw(2, 3, vocab + 3, dtype=dtype, scale=25.0, device=device)[:, :, 1 : vocab + 1]  # no row starts on a boundary
     x[0, 1, ::5] = -INF
     for options, k in zip(OPTIONS, (1, 3, 20, 3), strict=True):
@@ -227,11 +226,14 @@ PAIR_BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton", *ISAS
 
 
 @PAIR_BACKENDS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", ["reverse_kl", "mixed_kl", "jsd", "cross_entropy"])
-def test_pairs(backend, device, dtype, kind):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("reverse_kl", torch.bfloat16), ("mixed_kl", torch.float64), ("jsd", torch.float32), ("cross_entropy", torch.float32)],
+    ids=str,
+)
+def test_pairs(backend, device, kind, dtype):
     """Both gradients; caps of one family, of the first or the second model alone, and two of their own."""
-    for sides, vocab in zip(SIDES, (37, 300, 37, 2053), strict=True):
+    for sides, vocab in zip(SIDES, (37, 300, 9, 520), strict=True):
         x = draw(2, 3, vocab + 1, dtype=torch.float32, scale=15.0, device=device)
         other, x = (x + draw(2, 3, vocab + 1, scale=3.0, seed=5, device=device)).to(dtype), x.to(dtype)
         options = {"logit_scale": SCALE, "softcap": CAP, "temperature": 0.8, **sides}

@@ -58,22 +58,22 @@ def expm1(x):
 
 @triton.jit
 def _decay(x, inverse_cap):
-    """(r = e^(-2 |x| / cap), 1 / (1 + r))"""
+    """(r = e^(-2 |x| / cap), 1 / (1 + r)); a division would look after infinities"""
     r = tl.exp2(tl.abs(x) * (inverse_cap * -2.8853900817779268))
-    return r, 1.0 / (1.0 + r)
+    root = tl.rsqrt(1.0 + r)
+    return r, root * root
 
 
 @triton.jit
 def _tanh_near_0(a):
-    """tanh(a) for |a| <= 0.55, relative to itself."""
+    """tanh(a) for |a| <= 0.4, relative to itself."""
     q = a * a
     if a.dtype == tl.float64:
         fraction = q * 0.0 + 19.0
         for n in tl.static_range(17, 0, -2):
             fraction = n + q / fraction
         return a / fraction
-    series = -0.053909428 + q * (0.021309389 + q * -0.0066102277)
-    return a + a * q * (-0.33333331 + q * (0.13333113 + q * series))
+    return a + a * q * (-0.33333328 + q * (0.13332532 + q * (-0.053715121 + q * 0.019268045)))
 
 
 @triton.jit
@@ -83,7 +83,7 @@ def soft_cap(x, inverse_cap, SOFTCAP: tl.constexpr):
         r, inverse = _decay(x, inverse_cap)
         a = x * inverse_cap
         far = tl.fma(-2.0 * r, inverse, 1.0)  # said as one: every kernel must find the same maximum
-        w = tl.where(tl.abs(a) < 0.55, _tanh_near_0(a), tl.where(x < 0, -far, far))
+        w = tl.where(tl.abs(a) < 0.4, _tanh_near_0(a), tl.where(x < 0, -far, far))
         x = tl.where(x == float("-inf"), x, w)
     return x
 

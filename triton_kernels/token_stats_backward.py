@@ -47,7 +47,7 @@ def _at_target(
 
 @triton.jit
 def _gradient_tile(
-    raw, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta, y, g_logp,
+    raw, x_ptr, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta, y, g_logp,
     targets_ptr, state_row, ignore_index,
     K: tl.constexpr, AT_TARGETS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -58,6 +58,8 @@ def _gradient_tile(
         t = tl.maximum(t, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(t)
     dz = e * _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    if SOFTCAP:
+        dz *= soft_cap_slope(raw, inverse_cap)
     if AT_TARGETS:
         for j in range(K):
             y_j = tl.sum(y, axis=0) if K == 1 else tl.load(targets_ptr + row * K + j)
@@ -68,9 +70,9 @@ def _gradient_tile(
                 dz_y = _at_target(
                     shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT
                 )
+                if SOFTCAP:  # the thread that writes it reads it, no other one looks at it: also in place
+                    dz_y *= soft_cap_slope(tl.load(x_ptr + y_j + lead).to(dz_y.dtype), inverse_cap)
                 dz = tl.where(cols == (y_j + lead).to(tl.int32), dz_y, dz)
-    if SOFTCAP:
-        dz *= soft_cap_slope(raw, inverse_cap)
     tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
 
 
@@ -187,14 +189,14 @@ def token_stats_backward_kernel(
         if first == 0:
             x = tl.load(x_ptr + edge, mask=in_row).to(ACC)
             _gradient_tile(
-                x, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta, y, g_logp,
+                x, x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta, y, g_logp,
                 targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         x = tl.load(x_ptr + tile + cols, mask=in_body).to(ACC)
         _gradient_tile(
-            x, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta,
+            x, x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta,
             y, g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
         )  # fmt: skip
 
