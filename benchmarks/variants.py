@@ -122,7 +122,7 @@ class Operators:
             self.args, self.grads = (other, None, None, None, None, *options), (grads[0], None, None, None, *wanted)
         else:  # no mask, no kept set, the entropy
             self.op, self.backward_op = ops.token_stats, ops.token_stats_backward
-            self.args, self.grads = (y, None, None, 1.0, -100, 0, 0.0, False, True), (*grads, None, None, None)
+            self.args, self.grads = (y, None, None, 1.0, -100, 0, 0.0, False, True, 0.0), (*grads, None, None, None)
         self.state = self.forward()[-1]
 
     def forward(self, i: int = 0):

@@ -278,6 +278,8 @@ def linear_token_stats(
     with_sum_sq: bool = False,
     with_entropy: bool = True,
     with_tail: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     group=None,
 ) -> TokenStats:
     """`token_stats` of `hidden @ weight.T + bias`, without all logits at once.
@@ -313,8 +315,8 @@ def linear_token_stats(
             `lambda: deepspeed.zero.GatheredParameters([weight])` for ZeRO-3. The forward and the backward
             each run in one. Not under torch.compile.
         targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
-            group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
-            products too.
+            logit_scale, softcap, group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are
+            left out of the products too.
 
     Returns:
         TokenStats as of `token_stats`, with its gradients. Those of weight and bias are rounded once. A
@@ -348,6 +350,8 @@ def linear_token_stats(
             with_sum_sq=with_sum_sq,
             with_entropy=with_entropy,
             with_tail=with_tail,
+            logit_scale=logit_scale,
+            softcap=softcap,
         )
         if chunk_rows is not None:
             check_count("chunk_rows", chunk_rows, 1)
