@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..backends.contract import KeptKind
 from ..checks import check_count, check_flags, check_target_range
 from ..operator import Operator, differentiable, values_readable
+from .kept_sets import Kept, check_kept
+from .linear_kept import check_kept_options, linear_kept_stats
 from .projection import Chunks, GradientSums, Rows, autocast, check_matrix, default_chunk_rows, new_gradients
 from .token_stats import (
     GRADIENTS,
@@ -108,6 +111,10 @@ def linear_token_stats(
     with_sum_sq: bool = False,
     with_entropy: bool = True,
     with_tail: bool = False,
+    keep: Kept | None = None,
+    outside: str = "include",
+    max_dense_rows: int = 0,
+    round_logits: bool = False,
     group=None,
 ) -> TokenStats:
     """`token_stats` of `hidden @ weight.T + bias`, without all logits at once.
@@ -154,4 +161,14 @@ def linear_token_stats(
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(hidden, weight.shape[0] * hidden.element_size())
     check_count("chunk_rows", chunk_rows, 1)
+    check_flags(round_logits=round_logits)
+    if keep is not None:
+        if o.kept_kind != KeptKind.NONE:
+            raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {min_p}, {min_prob} and {with_tail}")
+        check_kept_options(outside, max_dense_rows, y, hidden)
+        return linear_kept_stats(
+            hidden, weight, bias, y, counted, row_temperature, o,
+            keep=check_kept(keep, hidden, "hidden"), outside=outside, max_dense_rows=max_dense_rows, round_logits=bool(round_logits),
+            dense=lambda h, *of_rows: _linear_token_stats(h, weight, bias, *of_rows, chunk_rows, *o),
+        )  # fmt: skip
     return public_stats(o, *_linear_token_stats(hidden, weight, bias, y, counted, row_temperature, chunk_rows, *o))
