@@ -162,7 +162,7 @@ PYBIND11_MODULE(_cpu, m) {
     fill(from, FIELD(weight), FIELD(offsets), FIELD(grad), FIELD(out));
   });
   define_kept<KeptWeight>(m, "kept_weight_gradient", &kept_weight_gradient, [](const py::dict& from, KeptWeight& call) {
-    fill(from, FIELD(hidden), FIELD(inner), FIELD(pairs), FIELD(order), FIELD(grad), FIELD(out));
+    fill(from, FIELD(hidden), FIELD(inner), FIELD(pairs), FIELD(grad), FIELD(out));
   });
   define_tokens<KeptRowsForward>(m, "kept_rows_forward", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(n_targets), FIELD(logits), FIELD(ids), FIELD(offsets), FIELD(targets), FIELD(counted), FIELD(temperature),

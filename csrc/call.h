@@ -112,10 +112,9 @@ struct KeptHidden : Kept {  // row is not used
 constexpr int64_t kSlice = 256;  // columns whose sums stay in the first-level cache
 constexpr int64_t kPart = 512;   // pairs of a task
 
-struct KeptWeight : Kept {  // the pairs sorted by id
+struct KeptWeight : Kept {  // the pairs are sorted by id
   Matrix hidden;
   int64_t inner, pairs;
-  const int64_t* order;  // [pairs], where grad has them
   const void* grad;
   void* out;  // [vocab, width], zeros
 };

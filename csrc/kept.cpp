@@ -110,7 +110,7 @@ void weight_gradient(const KeptWeight& call, int64_t begin, int64_t end) {
       const int64_t id = call.ids[p];
       Slice<T> sums(std::min(kSlice, call.width - column));
       for (; p < call.pairs && call.ids[p] == id; ++p)
-        add_scaled(sums.packs, row_at<T>(call.hidden, call.inner, call.row[p]) + column, sums.n, grad[call.order[p]]);
+        add_scaled(sums.packs, row_at<T>(call.hidden, call.inner, call.row[p]) + column, sums.n, grad[p]);
       sums.write(static_cast<T*>(call.out) + id * call.width + column);
     }
   }

@@ -142,9 +142,9 @@ def kept_hidden_gradient(weight, ids, offsets, grad, out) -> None:
     _cpu.kept_hidden_gradient(_kept(weight.dtype, *out.shape, weight.shape[1], ids, None), own)
 
 
-def kept_weight_gradient(hidden, ids, row, order, grad, out) -> None:
+def kept_weight_gradient(hidden, ids, row, grad, out) -> None:
     outer, inner, width = hidden.shape
-    own = {"hidden": hidden, "inner": inner, "pairs": len(ids), "order": order, "grad": grad, "out": out}
+    own = {"hidden": hidden, "inner": inner, "pairs": len(ids), "grad": grad, "out": out}
     _cpu.kept_weight_gradient(_kept(hidden.dtype, outer * inner, width, len(out), ids, row), own)
 
 

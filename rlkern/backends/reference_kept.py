@@ -42,9 +42,9 @@ def kept_hidden_gradient(weight, ids, offsets, grad, out) -> None:
         out[:, cols] = _sums(grad.unsqueeze(-1) * weight[:, cols][v].to(grad.dtype), offsets).to(out.dtype)
 
 
-def kept_weight_gradient(hidden, ids, row, order, grad, out) -> None:
+def kept_weight_gradient(hidden, ids, row, grad, out) -> None:
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    r, grad = row.clamp(max=len(hidden) - 1), grad[order].unsqueeze(-1)
+    r, grad = row.clamp(max=len(hidden) - 1), grad.unsqueeze(-1)
     offsets = torch.searchsorted(ids, torch.arange(len(out) + 1, dtype=ids.dtype, device=ids.device))
     for cols in _columns(len(r), out.shape[-1], out.device):
         out[:, cols] = _sums(grad * hidden[:, cols][r].to(grad.dtype), offsets).to(out.dtype)

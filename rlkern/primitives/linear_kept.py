@@ -179,12 +179,12 @@ def _logits_backward(hidden, weight, bias, ids, row, offsets, grad, wanted):
         return out
     size = int(offsets[-1]) if values_readable(offsets) else len(ids)
     ids, order = ids[:size].sort(stable=True)  # row by row for each id: one order of its sum
-    row = row[order]
+    row, grad = row[order], grad[order]
     if d_weight is not None:
-        backend.kept_weight_gradient(as_rows(hidden), ids, row, order, grad, d_weight.zero_())
+        backend.kept_weight_gradient(as_rows(hidden), ids, row, grad, d_weight.zero_())
     if d_bias is not None:  # a column of the matrix that meets ones
         ones = hidden.new_ones(1, 1, 1).expand(*as_rows(hidden).shape[:2], 1)
-        backend.kept_weight_gradient(ones, ids, row, order, grad, d_bias.zero_().unsqueeze(-1))
+        backend.kept_weight_gradient(ones, ids, row, grad, d_bias.zero_().unsqueeze(-1))
     return out
 
 
