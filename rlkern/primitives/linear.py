@@ -131,12 +131,25 @@ def linear_token_stats(
             group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
             products too.
 
+        keep: a `Kept`, lists of ids that a row's softmax is over, as of a sampler's top-p or top-k: K below. Then
+            values and gradients are those of logits at -inf outside K. Only listed columns are multiplied:
+            no logits of a whole row exist, and rows of weight that no list holds get a gradient of 0.
+            Their logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob, with_tail.
+        outside: where a target is not in K: "include" adds it to K, "everything" takes the whole vocabulary for
+            that row, "minus_inf" gives logp = -inf without gradient; this last one for targets [..., K].
+        max_dense_rows: rows over the whole vocabulary, by an empty list or by outside="everything", that there
+            may be. So many are computed as without keep, in order. More are an error on a CPU, and NaN on a GPU.
+        round_logits: round the kept logits to hidden's dtype, as a model's own head does.
+
     Returns:
-        TokenStats as of `token_stats`, with its gradients. Logits are rounded to hidden's dtype, like those
+        TokenStats as of `token_stats`, with its gradients. With keep, `target_kept` says whether K has the
+        target without being told to (bool; True in rows that are not read). Logits are rounded to hidden's dtype, like those
         of a model's own head. Gradients of weight and bias are summed over the chunks in float32.
 
     Raises:
-        TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
+        TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device. With
+            keep also ValueError for two rows with one list, and IndexError for an id >= V; on a GPU such rows
+            are NaN.
     """
     if group is not None:
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
