@@ -169,8 +169,8 @@ PYBIND11_MODULE(_cpu, m) {
          FIELD(temperatures), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq), FIELD(state), FIELD(place));
   });
   define_tokens<KeptRowsBackward>(m, "kept_rows_backward", [](const py::dict& from, auto& call) {
-    fill(from, FIELD(n), FIELD(n_targets), FIELD(logits), FIELD(offsets), FIELD(place), FIELD(counted), FIELD(temperature),
-         FIELD(temperatures), FIELD(state), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq), FIELD(out));
+    fill(from, FIELD(n), FIELD(n_targets), FIELD(logits), FIELD(offsets), FIELD(place), FIELD(temperature), FIELD(temperatures),
+         FIELD(state), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq), FIELD(out));
   });
   define_tokens<CovarianceSums>(m, "covariance_sums", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums));

@@ -63,7 +63,6 @@ void KeptRowsBackward<A>::run() const {
     const A* const of_row = state + row * State::KEPT;
     const int64_t begin = offsets[row], end = offsets[row + 1];
     std::fill(out + begin, out + end, A(0));
-    if (!counted[row]) continue;
     double total = 0;
     bool idle = true;
     for (int64_t k = row * n_targets; g_logp && k < (row + 1) * n_targets; ++k) {

@@ -98,8 +98,8 @@ struct KeptRowsForward {
   const int32_t* ids;
   const int64_t* offsets;
   const int32_t* targets;  // [n, n_targets], -1: ignored
-  const Flag* counted;
-  double temperature;  // where temperatures is null
+  const Flag* counted;     // other rows have no pairs
+  double temperature;      // where temperatures is null
   const A* temperatures;
   A *logp, *entropy, *logsumexp, *sum_sq;  // entropy and sum_sq may be null
   A* state;                                // [n, State::KEPT]
@@ -113,7 +113,6 @@ struct KeptRowsBackward {
   const A* logits;
   const int64_t* offsets;
   const int32_t* place;
-  const Flag* counted;
   double temperature;
   const A* temperatures;
   const A* state;

@@ -191,9 +191,13 @@ def test_several_targets_ask_about_the_set(backend):
     assert torch.equal(stats.target_kept, listed) and torch.equal(stats.logp == -INF, ~listed)
 
 
-def test_an_id_in_every_row_and_bits(backend):
+def test_an_id_in_every_row_and_bits(backend, monkeypatch):
     """More pairs of one id than a program takes; rows in any order, alone, twice, on other threads."""
-    (hidden, weight, bias), targets, ids = draw(torch.float32, n=70)
+    n = 600
+    if backend == "triton":
+        n = 11
+        monkeypatch.setattr("rlkern.triton_kernels.kept.SORTED_PAIRS", 4)
+    (hidden, weight, bias), targets, ids = draw(torch.float32, n=n)
     keep = Kept.ids(ids)
 
     def run(order=slice(None)):
@@ -204,7 +208,7 @@ def test_an_id_in_every_row_and_bits(backend):
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     expected = gradients(token_stats(masked(exact, ids, targets), targets), exact)
     torch.testing.assert_close([g.double() for g in grads], list(expected), rtol=2e-6, atol=2e-6 * expected[1].abs().max().item())
-    order = torch.randperm(70, generator=torch.Generator().manual_seed(3))
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(3))
     assert all(torch.equal(a[order], b) for a, b in zip(fields, run(order)[0], strict=True))
     assert all(torch.equal(a[7:8], b) for a, b in zip(fields, run(slice(7, 8))[0], strict=True))
     threads = torch.get_num_threads()
@@ -255,18 +259,21 @@ def test_where_no_host_looks_bad_rows_are_nan(backend, monkeypatch):
         assert torch.equal(field.isnan(), bad)
     gradient = torch.autograd.grad(stats.logp[~bad].sum(), (hidden, weight, bias))
     assert all(g.isfinite().all() for g in gradient)
+    shared = Kept.csr(IDS[0], OFFSETS[:3], rows=torch.tensor([1, 0, 1]), empty="nothing")
+    stats = linear_token_stats(hidden[:3], weight, targets[:3], keep=shared)
+    assert stats.logp.isnan().tolist() == [False, False, True]
 
 
 def test_nothing_of_the_size_of_logits(backend):
-    """The largest result of any operator is the gradient of the matrix, and that of a frozen one is not made."""
-    (hidden, weight, bias), targets, ids = draw(torch.float32, n=64, vocab=997, width=8)
+    """No result is larger than the gradient of the matrix, and that of a frozen one is not made."""
+    (hidden, weight, bias), targets, ids = draw(torch.float32, n=16, vocab=997, width=8)
     keep = Kept.ids(ids)
     for frozen in (False, True):
         w = weight.detach() if frozen else weight
         with Operators() as ran:
             linear_token_stats(hidden, w, targets, bias=None, keep=keep).logp.sum().backward()
         most = max(x.numel() for _, _, results in ran.calls for x in results)
-        assert most <= (64 * (K + 1) * 8 if frozen else 997 * 8)
+        assert most <= (16 * (K + 1) * 8 if frozen else 997 * 8)
         assert not any("item" in str(name) for name, *_ in ran.calls)
 
 
@@ -328,7 +335,7 @@ def test_compile_opcheck_and_pytree():
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(loss, backend=counter, fullgraph=True)
-    for size in (40, 41, 60, 61):
+    for size in (40, 41, 60):
         ids, edges = lists(size)
         while (edges[1:] == edges[:-1]).any():
             ids, edges = lists(size)

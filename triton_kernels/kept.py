@@ -1,8 +1,8 @@
 """The output matrix at listed ids on a GPU: logits of pairs (row, id), statistics of each row's, gradients.
 
-The gradient of the matrix takes the pairs sorted by id, a block of them a program. An id whose pairs lie in one
-block is written at once. Of others each block leaves its part, and a second launch adds these up in order: an
-id in every row costs no program more than its share, and there are no atomics.
+The gradient of the matrix takes the pairs sorted by id, a block of them a program. An id whose pairs lie in
+one block is written at once. Of others each block leaves its part, and a second launch adds these up in
+order: an id in every row costs no program more than its share, and there are no atomics.
 
 Calling convention: rlkern/backends/contract.py.
 """
@@ -156,6 +156,7 @@ def kept_rows_kernel(
         top = tl.maximum(top, x)
     m = tl.where(tl.max(unordered, axis=0) > 0, float("nan"), tl.max(top, axis=0))
     undefined = (m != m) | (tl.abs(m) == float("inf"))
+    shift = tl.where(undefined, 0.0, m)  # -inf - -inf would be NaN
     s0 = tl.zeros((BLOCK,), ACC)
     s1 = tl.zeros((BLOCK,), ACC)
     s2 = tl.zeros((BLOCK,), ACC)
@@ -163,7 +164,7 @@ def kept_rows_kernel(
     for start in range(begin, end, BLOCK):
         p = start + tl.arange(0, BLOCK)
         x = tl.load(logits_ptr + p, mask=p < end, other=NEG_INF)
-        u = tl.maximum((x - m) * inv_t, FLOOR)
+        u = tl.maximum((x - shift) * inv_t, FLOOR)
         e = tl.exp(u)
         s1 += e * u
         s2 += e * e
@@ -195,7 +196,7 @@ def kept_rows_kernel(
         place = tl.min(at, axis=0)
         found = (place < (1 << 30)) & (y >= 0)
         x = tl.load(logits_ptr + begin + place, mask=found, other=NEG_INF)
-        logp = tl.where(x == NEG_INF, NEG_INF, (x - m) * inv_t - log_s0)
+        logp = tl.where(x == NEG_INF, NEG_INF, (x - shift) * inv_t - log_s0)
         logp = tl.where(undefined, float("nan"), logp)
         tl.store(logp_ptr + row * n_targets + k, tl.where(counted & (y >= 0), logp, 0.0))
         tl.store(place_ptr + row * n_targets + k, tl.where(found, place, -1))
@@ -203,7 +204,7 @@ def kept_rows_kernel(
 
 @triton.jit(do_not_specialize=NEVER_ONE)
 def kept_rows_backward_kernel(
-    logits_ptr, offsets_ptr, place_ptr, counted_ptr, temperature_ptr,  # [pairs], [N + 1], [N, K], [N], [N]
+    logits_ptr, offsets_ptr, place_ptr, temperature_ptr,  # [pairs], [N + 1], [N, K], [N]
     state_ptr, g_logp_ptr, g_entropy_ptr, g_logsumexp_ptr, g_sum_sq_ptr, out_ptr,  # [N, STATE_KEPT], [N, K], 3 x [N], [pairs]
     temperature, n_targets,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LOGSUMEXP: tl.constexpr, HAS_SUM_SQ: tl.constexpr,
@@ -228,7 +229,6 @@ def kept_rows_backward_kernel(
             g = tl.where(tl.load(place_ptr + row * n_targets + k) >= 0, g, 0.0)
             total += g
             idle = idle & (g == 0)
-    idle = idle | (tl.load(counted_ptr + row) == 0)
     begin = tl.load(offsets_ptr + row)
     for start in range(begin, end, BLOCK):
         p = start + tl.arange(0, BLOCK)
@@ -315,13 +315,13 @@ def kept_rows_forward(logits, ids, row, offsets, targets, counted, temperature, 
         )  # fmt: skip
 
 
-def kept_rows_backward(logits, row, offsets, place, counted, temperature, state, grads, out) -> None:
+def kept_rows_backward(logits, row, offsets, place, temperature, state, grads, out) -> None:
     n, n_targets = place.shape
     temperatures, temperature, per_row = _temperature(temperature, n, state.dtype, logits)
-    options = {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LOGSUMEXP", "SUM_SQ"), grads, strict=True)}
-    options |= dict(ROW_TEMPERATURE=per_row, ACC=_acc(state.dtype), BLOCK=LIST)
+    options = dict(**{f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LOGSUMEXP", "SUM_SQ"), grads, strict=True)},
+                   ROW_TEMPERATURE=per_row, ACC=_acc(state.dtype), BLOCK=LIST)  # fmt: skip
     with device_of(logits):
         kept_rows_backward_kernel[(n,)](
-            logits, offsets, place, counted, temperatures, state, *(state if g is None else g for g in grads), out, temperature, n_targets,
+            logits, offsets, place, temperatures, state, *(state if g is None else g for g in grads), out, temperature, n_targets,
             **options, num_warps=1,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The kernels over tokens (covariance, selection, ratios, lists of kept ids), judged by what they occupy alone.
+"""The kernels over tokens (covariance, selection, ratios) and kept ids, judged by what they occupy alone.
 
 They move a few bytes a token or the rows of listed ids, a row of logits hundreds of thousands: a bound on
 bandwidth would tell nothing.
@@ -63,7 +63,7 @@ def _record_kept(dtype: torch.dtype) -> list[Launch]:
         kept.kept_hidden_gradient(weight, tokens, offsets, values, hidden[0])
         kept.kept_weight_gradient(hidden, tokens, row, values, weight[0])
         kept.kept_rows_forward(values, tokens, row, offsets, targets, counted, of_rows, (of_rows, of_rows, of_rows, of_rows, state, targets))
-        kept.kept_rows_backward(values, row, offsets, targets, counted, of_rows, state, (of_rows,) * 4, values)
+        kept.kept_rows_backward(values, row, offsets, targets, of_rows, state, (of_rows,) * 4, values)
     return launches
 
 

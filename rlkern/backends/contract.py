@@ -74,11 +74,11 @@ The output matrix at listed ids, and statistics of each row's:
     kept_hidden_gradient(weight, ids, offsets, grad, out)
     kept_weight_gradient(hidden, ids, row, grad, out)
     kept_rows_forward(logits, ids, row, offsets, targets, counted, temperature, out)
-    kept_rows_backward(logits, row, offsets, place, counted, temperature, state, grads, out)
+    kept_rows_backward(logits, row, offsets, place, temperature, state, grads, out)
 
-    ids, row     [P] int32, the pairs: row r has those in [offsets[r], offsets[r + 1]), and row N stands for none.
+    ids, row     [P] int32, the pairs: row r has those in [offsets[r], offsets[r + 1]), row N stands for none.
                  An id of V is outside the vocabulary: its logit is NaN, and nothing of it is read.
-                 kept_weight_gradient takes the pairs and `grad` sorted by id, in the order of rows for each
+                 kept_weight_gradient takes pairs and `grad` sorted by id, of each in the order of rows
     offsets      [N + 1] int64
     hidden       [A, B, H], any strides over A and B, last stride 1
     weight       [1, V, H], any stride over V; bias [V] contiguous, or None; of hidden's dtype
@@ -91,7 +91,7 @@ The output matrix at listed ids, and statistics of each row's:
                  kept_rows_backward: [P], zeros
     targets      [N, K] int32, -1 where ignored: logp 0 and no gradient; -inf where the row lacks it
     place        where a row has its target first, from 0 on; -1: nowhere
-    counted      [N] bool: other rows are zero in every output
+    counted      [N] bool: other rows have no pairs, and are zero in every output
     state        the first columns of State
     grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob), contiguous, each may be None
 

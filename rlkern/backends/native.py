@@ -138,8 +138,9 @@ def kept_logits(hidden, weight, bias, ids, row, out) -> None:
 
 
 def kept_hidden_gradient(weight, ids, offsets, grad, out) -> None:
+    n, width = out.shape
     own = {"weight": weight, "offsets": offsets, "grad": grad, "out": out}
-    _cpu.kept_hidden_gradient(_kept(weight.dtype, *out.shape, weight.shape[1], ids, None), own)
+    _cpu.kept_hidden_gradient(_kept(weight.dtype, n, width, weight.shape[1], ids, None), own)
 
 
 def kept_weight_gradient(hidden, ids, row, grad, out) -> None:
@@ -156,9 +157,9 @@ def kept_rows_forward(logits, ids, row, offsets, targets, counted, temperature, 
     _cpu.kept_rows_forward(_TOKEN_DTYPES[logits.dtype], call)
 
 
-def kept_rows_backward(logits, row, offsets, place, counted, temperature, state, grads, out) -> None:
+def kept_rows_backward(logits, row, offsets, place, temperature, state, grads, out) -> None:
     names = ("g_logp", "g_entropy", "g_logsumexp", "g_sum_sq")
-    call = {"n": len(place), "n_targets": place.shape[1], "logits": logits, "offsets": offsets, "place": place, "counted": counted}
+    call = {"n": len(place), "n_targets": place.shape[1], "logits": logits, "offsets": offsets, "place": place}
     call |= {**_temperature(temperature), "state": state, **dict(zip(names, grads, strict=True)), "out": out}
     _cpu.kept_rows_backward(_TOKEN_DTYPES[logits.dtype], call)
 

@@ -102,14 +102,13 @@ def kept_rows_forward(logits, ids, row, offsets, targets, counted, temperature, 
         state[:, column] = torch.where(counted, value, 0)
 
 
-def kept_rows_backward(logits, row, offsets, place, counted, temperature, state, grads, out) -> None:
+def kept_rows_backward(logits, row, offsets, place, temperature, state, grads, out) -> None:
     n, acc = len(state), state.dtype
     g_logp, g_entropy, g_lse, g_sum_sq = grads
-    idle = ~counted
     if g_logp is not None:
         g_logp = g_logp.masked_fill(place < 0, 0)
     upstream = [g for g in (g_logp, g_entropy, g_lse, g_sum_sq) if g is not None]
-    idle = idle | torch.stack([(g.view(n, -1) == 0).all(-1) for g in upstream]).all(0)
+    idle = torch.stack([(g.view(n, -1) == 0).all(-1) for g in upstream]).all(0)
 
     def by_pair(of_row: Tensor) -> Tensor:
         return torch.cat([of_row, of_row.new_zeros(1)])[row]

@@ -23,7 +23,7 @@ def _check_ids(name: str, x: Any, layout: str, like: tuple[str, Tensor] | None =
 
 
 def _check_lists(name: str, begin: Tensor, end: Tensor, size: int) -> None:
-    """Lists [begin, end) that follow one another in `size` ids. Where a host may not look, no kernel trusts them."""
+    """Lists [begin, end) follow one another in `size` ids. Where a host may not look, nothing trusts them."""
     if begin.numel() > 0 and values_readable(begin):
         edges = torch.stack([begin, end], -1).flatten()
         if edges[0] < 0 or edges[-1] > size or (edges[1:] < edges[:-1]).any():
@@ -123,13 +123,13 @@ class Kept:
                 raise TypeError(f"{name} must be a list of tensors, one a sample, got {shown(x)}")
         if len(ids) != len(offsets):
             raise ValueError(f"ids and offsets must have one tensor a sample, got {len(ids)} and {len(offsets)}")
-        one_by_one, shift = [Kept.csr(i, o) for i, o in zip(ids, offsets, strict=True)], 0
-        begins, ends = [], []
-        for part in one_by_one:
-            begins.append(part.begin + shift)  # type: ignore[operator]
-            ends.append(part.end + shift)  # type: ignore[operator]
-            shift += part.entries.numel()
-        return _listed(torch.cat(list(ids)), torch.cat(begins), torch.cat(ends), rows, empty, "offsets")
+        begin, end, shift = [], [], 0
+        for of_sample, edges in zip(ids, offsets, strict=True):
+            Kept.csr(of_sample, edges)  # checks them
+            begin.append(edges[:-1] + shift)
+            end.append(edges[1:] + shift)
+            shift += of_sample.numel()
+        return _listed(torch.cat(list(ids)), torch.cat(begin), torch.cat(end), rows, empty, "offsets")
 
 
 def _listed(ids: Tensor, begin: Tensor, end: Tensor, rows: Tensor | None, empty: str, name: str) -> Kept:
@@ -166,6 +166,6 @@ def check_kept(keep: Any, x: Tensor, of: str) -> Kept:
 _pytree.register_pytree_node(
     Kept,
     lambda kept: ([kept.entries, kept.begin, kept.end, kept.rows], kept.empty),
-    lambda leaves, empty: Kept(*leaves, empty),
+    lambda leaves, empty: Kept(*leaves, empty=empty),  # type: ignore[misc]  # four of them
     serialized_type_name="rlkern.Kept",
 )

@@ -131,25 +131,26 @@ def linear_token_stats(
             group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
             products too.
 
-        keep: a `Kept`, lists of ids that a row's softmax is over, as of a sampler's top-p or top-k: K below. Then
-            values and gradients are those of logits at -inf outside K. Only listed columns are multiplied:
-            no logits of a whole row exist, and rows of weight that no list holds get a gradient of 0.
-            Their logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob, with_tail.
-        outside: where a target is not in K: "include" adds it to K, "everything" takes the whole vocabulary for
-            that row, "minus_inf" gives logp = -inf without gradient; this last one for targets [..., K].
-        max_dense_rows: rows over the whole vocabulary, by an empty list or by outside="everything", that there
-            may be. So many are computed as without keep, in order. More are an error on a CPU, and NaN on a GPU.
+        keep: a `Kept`, the ids S that each row's softmax is over, as a sampler's top-p or top-k left them.
+            Values and gradients are those of logits at -inf outside S, but only listed columns are
+            multiplied. The logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob
+            or with_tail.
+        outside: what to do where a target is not in S. "include" adds it to S. "everything" takes the whole
+            vocabulary for that row. "minus_inf" gives logp = -inf, without gradient, and is for targets
+            [..., K] too.
+        max_dense_rows: how many rows may be over the whole vocabulary, by an empty list or by
+            outside="everything". They are computed as without keep. More are a ValueError on a CPU, and NaN
+            on a GPU.
         round_logits: round the kept logits to hidden's dtype, as a model's own head does.
 
     Returns:
-        TokenStats as of `token_stats`, with its gradients. With keep, `target_kept` says whether K has the
-        target without being told to (bool; True in rows that are not read). Logits are rounded to hidden's dtype, like those
+        TokenStats as of `token_stats`, with its gradients. With keep, `target_kept` says whether S had the
+        target (bool; True in rows that are not read). Logits are rounded to hidden's dtype, like those
         of a model's own head. Gradients of weight and bias are summed over the chunks in float32.
 
     Raises:
-        TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device. With
-            keep also ValueError for two rows with one list, and IndexError for an id >= V; on a GPU such rows
-            are NaN.
+        TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
+            With keep also ValueError for two rows with one list, IndexError for an id >= V; NaN rows on a GPU.
     """
     if group is not None:
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
@@ -178,10 +179,12 @@ def linear_token_stats(
     if keep is not None:
         if o.kept_kind != KeptKind.NONE:
             raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {min_p}, {min_prob} and {with_tail}")
-        check_kept_options(outside, max_dense_rows, y, hidden)
-        return linear_kept_stats(
-            hidden, weight, bias, y, counted, row_temperature, o,
-            keep=check_kept(keep, hidden, "hidden"), outside=outside, max_dense_rows=max_dense_rows, round_logits=bool(round_logits),
-            dense=lambda h, *of_rows: _linear_token_stats(h, weight, bias, *of_rows, chunk_rows, *o),
-        )  # fmt: skip
+        keep = check_kept(keep, hidden, "hidden")
+        check_kept_options(outside, max_dense_rows, targets, hidden)
+
+        def dense(hidden, *of_rows):
+            return _linear_token_stats(hidden, weight, bias, *of_rows, chunk_rows, *o)
+
+        of_rows = (y, counted, row_temperature, o)
+        return linear_kept_stats(hidden, weight, bias, *of_rows, keep, outside, max_dense_rows, bool(round_logits), dense)
     return public_stats(o, *_linear_token_stats(hidden, weight, bias, y, counted, row_temperature, chunk_rows, *o))

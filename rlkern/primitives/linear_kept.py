@@ -28,7 +28,7 @@ OUTSIDE = ("include", "everything", "minus_inf")
 
 
 class Pairs(NamedTuple):
-    """Row r has the pairs [offsets[r], offsets[r + 1]), in the order of its list, then its target if added."""
+    """Row r has the pairs [offsets[r], offsets[r + 1]): its list in order, then its target if it is added."""
 
     ids: Tensor  # [P] int32; V stands for one outside [0, V), whose row is NaN
     row: Tensor  # [P] int32, N beyond the last pair: P is M ids and N targets, on any device
@@ -87,7 +87,7 @@ def _pairs(entries, targets, begin, end, rows, mask, ignore_index, vocab, outsid
 
     ignored = targets == ignore_index
     y = torch.where((targets < 0) | (targets >= vocab), vocab, targets).masked_fill(ignored, -1)
-    counted = counted_rows(targets, mask, ignore_index, 1)
+    counted: Any = counted_rows(targets, mask, ignore_index, 1)
     row, shared = _row_of_entry(entries, n, begin, end, rows, counted)
     row = torch.where(entries < 0, n, row)
     row = torch.where(by_entry(counted), row, n)
@@ -129,7 +129,7 @@ def _pairs(entries, targets, begin, end, rows, mask, ignore_index, vocab, outsid
 
 
 def _check_pairs(entries, row, targets, y, shared, counted, vocab) -> None:
-    """Where the host may read: IndexError for ids and targets of counted rows, ValueError for shared lists."""
+    """IndexError for ids and targets of rows that count, ValueError for shared lists. Reads values."""
     n = len(targets)
     bad = (entries >= vocab) & (row < n)
     if bad.any():
@@ -236,7 +236,7 @@ def _stats_backward(
     if state.numel() > 0 and out.numel() > 0:
         t = temperature if temperatures is None else temperatures
         upstream = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
-        backends.select(logits.device).kept_rows_backward(logits, row, offsets, place, counted, t, state, upstream, out)
+        backends.select(logits.device).kept_rows_backward(logits, row, offsets, place, t, state, upstream, out)
     return out
 
 
@@ -266,11 +266,10 @@ def linear_kept_stats(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    targets: Tensor,
+    targets: Any,  # a tensor
     mask: Tensor | None,
     row_temperature: Tensor | None,
     options: Options,
-    *,
     keep: Kept,
     outside: str,
     max_dense_rows: int,
@@ -279,23 +278,20 @@ def linear_kept_stats(
 ) -> TokenStats:
     """`token_stats` of each row's kept logits, from checked arguments.
 
-    dense: (hidden [D, H], targets, mask, row_temperature) -> what the operator of `linear_token_stats` returns.
-        For rows over the whole vocabulary, if there may be any.
+    dense: (hidden [D, H], targets, mask, row_temperature) -> what the operator of `linear_token_stats`
+        returns, for the rows over the whole vocabulary.
     """
     lead, n = hidden.shape[:-1], hidden.shape[:-1].numel()
     y = targets.reshape(n, targets.shape[-1] if targets.dim() == hidden.dim() else 1)
-    flat = [None if x is None else x.reshape(n) for x in (keep.rows, mask, row_temperature)]
-    open_empty = keep.empty == "everything"
-    pairs = Pairs(*_kept_pairs(keep.entries.reshape(-1), y, keep.begin, keep.end, flat[0], flat[1], options.ignore_index, weight.shape[0],
-                               outside, open_empty, max_dense_rows))  # fmt: skip
-    of_pairs = pairs[:3]
-    logits = _kept_logits(hidden, weight, bias, *of_pairs)
+    rows, counted, t = (None if x is None else x.reshape(n) for x in (keep.rows, mask, row_temperature))
+    lists = (keep.entries.reshape(-1), y, keep.begin, keep.end, rows, counted)
+    pairs = Pairs(*_kept_pairs(*lists, options.ignore_index, weight.shape[0], outside, keep.empty == "everything", max_dense_rows))
+    logits = _kept_logits(hidden, weight, bias, *pairs[:3])
     if round_logits:
         logits = logits.to(hidden.dtype).to(logits.dtype)
-    t = None if flat[2] is None else flat[2].to(logits.dtype).contiguous()
-    logp, entropy, logsumexp, sum_sq, found = _kept_rows(
-        logits, *of_pairs, pairs.targets, pairs.counted, t, options.temperature, options.with_sum_sq, options.with_entropy
-    )  # fmt: skip
+    t = None if t is None else t.to(logits.dtype).contiguous()
+    of_rows = (logits, *pairs[:5], t, options.temperature, options.with_sum_sq, options.with_entropy)
+    logp, entropy, logsumexp, sum_sq, found = _kept_rows(*of_rows)
     if max_dense_rows > 0 and n > 0:
         at, used = pairs.dense.clamp(max=n - 1), pairs.dense < n
         picked: Any = (None if x is None else x.reshape(n, -1)[at] for x in (hidden, targets, row_temperature))
@@ -306,8 +302,9 @@ def linear_kept_stats(
         logp, entropy, logsumexp, sum_sq = (_placed(x, value, pairs.dense) for x, value in fields)
     shape = targets.shape
     listed = pairs.listed if y.shape[-1] == 1 else found | (pairs.targets < 0) | ~pairs.counted.unsqueeze(-1)
-    by_row = (None if x is None else x.view(lead) for x in (entropy, logsumexp, sum_sq))
-    return TokenStats(logp.view(shape), *by_row, None, listed.view(shape))
+    by_row: Any = (None if x is None else x.view(lead) for x in (entropy, logsumexp, sum_sq))
+    entropy, logsumexp, sum_sq = by_row
+    return TokenStats(logp.view(shape), entropy, logsumexp, sum_sq, target_kept=listed.view(shape))
 
 
 def _placed(x: Tensor | None, value: Tensor | None, at: Tensor) -> Tensor | None:
