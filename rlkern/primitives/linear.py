@@ -150,7 +150,7 @@ def linear_token_stats(
 
     Raises:
         TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
-            With keep also ValueError for two rows with one list, IndexError for an id >= V; NaN rows on a GPU.
+            With keep also ValueError for rows that share a list and IndexError for ids >= V; on a GPU NaN.
     """
     if group is not None:
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
@@ -176,11 +176,12 @@ def linear_token_stats(
         chunk_rows = default_chunk_rows(hidden, weight.shape[0] * hidden.element_size())
     check_count("chunk_rows", chunk_rows, 1)
     check_flags(round_logits=round_logits)
+    several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
+    check_kept_options(outside, max_dense_rows, several and keep is not None)
     if keep is not None:
         if o.kept_kind != KeptKind.NONE:
             raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {min_p}, {min_prob} and {with_tail}")
         keep = check_kept(keep, hidden, "hidden")
-        check_kept_options(outside, max_dense_rows, targets, hidden)
 
         def dense(hidden, *of_rows):
             return _linear_token_stats(hidden, weight, bias, *of_rows, chunk_rows, *o)

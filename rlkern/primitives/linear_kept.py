@@ -65,8 +65,10 @@ def _row_of_entry(entries: Tensor, n: int, begin, end, rows, counted: Tensor) ->
     owner, shared = number, None
     if rows is not None:
         of_row = torch.where(counted & (rows >= 0) & (rows < lists), rows, lists).long()
-        owner = torch.full((lists + 1,), n, device=entries.device).scatter_reduce(0, of_row, number, "amin")
-        shared = (owner[of_row] != number) & (of_row < lists)
+        in_order, order = of_row.sort(stable=True)
+        again = (in_order == in_order.roll(1)) & (in_order < lists) & (number > 0)
+        shared = torch.zeros_like(again).scatter_(0, order, again)
+        owner = torch.full((lists + 1,), n, device=entries.device).scatter_(0, of_row.masked_fill(shared, lists), number)
     at = torch.arange(size, device=entries.device)
     of_entry = torch.searchsorted(begin.contiguous().long(), at, right=True) - 1
     inside = (of_entry >= 0) & (at < end[of_entry.clamp(min=0)])
@@ -252,13 +254,41 @@ _kept_rows = differentiable(
 )
 
 
+# --- rows over the whole vocabulary -------------------------------------------------------------------------
+
+
+def _new_picked(x, at):
+    return x.new_empty((len(at), *x.shape[1:]))
+
+
+def _new_unpicked(x, at, grad):
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+_picked_rows = differentiable(  # PyTorch's own adds the gradients in any order
+    Operator("picked_rows(Tensor x, Tensor at) -> Tensor", lambda x, at: x[at.clamp(max=len(x) - 1)], _new_picked),
+    Operator(
+        "picked_rows_backward(Tensor x, Tensor at, Tensor grad) -> Tensor", lambda x, at, grad: _placed(torch.zeros_like(x), grad, at), _new_unpicked
+    ),
+    instead=_INSTEAD,
+)
+
+
+def _placed(x: Any, value: Tensor | None, at: Tensor) -> Any:
+    """x [N, ...] with value [D, ...] at the rows `at`; those that are N are left out. None if either is."""
+    if x is None or value is None:
+        return x
+    spare = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
+    return spare.index_copy(0, at, value.view(len(at), *x.shape[1:]))[:-1]
+
+
 # --- together -----------------------------------------------------------------------------------------------
 
 
-def check_kept_options(outside: str, max_dense_rows: int, targets: Tensor, hidden: Tensor) -> None:
+def check_kept_options(outside: str, max_dense_rows: int, several: bool) -> None:
     check_choice("outside", outside, OUTSIDE)
     check_count("max_dense_rows", max_dense_rows)
-    if targets.dim() == hidden.dim() and targets.shape[-1] > 1 and outside != "minus_inf":
+    if several and outside != "minus_inf":
         raise ValueError(f"outside must be 'minus_inf' for several targets a row, which ask about the set, got {outside!r}")
 
 
@@ -293,11 +323,9 @@ def linear_kept_stats(
     of_rows = (logits, *pairs[:5], t, options.temperature, options.with_sum_sq, options.with_entropy)
     logp, entropy, logsumexp, sum_sq, found = _kept_rows(*of_rows)
     if max_dense_rows > 0 and n > 0:
-        at, used = pairs.dense.clamp(max=n - 1), pairs.dense < n
-        picked: Any = (None if x is None else x.reshape(n, -1)[at] for x in (hidden, targets, row_temperature))
-        h, y_of, t_of = picked
-        y_of = y_of if targets.dim() == hidden.dim() else y_of.squeeze(-1)
-        results = dense(h, y_of, used, None if t_of is None else t_of.squeeze(-1))
+        at = pairs.dense.clamp(max=n - 1)
+        of_dense = (y[at], pairs.dense < n, None if t is None else t[at])
+        results = dense(_picked_rows(hidden.reshape(n, -1), pairs.dense), *of_dense)
         fields = zip((logp, entropy, logsumexp, sum_sq), results[:4], strict=True)
         logp, entropy, logsumexp, sum_sq = (_placed(x, value, pairs.dense) for x, value in fields)
     shape = targets.shape
@@ -305,12 +333,3 @@ def linear_kept_stats(
     by_row: Any = (None if x is None else x.view(lead) for x in (entropy, logsumexp, sum_sq))
     entropy, logsumexp, sum_sq = by_row
     return TokenStats(logp.view(shape), entropy, logsumexp, sum_sq, target_kept=listed.view(shape))
-
-
-def _placed(x: Tensor | None, value: Tensor | None, at: Tensor) -> Tensor | None:
-    """x [N, ...] with value [D, ...] at the rows `at`; those that are N are left out."""
-    if x is None or value is None:
-        return x
-    value = value.view(len(at), *x.shape[1:])
-    spare = torch.cat([x, x.new_zeros((1, *x.shape[1:]))])
-    return spare.index_copy(0, at, value)[:-1]
