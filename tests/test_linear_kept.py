@@ -259,9 +259,10 @@ def test_where_no_host_looks_bad_rows_are_nan(backend, monkeypatch):
         assert torch.equal(field.isnan(), bad)
     gradient = torch.autograd.grad(stats.logp[~bad].sum(), (hidden, weight, bias))
     assert all(g.isfinite().all() for g in gradient)
-    shared = Kept.csr(IDS[0], OFFSETS[:3], rows=torch.tensor([1, 0, 1]), empty="nothing")
-    stats = linear_token_stats(hidden[:3], weight, targets[:3], keep=shared)
-    assert stats.logp.isnan().tolist() == [False, False, True]
+    for empty in ("everything", "nothing"):  # the third row has neither its list nor none
+        shared = Kept.csr(IDS[0], OFFSETS[:3], rows=torch.tensor([1, 0, 1]), empty=empty)
+        stats = linear_token_stats(hidden[:3], weight, targets[:3], keep=shared, max_dense_rows=3)
+        assert stats.logp.isnan().tolist() == [False, False, True]
 
 
 def test_nothing_of_the_size_of_logits(backend):
@@ -302,6 +303,9 @@ def test_slices_of_everything():
     )
     want = linear_token_stats(hidden, weight, targets, bias=bias, keep=Kept.ids(ids))
     assert torch.equal(stats.logp.flatten(), want.logp)
+    stats.logp[0] = 0  # as trainers do
+    (gradient,) = torch.autograd.grad(stats.logp.sum() + stats.entropy.sum(), bias)
+    assert gradient.isfinite().all() and gradient.any()
 
 
 @pytest.mark.parametrize("n", [0, 3])

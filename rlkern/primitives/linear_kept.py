@@ -102,6 +102,8 @@ def _pairs(entries, targets, begin, end, rows, mask, ignore_index, vocab, outsid
     everything = ~filled & counted if open_empty else torch.zeros_like(counted)
     listed = listed | everything.unsqueeze(-1) | ~counted.unsqueeze(-1)
     unrestricted = everything | ~listed.all(-1) if outside == "everything" else everything
+    if shared is not None:
+        unrestricted = unrestricted & ~shared
     rank = unrestricted.cumsum(0)
     if readable and n > 0 and int(rank[-1]) > max_dense_rows:
         raise ValueError(
