@@ -91,7 +91,9 @@ def _pairs(entries, targets, begin, end, rows, mask, ignore_index, vocab, outsid
     y = torch.where((targets < 0) | (targets >= vocab), vocab, targets).masked_fill(ignored, -1)
     counted: Any = counted_rows(targets, mask, ignore_index, 1)
     row, shared = _row_of_entry(entries, n, begin, end, rows, counted)
-    row = torch.where(entries < 0, n, row)
+    row, room = torch.where(entries < 0, n, row), entries.numel() + n
+    if readable and begin is None:  # most of padded lists is padding
+        entries, row = entries[row < n], row[row < n]
     row = torch.where(by_entry(counted), row, n)
     ids = entries.clamp(max=vocab)
     if readable:
@@ -122,9 +124,6 @@ def _pairs(entries, targets, begin, end, rows, mask, ignore_index, vocab, outsid
     adds = undefined | (counted & ~listed[:, 0]) if outside == "include" else undefined
     row = torch.cat([row, torch.where(adds, number, n)])
     ids = torch.cat([ids, torch.where(undefined, vocab, y[:, 0])])
-    room = len(row)
-    if readable:  # most of padded lists is padding
-        ids, row = ids[row < n], row[row < n]
     row, order = row.int().sort(stable=True)
     ids = torch.where(row < n, ids[order], vocab)
     offsets = torch.searchsorted(row, torch.arange(n + 1, dtype=torch.int32, device=row.device))
