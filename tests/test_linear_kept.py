@@ -362,6 +362,19 @@ def test_compile_opcheck_and_pytree():
     torch.library.opcheck(operators.kept_rows.default, (logits, *pairs[:5], None, 0.7, True, False))
 
 
+class Head(torch.nn.Linear):
+    def forward(self, hidden, targets, keep):
+        stats = linear_token_stats(hidden, self.weight, targets, bias=self.bias, keep=keep)
+        return stats.logp, stats.entropy, stats.target_kept
+
+
+def test_export():
+    (hidden, _, _), targets, ids = draw(torch.float32)
+    head, arguments = Head(H, V), (hidden.detach(), targets, Kept.ids(ids.int()))
+    exported = torch.export.export(head, arguments).module()
+    assert all(torch.equal(a, b) for a, b in zip(exported(*arguments), head(*arguments), strict=True))
+
+
 def test_meta_autocast_and_second_derivatives():
     (hidden, weight, bias), targets, ids = draw(torch.float32)
     on_meta = [x.detach().to("meta").requires_grad_() for x in (hidden, weight, bias)]

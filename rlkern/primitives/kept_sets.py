@@ -163,9 +163,11 @@ def check_kept(keep: Any, x: Tensor, of: str) -> Kept:
     return keep
 
 
+_TENSORS = ("entries", "begin", "end", "rows")
 _pytree.register_pytree_node(
     Kept,
-    lambda kept: ([kept.entries, kept.begin, kept.end, kept.rows], kept.empty),
+    lambda kept: ([getattr(kept, name) for name in _TENSORS], kept.empty),
     lambda leaves, empty: Kept(*leaves, empty=empty),  # type: ignore[misc]  # four of them
+    flatten_with_keys_fn=lambda kept: ([(_pytree.GetAttrKey(name), getattr(kept, name)) for name in _TENSORS], kept.empty),
     serialized_type_name="rlkern.Kept",
 )
