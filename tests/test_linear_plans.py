@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import one_of_them, results_of
 
-from rlkern import LinearPlan, linear_plan, linear_token_stats, reference, token_stats
+from rlkern import Kept, LinearPlan, linear_plan, linear_token_stats, reference, token_stats
 from rlkern.primitives import plans
 
 V, H, N = 53, 6, 10
@@ -447,6 +447,7 @@ def test_consuming_operators():
         ({"weight_grad_out": torch.zeros(V, H)}, TypeError, "weight_grad_out must be torch.float64"),
         ({"weight_grad_out": torch.zeros(H, V)}, ValueError, "weight_grad_out must have the shape of weight"),
         ({"gathered": 3}, TypeError, "gathered must be a function"),
+        ({"keep": Kept.ids(torch.zeros(3, 2, dtype=torch.long)), "num_valid": 3}, ValueError, "keep takes no num_valid: expected None, got 3"),
         ({"lora": (1, 2)}, TypeError, "lora must be"),
         ({"lora": (torch.zeros(2, H), torch.zeros(V, 2), 1.0)}, TypeError, "dtype of hidden"),
         ({"lora": (torch.zeros(2, H - 1).double(), torch.zeros(V, 2).double(), 1.0)}, ValueError, r"lora must be A \[r, 6\] and B \[53, r\]"),

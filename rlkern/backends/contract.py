@@ -79,6 +79,36 @@ Moments of rows, and the entropy of softmax((logits - reference) / T):
 
 A row of moments with an infinite or NaN logit is NaN. Backwards continue from the forward of any backend.
 
+The output matrix at listed ids, and statistics of each row's:
+
+    kept_logits(hidden, weight, bias, ids, row, out)
+    kept_hidden_gradient(weight, ids, offsets, grad, out)
+    kept_weight_gradient(hidden, ids, row, grad, out)
+    kept_rows_forward(logits, ids, row, offsets, targets, counted, temperature, out)
+    kept_rows_backward(logits, row, offsets, place, temperature, state, grads, out)
+
+    ids, row     [P] int32, the pairs: row r has those in [offsets[r], offsets[r + 1]), row N stands for none.
+                 An id of V is outside the vocabulary: its logit is NaN, and nothing of it is read.
+                 kept_weight_gradient takes pairs and `grad` sorted by id, of each in the order of rows
+    offsets      [N + 1] int64
+    hidden       [A, B, H], any strides over A and B, last stride 1
+    weight       [1, V, H], any stride over V; bias [V] contiguous, or None; of hidden's dtype
+    logits, grad [P] contiguous in the accumulation dtype; beyond the last pair their values are not used
+    out          kept_logits: [P], 0 beyond the last pair
+                 kept_hidden_gradient: [N, H] contiguous, all of it written
+                 kept_weight_gradient: [V, H] contiguous, zeros
+                 kept_rows_forward: (logp [N, K], entropy, logsumexp, sum_sq_prob, state [N, State.KEPT],
+                 place [N, K] int32); entropy and sum_sq_prob may be None
+                 kept_rows_backward: [P], zeros
+    targets      [N, K] int32, -1 where ignored: logp 0 and no gradient; -inf where the row lacks it
+    place        where a row has its target first, from 0 on; -1: nowhere
+    counted      [N] bool: other rows have no pairs, and are zero in every output
+    state        the first columns of State
+    grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob), contiguous, each may be None
+
+Dot products along H and sums over pairs are in the accumulation dtype, in an order that depends on H, on the
+row's list or on the id's pairs alone.
+
 One number a token, over all tokens of a batch:
 
     covariance_sums(logp, advantages, mask) -> sums

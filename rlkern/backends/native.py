@@ -20,9 +20,13 @@ _DTYPES = {getattr(torch, name): code for code, name in enumerate(_cpu.constants
 _TOKEN_DTYPES = {dtype: _DTYPES[dtype] for dtype in (torch.float32, torch.float64)}  # of numbers one a token
 
 
+def _temperature(temperature) -> dict:
+    per_row = isinstance(temperature, Tensor)
+    return {"temperature": 1.0 if per_row else temperature, "temperatures": temperature if per_row else None}
+
+
 def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
     outer, inner, vocab = logits.shape
-    per_row = isinstance(temperature, Tensor)
     return {
         "dtype": _DTYPES[logits.dtype],
         "logits": logits,
@@ -32,8 +36,7 @@ def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
         "targets": targets,
         "n_targets": 0 if targets is None else targets.shape[-1],
         "mask": mask,
-        "temperature": 1.0 if per_row else temperature,
-        "temperatures": temperature if per_row else None,
+        **_temperature(temperature),
         "ignore_index": ignore_index,
         "state": state,
         "threads": torch.get_num_threads(),
@@ -130,6 +133,44 @@ def did_entropy_backward(logits, reference, mask, temperature, state, grad, out)
     own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference}
     own |= {"g_entropy": grad, "out": d_logits, "reference_out": d_reference}
     _cpu.did_entropy_backward(_rows(logits, None, mask, temperature, 0, state), own)
+
+
+def _kept(dtype, rows, width, vocab, ids, row) -> dict:
+    pairs = {"dtype": _DTYPES[dtype], "rows": rows, "width": width, "vocab": vocab, "ids": ids, "row": row}
+    return {**pairs, "threads": torch.get_num_threads()}
+
+
+def kept_logits(hidden, weight, bias, ids, row, out) -> None:
+    outer, inner, width = hidden.shape
+    own = {"hidden": hidden, "weight": weight, "inner": inner, "pairs": len(ids), "bias": bias, "out": out}
+    _cpu.kept_logits(_kept(hidden.dtype, outer * inner, width, weight.shape[1], ids, row), own)
+
+
+def kept_hidden_gradient(weight, ids, offsets, grad, out) -> None:
+    n, width = out.shape
+    own = {"weight": weight, "offsets": offsets, "grad": grad, "out": out}
+    _cpu.kept_hidden_gradient(_kept(weight.dtype, n, width, weight.shape[1], ids, None), own)
+
+
+def kept_weight_gradient(hidden, ids, row, grad, out) -> None:
+    outer, inner, width = hidden.shape
+    own = {"hidden": hidden, "inner": inner, "pairs": len(ids), "grad": grad, "out": out}
+    _cpu.kept_weight_gradient(_kept(hidden.dtype, outer * inner, width, len(out), ids, row), own)
+
+
+def kept_rows_forward(logits, ids, row, offsets, targets, counted, temperature, out) -> None:
+    logp, entropy, logsumexp, sum_sq, state, place = out
+    call = {"n": len(targets), "n_targets": targets.shape[1], "logits": logits, "ids": ids, "offsets": offsets, "targets": targets}
+    call |= {"counted": counted, **_temperature(temperature), "logp": logp, "entropy": entropy, "logsumexp": logsumexp}
+    call |= {"sum_sq": sum_sq, "state": state, "place": place}
+    _cpu.kept_rows_forward(_TOKEN_DTYPES[logits.dtype], call)
+
+
+def kept_rows_backward(logits, row, offsets, place, temperature, state, grads, out) -> None:
+    names = ("g_logp", "g_entropy", "g_logsumexp", "g_sum_sq")
+    call = {"n": len(place), "n_targets": place.shape[1], "logits": logits, "offsets": offsets, "place": place}
+    call |= {**_temperature(temperature), "state": state, **dict(zip(names, grads, strict=True)), "out": out}
+    _cpu.kept_rows_backward(_TOKEN_DTYPES[logits.dtype], call)
 
 
 def covariance_sums(logp, advantages, mask) -> Tensor:

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from ..layout import row_chunks
 from .contract import ELSEWHERE, LARGEST_EXPONENT, KeptKind, KLKind, State
+from .reference_kept import kept_hidden_gradient as kept_hidden_gradient
+from .reference_kept import kept_logits as kept_logits
+from .reference_kept import kept_rows_backward as kept_rows_backward
+from .reference_kept import kept_rows_forward as kept_rows_forward
+from .reference_kept import kept_weight_gradient as kept_weight_gradient
 from .reference_pair import pair_backward as pair_backward
 from .reference_pair import pair_forward as pair_forward
 from .reference_rows import inverse_temperature, skipped_rows, soft_cap, soft_cap_slope
