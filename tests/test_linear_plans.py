@@ -447,6 +447,7 @@ def test_consuming_operators():
         ({"weight_grad_out": torch.zeros(V, H)}, TypeError, "weight_grad_out must be torch.float64"),
         ({"weight_grad_out": torch.zeros(H, V)}, ValueError, "weight_grad_out must have the shape of weight"),
         ({"gathered": 3}, TypeError, "gathered must be a function"),
+        ({"gathered": lambda: 3}, TypeError, "gathered must be .* got one that returns 3"),
         ({"keep": Kept.ids(torch.zeros(3, 2, dtype=torch.long)), "num_valid": 3}, ValueError, "keep takes no num_valid: expected None, got 3"),
         ({"lora": (1, 2)}, TypeError, "lora must be"),
         ({"lora": (torch.zeros(2, H), torch.zeros(V, 2), 1.0)}, TypeError, "dtype of hidden"),

@@ -258,6 +258,21 @@ def _check_weight_grad_out(weight_grad_out: Tensor | None, weight: Tensor) -> No
         raise TypeError(f"weight_grad_out must be {computing_dtype(weight)} for weight {weight.dtype}, got {weight_grad_out.dtype}")
 
 
+def _context(gathered: Callable[[], Any] | None) -> Any:
+    if gathered is None:
+        return nullcontext()
+    wanted = "gathered must be a function without arguments that returns a context manager, or None"
+    if not callable(gathered):
+        raise TypeError(f"{wanted}, got {shown(gathered)}")
+    try:
+        context = gathered()
+    except TypeError as error:
+        raise TypeError(f"{wanted}, got one that raises {error}") from error
+    if not hasattr(context, "__enter__"):
+        raise TypeError(f"{wanted}, got one that returns {shown(context)}")
+    return context
+
+
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -348,9 +363,7 @@ def linear_token_stats(
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    if gathered is not None and not callable(gathered):
-        raise TypeError(f"gathered must be a function that returns a context manager, or None, got {shown(gathered)}")
-    with nullcontext() if gathered is None else gathered():
+    with _context(gathered):
         weight, bias = whole_parameter(weight), whole_parameter(bias)
         hidden, weight, bias = autocast(hidden, weight, bias)
         check_matrix(hidden, weight, bias)
