@@ -144,7 +144,10 @@ def test_confident_rows_keep_their_digits(backend, device):
 def test_a_scale_without_a_cap_is_a_temperature(backend, device):
     x, y = draw(4, 300, device=device), ids(300, 4, device=device)
     for t in (0.7, torch.tensor([0.5, 1.0, 2.0, 1.5], device=device)):
-        got, want = rlkern.token_stats(x, y, logit_scale=1.7, temperature=t, min_prob=0.01), rlkern.token_stats(x, y, temperature=t / 1.7, min_prob=0.01)
+        got, want = (
+            rlkern.token_stats(x, y, logit_scale=1.7, temperature=t, min_prob=0.01),
+            rlkern.token_stats(x, y, temperature=t / 1.7, min_prob=0.01),
+        )
         assert all(a is None or torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 

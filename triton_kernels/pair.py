@@ -35,9 +35,7 @@ def _common(logits, other, targets, mask, temperature, other_temperature, state,
     return pointers, (temperature, other_temperature), [1.0 / cap if cap > 0 else 0.0 for cap in caps], options
 
 
-def pair_forward(
-    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0
-) -> None:
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     divergence, logp, entropy, logsumexp, *others, state = out
     pointers, temperatures, caps, options = _common(logits, other, targets, mask, temperature, other_temperature, state, softcap, other_softcap)
     outer, inner, vocab = logits.shape
