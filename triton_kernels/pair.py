@@ -25,7 +25,7 @@ def _same(a, b) -> bool:
 
 
 def _common(logits, other, targets, mask, temperature, other_temperature, state, *caps):
-    """(pointers, temperatures, 1 / caps, what all kernels specialise on). The logits stand for what is absent."""
+    """(pointers, temperatures, 1 / caps, specialisations). The logits stand for an absent tensor."""
     same, acc = _same(temperature, other_temperature), state.dtype
     (mask_pointer, temperatures), temperature, options = row_options(logits, mask, temperature, acc)
     (_, other_temperatures), other_temperature, _ = row_options(other, None, other_temperature, acc)
