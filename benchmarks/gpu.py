@@ -1,22 +1,22 @@
-"""`make gpu`: rlkern on this machine's GPU, in two stages of five minutes each, without a network.
+"""`make gpu`: rlkern on this machine's GPU, in two stages of five to seven minutes each, without a network.
 
-    python benchmarks/gpu.py [--stage first] [--steps tests,bench] [--rehearse]
+    python benchmarks/gpu.py [--stage first] [--steps tests,bench] [--variants "--computes jsd"] [--rehearse]
     PEERS=folder python benchmarks/gpu.py --stage second      (by default build/peers, filled by `make peers`)
 
 first (330 seconds at most; what decides whether the kernels are right and fast):
 
     install    the project into a temporary folder, as users do; where that fails the Python files alone
     tests      full size, dtypes, layouts, CUDA graphs, no host sync; every primitive, every public function
-    variants   launch shapes against each other
+    variants   launch shapes against each other, by --variants with options of benchmarks/variants.py
     bench      rlkern against eager PyTorch, one row and two rows, beside the card's own copy bandwidth
 
-second (300 seconds at most; no CPU kernels, which it does not need):
+second (400 seconds at most; no CPU kernels, which it does not need):
 
     peers      unpacks the packages to compare with
     compile    compiles and checks every kernel variant, for the sanitizer
     bench      again, with torch.compile, as far as there is time for it, and the peers
     suite      the Triton half of the ordinary tests, on the card; beside it
-    memcheck, racecheck   compute-sanitizer over every kernel variant
+    memcheck, racecheck   compute-sanitizer over every kernel variant, side by side
     ncu        Nsight Compute on one launch of each direction
 
 Each step has its own time limit and runs whatever became of the others. Results are written as they come, to
@@ -42,8 +42,9 @@ STARTED = time.monotonic()
 BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "benchmarks" / "results"
 TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "gpu_primitives", "gpu_smoke"))
 KERNELS = ("triton_token_stats", "launch_shapes", "token_stats", "ratio", "selection", "covariance", "unread_rows")
+SECOND_ROWS = ("triton_pair", "triton_moments", "did")
 USERS = ("operator", "elbo", "bgpo_options", "kinks", "metrics", "default_dtype")
-SUITE = tuple(f"tests/test_{name}.py" for name in (*KERNELS, *USERS))
+SUITE = tuple(f"tests/test_{name}.py" for name in (*KERNELS, *SECOND_ROWS, *USERS))
 DRAWN = "drawn_inputs"  # dozens of kernels one after the other in one worker
 REHEARSED = ("tests/test_triton_token_stats.py",), ("-k", "every_type or skipped")
 CHOICE = ("tests", "variants", "compile", "bench", "suite", "memcheck", "racecheck", "ncu")
@@ -60,7 +61,8 @@ print("GPU:", torch.cuda.get_device_name())
 class Plan:
     """The steps of both stages: on a GPU, or with `rehearse` the same scripts, tiny, on a processor."""
 
-    def __init__(self, session: Session, work: Path, rehearse: bool = False):
+    def __init__(self, session: Session, work: Path, rehearse: bool = False, variants: str = ""):
+        self.options_of_variants = variants.split()
         self.session, self.rehearse, self.site, self.peers = session, rehearse, work / "site", work / "peers"
         session.env["PYTHONPATH"] = os.pathsep.join([str(self.site), str(self.peers), str(BENCHMARKS)])
         if rehearse:
@@ -71,17 +73,17 @@ class Plan:
 
     def first(self) -> list[Group]:
         pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index", "--target", self.site, ROOT]
-        install = [] if self.rehearse else [[Step("install", 90, lambda limit: pip, otherwise=self.python_files)]]
+        install = [] if self.rehearse else [[Step("install", 60, lambda limit: pip, otherwise=self.python_files)]]
         if self.rehearse:
             self.python_files()
         out = self.session.out / FILES["first"]["variants"]
-        variants = [sys.executable, BENCHMARKS / "variants.py", "--out", out, *(["--rehearse"] if self.rehearse else [])]
+        variants = [sys.executable, BENCHMARKS / "variants.py", "--out", out, *self.options_of_variants, *(["--rehearse"] if self.rehearse else [])]
         steps = [
-            self.pytest("tests", 130, TESTS),
+            self.pytest("tests", 150, TESTS),
             Step("variants", 45, lambda limit: [*variants, "--budget", round(limit) - START_AND_END], elastic=True, least=START_AND_END + 10),
             self.bench(60, "--no-compile", "--no-peers"),
         ]
-        return [[[self.card(90)], *install], *([[step]] for step in steps)]
+        return [[[self.card(60)], *install], *([[step]] for step in steps)]
 
     def second(self) -> list[Group]:
         self.python_files()
@@ -89,22 +91,22 @@ class Plan:
         peers = Step("peers", 15, lambda limit: [sys.executable, BENCHMARKS / "peers.py", folder, self.peers])
         script = [sys.executable, BENCHMARKS / "sanitize.py", *(["--rehearse"] if self.rehearse else [])]
         # Several processes compile and check the kernels; the tool then finds them in Triton's cache.
-        compiled = Step("compile", 55, lambda limit: [*script, "--jobs", min(8, os.cpu_count() or 1)])
+        compiled = Step("compile", 80, lambda limit: [*script, "--jobs", min(14, os.cpu_count() or 1)])
         # Without PyTorch's caching allocator each tensor is its own allocation: a read past its end is seen.
         sanitizer = [self.tool("compute-sanitizer"), "--error-exitcode", "9", "--print-limit", "20"]
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        memcheck = Step("memcheck", 50, lambda limit: [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *script], env)
-        racecheck = Step("racecheck", 40, lambda limit: [*sanitizer, "--tool", "racecheck", *script], env)
+        memcheck = Step("memcheck", 150, lambda limit: [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *script], env)
+        racecheck = Step("racecheck", 150, lambda limit: [*sanitizer, "--tool", "racecheck", *script], env)
         ncu = [self.tool("ncu"), "--set", "full", "--clock-control", "none", "--profile-from-start", "off", "--page", "details"]
         ncu += ["--log-file", self.session.out / FILES["second"]["ncu"], sys.executable, BENCHMARKS / "one_launch.py"]
         ncu += ["--device", "cpu", "--shape", "4x300"] if self.rehearse else []
         # The key figures must be there: a profiler that may not read the counters need not fail.
-        shown = '"$@" && grep -E "token_stats|Duration|Throughput  " "$0" && grep -q Duration "$0" || { tail -n 5 "$0"; exit 1; }'
+        shown = '"$@" && grep -E "token_stats|pair_|Duration|Throughput  " "$0" && grep -q Duration "$0" || { tail -n 5 "$0"; exit 1; }'
         ncu = ["sh", "-c", shown, self.session.out / FILES["second"]["ncu"], *ncu]
         return [
             [[self.card(70)], [peers, compiled]],
             [[self.bench(105, *(["--no-compile"] if self.rehearse else []))._replace(elastic=False)]],
-            [[self.pytest("suite", 90, SUITE, "-k", f"(triton or launch_shapes) and not {DRAWN}")], [memcheck, racecheck]],
+            [[self.pytest("suite", 165, SUITE, "-k", f"(triton or launch_shapes) and not {DRAWN}")], [memcheck], [racecheck]],
             [[Step("ncu", 30, lambda limit: ncu)]],
         ]
 
@@ -167,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", choices=tuple(TOTALS), help="one of the two (default: both, one after the other)")
     parser.add_argument("--steps", help="only these, by their names, with commas")
+    parser.add_argument("--variants", default="", metavar="OPTIONS", help="options of benchmarks/variants.py")
     parser.add_argument("--rehearse", action="store_true", help="on a processor, with tiny inputs")
     args = parser.parse_args(argv)
     chosen = set(args.steps.split(",")) if args.steps else set(CHOICE)
@@ -181,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         out = Path(os.environ.get("OUT") or (work / "out" if args.rehearse else ROOT / "out")).resolve()
         for stage in [args.stage] if args.stage else TOTALS:
             session = Session(stage, out, results, started=started)
-            groups = Plan(session, work, args.rehearse).groups()
+            groups = Plan(session, work, args.rehearse, args.variants).groups()
             session.run(choose(groups, chosen))
             failed |= session.close()
             started = None

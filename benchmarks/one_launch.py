@@ -1,4 +1,4 @@
-"""For a profiler: one warm forward and backward between cudaProfilerStart and cudaProfilerStop.
+"""For a profiler: a warm forward and backward of one row and of two between cudaProfilerStart and Stop.
 
 ncu --profile-from-start off --set full python benchmarks/one_launch.py [--shape 8192x151936] [--dtype bf16]
 """
@@ -7,8 +7,7 @@ import contextlib
 import sys
 
 import torch
-from contenders import BOTH
-from measure import Case, argument_parser, arguments, inputs
+from measure import PAIRS, Case, argument_parser, arguments, inputs
 
 import rlkern
 
@@ -17,14 +16,15 @@ def main() -> int:
     parser = argument_parser(__doc__, "device", "dtype", device="cuda")
     parser.add_argument("--shape", default="8192x151936", metavar="NxV")
     args = arguments(parser)
-    x, y, grads = inputs(Case(args.device, args.dtype, *map(int, args.shape.split("x")), BOTH))
+    x, (other, y), grads = inputs(Case(args.device, args.dtype, *map(int, args.shape.split("x")), PAIRS[0]))
     x.requires_grad_()
     for watched in (False, True):
         if args.device == "cuda":
             torch.cuda.synchronize()
         with torch.cuda.profiler.profile() if watched and args.device == "cuda" else contextlib.nullcontext():
             stats = rlkern.token_stats(x, y)
-            torch.autograd.grad((stats.logp, stats.entropy), x, grads)
+            torch.autograd.grad((stats.logp, stats.entropy), x, grads[:2])
+            torch.autograd.grad(rlkern.token_divergence(x, other), x, grads[2])
             if args.device == "cuda":
                 torch.cuda.synchronize()
     print(f"launched {args.dtype} {args.shape} forward and backward")

@@ -15,7 +15,9 @@ import torch
 
 import rlkern
 from rlkern import reference
+from rlkern.primitives.moments import row_moments
 
+KL_AND_MIXTURE = ("reverse_kl", "jsd")  # the two families of kernels for pairs
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
 
@@ -37,6 +39,23 @@ def variants():
     for vocab in (262_144, 262_147):  # split over several programs a row
         yield torch.bfloat16, vocab, "slice", {}
         yield torch.bfloat16, vocab, "rows", everything
+    yield torch.bfloat16, 5000, "rows", {"targets": 3, "with_tail": True}
+    yield from others()
+
+
+def others():
+    """The same of the kernels over two rows, and of moments: `of` names the function."""
+    for of in (*KL_AND_MIXTURE, "moments", "did"):
+        for dtype in (torch.bfloat16, torch.float32):
+            for vocab, layout in ((7, "rows"), (5000, "slice"), (9001, "odd stride")):
+                yield dtype, vocab, layout, {"of": of}
+        yield torch.float64, 5000, "rows", {"of": of}
+        yield torch.bfloat16, 262_147, "rows", {"of": of, "mask": True}
+    for of in KL_AND_MIXTURE:
+        for vocab, layout in ((5000, "in place"), (9001, "in place"), (262_144, "rows")):
+            yield torch.bfloat16, vocab, layout, {"of": of, "mask": True, "row_temperature": True}
+    for of in ("forward_kl", "mixed_kl", "cross_entropy", "skew_forward_kl", "skew_reverse_kl"):
+        yield torch.bfloat16, 5000, "odd stride", {"of": of}
 
 
 def _logits(dtype, vocab, layout, generator):
@@ -52,6 +71,8 @@ def _logits(dtype, vocab, layout, generator):
 
 def check(dtype, vocab, layout, options, device="cuda") -> str | None:
     """Runs one variant forward and backward; returns what is wrong with it, or None."""
+    if "of" in options:
+        return _check_other(dtype, vocab, layout, device, **options)
     generator = torch.Generator().manual_seed(vocab)
     options = dict(options)
     storage, x = _logits(dtype, vocab, layout, generator)
@@ -71,7 +92,8 @@ def check(dtype, vocab, layout, options, device="cuda") -> str | None:
     def loss(stats, logp, w):
         parts = [(logp * w[0]).sum(), (stats.entropy * w[1]).sum(), (stats.logsumexp * w[2]).sum()]
         parts += [(stats.sum_sq_prob * w[3]).sum()] if options.get("with_sum_sq") else []
-        return sum(parts + ([(stats.kept_logmass * w[4]).sum()] if stats.kept_logmass is not None else []))
+        mass = stats.tail_logmass if options.get("with_tail") else stats.kept_logmass
+        return sum(parts + ([(mass * w[4]).sum()] if mass is not None else []))
 
     on_device = storage.to(device, copy=True).as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_()
     t = temperature.to(device) if isinstance(temperature, torch.Tensor) else temperature
@@ -81,18 +103,57 @@ def check(dtype, vocab, layout, options, device="cuda") -> str | None:
 
     exact_x = x.double().requires_grad_()
     exact_t = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
-    exact = reference.token_stats(exact_x, y if k else y.unsqueeze(-1), exact_t, options.get("min_p"), options.get("min_prob"))
+    exact = reference.token_stats(
+        exact_x, y if k else y.unsqueeze(-1), exact_t, options.get("min_p"), options.get("min_prob"), options.get("with_tail", False)
+    )
     keep = torch.ones(rows, dtype=torch.bool) if mask is None else mask
     exact_logp = exact.logp if k else exact.logp.squeeze(-1)
     masked = type(exact)(*(None if f is None else torch.where(keep, f, 0) if f.shape == rows else f for f in exact))
     exact_logp = torch.where(keep.unsqueeze(-1) if k else keep, exact_logp, 0)
     expected = torch.autograd.grad(loss(masked, exact_logp, [w.double() for w in [g_logp, *weights]]), exact_x)[0]
     compared = {"logp": (stats.logp, exact_logp, 1e-5), "entropy": (stats.entropy, masked.entropy, 1e-5)}
-    for name, (value, wanted, tolerance) in (compared | {"gradient": (got, expected, _TOLERANCE[dtype])}).items():
+    return _wrong(compared | {"gradient": (got, expected, _TOLERANCE[dtype])})
+
+
+def _wrong(compared: dict) -> str | None:
+    """name -> (value, what it should be, tolerance)"""
+    for name, (value, wanted, tolerance) in compared.items():
         error = (value.cpu().double() - wanted.detach()).abs()
         if not (error <= tolerance * (1 + wanted.detach().abs())).all():
             return f"{name} off by {error.max().item():.2e}"
     return None
+
+
+def _check_other(dtype, vocab, layout, device, of, mask=False, row_temperature=False) -> str | None:
+    generator = torch.Generator().manual_seed(vocab)
+    (storage, x), (other_storage, other) = (_logits(dtype, vocab, layout, generator) for _ in range(2))
+    rows = x.shape[:-1]
+    y = torch.randint(vocab, rows, generator=generator)
+    keep = torch.rand(rows, generator=generator) < 0.7 if mask else torch.ones(rows, dtype=torch.bool)
+    t = 0.5 + torch.rand(rows, generator=generator) if row_temperature else 0.7
+
+    def run(x, other, device, exact=False):
+        if of == "moments":
+            return reference.row_moments(x, y) if exact else row_moments(x, y.to(device), mask=keep.to(device) if mask else None)
+        temperature = t.to(device, x.dtype if exact else torch.float32) if row_temperature else t
+        options = {"temperature": temperature} | ({} if exact else {"mask": keep.to(device) if mask else None})
+        if of == "did":
+            return ((reference if exact else rlkern).token_did_entropy(x, other, **options),)
+        if exact:
+            stats = reference.token_stats(x, y.unsqueeze(-1), temperature)
+            return reference.token_divergence(x, other, of, **options), stats.logp.squeeze(-1), stats.entropy
+        stats = rlkern.pair_stats(x, other, y.to(device), kind=of, inplace_backward=layout == "in place", **options)
+        return stats.divergence, stats.logp, stats.entropy
+
+    on_device = [s.to(device, copy=True).as_strided(z.shape, z.stride(), z.storage_offset()) for s, z in ((storage, x), (other_storage, other))]
+    leaf, exact = on_device[0].requires_grad_(), x.double().requires_grad_()
+    values, wanted = run(leaf, on_device[1], device), run(exact, other.double(), "cpu", exact=True)
+    weights = [torch.randn(rows, generator=generator, dtype=torch.float64) for _ in values]
+    gradient = torch.autograd.grad(sum((v * w.to(v)).sum() for v, w in zip(values, weights, strict=True)), leaf)[0]
+    wanted = [torch.where(keep, w, 0) for w in wanted]
+    expected = torch.autograd.grad(sum((v * w).sum() for v, w in zip(wanted, weights, strict=True)), exact)[0]
+    compared = {f"result {i}": (v, w, 1e-5) for i, (v, w) in enumerate(zip(values, wanted, strict=True))}
+    return _wrong(compared | {"gradient": (gradient, expected, _TOLERANCE[dtype])})
 
 
 def main() -> int:

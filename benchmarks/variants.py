@@ -1,6 +1,7 @@
-"""The fastest way to launch the token_stats kernels on this card: variants beside the one in use.
+"""The fastest way to launch the kernels of one row and of two on this card: variants beside the one in use.
 
     python benchmarks/variants.py --out FILE [--budget 90] [--shapes 8192x151936 ...] [--dtypes bf16 fp32]
+                                  [--computes logp+entropy reverse_kl jsd]
 
 Rounds are interleaved. First each variant's results are compared with those of the shape in use. A variant
 wins where it is faster by more than both spreads together, and nowhere slower by more than that at the same
@@ -21,13 +22,16 @@ if "--rehearse" in sys.argv:
     os.environ["TRITON_INTERPRET"] = "1"  # before the kernels are imported
 
 import torch
-from measure import DTYPES, Case, Replay, argument_parser, clock, design_bytes, few_rows, inputs, median, rotation, spread
+from measure import DTYPES, PAIRS, Case, Replay, argument_parser, clock, design_bytes, few_rows, inputs, logits_bytes, median, rotation, spread
 from session import write
 
 import rlkern
-from rlkern.triton_kernels import token_stats as kernels
-from rlkern.triton_kernels.launch import BackwardShape, ForwardShape
+from rlkern.backends.contract import PairKind
+from rlkern.primitives.divergence import PairOptions
+from rlkern.triton_kernels import pair, token_stats
+from rlkern.triton_kernels.launch import BackwardShape, ForwardShape, gpu
 
+COMPUTES = ("logp+entropy", "reverse_kl", "jsd")
 SHAPES = ((8192, 151_936), (16_384, 32_768), (64, 151_936), (4096, 262_144), (8192, 50_257))  # the last one's rows start anywhere
 REHEARSED = ((2, 1501),)
 DIRECTIONS = ("forward", "backward")
@@ -72,27 +76,36 @@ def launch_cases() -> list:
     """For the offline report: variants of the shapes that an H100 gets, on rows aligned and not."""
     from offline.cases import DTYPES, LAYOUTS, Case
 
-    card, found = kernels.gpu(torch.device("cpu"))._replace(capability=(9, 0)), []
+    card, found = gpu(torch.device("cpu"))._replace(capability=(9, 0)), []
     for layout, dtype in (("V=151936", "bf16"), ("V=50257", "bf16"), ("V=151936", "fp32")):
         row = (card, LAYOUTS[layout][0], DTYPES[dtype].itemsize)
-        tables = {"forward": forward_variants(in_use("forward", *row)), "backward logp+entropy": backward_variants(in_use("backward", *row))}
+        shapes = {direction: in_use("logp+entropy", direction, *row) for direction in DIRECTIONS}
+        tables = {"forward": forward_variants(shapes["forward"]), "backward logp+entropy": backward_variants(shapes["backward"])}
         found += [Case(name, dtype, layout, shape, label) for name, shapes in tables.items() for label, shape in shapes.items()]
     return found
 
 
-def in_use(direction: str, card, vocab: int, element_size: int):
+def chooser(computes: str, direction: str) -> tuple:
+    """(module, name of its function) that chooses the launch shape"""
+    return (pair, f"pair_{direction}_shape") if computes in PAIRS else (token_stats, f"{direction}_shape")
+
+
+def in_use(computes: str, direction: str, card, vocab: int, element_size: int):
     """What the table says for contiguous rows."""
-    return getattr(kernels, f"{direction}_shape")(card, vocab, element_size, vocab * element_size % 16 == 0)
+    module, name = chooser(computes, direction)
+    mixture = [computes == "jsd"] if name == "pair_backward_shape" else []
+    return getattr(module, name)(card, vocab, element_size, vocab * element_size % 16 == 0, *mixture)
 
 
 def variants_of(direction: str, case: Case, x: torch.Tensor) -> dict:
-    now = in_use(direction, kernels.gpu(x.device), case.vocab, x.element_size())
+    now = in_use(case.computes, direction, gpu(x.device), case.vocab, x.element_size())
     return (forward_variants if direction == "forward" else backward_variants)(now)
 
 
 @contextlib.contextmanager
-def launch_shape(direction: str, shape):
-    with mock.patch.object(kernels, f"{direction}_shape", lambda *_: shape):
+def launch_shape(computes: str, direction: str, shape):
+    module, name = chooser(computes, direction)
+    with mock.patch.object(module, name, lambda *_: shape):
         yield
 
 
@@ -100,17 +113,24 @@ class Operators:
     """The two operators on one case, without autograd; several copies of the logits for replays."""
 
     def __init__(self, case: Case):
-        self.case = case
-        x, self.y, self.grads = inputs(case)
+        self.case, ops = case, torch.ops.rlkern
+        x, y, grads = inputs(case)
         self.logits = [x] + [x.clone() for _ in range(rotation(case) - 1 if few_rows(case) else 0)]
-        self.options = (None, None, 1.0, -100, 0, 0.0, False, True, 0.0)  # no mask, no kept set, the entropy, no softcap
+        if case.computes in PAIRS:
+            self.op, self.backward_op, (other, _), wanted = ops.pair_stats, ops.pair_stats_backward, y, [[True, False]]
+            options = PairOptions(1.0, 1.0, -100, getattr(PairKind, case.computes.upper()), 0.5, case.vocab, False, False)
+            self.args, self.grads = (other, None, None, None, None, *options), (grads[0], None, None, None, *wanted)
+        else:  # no mask, no kept set, the entropy, no softcap
+            self.op, self.backward_op = ops.token_stats, ops.token_stats_backward
+            self.args, self.grads = (y, None, None, 1.0, -100, 0, 0.0, False, True, 0.0), (*grads, None, None, None)
         self.state = self.forward()[-1]
 
     def forward(self, i: int = 0):
-        return torch.ops.rlkern.token_stats(self.logits[i], self.y, *self.options)
+        return self.op(self.logits[i], *self.args)
 
     def backward(self, i: int = 0):
-        return torch.ops.rlkern.token_stats_backward(self.logits[i], self.y, *self.options, self.state, *self.grads, None, None, None)
+        gradient = self.backward_op(self.logits[i], *self.args, self.state, *self.grads)
+        return gradient[0] if isinstance(gradient, tuple) else gradient
 
     def copy(self, i: int = 0):
         return self.logits[i].clone()
@@ -118,7 +138,8 @@ class Operators:
     def results(self, direction: str) -> torch.Tensor:
         if direction == "backward":
             return self.backward()
-        return torch.stack([t.flatten() for t in self.forward()[:3]])
+        rows = len(self.logits[0])
+        return torch.stack([t for t in self.forward() if t.shape == (rows,)])
 
 
 class Timer:
@@ -126,6 +147,7 @@ class Timer:
 
     def __init__(self, operators: Operators, direction: str, shape):
         self.call, self.shape, self.direction, self.replay = getattr(operators, direction), shape, direction, None
+        self.computes = operators.case.computes
         with self.launch():
             self.call()  # compiles
             if few_rows(operators.case):
@@ -134,7 +156,7 @@ class Timer:
         self.clock = clock(operators.case.device)
 
     def launch(self):
-        return launch_shape(self.direction, self.shape) if self.shape else contextlib.nullcontext()
+        return launch_shape(self.computes, self.direction, self.shape) if self.shape else contextlib.nullcontext()
 
     def ms(self) -> float:
         if self.replay:
@@ -145,7 +167,7 @@ class Timer:
 
 def agrees(operators: Operators, direction: str, shape, expected: torch.Tensor) -> bool:
     """Equal but for the order of sums. Rows are compared few at a time, so that their copies fit."""
-    with launch_shape(direction, shape):
+    with launch_shape(operators.case.computes, direction, shape):
         found = operators.results(direction)
     tolerance = 1e-5 if direction == "forward" or found.dtype == torch.float32 else 2**-7
     absolute = 1e-5 if direction == "forward" else 1e-7
@@ -185,7 +207,7 @@ def measure(operators: Operators, direction: str, rounds: int, deadline: float) 
         ms = median(found)
         entries[name] |= {"ms": ms, "min_ms": min(found), "spread": spread(found), "gb_s": design_bytes(case, direction) / ms / 1e6}
     ordered = sorted(entries.values(), key=lambda e: e.get("ms", math.inf))
-    copy_gb_s = 2 * design_bytes(case, "forward") / median(copies) / 1e6
+    copy_gb_s = 2 * logits_bytes(case) / median(copies) / 1e6
     return {**case._asdict(), "direction": direction, "rounds": len(copies), "copy_gb_s": copy_gb_s, "variants": ordered}
 
 
@@ -196,10 +218,10 @@ def gain(now: dict, other: dict) -> tuple[float, bool]:
 
 
 def winners(found: list[dict]) -> dict[tuple, dict]:
-    """(direction, dtype, vocab) -> the winner, with its geometric mean gain; absent where none wins."""
+    """(computes, direction, dtype, vocab) -> the winner with its geometric mean gain; absent if none wins."""
     groups: dict[tuple, list[dict]] = {}
     for case in found:
-        groups.setdefault((case["direction"], case["dtype"], case["vocab"]), []).append(case)
+        groups.setdefault((case["computes"], case["direction"], case["dtype"], case["vocab"]), []).append(case)
     best = {}
     for key, cases in groups.items():
         timed = [{e["name"]: e for e in case["variants"] if "ms" in e} for case in cases]
@@ -226,13 +248,13 @@ def summary(found: list[dict]) -> str:
         bandwidth = copy[case["dtype"]][1]
         shown = ([now] if now else []) + [e for e in timed if e["name"] != "now"][:4]
         cells = [f"{e['name']} {1e3 * e['ms']:.1f} us ({100 * e['gb_s'] / bandwidth:.1f}%, +-{100 * e['spread']:.1f})" for e in shown]
-        lines.append(f"{case['direction']} {case['dtype']} {case['rows']}x{case['vocab']}: " + "; ".join(cells))
+        lines.append(f"{case['computes']} {case['direction']} {case['dtype']} {case['rows']}x{case['vocab']}: " + "; ".join(cells))
         lines += [f"  FAILED {e['name']}: {e['error']}" for e in case["variants"] if "error" in e]
     lines.append("copy GB/s: " + ", ".join(f"{dtype} {speed:,.0f}" for dtype, (_, speed) in copy.items()))
     lines.append("wins by more than the spread:")
-    for (direction, dtype, vocab), best in winners(found).items():
+    for (computes, direction, dtype, vocab), best in winners(found).items():
         shape = ", ".join(f"{k}={v}" for k, v in best["shape"].items())
-        lines.append(f"  {direction} {dtype} V={vocab}: {best['name']}, {best['gain']:.3f}x: {direction.capitalize()}Shape({shape})")
+        lines.append(f"  {computes} {direction} {dtype} V={vocab}: {best['name']}, {best['gain']:.3f}x: {direction.capitalize()}Shape({shape})")
     return "\n".join(lines)
 
 
@@ -245,7 +267,10 @@ def precompile(cases: list[Case], part: int, parts: int) -> None:
             for shape in variants_of(direction, case, operators.logits[0]).values():
                 jobs += 1
                 if jobs % parts == part:
-                    with launch_shape(direction, shape), contextlib.suppress(Exception):  # the measurement itself reports what does not run
+                    with (
+                        launch_shape(case.computes, direction, shape),
+                        contextlib.suppress(Exception),
+                    ):  # the measurement itself reports what does not run
                         getattr(operators, direction)()
 
 
@@ -255,6 +280,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=90.0, metavar="SECONDS")
     parser.add_argument("--shapes", nargs="+", metavar="NxV", help="such as 8192x151936")
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["bf16", "fp32"])
+    parser.add_argument("--computes", nargs="+", choices=COMPUTES, default=COMPUTES[:1])
     parser.add_argument("--rehearse", action="store_true", help="tiny shapes in Triton's interpreter: everything but the figures is real")
     parser.add_argument("--jobs", type=int, default=min(14, os.cpu_count() or 1), help="processes that compile")
     parser.add_argument("--precompile", type=int, nargs=2, metavar=("PART", "PARTS"), help=argparse.SUPPRESS)
@@ -268,12 +294,22 @@ def main() -> int:
     device = "cpu" if args.rehearse else "cuda"
     started = time.perf_counter()
     shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes] if args.shapes else REHEARSED if args.rehearse else SHAPES
-    cases = [Case(device, dtype, *shape, "logp+entropy") for dtype in args.dtypes for shape in shapes]
+    cases = [Case(device, dtype, *shape, computes) for dtype in args.dtypes for shape in shapes for computes in args.computes]
     if args.precompile:
         precompile(cases, *args.precompile)
         return 0
     vocabs = dict.fromkeys(vocab for _, vocab in shapes)
-    command = [sys.executable, __file__, "--shapes", *(f"8x{vocab}" for vocab in vocabs), "--dtypes", *args.dtypes, *(["--rehearse"] * args.rehearse)]
+    command = [
+        sys.executable,
+        __file__,
+        "--shapes",
+        *(f"8x{vocab}" for vocab in vocabs),
+        "--dtypes",
+        *args.dtypes,
+        "--computes",
+        *args.computes,
+        *(["--rehearse"] * args.rehearse),
+    ]
     workers = [subprocess.Popen([*command, "--precompile", str(i), str(args.jobs)]) for i in range(args.jobs)]
     for worker in workers:
         try:

@@ -15,9 +15,19 @@ SETTINGS = (str, int, float, type(None))  # what arguments hold beside tensors
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products need it, from before the first one
 
-NOTHING_OF_A_DEVICE = {"use_backend", "epo_beta", "kd_coefficient", "PolicyLoss", "check_loss"}  # give no tensor: a setting, a number, a module
-OPTIONS = {"quadrature_levels": {"device": DEVICE}}  # takes no tensor that would say where
-WAITS = {"quadrature_levels": "NumPy makes its numbers, on the host"}
+NOTHING_OF_A_DEVICE = {
+    "use_backend",
+    "losses.epo_beta",
+    "losses.kd_coefficient",
+    "PolicyLoss",
+    "check_loss",
+}  # give no tensor: a setting, a number, a module
+OPTIONS = {"diffusion.quadrature_levels": {"device": DEVICE}}  # takes no tensor that would say where
+WAITS = {"diffusion.quadrature_levels": "NumPy makes its numbers, on the host"}
+
+
+def test_the_exceptions_are_public_functions():
+    assert {*NOTHING_OF_A_DEVICE, *OPTIONS, *WAITS} <= {call.name for call in CALLS}
 
 
 def needs_gpu(test):

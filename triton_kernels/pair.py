@@ -75,7 +75,7 @@ def pair_backward(
     align = options["ALIGN"]
     aligned = all(s % (16 // x.element_size()) == 0 for x in (logits, other, out) for s in strides(x))
     options["OTHER_ALIGN"] = min(align, options["OTHER_ALIGN"])  # columns count from the gradient's boundaries
-    shape = pair_backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
+    shape = pair_backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned, kind in MIXTURES)
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
     upstream = (state, *(logits if g is None else g for g in grads), out)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("DIVERGENCE", "LOGP", "ENTROPY", "LSE"), grads, strict=True)}
