@@ -83,8 +83,8 @@ def soft_cap(x, inverse_cap, SOFTCAP: tl.constexpr):
         r, inverse = _decay(x, inverse_cap)
         a = x * inverse_cap
         far = tl.fma(-2.0 * r, inverse, 1.0)  # said as one: every kernel must find the same maximum
-        w = tl.where(tl.abs(a) < 0.4, _tanh_near_0(a), tl.where(a < 0, -far, far))
-        x = tl.where(a == float("-inf"), a, w)
+        w = tl.where(tl.abs(a) < 0.4, _tanh_near_0(a), tl.where(x < 0, -far, far))
+        x = tl.where(x == float("-inf"), x, w)
     return x
 
 

@@ -50,7 +50,7 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
     options |= dict(KIND=kind, STATS=stats, OTHER=with_other)
     mixture, align = kind in MIXTURES, options["ALIGN"]
     aligned = starts_aligned(logits, align) and starts_aligned(other, options["OTHER_ALIGN"])
-    shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
+    shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned, options["SOFTCAP"] or options["OTHER_SOFTCAP"])
     tile = dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
     row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, ignore_index, *caps)
     with device_of(logits):
