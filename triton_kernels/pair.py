@@ -25,7 +25,7 @@ def _same(a, b) -> bool:
 
 
 def _common(logits, other, targets, mask, temperature, other_temperature, state, *caps):
-    """(pointers, temperatures, 1 / caps, what all kernels specialise on). The logits stand for an absent tensor."""
+    """(pointers, temperatures, 1 / caps, specialisations). The logits stand for an absent tensor."""
     same, acc = _same(temperature, other_temperature), state.dtype
     (mask_pointer, temperatures), temperature, options = row_options(logits, mask, temperature, acc)
     (_, other_temperatures), other_temperature, _ = row_options(other, None, other_temperature, acc)
@@ -35,9 +35,7 @@ def _common(logits, other, targets, mask, temperature, other_temperature, state,
     return pointers, (temperature, other_temperature), [1.0 / cap if cap > 0 else 0.0 for cap in caps], options
 
 
-def pair_forward(
-    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0
-) -> None:
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     divergence, logp, entropy, logsumexp, *others, state = out
     pointers, temperatures, caps, options = _common(logits, other, targets, mask, temperature, other_temperature, state, softcap, other_softcap)
     outer, inner, vocab = logits.shape
@@ -52,7 +50,7 @@ def pair_forward(
     options |= dict(KIND=kind, STATS=stats, OTHER=with_other)
     mixture, align = kind in MIXTURES, options["ALIGN"]
     aligned = starts_aligned(logits, align) and starts_aligned(other, options["OTHER_ALIGN"])
-    shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
+    shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned, options["SOFTCAP"] or options["OTHER_SOFTCAP"])
     tile = dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
     row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, ignore_index, *caps)
     with device_of(logits):

@@ -139,7 +139,8 @@ def pair_backward_kernel(
             w = tl.load(other_x_ptr + edge, mask=in_row).to(ACC)
             _gradient_tile(
                 z, w, z_ptr, edge, in_row, 0, end, y, m, scale, inv_t, other_scale, difference, inverse_cap, other_inverse_cap, ref, other_ref,
-                offset, q_shift, beta, c0, c1, c_logp, c_slope, at_target, KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, HAS_DIVERGENCE, HAS_LOGP, HAS_ENTROPY,
+                offset, q_shift, beta, c0, c1, c_logp, c_slope, at_target,
+                KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, HAS_DIVERGENCE, HAS_LOGP, HAS_ENTROPY,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
@@ -147,5 +148,6 @@ def pair_backward_kernel(
         w = tl.load(other_x_ptr + tile + cols, mask=in_body).to(ACC)
         _gradient_tile(
             z, w, z_ptr, tile + cols, in_body, tile, tile + BLOCK, y, m, scale, inv_t, other_scale, difference, inverse_cap, other_inverse_cap,
-            ref, other_ref, offset, q_shift, beta, c0, c1, c_logp, c_slope, at_target, KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, HAS_DIVERGENCE, HAS_LOGP, HAS_ENTROPY,
+            ref, other_ref, offset, q_shift, beta, c0, c1, c_logp, c_slope, at_target,
+            KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, HAS_DIVERGENCE, HAS_LOGP, HAS_ENTROPY,
         )  # fmt: skip

@@ -344,7 +344,8 @@ def write_pair(
     row_ptr, other_row_ptr, row, y, m, other_m, other_ref, ties, s0, x, a, b, s1, worst, own_m, own_ties, own0, own1, f, g, beta, inv_t, other_inv_t,
     inverse_cap, other_inverse_cap,
     divergence_ptr, logp_ptr, entropy_ptr, lse_ptr, other_logp_ptr, other_entropy_ptr, other_lse_ptr, state_ptr, vocab, ignore_index,
-    KIND: tl.constexpr, K: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    KIND: tl.constexpr, K: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr,
+    SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     rest, log_s0, xi, offset, nothing = pair_totals(m, other_m, ties, s0, x)
     value, slope = _value(rest, log_s0, xi, a, b, worst, f, g, beta, KIND)

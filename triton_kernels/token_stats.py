@@ -16,7 +16,7 @@ from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_k
 
 
 def _common(logits, targets, mask, temperature, state, softcap):
-    """(pointers, temperature, 1 / softcap, specialisations) of all kernels. The logits stand for an absent tensor."""
+    """(pointers, temperature, 1 / softcap, specialisations). The logits stand for an absent tensor."""
     pointers, temperature, options = row_options(logits, mask, temperature, state.dtype)
     n_targets = 0 if targets is None else targets.shape[1]
     options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)), SOFTCAP=softcap > 0)

@@ -189,15 +189,15 @@ def token_stats_backward_kernel(
         if first == 0:
             x = tl.load(x_ptr + edge, mask=in_row).to(ACC)
             _gradient_tile(
-                x, x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta, y, g_logp,
-                targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
+                x, x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta,
+                y, g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         x = tl.load(x_ptr + tile + cols, mask=in_body).to(ACC)
         _gradient_tile(
-            x, x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta,
-            y, g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
+            x, x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others,
+            c0, c1, c2, inside, delta, y, g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
         )  # fmt: skip
 
 

@@ -29,10 +29,10 @@ PAIR_FORWARD = {
     "pair mixed_kl +stats": {"kind": PairKind.MIXED_KL, "stats": True, **_PAIR},
     "pair cross_entropy": {"kind": PairKind.CROSS_ENTROPY, **_PAIR},
     "pair jsd": {"kind": PairKind.JSD, **_PAIR},
+    "pair jsd +softcap": {"kind": PairKind.JSD, "softcap": SOFTCAP, **_PAIR},
 }
 FORWARD |= PAIR_FORWARD
 FORWARD |= {"forward +softcap": {"softcap": SOFTCAP}, "forward +kept +softcap": {"kept": 1, "softcap": SOFTCAP}}
-FORWARD |= {"pair jsd +softcap": {"kind": PairKind.JSD, "softcap": SOFTCAP, **_PAIR}}
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},

@@ -20,9 +20,9 @@ Rows of logits:
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
     grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous,
                  in the accumulation dtype; each may be None
-    softcap      0, or c > 0: the rows are x = tanh(logits / c), also in `state`; the temperature is for these.
-                 -inf stays -inf. The gradient is by the logits; its slope by them, 4 r / (1 + r)^2 / c with
-                 r = exp(-2 |logits| / c), keeps its relative accuracy.
+    softcap      0, or c > 0: the rows are x = tanh(logits / c), also in `state`, and the temperature is for
+                 these. -inf stays -inf. The gradient is by the logits. The slope of x by them keeps its
+                 relative accuracy: 4 r / (1 + r)^2 / c with r = exp(-2 |logits| / c).
 
 `state` holds what the backward needs of a row, in the accumulation dtype and the columns of `State`. A
 backward can continue from the forward of any backend.

@@ -89,9 +89,7 @@ def _pair(other, other_temperature, kind, beta, softcap, other_softcap) -> dict:
     }
 
 
-def pair_forward(
-    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0
-) -> None:
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     """Raises IndexError as token_stats_forward does."""
     names = ("divergence", "logp", "entropy", "logsumexp", "other_logp", "other_entropy", "other_logsumexp")
     *results, state = out

@@ -166,9 +166,7 @@ def _log_ratio(z: _Side, w: _Side, ref: Tensor, other_ref: Tensor) -> Tensor:
     return torch.where(torch.as_tensor(z.inv_t == w.inv_t), same, (b - other_ref) * w.inv_t - (a - ref) * z.inv_t)
 
 
-def pair_forward(
-    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0
-) -> None:
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     *results, state_out = out
     state_out = state_out.view(-1, PairState.WIDTH)
     acc, vocab = state_out.dtype, logits.shape[-1]

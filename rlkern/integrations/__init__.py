@@ -1,4 +1,4 @@
-"""The only files that know a trainer, or a model. rlkern imports none of them: rlkern.integrations.trl needs TRL."""
+"""The only files that know a trainer or a model. rlkern imports none: rlkern.integrations.trl needs TRL."""
 
 from .transforms import logit_transforms
 

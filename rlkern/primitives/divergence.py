@@ -349,8 +349,9 @@ def token_divergence(
     The KL kinds and the cross entropy read both rows once, the others twice; the gradient reads both once and
     writes once. Equal rows give exactly 0. Values keep their relative accuracy however close the rows are,
     also where a constant lies between them: mostly 1e-7 in float32. There are two limits. With two
-    temperatures, scales or softcaps an error of 1e-7 of the logits counts as a difference of the rows. And as beta nears 1 the
-    skewed kinds compare rows that are all but equal: their accuracy is 1e-5 at 0.9 and 1e-3 at 0.99.
+    temperatures, scales or softcaps an error of 1e-7 of the logits counts as a difference of the rows. And as
+    beta nears 1 the skewed kinds compare rows that are all but equal: their accuracy is 1e-5 at 0.9 and 1e-3
+    at 0.99.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.

@@ -182,9 +182,9 @@ def linear_token_divergence(
         other_grad: whether they take a gradient too; not for "cross_entropy". Without it they are used
             detached.
         chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
-        kind, beta, temperature, other_temperature, logit_scale, softcap, other_logit_scale, other_softcap, mask,
-            vocab, group: as in `token_divergence`, for the rows of hidden. On a CPU masked rows are left out of
-            the products too.
+        kind, beta, temperature, other_temperature, logit_scale, softcap, other_logit_scale, other_softcap,
+            mask, vocab, group: as in `token_divergence`, for the rows of hidden. On a CPU masked rows are
+            left out of the products too.
 
     Returns:
         [...] as `token_divergence`. The logits are float32 (float64), also of 16-bit operands, where a

@@ -333,8 +333,8 @@ def entropy_from_logits(
 ) -> Tensor:
     """Entropy in nats of softmax(logits / temperature): [..., V] -> [...], float32 (float64 for float64).
 
-    Differentiable; `temperature`, `mask`, `logit_scale` and `softcap` as in `token_stats`. Entries at -inf count
-    as probability 0.
+    Differentiable; `temperature`, `mask`, `logit_scale` and `softcap` as in `token_stats`. Entries at -inf
+    count as probability 0.
     """
     check_logits(logits)
     mask = check_mask(mask, logits)
