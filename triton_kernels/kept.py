@@ -43,7 +43,7 @@ def kept_logits_kernel(
     token = tl.load(ids_ptr + p, mask=p < pairs, other=vocab)
     real = (row < rows) & (token < vocab)
     acc = tl.zeros((PAIRS, BLOCK), ACC)
-    end = width if tl.load(row_ptr + first) < rows else 0  # all others are behind the last pair
+    end = tl.where(tl.load(row_ptr + first) < rows, width, 0)  # else all are behind the last pair
     h_start = _starts(row, inner, stride_a, stride_b, ALIGN)[:, None]
     w_start = tl.multiple_of(token.to(tl.int64) * weight_stride, (ALIGN,))[:, None]
     for start in range(0, end, BLOCK):
