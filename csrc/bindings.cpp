@@ -86,6 +86,18 @@ void define_rows_of(py::module_& m, const char* name, void (*function)(const Cal
   });
 }
 
+// A function over pairs (row, kept id) takes a dict of what all of them need, and one that `read` reads.
+template <class Call, class Read>
+void define_kept(py::module_& m, const char* name, void (*function)(const Call&), Read read) {
+  m.def(name, [=](const py::dict& pairs, const py::dict& own) {
+    Call call{};
+    fill(pairs, FIELD(dtype), FIELD(rows), FIELD(width), FIELD(vocab), FIELD(ids), FIELD(row), FIELD(threads));
+    read(own, call);
+    const py::gil_scoped_release release;
+    function(call);
+  });
+}
+
 // A function over tokens takes the dtype and one dict.
 template <template <class> class Call, class Read>
 void define_tokens(py::module_& m, const char* name, Read read) {
@@ -111,14 +123,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &use_isa);
 
   define_rows_of<Forward, py::dict>(m, "token_stats_forward", &token_stats_forward, [](const py::dict& from, Forward& call) {
-    fill(from, FIELD(kept_kind), FIELD(log_kept), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq_prob), FIELD(kept_logmass));
+    fill(from, FIELD(softcap), FIELD(kept_kind), FIELD(log_kept), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq_prob),
+         FIELD(kept_logmass));
   });
   define_rows_of<Backward, py::dict>(m, "token_stats_backward", &token_stats_backward, [](const py::dict& from, Backward& call) {
-    fill(from, FIELD(kept_kind), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq_prob), FIELD(g_kept_logmass),
-         FIELD(out));
+    fill(from, FIELD(softcap), FIELD(kept_kind), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq_prob),
+         FIELD(g_kept_logmass), FIELD(out));
   });
   const auto read_pair = [](const py::dict& from, Pair& call) {
-    fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(kind), FIELD(beta));
+    fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(softcap), FIELD(other_softcap),
+         FIELD(kind), FIELD(beta));
   };
   define_rows_of<PairForward, py::dict, py::dict>(m, "pair_forward", &pair_forward,
                                                   [=](const py::dict& pair, const py::dict& from, PairForward& call) {
@@ -142,6 +156,23 @@ PYBIND11_MODULE(_cpu, m) {
   });
   define_rows_of<DidBackward, py::dict>(m, "did_entropy_backward", &did_entropy_backward, [](const py::dict& from, DidBackward& call) {
     fill(from, FIELD(reference_dtype), FIELD(reference), FIELD(g_entropy), FIELD(out), FIELD(reference_out));
+  });
+  define_kept<KeptLogits>(m, "kept_logits", &kept_logits, [](const py::dict& from, KeptLogits& call) {
+    fill(from, FIELD(hidden), FIELD(weight), FIELD(inner), FIELD(pairs), FIELD(bias), FIELD(out));
+  });
+  define_kept<KeptHidden>(m, "kept_hidden_gradient", &kept_hidden_gradient, [](const py::dict& from, KeptHidden& call) {
+    fill(from, FIELD(weight), FIELD(offsets), FIELD(grad), FIELD(out));
+  });
+  define_kept<KeptWeight>(m, "kept_weight_gradient", &kept_weight_gradient, [](const py::dict& from, KeptWeight& call) {
+    fill(from, FIELD(hidden), FIELD(inner), FIELD(pairs), FIELD(grad), FIELD(out));
+  });
+  define_tokens<KeptRowsForward>(m, "kept_rows_forward", [](const py::dict& from, auto& call) {
+    fill(from, FIELD(n), FIELD(n_targets), FIELD(logits), FIELD(ids), FIELD(offsets), FIELD(targets), FIELD(counted), FIELD(temperature),
+         FIELD(temperatures), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq), FIELD(state), FIELD(place));
+  });
+  define_tokens<KeptRowsBackward>(m, "kept_rows_backward", [](const py::dict& from, auto& call) {
+    fill(from, FIELD(n), FIELD(n_targets), FIELD(logits), FIELD(offsets), FIELD(place), FIELD(temperature), FIELD(temperatures),
+         FIELD(state), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq), FIELD(out));
   });
   define_tokens<CovarianceSums>(m, "covariance_sums", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums));

@@ -29,13 +29,15 @@ struct Rows {
 };
 
 struct Forward : Rows {
-  int kept_kind;  // a KeptKind
+  double softcap;  // 0: none
+  int kept_kind;   // a KeptKind
   double log_kept;
   void *logp, *entropy, *logsumexp, *sum_sq_prob, *kept_logmass;  // Acc; any but logsumexp may be null
 };
 
 struct Backward : Rows {
-  int kept_kind;  // the forward's
+  double softcap;  // the forward's
+  int kept_kind;   // the forward's
   // Acc, each may be null
   const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;
   Matrix out;   // may be the logits
@@ -48,6 +50,7 @@ struct Pair : Rows {  // n_targets is 0 or 1; state: Acc [rows, PairState::WIDTH
   Matrix other;
   double other_temperature;
   const void* other_temperatures;  // null where `temperatures` is
+  double softcap, other_softcap;   // 0: none
   int kind;                        // a PairKind
   double beta;
 };
@@ -87,8 +90,40 @@ struct DidBackward : Rows {
   bool stream, stream_reference;
 };
 
+// The output matrix at listed ids: pairs (row, id). An id of `vocab` is outside, a row of `rows` no pair.
+struct Kept {
+  int dtype;  // of hidden, weight, bias and the gradients
+  int64_t rows, width, vocab;
+  const int32_t *ids, *row;
+  int64_t threads;
+};
+
+struct KeptLogits : Kept {
+  Matrix hidden, weight;  // [rows / inner, inner, width], [1, vocab, width]
+  int64_t inner, pairs;
+  const void* bias;  // [vocab] or null
+  void* out;         // Acc [pairs]
+};
+
+struct KeptHidden : Kept {  // row is not used
+  Matrix weight;
+  const int64_t* offsets;  // [rows + 1]
+  const void* grad;        // Acc [pairs]
+  void* out;               // [rows, width]
+};
+
+constexpr int64_t kSlice = 256;  // columns whose sums stay in the first-level cache
+constexpr int64_t kPart = 512;   // pairs of a task
+
+struct KeptWeight : Kept {  // the pairs are sorted by id
+  Matrix hidden;
+  int64_t inner, pairs;
+  const void* grad;
+  void* out;  // [vocab, width], zeros
+};
+
 // The kernels that are compiled once for every instruction set, and what a call of each is. They compute the
-// rows [begin, end) on the calling thread.
+// rows [begin, end) on the calling thread; of kept ids, pairs, rows and tasks.
 #define RLKERN_KERNELS(F)                  \
   F(token_stats_forward, Forward)          \
   F(token_stats_backward, Backward)        \
@@ -97,7 +132,10 @@ struct DidBackward : Rows {
   F(row_moments_forward, MomentsForward)   \
   F(row_moments_backward, MomentsBackward) \
   F(did_entropy_forward, DidForward)       \
-  F(did_entropy_backward, DidBackward)
+  F(did_entropy_backward, DidBackward)     \
+  F(kept_logits, KeptLogits)               \
+  F(kept_hidden_gradient, KeptHidden)      \
+  F(kept_weight_gradient, KeptWeight)
 
 struct Kernels {  // those for one instruction set
 #define RLKERN_MEMBER(name, Call) void (*name)(const Call&, int64_t begin, int64_t end);

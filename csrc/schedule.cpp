@@ -27,13 +27,17 @@ void check_targets(const Rows& call) {
 // Hands ranges of rows to the threads as they become free: masked rows cost next to nothing and come in runs.
 // A row is computed by one thread, in one way: neither the ranges nor the threads can change a result.
 template <class Call>
-void run(void (*rows)(const Call&, int64_t, int64_t), const Call& call) {
+void run(void (*rows)(const Call&, int64_t, int64_t), const Call& call, int64_t n, int64_t width) {
   constexpr int64_t worth_a_thread = 1 << 15;  // logits; waking a thread costs more than computing fewer
-  const int64_t threads = std::min({call.threads, call.rows, 1 + call.rows * call.vocab / worth_a_thread});
-  if (threads <= 1) return rows(call, 0, call.rows);
-  const int64_t ranges = std::min(call.rows, 8 * threads);
+  const int64_t threads = std::min({call.threads, n, 1 + n * width / worth_a_thread});
+  if (threads <= 1) return rows(call, 0, n);
+  const int64_t ranges = std::min(n, 8 * threads);
 #pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 1)
-  for (int64_t i = 0; i < ranges; ++i) rows(call, call.rows * i / ranges, call.rows * (i + 1) / ranges);
+  for (int64_t i = 0; i < ranges; ++i) rows(call, n * i / ranges, n * (i + 1) / ranges);
+}
+template <class Call>
+void run(void (*rows)(const Call&, int64_t, int64_t), const Call& call) {
+  run(rows, call, call.rows, call.vocab);
 }
 
 // Asks for huge pages behind a gradient that is about to be written. It is mostly fresh memory, whose page
@@ -95,6 +99,13 @@ void did_entropy_backward(const DidBackward& given) {
   DidBackward call = given;
   call.stream_reference = prepare(call, call.reference_out, call.reference_dtype, 0);
   run_gradient(active_kernels().did_entropy_backward, call, 0);
+}
+
+void kept_logits(const KeptLogits& call) { run(active_kernels().kept_logits, call, call.pairs, call.width); }
+void kept_hidden_gradient(const KeptHidden& call) { run(active_kernels().kept_hidden_gradient, call, call.rows, 8 * call.width); }
+void kept_weight_gradient(const KeptWeight& call) {
+  const int64_t tasks = (call.pairs + kPart - 1) / kPart * ((call.width + kSlice - 1) / kSlice);
+  run(active_kernels().kept_weight_gradient, call, tasks, kPart * kSlice);
 }
 
 }  // namespace rlkern

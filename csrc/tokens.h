@@ -1,5 +1,6 @@
 // Statistics over all tokens of a batch, one number a token. `A` is float or double.
-// They read a few bytes a token, on the calling thread: one build serves all processors.
+// They read a few bytes a token, or the logits of short lists, on the calling thread: one build serves all
+// processors.
 // rlkern/backends/contract.py says what each field is.
 #pragma once
 
@@ -86,6 +87,37 @@ struct KLTerms {
   bool straight_through;
   double clamp;
   A* terms;  // [2, n]
+  void run() const;
+};
+
+// Rows of logits of pairs; row r has the pairs [offsets[r], offsets[r + 1]).
+template <class A>
+struct KeptRowsForward {
+  int64_t n, n_targets;
+  const A* logits;
+  const int32_t* ids;
+  const int64_t* offsets;
+  const int32_t* targets;  // [n, n_targets], -1: ignored
+  const Flag* counted;     // other rows have no pairs
+  double temperature;      // where temperatures is null
+  const A* temperatures;
+  A *logp, *entropy, *logsumexp, *sum_sq;  // entropy and sum_sq may be null
+  A* state;                                // [n, State::KEPT]
+  int32_t* place;                          // [n, n_targets]
+  void run() const;
+};
+
+template <class A>
+struct KeptRowsBackward {
+  int64_t n, n_targets;
+  const A* logits;
+  const int64_t* offsets;
+  const int32_t* place;
+  double temperature;
+  const A* temperatures;
+  const A* state;
+  const A *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq;  // each may be null
+  A* out;                                                // as the logits
   void run() const;
 };
 

@@ -28,6 +28,7 @@ import torch  # noqa: E402
 from calls import Call, valid_calls  # noqa: E402
 from loss_battery import tensors_of  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.utils._pytree import tree_map_only  # noqa: E402
 
 import rlkern  # noqa: E402
 
@@ -43,6 +44,11 @@ ROWS = {"logits", "other", "hidden", "mask_logits", "reference_logits", "shifted
 
 def _tensors(arguments: dict) -> list[str]:
     return [name for name, x in arguments.items() if isinstance(x, Tensor)]
+
+
+def _mapped(function, arguments: dict) -> dict:
+    """Of all tensors, those of a Kept too."""
+    return {name: tree_map_only(Tensor, function, x) if isinstance(x, (Tensor, rlkern.Kept)) else x for name, x in arguments.items()}
 
 
 def dtypes(r: random.Random, arguments: dict) -> dict:
@@ -132,8 +138,7 @@ def no_tokens(r: random.Random, arguments: dict) -> dict:
     mask = arguments.get("mask")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return arguments
-    long = {name for name in _tensors(arguments) if arguments[name].shape[:2] == mask.shape}
-    return arguments | {name: arguments[name][:, :0] for name in long}
+    return _mapped(lambda x: x[:, :0] if x.shape[:2] == mask.shape else x, arguments)
 
 
 def options(r: random.Random, arguments: dict) -> dict:
@@ -147,7 +152,7 @@ def options(r: random.Random, arguments: dict) -> dict:
 
 
 def on_meta(r: random.Random, arguments: dict) -> dict:
-    return {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in arguments.items()}
+    return _mapped(lambda x: x.to("meta"), arguments)
 
 
 def other_device(r: random.Random, arguments: dict) -> dict:

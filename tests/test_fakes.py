@@ -10,6 +10,12 @@ ROWS, V, H = (2, 3), 7, 5
 EVERYTHING = {"with_sum_sq": True, "min_p": 0.1}
 TOKENS = torch.zeros(ROWS, dtype=torch.long)
 SEVERAL = torch.zeros(*ROWS, 4, dtype=torch.long)
+
+
+def lists(y):
+    return rlkern.Kept.ids(torch.stack([y + 1, y], -1))
+
+
 CALLS = {
     "token_stats": (lambda x, y: rlkern.token_stats(x, y, **EVERYTHING), (*ROWS, V), TOKENS),
     "token_stats of several": (lambda x, y: rlkern.token_stats(x, y), (*ROWS, V), SEVERAL),
@@ -17,6 +23,11 @@ CALLS = {
     "entropy": (lambda x, y: (rlkern.entropy_from_logits(x),), (*ROWS, V), TOKENS),
     "linear": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y, **EVERYTHING), (*ROWS, H), TOKENS),
     "linear of several": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y), (*ROWS, H), SEVERAL),
+    "linear kept": (
+        lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y, keep=lists(y), max_dense_rows=1, with_sum_sq=True),
+        (*ROWS, H),
+        TOKENS,
+    ),
     "linear divergence": (lambda h, y: rlkern.linear_pair_stats(h, h.detach().new_ones(V, H), h, h.detach().new_ones(V, H), y), (*ROWS, H), TOKENS),
     "divergence": (lambda x, y: (rlkern.token_divergence(x, x.detach() * 2),), (*ROWS, V), TOKENS),
     "divergence by both": (lambda x, y: (rlkern.token_divergence(x, x * 2, kind="jsd", other_grad=True, vocab=5),), (*ROWS, V), TOKENS),

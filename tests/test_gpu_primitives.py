@@ -190,6 +190,54 @@ def test_masked_elbo(dtype, packed, inplace):
     check_gradient(x, y, d_x, (g_logp, torch.zeros_like(g_logp)))
 
 
+@pytest.mark.parametrize("n_targets", [1, 20])
+@pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (SMALL_VOCAB, torch.float32), (SMALL_VOCAB, torch.float64)], ids=str)
+def test_softcap(vocab, dtype, n_targets):
+    """Statistics and gradient of raw logits far in saturation, also in place; a mask stays one."""
+    n, options = 64, {"logit_scale": 1.3, "softcap": 30.0}
+    x = random_logits(n, vocab, dtype=dtype, scale=18.0)
+    x[:, 3::7] = -math.inf
+    y = random_targets(vocab - 7, n * n_targets).view(n, n_targets) // 7 * 7
+    grads = [upstream(n, n_targets, seed=1, dtype=torch.float64), *(upstream(n, seed=s, dtype=torch.float64) for s in (2, 3))]
+
+    def fused(x, **more):
+        stats = rlkern.token_stats(x, y, min_p=0.01, **options, **more)
+        return stats.logp, stats.entropy, stats.kept_logmass
+
+    def written_out(x):
+        stats = reference.token_stats(x, y, min_p=0.01, **options)
+        return stats.logp, stats.entropy, stats.kept_logmass
+
+    *got, d_x = twice(lambda: differentiated(fused, x, grads))
+    *want, d_want = differentiated(written_out, x.double(), grads)
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    assert_close(got, want, tolerance, tolerance)
+    rounding = {torch.bfloat16: 2**-8, torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(d_x.double(), d_want, rtol=rounding, atol=tolerance * d_want.abs().max().item())
+    assert torch.equal(differentiated(lambda leaf: fused(leaf, inplace_backward=True), x.clone(), grads)[-1], d_x)
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (SMALL_VOCAB, torch.float32)], ids=str)
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_softcaps_of_pairs(kind, vocab, dtype):
+    n, options = 64, {"logit_scale": 1.3, "softcap": 30.0, "other_softcap": 20.0}
+    x = random_logits(n, vocab, dtype=dtype, scale=12.0)
+    other, y, g = x + random_logits(n, vocab, dtype=dtype, seed=9), random_targets(vocab, n), upstream(n, seed=1, dtype=torch.float64)
+
+    def fused(x):
+        stats = rlkern.pair_stats(x, other, y, kind=kind, **options)
+        return stats.divergence, stats.logp
+
+    def written_out(x):
+        own = reference.token_stats(x, y.unsqueeze(-1), logit_scale=1.3, softcap=30.0)
+        return reference.token_divergence(x, other.double(), kind, **options), own.logp.squeeze(-1)
+
+    *got, d_x = twice(lambda: differentiated(fused, x, [g, g]))
+    *want, d_want = differentiated(written_out, x.double(), [g, g])
+    assert_close(got, want)
+    torch.testing.assert_close(d_x.double(), d_want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-4, atol=5e-5 * d_want.abs().max().item())
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -303,6 +351,49 @@ def test_fixed_blocks_give_a_row_the_same_bits_in_any_batch():
     whole = run(slice(0, 1300))
     for rows in (slice(0, 1), slice(800, 801), slice(517, 1300)):
         assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), whole, strict=True)), rows
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_linear_token_stats_of_kept_ids(dtype):
+    """Lists of 0 to 500 ids, one id in all of them, targets outside, an empty list, one of two rows."""
+    n, most = 1024, 500
+    weight, bias = (upstream(SMALL_VOCAB, HIDDEN, seed=1) * 0.1).to(dtype), upstream(SMALL_VOCAB, seed=2).to(dtype)
+    hidden, y = upstream(n, HIDDEN, seed=3).to(dtype), random_targets(SMALL_VOCAB, n)
+    lengths = (1 + most ** drawn(n, seed=4)).long().clamp(max=most)
+    lengths[3] = 0
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    row = torch.repeat_interleave(torch.arange(n, device="cuda"), lengths)
+    at = torch.arange(len(row), device="cuda") - offsets[row]
+    ids = torch.where(at == 0, 77, (row * 131 + at * 97) % SMALL_VOCAB)
+    ids = torch.where((ids == 77) & (at > 0), 78, ids).int()
+    spare = torch.cat([ids, ids.new_full((100,), SMALL_VOCAB)])
+    keep = rlkern.Kept.csr(spare, offsets, rows=torch.arange(n, device="cuda").index_fill(0, torch.tensor([9], device="cuda"), 8))
+    kept = torch.zeros(n, SMALL_VOCAB, dtype=torch.bool, device="cuda").index_put((row, ids.long()), torch.tensor(True, device="cuda"))
+    kept[torch.arange(n, device="cuda"), y] = True
+    kept[3] = True
+    grads = [torch.where(torch.arange(n, device="cuda") == 9, 0, upstream(n, seed=seed)) for seed in (6, 7, 8, 9)]
+
+    def run(statistics, dtype=dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (hidden, weight, bias)]
+        fields = statistics(*leaves)
+        return [field.detach() for field in fields] + list(torch.autograd.grad(fields, leaves, [g.to(fields[0]) for g in grads]))
+
+    def listed(h, w, b):
+        with no_wait():
+            return rlkern.linear_token_stats(h, w, y, bias=b, keep=keep, max_dense_rows=2, with_sum_sq=True)[:4]
+
+    def written_out(h, w, b):
+        stats = reference.token_stats(torch.nn.functional.linear(h, w, b).masked_fill(~kept, -math.inf), y.unsqueeze(-1))
+        return stats.logp.squeeze(-1), *stats[1:4]
+
+    got, want = twice(lambda: run(listed)), run(written_out, torch.float64)
+    names = ("logp", "entropy", "logsumexp", "sum_sq_prob", "hidden", "weight", "bias")
+    for name, a, b in zip(names, got, want, strict=True):
+        if name in names[:4]:
+            assert a.isnan().nonzero().flatten().tolist() == [9]  # shares a list
+            a, b = (x.masked_fill(torch.arange(n, device="cuda") == 9, 0) for x in (a, b))
+        rows = torch.arange(len(a), device="cuda") != 3  # the row over everything has logits of hidden's dtype
+        rounded = dtype == torch.bfloat16 and name not in names[:4]
+        error = ((a.double() - b)[rows].norm() / b[rows].norm()).item()
+        assert error < (1e-2 if rounded else 1e-11 if dtype == torch.float64 else 1e-5), f"{name}: a relative error of {error:.1e}"
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])

@@ -164,7 +164,7 @@ def test_compile_and_opcheck():
     hidden, weight, bias, targets = draw(9, dtype=torch.float32)
     operator = torch.ops.rlkern.linear_token_stats.default
     tensors = (hidden.detach(), weight.detach(), bias.detach(), None, None, targets, None, None)
-    torch.library.opcheck(operator, (*tensors, 5, 0, 4, False, False, None, None, 1.0, -100, 1, -2.0, True, False))
+    torch.library.opcheck(operator, (*tensors, 5, 0, 4, False, False, None, None, 1.0, -100, 1, -2.0, True, False, 20.0))
 
     def loss(*inputs):
         stats = ours(*inputs, chunk_rows=4)

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from two_processes import one_of_them, results_of
 
-from rlkern import LinearPlan, linear_plan, linear_token_stats, reference, token_stats
+from rlkern import Kept, LinearPlan, linear_plan, linear_token_stats, reference, token_stats
 from rlkern.primitives import plans
 
 V, H, N = 53, 6, 10
@@ -74,6 +74,7 @@ SEVERAL = torch.tensor([[[1, 2], [-100, 3], [-100, -100], [52, 20], [19, 21]], [
         {"with_entropy": False, "ignore_index": 20, "mask": MASK},
         {"targets": SEVERAL, "with_sum_sq": True},
         {"targets": SEVERAL, "with_tail": True},
+        {"targets": SEVERAL, "with_sum_sq": True, "logit_scale": 0.7, "softcap": 1.5},
     ],
     ids=str,
 )
@@ -103,15 +104,16 @@ def test_every_plan_equals_the_product_written_out(options, workspace, as_on_a_g
     torch.testing.assert_close(again, want, rtol=1e-11, atol=1e-11)
 
 
-def test_confident_rows_in_tiles(backend, device):
+@pytest.mark.parametrize("transforms", [{}, {"softcap": 12.0}], ids=str)
+def test_confident_rows_in_tiles(backend, device, transforms):
     """1 - p, logp and entropy keep their relative accuracy, wherever the maximum is."""
     weight, hidden = torch.zeros(V, 1, device=device, requires_grad=True), torch.ones(1, 1, device=device)
     for y in (0, 19, 20, 45):
         bias = torch.linspace(-3, 0, V, device=device)
         bias[y] = 18
         exact = bias.double().requires_grad_()
-        stats = linear_token_stats(hidden, weight, torch.tensor([y], device=device), bias=bias.requires_grad_(), workspace=KEEP_NONE)
-        expected = reference.token_stats(exact.unsqueeze(0), torch.tensor([[y]], device=device))
+        stats = linear_token_stats(hidden, weight, torch.tensor([y], device=device), bias=bias.requires_grad_(), workspace=KEEP_NONE, **transforms)
+        expected = reference.token_stats(exact.unsqueeze(0), torch.tensor([[y]], device=device), **transforms)
         (got,), (want,) = torch.autograd.grad(stats.logp.sum(), bias), torch.autograd.grad(expected.logp.sum(), exact)
         for a, b in ((stats.logp, expected.logp.squeeze(-1)), (stats.entropy, expected.entropy), (got, want)):
             torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=0)
@@ -422,7 +424,7 @@ def test_compile(workspace):
 def test_consuming_operators():
     *leaves, targets = draw(N, dtype=torch.float32)
     how = (4, 20, 3, False, False, None, None)
-    options = (*how, 1.0, -100, 0, 0.0, False, True)
+    options = (*how, 1.0, -100, 0, 0.0, False, True, 0.0)
     args = [x.detach() for x in leaves]
     with torch.no_grad():
         *_, state, logits = torch.ops.rlkern.linear_token_stats(*args, None, None, targets, None, None, *options)
@@ -446,6 +448,7 @@ def test_consuming_operators():
         ({"weight_grad_out": torch.zeros(H, V)}, ValueError, "weight_grad_out must have the shape of weight"),
         ({"gathered": 3}, TypeError, "gathered must be a function"),
         ({"gathered": lambda: 3}, TypeError, "gathered must be .* got one that returns 3"),
+        ({"keep": Kept.ids(torch.zeros(3, 2, dtype=torch.long)), "num_valid": 3}, ValueError, "keep takes no num_valid: expected None, got 3"),
         ({"lora": (1, 2)}, TypeError, "lora must be"),
         ({"lora": (torch.zeros(2, H), torch.zeros(V, 2), 1.0)}, TypeError, "dtype of hidden"),
         ({"lora": (torch.zeros(2, H - 1).double(), torch.zeros(V, 2).double(), 1.0)}, ValueError, r"lora must be A \[r, 6\] and B \[53, r\]"),

@@ -2,6 +2,7 @@
 
 from .covariance import covariance_sums, token_covariance
 from .did import did_entropy_backward, did_entropy_forward
+from .kept import kept_hidden_gradient, kept_logits, kept_rows_backward, kept_rows_forward, kept_weight_gradient
 from .moments import row_moments_backward, row_moments_forward
 from .pair import pair_backward, pair_forward
 from .ratio import kl_terms, ratio_terms
@@ -15,6 +16,11 @@ __all__ = [
     "covariance_sums",
     "did_entropy_backward",
     "did_entropy_forward",
+    "kept_hidden_gradient",
+    "kept_logits",
+    "kept_rows_backward",
+    "kept_rows_forward",
+    "kept_weight_gradient",
     "kl_terms",
     "pair_backward",
     "pair_forward",

@@ -79,12 +79,14 @@ def backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = Tru
 # bf16, the others follow from `make report`.
 
 
-def pair_forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> ForwardShape:
-    """Of two rows at once; a pair of rows has as many parts as one of twice the length."""
+def pair_forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True, capped: bool = False) -> ForwardShape:
+    """Of two rows at once; a pair of rows has as many parts as one of twice the length. capped: by softcaps,
+    whose registers spilled where elements are loaded one by one."""
     splits = forward_shape(card, 2 * vocab, element_size, aligned).splits
     if card.capability[0] == 9:  # one warp waits for no other before it knows whether a tile raises the maximum
         return ForwardShape(*_fit(vocab, max(256, 1024 // element_size), 1), 4, splits)  # aligned or not: the same sums
-    return ForwardShape(*_fit(vocab, 4096 // element_size, 4), 1 if card.amd else 3, splits)
+    block = (2048 if capped and not aligned else 4096) // element_size
+    return ForwardShape(*_fit(vocab, block, 4), 1 if card.amd else 3, splits)
 
 
 def pair_backward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True, mixture: bool = False) -> BackwardShape:

@@ -1,12 +1,15 @@
-"""The kernels over tokens (covariance, selection, ratios), judged by what they occupy alone.
+"""The kernels over tokens (covariance, selection, ratios) and kept ids, judged by what they occupy alone.
 
-They move a few bytes a token, a row of logits hundreds of thousands: a bound on bandwidth would tell nothing.
+They move a few bytes a token or the rows of listed ids, a row of logits hundreds of thousands: a bound on
+bandwidth would tell nothing.
 """
 
 import importlib
 from dataclasses import asdict, dataclass
 
 import torch
+
+from rlkern.backends.contract import State
 
 from .build import build, target
 from .cases import Launch, _meta, _recording
@@ -44,7 +47,24 @@ def record(dtype: torch.dtype, gpu) -> list[Launch]:
         selection.selected_means(values, mask, mask, values)
         ratio.ratio_terms(values, values, values, mask, mask, bounds, (values, mask, values))
         ratio.kl_terms(values, values, mask, 3, False, 10.0, values)
-    return means + selections + ratios
+    return means + selections + ratios + _record_kept(dtype)
+
+
+def _record_kept(dtype: torch.dtype) -> list[Launch]:
+    """Of an output matrix in bfloat16 where sums are float32."""
+    kept = importlib.import_module("rlkern.triton_kernels.kept")
+    n, pairs, width, vocab, ids = TOKENS // 32, TOKENS // 4, 4096, 151_936, torch.int32
+    held = torch.bfloat16 if dtype == torch.float32 else dtype
+    hidden, weight = _meta(1, n, width, dtype=held), _meta(1, vocab, width, dtype=held)
+    tokens, row, offsets, values = _meta(pairs, dtype=ids), _meta(pairs, dtype=ids), _meta(n + 1, dtype=torch.int64), _meta(pairs, dtype=dtype)
+    targets, counted, of_rows, state = _meta(n, 1, dtype=ids), _meta(n, dtype=torch.bool), _meta(n, dtype=dtype), _meta(n, State.KEPT, dtype=dtype)
+    with _recording(kept) as launches:
+        kept.kept_logits(hidden, weight, weight[0, :, 0], tokens, row, values)
+        kept.kept_hidden_gradient(weight, tokens, offsets, values, hidden[0])
+        kept.kept_weight_gradient(hidden, tokens, row, values, weight[0])
+        kept.kept_rows_forward(values, tokens, row, offsets, targets, counted, of_rows, (of_rows, of_rows, of_rows, of_rows, state, targets))
+        kept.kept_rows_backward(values, row, offsets, targets, of_rows, state, (of_rows,) * 4, values)
+    return launches
 
 
 def analyse(arch: str, dtypes=("fp32",)) -> list[Row]:

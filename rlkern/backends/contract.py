@@ -5,8 +5,10 @@ assume validated input. `CHECKS_TARGETS` says whether forwards check the range o
 
 Rows of logits:
 
-    token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
-    token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out)
+    token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out,
+                        softcap=0.0)
+    token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out,
+                         softcap=0.0)
 
     logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
     targets      [N, K] int64 contiguous, or None (K = 0); ELSEWHERE: a target in columns that are not these
@@ -18,6 +20,9 @@ Rows of logits:
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
     grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous,
                  in the accumulation dtype; each may be None
+    softcap      0, or c > 0: the rows are x = tanh(logits / c), also in `state`, and the temperature is for
+                 these. -inf stays -inf. The gradient is by the logits. The slope of x by them keeps its
+                 relative accuracy: 4 r / (1 + r)^2 / c with r = exp(-2 |logits| / c).
 
 `state` holds what the backward needs of a row, in the accumulation dtype and the columns of `State`. A
 backward can continue from the forward of any backend.
@@ -32,13 +37,15 @@ target ELSEWHERE counts in what its logp sends to all columns. It is not counted
 
 Two rows at once, logits and those of another policy:
 
-    pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out)
+    pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out,
+                 softcap=0.0, other_softcap=0.0)
     pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta,
-                  state, grads, out)
+                  state, grads, out, softcap=0.0, other_softcap=0.0)
 
-    logits, mask, temperature, ignore_index  as above
+    logits, mask, temperature, ignore_index, softcap  as above
     other              [A, B, V] as logits, in any dtype but float64; float64 beside float64 logits
     targets            [N, 1] or None
+    other_softcap      of other; as softcap
     other_temperature  as temperature; a float where temperature is one, a tensor where it is one
     kind, beta         a `PairKind` and its parameter, see primitives/divergence.py; only the reference has
                        ALPHA and TOTAL_VARIATION
@@ -71,6 +78,36 @@ Moments of rows, and the entropy of softmax((logits - reference) / T):
     grads, grad  upstream gradients (target, variance), each may be None; of the entropy
 
 A row of moments with an infinite or NaN logit is NaN. Backwards continue from the forward of any backend.
+
+The output matrix at listed ids, and statistics of each row's:
+
+    kept_logits(hidden, weight, bias, ids, row, out)
+    kept_hidden_gradient(weight, ids, offsets, grad, out)
+    kept_weight_gradient(hidden, ids, row, grad, out)
+    kept_rows_forward(logits, ids, row, offsets, targets, counted, temperature, out)
+    kept_rows_backward(logits, row, offsets, place, temperature, state, grads, out)
+
+    ids, row     [P] int32, the pairs: row r has those in [offsets[r], offsets[r + 1]), row N stands for none.
+                 An id of V is outside the vocabulary: its logit is NaN, and nothing of it is read.
+                 kept_weight_gradient takes pairs and `grad` sorted by id, of each in the order of rows
+    offsets      [N + 1] int64
+    hidden       [A, B, H], any strides over A and B, last stride 1
+    weight       [1, V, H], any stride over V; bias [V] contiguous, or None; of hidden's dtype
+    logits, grad [P] contiguous in the accumulation dtype; beyond the last pair their values are not used
+    out          kept_logits: [P], 0 beyond the last pair
+                 kept_hidden_gradient: [N, H] contiguous, all of it written
+                 kept_weight_gradient: [V, H] contiguous, zeros
+                 kept_rows_forward: (logp [N, K], entropy, logsumexp, sum_sq_prob, state [N, State.KEPT],
+                 place [N, K] int32); entropy and sum_sq_prob may be None
+                 kept_rows_backward: [P], zeros
+    targets      [N, K] int32, -1 where ignored: logp 0 and no gradient; -inf where the row lacks it
+    place        where a row has its target first, from 0 on; -1: nowhere
+    counted      [N] bool: other rows have no pairs, and are zero in every output
+    state        the first columns of State
+    grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob), contiguous, each may be None
+
+Dot products along H and sums over pairs are in the accumulation dtype, in an order that depends on H, on the
+row's list or on the id's pairs alone.
 
 One number a token, over all tokens of a batch:
 

@@ -20,9 +20,13 @@ _DTYPES = {getattr(torch, name): code for code, name in enumerate(_cpu.constants
 _TOKEN_DTYPES = {dtype: _DTYPES[dtype] for dtype in (torch.float32, torch.float64)}  # of numbers one a token
 
 
+def _temperature(temperature) -> dict:
+    per_row = isinstance(temperature, Tensor)
+    return {"temperature": 1.0 if per_row else temperature, "temperatures": temperature if per_row else None}
+
+
 def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
     outer, inner, vocab = logits.shape
-    per_row = isinstance(temperature, Tensor)
     return {
         "dtype": _DTYPES[logits.dtype],
         "logits": logits,
@@ -32,19 +36,19 @@ def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
         "targets": targets,
         "n_targets": 0 if targets is None else targets.shape[-1],
         "mask": mask,
-        "temperature": 1.0 if per_row else temperature,
-        "temperatures": temperature if per_row else None,
+        **_temperature(temperature),
         "ignore_index": ignore_index,
         "state": state,
         "threads": torch.get_num_threads(),
     }
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
     """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not
     ignore_index."""
     logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state = out
     own = {
+        "softcap": softcap,
         "kept_kind": kept_kind,
         "log_kept": log_kept,
         "logp": logp,
@@ -56,9 +60,10 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     _cpu.token_stats_forward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
     g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
     own = {
+        "softcap": softcap,
         "kept_kind": kept_kind,
         "g_logp": g_logp,
         "g_entropy": g_entropy,
@@ -70,31 +75,36 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
     _cpu.token_stats_backward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
-def _pair(other, other_temperature, kind, beta) -> dict:
+def _pair(other, other_temperature, kind, beta, softcap, other_softcap) -> dict:
     per_row = isinstance(other_temperature, Tensor)
     return {
         "other_dtype": _DTYPES[other.dtype],
         "other": other,
         "other_temperature": 1.0 if per_row else other_temperature,
         "other_temperatures": other_temperature if per_row else None,
+        "softcap": softcap,
+        "other_softcap": other_softcap,
         "kind": kind,
         "beta": beta,
     }
 
 
-def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     """Raises IndexError as token_stats_forward does."""
     names = ("divergence", "logp", "entropy", "logsumexp", "other_logp", "other_entropy", "other_logsumexp")
     *results, state = out
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
-    _cpu.pair_forward(rows, _pair(other, other_temperature, kind, beta), dict(zip(names, results, strict=True)))
+    pair = _pair(other, other_temperature, kind, beta, softcap, other_softcap)
+    _cpu.pair_forward(rows, pair, dict(zip(names, results, strict=True)))
 
 
-def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
+def pair_backward(
+    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out, softcap=0.0, other_softcap=0.0
+) -> None:
     names = ("g_divergence", "g_logp", "g_entropy", "g_logsumexp")
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     own = {**dict(zip(names, grads, strict=True)), "out": out}
-    _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta), own)
+    _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta, softcap, other_softcap), own)
 
 
 def row_moments_forward(logits, targets, mask, ignore_index, out) -> None:
@@ -121,6 +131,44 @@ def did_entropy_backward(logits, reference, mask, temperature, state, grad, out)
     own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference}
     own |= {"g_entropy": grad, "out": d_logits, "reference_out": d_reference}
     _cpu.did_entropy_backward(_rows(logits, None, mask, temperature, 0, state), own)
+
+
+def _kept(dtype, rows, width, vocab, ids, row) -> dict:
+    pairs = {"dtype": _DTYPES[dtype], "rows": rows, "width": width, "vocab": vocab, "ids": ids, "row": row}
+    return {**pairs, "threads": torch.get_num_threads()}
+
+
+def kept_logits(hidden, weight, bias, ids, row, out) -> None:
+    outer, inner, width = hidden.shape
+    own = {"hidden": hidden, "weight": weight, "inner": inner, "pairs": len(ids), "bias": bias, "out": out}
+    _cpu.kept_logits(_kept(hidden.dtype, outer * inner, width, weight.shape[1], ids, row), own)
+
+
+def kept_hidden_gradient(weight, ids, offsets, grad, out) -> None:
+    n, width = out.shape
+    own = {"weight": weight, "offsets": offsets, "grad": grad, "out": out}
+    _cpu.kept_hidden_gradient(_kept(weight.dtype, n, width, weight.shape[1], ids, None), own)
+
+
+def kept_weight_gradient(hidden, ids, row, grad, out) -> None:
+    outer, inner, width = hidden.shape
+    own = {"hidden": hidden, "inner": inner, "pairs": len(ids), "grad": grad, "out": out}
+    _cpu.kept_weight_gradient(_kept(hidden.dtype, outer * inner, width, len(out), ids, row), own)
+
+
+def kept_rows_forward(logits, ids, row, offsets, targets, counted, temperature, out) -> None:
+    logp, entropy, logsumexp, sum_sq, state, place = out
+    call = {"n": len(targets), "n_targets": targets.shape[1], "logits": logits, "ids": ids, "offsets": offsets, "targets": targets}
+    call |= {"counted": counted, **_temperature(temperature), "logp": logp, "entropy": entropy, "logsumexp": logsumexp}
+    call |= {"sum_sq": sum_sq, "state": state, "place": place}
+    _cpu.kept_rows_forward(_TOKEN_DTYPES[logits.dtype], call)
+
+
+def kept_rows_backward(logits, row, offsets, place, temperature, state, grads, out) -> None:
+    names = ("g_logp", "g_entropy", "g_logsumexp", "g_sum_sq")
+    call = {"n": len(place), "n_targets": place.shape[1], "logits": logits, "offsets": offsets, "place": place}
+    call |= {**_temperature(temperature), "state": state, **dict(zip(names, grads, strict=True)), "out": out}
+    _cpu.kept_rows_backward(_TOKEN_DTYPES[logits.dtype], call)
 
 
 def covariance_sums(logp, advantages, mask) -> Tensor:

@@ -5,6 +5,7 @@ from .did import token_did_entropy
 from .divergence import PairStats, gkd_divergence, pair_stats, token_divergence
 from .elbo import masked_elbo
 from .kept import NLPOStats, nlpo_keep_set, nlpo_stats
+from .kept_sets import Kept
 from .kl import kl_estimate
 from .linear import linear_token_stats
 from .linear_divergence import linear_pair_stats, linear_token_divergence
@@ -14,6 +15,7 @@ from .token_stats import TokenStats, entropy_from_logits, token_logprobs, token_
 from .topk import topk_divergence, topk_reverse_kl
 
 __all__ = [
+    "Kept",
     "LinearPlan",
     "NLPOStats",
     "PairStats",

@@ -17,6 +17,8 @@ from torch import Tensor
 from ..backends.contract import KeptKind
 from ..checks import check_count, check_flags, check_number, check_target_range, computing_dtype, expect, shown
 from ..operator import Operator, differentiable, values_readable
+from .kept_sets import Kept, check_kept
+from .linear_kept import check_kept_options, linear_kept_stats
 from .parts import IGNORED, finish, merge, part_of, targets_in_part
 from .plans import check_logits_dtype, check_workspace, cut
 from .projection import GradientSums, Head, Rows, add_product, autocast, blocks, check_matrix, new_gradients, whole_parameter
@@ -293,6 +295,12 @@ def linear_token_stats(
     with_sum_sq: bool = False,
     with_entropy: bool = True,
     with_tail: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    keep: Kept | None = None,
+    outside: str = "include",
+    max_dense_rows: int = 0,
+    round_logits: bool = False,
     group=None,
 ) -> TokenStats:
     """`token_stats` of `hidden @ weight.T + bias`, without all logits at once.
@@ -328,15 +336,28 @@ def linear_token_stats(
             `lambda: deepspeed.zero.GatheredParameters([weight])` for ZeRO-3. The forward and the backward
             each run in one. Not under torch.compile.
         targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
-            group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
-            products too.
+            logit_scale, softcap, group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are
+            left out of the products too.
+        keep: a `Kept`, the ids S that each row's softmax is over, as a sampler's top-p or top-k left them.
+            Values and gradients are those of logits at -inf outside S, but only listed columns are
+            multiplied. The logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob,
+            with_tail, softcap, num_valid, weight_grad_out, lora or gathered.
+        outside: what to do where a target is not in S. "include" adds it to S. "everything" takes the whole
+            vocabulary for that row. "minus_inf" gives logp = -inf, without gradient, and is for targets
+            [..., K] too.
+        max_dense_rows: how many rows may be over the whole vocabulary, by an empty list or by
+            outside="everything". They are computed as without keep. More are a ValueError on a CPU, and NaN
+            on a GPU.
+        round_logits: round the kept logits to hidden's dtype, as a model's own head does.
 
     Returns:
-        TokenStats as of `token_stats`, with its gradients. Those of weight and bias are rounded once. A
+        TokenStats as of `token_stats`, with its gradients. With keep, `target_kept` says whether S had the
+        target (bool; True in rows that are not read). Gradients of weight and bias are rounded once. A
         DTensor among the two, as FSDP2 shards it, is gathered, and its gradient averaged over the mesh.
 
     Raises:
         TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
+            With keep also ValueError for rows that share a list and IndexError for ids >= V; on a GPU NaN.
     """
     if group is not None:
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
@@ -361,6 +382,8 @@ def linear_token_stats(
             with_sum_sq=with_sum_sq,
             with_entropy=with_entropy,
             with_tail=with_tail,
+            logit_scale=logit_scale,
+            softcap=softcap,
         )
         if chunk_rows is not None:
             check_count("chunk_rows", chunk_rows, 1)
@@ -375,4 +398,22 @@ def linear_token_stats(
         workspace, whole_rows = check_workspace(workspace, hidden.device.type), o.kept_kind != KeptKind.NONE
         sizes = cut(weight.shape[0], dtype.itemsize, needs, workspace, whole_rows, chunk_rows, bool(fixed_blocks))
         how = _How(*sizes, dtype != hidden.dtype, num_valid, weight_grad_out)
+        check_flags(round_logits=round_logits)
+        several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
+        check_kept_options(outside, max_dense_rows, several and keep is not None)
+        if keep is not None:
+            if o.kept_kind != KeptKind.NONE:
+                given = f"{min_p}, {min_prob} and {with_tail}"
+                raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {given}")
+            without = {"softcap": softcap, "num_valid": num_valid, "weight_grad_out": weight_grad_out, "lora": lora, "gathered": gathered}
+            for name, value in without.items():
+                if value is not None:
+                    raise ValueError(f"keep takes no {name}: expected None, got {shown(value)}")
+            keep = check_kept(keep, hidden, "hidden")
+
+            def dense(hidden, *of_rows):
+                return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o)
+
+            of_rows = (y, counted, row_temperature, o)
+            return linear_kept_stats(hidden, weight, bias, *of_rows, keep, outside, max_dense_rows, bool(round_logits), dense)
         return public_stats(o, *_linear_token_stats(*parameters, y, counted, row_temperature, *how, *o, around=gathered))

@@ -1,0 +1,173 @@
+"""The token ids that a sampler drew each token from, in the formats that rollouts send."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree
+
+from ..checks import check_choice, expect, shown
+from ..operator import values_readable
+
+EMPTY = ("everything", "nothing")
+
+
+def _check_ids(name: str, x: Any, layout: str, like: tuple[str, Tensor] | None = None, shape: Any = None) -> None:
+    if isinstance(x, Tensor) and not x.is_floating_point() and x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64 {layout}, got {x.dtype}")
+    expect(name, x, "integer", layout, like=like, shape=shape)
+
+
+def _check_lists(name: str, begin: Tensor, end: Tensor, size: int) -> None:
+    """Lists [begin, end) follow one another in `size` ids. Where a host may not look, nothing trusts them."""
+    if begin.numel() > 0 and values_readable(begin):
+        edges = torch.stack([begin, end], -1).flatten()
+        if edges[0] < 0 or edges[-1] > size or (edges[1:] < edges[:-1]).any():
+            raise ValueError(f"{name} must lead from 0 to at most the {size} ids and never decrease")
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """Lists of token ids, one for every row of a softmax: what a sampler's top-p, top-k or grammar left.
+
+    Made by `Kept.ids`, `Kept.csr`, `Kept.counts` or `Kept.samples`. All ids are int32 or int64, on the rows'
+    device. The order of a list changes a result in its last bits alone. An id that a list holds twice counts
+    twice, as two tokens of equal logits; samplers never send that. The tensors are not copied: a CUDA graph
+    may refill them, also with fewer ids than they have room for.
+
+    empty: what an empty list means, and a row without a list. "everything": the row's softmax is over the
+        whole vocabulary. "nothing": no token is kept.
+
+    Its fields are the form that all constructors share. A pytree.
+    """
+
+    entries: Tensor  # [M] ids, or [..., K] of which negative ones are padding
+    begin: Tensor | None  # [R]: list j is entries[begin[j] : end[j]]; None: the rows of entries are the lists
+    end: Tensor | None
+    rows: Tensor | None  # [...]: which list belongs to a row, -1 none; None: each its own, in order
+    empty: str
+
+    @staticmethod
+    def ids(ids: Tensor, *, empty: str = "everything") -> Kept:
+        """Padded lists.
+
+        Args:
+            ids: [..., K] int32 or int64, of the rows' shape [...]. Negative entries are padding, anywhere.
+            empty: see `Kept`.
+
+        Raises:
+            TypeError, ValueError: for another dtype, shape or word.
+        """
+        _check_ids("ids", ids, "[..., K]")
+        if ids.dim() == 0:
+            raise ValueError("ids must be [..., K], got shape ()")
+        check_choice("empty", empty, EMPTY)
+        return Kept(ids, None, None, None, empty)
+
+    @staticmethod
+    def csr(ids: Tensor, offsets: Tensor, *, rows: Tensor | None = None, empty: str = "everything") -> Kept:
+        """Lists one after the other: list j is ids[offsets[j] : offsets[j + 1]] (vLLM's SamplingMask, miles).
+
+        Args:
+            ids: [M]; more than offsets[-1] is spare room. offsets: [R + 1], never decreasing.
+            rows: [...] of the rows' shape, the list of each row, -1 for none. Two rows may not share a list.
+                None: R rows, in order.
+            empty: see `Kept`.
+
+        Raises:
+            TypeError, ValueError, IndexError: for dtypes, shapes and devices other than these; on a CPU also
+                for offsets that decrease or pass M, and for a row's list outside [-1, R).
+        """
+        _check_ids("ids", ids, "[M]")
+        _check_ids("offsets", offsets, "[R + 1]")
+        if offsets.numel() == 0 or offsets.device != ids.device:
+            raise ValueError(f"offsets must be [R + 1] on the device of ids {ids.device}, got {tuple(offsets.shape)} on {offsets.device}")
+        return _listed(ids, offsets[:-1], offsets[1:], rows, empty, "offsets")
+
+    @staticmethod
+    def counts(ids: Tensor, counts: Tensor, *, rows: Tensor | None = None, empty: str = "everything") -> Kept:
+        """As `csr`, from the length of each list (prime-rl's wire format).
+
+        Args:
+            ids: [M]. counts: [R] or, without rows, of the rows' shape.
+            rows, empty: as in `csr`.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `csr`.
+        """
+        _check_ids("ids", ids, "[M]")
+        _check_ids("counts", counts, "[...]")
+        if counts.device != ids.device:
+            raise ValueError(f"counts must be on the device of ids {ids.device}, got {counts.device}")
+        end = counts.flatten().cumsum(0)
+        return _listed(ids, end - counts.flatten(), end, rows, empty, "counts")
+
+    @staticmethod
+    def samples(ids: Sequence[Tensor], offsets: Sequence[Tensor], rows: Tensor, *, empty: str = "everything") -> Kept:
+        """As `csr`, from one pair of ids and offsets for every sample (slime, miles, SkyRL).
+
+        Args:
+            ids: tensors [M_i]. offsets: as many tensors [R_i + 1], each from 0 on.
+            rows: [...], the list of each row, counted through all samples; -1 for none.
+            empty: as in `csr`.
+
+        Raises:
+            TypeError, ValueError, IndexError: as `csr`; for lists of different lengths or without a sample.
+        """
+        for name, x in (("ids", ids), ("offsets", offsets)):
+            if not isinstance(x, (list, tuple)) or len(x) == 0:
+                raise TypeError(f"{name} must be a list of tensors, one a sample, got {shown(x)}")
+        if len(ids) != len(offsets):
+            raise ValueError(f"ids and offsets must have one tensor a sample, got {len(ids)} and {len(offsets)}")
+        begin, end, shift = [], [], 0
+        for of_sample, edges in zip(ids, offsets, strict=True):
+            Kept.csr(of_sample, edges)  # checks them
+            begin.append(edges[:-1] + shift)
+            end.append(edges[1:] + shift)
+            shift += of_sample.numel()
+        return _listed(torch.cat(list(ids)), torch.cat(begin), torch.cat(end), rows, empty, "offsets")
+
+
+def _listed(ids: Tensor, begin: Tensor, end: Tensor, rows: Tensor | None, empty: str, name: str) -> Kept:
+    check_choice("empty", empty, EMPTY)
+    _check_lists(name, begin, end, ids.numel())
+    if rows is not None:
+        _check_ids("rows", rows, "[...]")
+        if rows.device != ids.device:
+            raise ValueError(f"rows must be on the device of ids {ids.device}, got {rows.device}")
+        if values_readable(rows):
+            bad = (rows < -1) | (rows >= len(begin))
+            if bad.any():
+                raise IndexError(f"rows must name one of {len(begin)} lists or be -1, got {rows[bad][0].item()}")
+    return Kept(ids, begin, end, rows, empty)
+
+
+def check_kept(keep: Any, x: Tensor, of: str) -> Kept:
+    """keep is a `Kept` for rows x [..., anything], called `of`."""
+    if not isinstance(keep, Kept):
+        given = f"a tensor of {keep.dtype}" if isinstance(keep, Tensor) else shown(keep)
+        raise TypeError(f"keep must be made by Kept.ids, Kept.csr, Kept.counts or Kept.samples, got {given}")
+    lead = tuple(x.shape[:-1])
+    if keep.entries.device != x.device:
+        raise ValueError(f"keep must be on the device of {of} {x.device}, got {keep.entries.device}")
+    if keep.rows is not None and tuple(keep.rows.shape) != lead:
+        raise ValueError(f"keep: its rows must be {lead} for {of} {tuple(x.shape)}, got {tuple(keep.rows.shape)}")
+    if keep.begin is None and tuple(keep.entries.shape[:-1]) != lead:
+        raise ValueError(f"keep: its ids must be [*{lead}, K] for {of} {tuple(x.shape)}, got {tuple(keep.entries.shape)}")
+    if keep.begin is not None and keep.rows is None and len(keep.begin) != x.shape[:-1].numel():
+        raise ValueError(f"keep must have a list for each of the {x.shape[:-1].numel()} rows of {of}, got {len(keep.begin)}")
+    return keep
+
+
+_TENSORS = ("entries", "begin", "end", "rows")
+_pytree.register_pytree_node(
+    Kept,
+    lambda kept: ([getattr(kept, name) for name in _TENSORS], kept.empty),
+    lambda leaves, empty: Kept(*leaves, empty=empty),  # type: ignore[misc]  # four of them
+    flatten_with_keys_fn=lambda kept: ([(_pytree.GetAttrKey(name), getattr(kept, name)) for name in _TENSORS], kept.empty),
+    serialized_type_name="rlkern.Kept",
+)
