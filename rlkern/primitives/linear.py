@@ -130,7 +130,6 @@ def linear_token_stats(
         targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
             group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
             products too.
-
         keep: a `Kept`, the ids S that each row's softmax is over, as a sampler's top-p or top-k left them.
             Values and gradients are those of logits at -inf outside S, but only listed columns are
             multiplied. The logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob
