@@ -176,7 +176,8 @@ def did_entropy_forward(logits, reference, mask, temperature, out) -> None:
         )  # fmt: skip
         token_stats_merge_kernel[(rows,)](
             logits, logits, *pointers, parts, logits, entropy, logsumexp, logits, logits, state,
-            inner, *strides(logits), vocab, temperature, 0, 0.0, **split, K=0, K_BLOCK=1, SUM_SQ=False, KEPT=0, num_warps=target_warps(1),
+            inner, *strides(logits), vocab, temperature, 0, 0.0, 0.0, **split,
+            K=0, K_BLOCK=1, SOFTCAP=False, SUM_SQ=False, KEPT=0, num_warps=target_warps(1),
         )  # fmt: skip
 
 
