@@ -123,14 +123,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("use_isa", &use_isa);
 
   define_rows_of<Forward, py::dict>(m, "token_stats_forward", &token_stats_forward, [](const py::dict& from, Forward& call) {
-    fill(from, FIELD(kept_kind), FIELD(log_kept), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq_prob), FIELD(kept_logmass));
+    fill(from, FIELD(softcap), FIELD(kept_kind), FIELD(log_kept), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq_prob),
+         FIELD(kept_logmass));
   });
   define_rows_of<Backward, py::dict>(m, "token_stats_backward", &token_stats_backward, [](const py::dict& from, Backward& call) {
-    fill(from, FIELD(kept_kind), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq_prob), FIELD(g_kept_logmass),
-         FIELD(out));
+    fill(from, FIELD(softcap), FIELD(kept_kind), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq_prob),
+         FIELD(g_kept_logmass), FIELD(out));
   });
   const auto read_pair = [](const py::dict& from, Pair& call) {
-    fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(kind), FIELD(beta));
+    fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(softcap), FIELD(other_softcap),
+         FIELD(kind), FIELD(beta));
   };
   define_rows_of<PairForward, py::dict, py::dict>(m, "pair_forward", &pair_forward,
                                                   [=](const py::dict& pair, const py::dict& from, PairForward& call) {

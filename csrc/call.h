@@ -29,13 +29,15 @@ struct Rows {
 };
 
 struct Forward : Rows {
-  int kept_kind;  // a KeptKind
+  double softcap;  // 0: none
+  int kept_kind;   // a KeptKind
   double log_kept;
   void *logp, *entropy, *logsumexp, *sum_sq_prob, *kept_logmass;  // Acc; any but logsumexp may be null
 };
 
 struct Backward : Rows {
-  int kept_kind;  // the forward's
+  double softcap;  // the forward's
+  int kept_kind;   // the forward's
   // Acc, each may be null
   const void *g_logp, *g_entropy, *g_logsumexp, *g_sum_sq_prob, *g_kept_logmass;
   Matrix out;   // may be the logits
@@ -48,6 +50,7 @@ struct Pair : Rows {  // n_targets is 0 or 1; state: Acc [rows, PairState::WIDTH
   Matrix other;
   double other_temperature;
   const void* other_temperatures;  // null where `temperatures` is
+  double softcap, other_softcap;   // 0: none
   int kind;                        // a PairKind
   double beta;
 };

@@ -10,8 +10,16 @@ namespace {
 
 // --- tiles of both rows ------------------------------------------------------------------------------------
 
-// Rows are converted to float, a tile at a time, if their types differ or are rare.
-inline bool converts(const Pair& call) { return call.dtype != call.other_dtype || call.dtype == DType::float16; }
+// Rows are converted to the accumulation type, a tile at a time, if their types differ, are rare or have a softcap.
+inline bool converts(const Pair& call) {
+  return call.dtype != call.other_dtype || call.dtype == DType::float16 || call.softcap > 0 || call.other_softcap > 0;
+}
+
+// One logit under a softcap, to the bit as in a tile.
+template <class A>
+A capped(A x, double softcap) {
+  return softcap > 0 ? soft_cap(broadcast(x), A(1 / softcap)).value.v[0][0] : x;
+}
 
 // Calls f with a value of the type in which both are read.
 template <class F>
@@ -27,12 +35,13 @@ const void* row_start(const Pair& call, const Matrix& matrix, int dtype, int64_t
   return start;
 }
 
-// n logits from `start` on as floats; -inf pads them to whole packs.
-void to_floats(const void* row, int dtype, int64_t start, int64_t n, float* to) {
-  constexpr int64_t lanes = kLanes<float>;
+// n logits from `start` on, converted; -inf pads them to whole packs.
+template <class A>
+void convert_from(const void* row, int dtype, int64_t start, int64_t n, A* to) {
+  constexpr int64_t lanes = kLanes<A>;
   with_type(dtype, [&](auto logit) {
     using T = decltype(logit);
-    if constexpr (!std::is_same_v<T, double>) {
+    if constexpr (std::is_same_v<Acc<T>, A>) {
       const T* from = static_cast<const T*>(row) + start;
       int64_t i = 0;
       for (; i + lanes <= n; i += lanes) store(to + i, load_in_order(from + i));
@@ -44,11 +53,12 @@ void to_floats(const void* row, int dtype, int64_t start, int64_t n, float* to) 
   });
 }
 
-void from_floats(const float* from, int64_t n, void* row, int dtype, int64_t start) {
-  constexpr int64_t lanes = kLanes<float>;
+template <class A>
+void convert_to(const A* from, int64_t n, void* row, int dtype, int64_t start) {
+  constexpr int64_t lanes = kLanes<A>;
   with_type(dtype, [&](auto logit) {
     using T = decltype(logit);
-    if constexpr (!std::is_same_v<T, double>) {
+    if constexpr (std::is_same_v<Acc<T>, A>) {
       T *to = static_cast<T*>(row) + start, last[lanes];
       int64_t i = 0;
       for (; i + lanes <= n; i += lanes) store_in_order(to + i, load(from + i));
@@ -59,17 +69,25 @@ void from_floats(const float* from, int64_t n, void* row, int dtype, int64_t sta
   });
 }
 
+template <class A>
+void cap_tile(A* tile, int64_t n, double softcap) {
+  if (softcap > 0)
+    for (int64_t i = 0; i < n; i += kLanes<A>) store(tile + i, soft_cap(load(tile + i), A(1 / softcap)).value);
+}
+
 // Calls f(tile of z, tile of w, count), as for_each_tile does.
 template <class T, class F>
 inline void for_each_pair(const Pair& call, int64_t row, F f) {
   if (converts(call)) {
-    if constexpr (std::is_same_v<T, float>) {
+    if constexpr (std::is_same_v<T, Acc<T>>) {
       const void *z = row_start(call, call.logits, call.dtype, row), *w = row_start(call, call.other, call.other_dtype, row);
-      float z_tile[kTile], w_tile[kTile];
+      T z_tile[kTile], w_tile[kTile];
       for (int64_t start = 0; start < call.vocab; start += kTile) {
         const int64_t n = std::min(kTile, call.vocab - start);
-        to_floats(z, call.dtype, start, n, z_tile);
-        to_floats(w, call.other_dtype, start, n, w_tile);
+        convert_from(z, call.dtype, start, n, z_tile);
+        convert_from(w, call.other_dtype, start, n, w_tile);
+        cap_tile(z_tile, n, call.softcap);
+        cap_tile(w_tile, n, call.other_softcap);
         f(z_tile, w_tile, (n + kLanes<T> - 1) / kLanes<T> * kLanes<T>);
       }
     }
@@ -334,9 +352,9 @@ struct SideStats {
   double logsumexp() const { return top == -kInfinity ? -kInfinity : double(top) * inv_t + log_s0; }
   // x[y] - top, NaN outside of the row
   template <class T>
-  A shifted(const T* x, int64_t y, int64_t vocab) const {
+  A shifted(const T* x, int64_t y, int64_t vocab, double softcap) const {
     if (y < 0 || y >= vocab) return A(kNaN);
-    const A at_y = A(load_one(x + y));
+    const A at_y = capped(A(load_one(x + y)), softcap);
     return at_y == -kInfinity ? at_y : at_y - top;
   }
   double logp(A shifted) const { return double(shifted) * inv_t - log_s0; }
@@ -391,8 +409,9 @@ void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>&
   const int64_t y = call.targets ? call.targets[row] : 0;
   if (call.targets) {
     const void* z = row_start(call, call.logits, call.dtype, row);
-    with_type(call.dtype,
-              [&](auto logit) { state[PairState::TARGET] = own.shifted(static_cast<const decltype(logit)*>(z), y, call.vocab); });
+    with_type(call.dtype, [&](auto logit) {
+      state[PairState::TARGET] = own.shifted(static_cast<const decltype(logit)*>(z), y, call.vocab, call.softcap);
+    });
     put<A>(call.logp, row, own.logp(state[PairState::TARGET]));
   }
   if (!call.other_logsumexp) return;
@@ -408,7 +427,7 @@ void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>&
   if (!call.other_logp) return;
   const void* w = row_start(call, call.other, call.other_dtype, row);
   with_type(call.other_dtype, [&](auto logit) {
-    put<A>(call.other_logp, row, others.logp(others.shifted(static_cast<const decltype(logit)*>(w), y, call.vocab)));
+    put<A>(call.other_logp, row, others.logp(others.shifted(static_cast<const decltype(logit)*>(w), y, call.vocab, call.other_softcap)));
   });
 }
 
@@ -465,6 +484,15 @@ RLKERN_INLINE AccPack<T> pair_gradient_of(const AccPack<T>& z, const AccPack<T>&
   return e_g * c.slope + e * (finite_exponent(t) * c.linear + c.constant);
 }
 
+// A tile of the gradient by capped logits becomes that by the logits, which are not yet written over.
+template <class A>
+void multiply_by_slopes(const PairBackward& call, int64_t row, int64_t start, int64_t n, A* tile) {
+  if (!(call.softcap > 0)) return;
+  A raw[kTile];
+  convert_from(row_start(call, call.logits, call.dtype, row), call.dtype, start, n, raw);
+  for (int64_t i = 0; i < n; i += kLanes<A>) store(tile + i, load(tile + i) * soft_cap(load(raw + i), A(1 / call.softcap)).slope);
+}
+
 template <class T, int Kind>
 void write_pair_gradient(const PairBackward& call, int64_t row, void* out, const PairCoefficients<Acc<T>>& c) {
   const Units<Acc<T>> u(c.frame);
@@ -477,8 +505,11 @@ void write_pair_gradient(const PairBackward& call, int64_t row, void* out, const
       store(tile + i, pair_gradient_of<T, Kind>(load(z + i), load(w + i), u, c));
     }
     const int64_t left = std::min(kTile, call.vocab - start);
-    if constexpr (std::is_same_v<T, float>)
-      if (converts(call)) return from_floats(tile, left, out, call.dtype, std::exchange(start, start + left));
+    if constexpr (std::is_same_v<T, Acc<T>>)
+      if (converts(call)) {
+        multiply_by_slopes(call, row, start, left, tile);
+        return convert_to(tile, left, out, call.dtype, std::exchange(start, start + left));
+      }
     write_gradient(call.stream, tile, static_cast<T*>(out) + std::exchange(start, start + left), left, [](auto dz) { return dz; });
   });
 }
@@ -534,6 +565,12 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
 
   const int kind = g_d == 0 ? int(PairKind::REVERSE_KL) : call.kind;
   void* out = const_cast<void*>(row_start(call, call.out, call.dtype, row));
+  double slope = 1;  // at the target, of a softcap; read now: the gradient may be written over the logits
+  if (call.softcap > 0 && g_y != 0 && !lost)
+    with_type(call.dtype, [&](auto logit) {
+      const A raw = A(load_one(static_cast<const decltype(logit)*>(row_start(call, call.logits, call.dtype, row)) + y));
+      slope = soft_cap(broadcast(raw), A(1 / call.softcap)).slope.v[0][0];
+    });
   with_kind(kind, [&](auto kind) { write_pair_gradient<T, kind>(call, row, out, c); });
 
   if (g_y == 0 || lost) return;
@@ -544,12 +581,13 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
   if (g_d != 0 && shifted > -kInfinity) {
     with_type(call.other_dtype, [&](auto logit) {
       using W = decltype(logit);
-      const double at_w = load_one(static_cast<const W*>(row_start(call, call.other, call.other_dtype, row)) + y);
+      const double at_w =
+          capped(A(load_one(static_cast<const W*>(row_start(call, call.other, call.other_dtype, row)) + y)), call.other_softcap);
       const double z_ref = shifted + (double(c.frame.top) - double(c.frame.ref));
       here += g_d * (slope_at(kind, call.beta, (at_w - c.frame.other_ref) * c.frame.other_inv_t - z_ref * inv_t + c.frame.offset) - c.base);
     });
   }
-  const double at_y = inv_t * (std::exp(logp) * here - g_y * std::expm1(logp));
+  const double at_y = slope * inv_t * (std::exp(logp) * here - g_y * std::expm1(logp));
   with_type(call.dtype, [&](auto logit) { store_one(static_cast<decltype(logit)*>(out) + y, at_y); });
 }
 

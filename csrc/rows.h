@@ -163,11 +163,47 @@ struct RowSums {
   }
 };
 
-template <class T, bool Squares, bool Entropy>
-RowSums<Acc<T>> row_sums(const T* x, int64_t vocab, Acc<T> scale) {
-  RowSums<Acc<T>> row;
-  for_each_tile(x, vocab, [&](const T* tile, int64_t n) { row.template add<Squares, Entropy>(tile, n, scale); });
-  return row;
+// A row of logits as its statistics see it.
+template <class T>
+struct PlainRow {
+  using Tile = T;  // a pointer to these is what tiles are
+  const T* x;
+  int64_t vocab;
+
+  template <class F>
+  void for_each_tile(F f) const {
+    ::for_each_tile(x, vocab, f);
+  }
+  Acc<T> at(int64_t i) const { return load_one(x + i); }
+};
+
+// tanh(x / cap) of a row.
+template <class T>
+struct CappedRow {
+  using Tile = Acc<T>;
+  const T* x;
+  int64_t vocab;
+  Acc<T> inverse_cap;
+
+  template <class F>
+  void for_each_tile(F f) const {
+    ::for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+      Tile capped[kTile];
+      for (int64_t i = 0; i < n; i += kLanes<T>) {
+        prefetch_next_tile(tile + i);
+        store(capped + i, soft_cap(load_in_order(tile + i), inverse_cap).value);
+      }
+      f(static_cast<const Tile*>(capped), n);
+    });
+  }
+  Acc<T> at(int64_t i) const { return soft_cap(broadcast(load_one(x + i)), inverse_cap).value.v[0][0]; }
+};
+
+template <bool Squares, bool Entropy, class Row, class A>
+RowSums<A> row_sums(const Row& row, A scale) {
+  RowSums<A> sums;
+  row.for_each_tile([&](const auto* tile, int64_t n) { sums.template add<Squares, Entropy>(tile, n, scale); });
+  return sums;
 }
 
 // --- a gradient -----------------------------------------------------------------------------------------------

@@ -427,12 +427,13 @@ struct Exp2FromFloor<false> {
                                            0.009678840975f, 0.001243968790f,  0.000217022555f};
 };
 
-template <class E, class T>
+// Without the terms before `First`, divided by f^First.
+template <class E, int First = 0, class T>
 RLKERN_INLINE Pack<T> polynomial(const Pack<T>& f) {
   constexpr int degree = sizeof(E::coefficients) / sizeof(T) - 1;
   Pack<T> y = broadcast(E::coefficients[degree]);
 #pragma GCC unroll 16
-  for (int i = degree - 1; i >= 0; --i) y = y * f + E::coefficients[i];
+  for (int i = degree - 1; i >= First; --i) y = y * f + E::coefficients[i];
   return y;
 }
 
@@ -468,6 +469,36 @@ RLKERN_INLINE Pack<float> power_of_two(const Pack<float>& t) {
       [&](int i) { return bit_cast<Vec<float>>(_mm512_scalef_ps(bit_cast<__m512>(y.v[i]), bit_cast<__m512>(t.v[i]))); });
 }
 #endif
+
+// --- a softcap -----------------------------------------------------------------------------------------------
+
+template <class T>
+RLKERN_INLINE Pack<T> with_sign_of(const Pack<T>& a, const Pack<T>& sign) {
+  using Lane = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  constexpr Lane only_sign = std::numeric_limits<Lane>::min();
+  return each<Pack<T>>(
+      [&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(magnitude(a).v[i]) | (bit_cast<Bits<T>>(sign.v[i]) & only_sign)); });
+}
+
+template <class T>
+struct Capped {
+  Pack<T> value, slope;  // tanh(x / cap), and its derivative by x
+};
+
+// -inf stays: it is no logit but a mask. With r = e^(-2|x| / cap) both keep their relative accuracy: the value
+// near 0 by e^t - 1, the slope where the value is 1.
+template <class T>
+RLKERN_INLINE Capped<T> soft_cap(const Pack<T>& x, T inverse_cap) {
+  using E = Exp2<T>;
+  constexpr T round = T(int64_t(3) << (E::mantissa - 1)) + E::bias;
+  const Pack<T> t = finite_exponent(magnitude(x) * (inverse_cap * T(-2 * 1.4426950408889634074))), rounded = t + round;
+  const Pack<T> f = t - (rounded - round),
+                power = each<Pack<T>>([&](int i) { return bit_cast<Vec<T>>(bit_cast<Bits<T>>(rounded.v[i]) << E::mantissa); });
+  const Pack<T> part = polynomial<E, 1>(f) * f * power;  // r = 2^t = power + part
+  const Pack<T> r = power + part, r_minus_1 = part + (power - T(1)), inverse = broadcast(T(1)) / (r + T(1));
+  const Pack<T> value = with_sign_of(r_minus_1 * inverse, x);
+  return {select(x == T(-__builtin_inf()), x, value), r * inverse * inverse * (4 * inverse_cap)};
+}
 
 // --- near 0, relative to the result ------------------------------------------------------------------------
 

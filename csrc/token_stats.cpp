@@ -11,11 +11,11 @@ namespace {
 // --- forward -----------------------------------------------------------------------------------------------
 
 // log of the share of sum 2^t that the logits with x - top >= threshold hold; -inf where there is none.
-template <class T>
-double kept_logmass(const T* x, int64_t vocab, Acc<T> top, Acc<T> scale, Acc<T> threshold) {
-  using A = Acc<T>;
+template <class Row, class A>
+double kept_logmass(const Row& row, A top, A scale, A threshold) {
+  using T = typename Row::Tile;
   double kept = 0, dropped = 0;
-  for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+  row.for_each_tile([&](const T* tile, int64_t n) {
     AccPack<T> outside{}, inside{};
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const AccPack<T> shifted = load(tile + i) - top;
@@ -65,11 +65,12 @@ class Listed {
 };
 
 // log of the share of sum 2^t that the logits hold which are not listed; -inf where there is none.
-template <class T>
-[[gnu::noinline]] double tail_logmass(const T* x, int64_t vocab, Acc<T> top, Acc<T> scale, const Listed& listed) {
+template <class Row, class A>
+[[gnu::noinline]] double tail_logmass(const Row& row, A top, A scale, const Listed& listed) {
+  using T = typename Row::Tile;
   double inside = 0, outside = 0;
   int64_t number = 0;
-  for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+  row.for_each_tile([&](const T* tile, int64_t n) {
     T rest[kTile], taken[kTile];
     int64_t count = 0;
     listed.for_each_in(number++, [&](int64_t at) {
@@ -86,16 +87,15 @@ template <class T>
   return -std::log1p(inside / outside);
 }
 
-template <class T>
-void forward_row(const Forward& call, int64_t row, Listed& listed) {
-  using A = Acc<T>;
-  const T* x = row_of<T>(call, call.logits, row);
+template <class Row>
+void forward_row(const Forward& call, int64_t row, const Row& x, Listed& listed) {
+  using A = Acc<typename Row::Tile>;
   A* state = static_cast<A*>(call.state) + row * (State::TARGETS + call.n_targets);
   const A inv_t = inverse_temperature<A>(call, row), scale = A(kLog2E * inv_t);
 
-  auto [top, sums] = call.sum_sq_prob ? row_sums<T, true, true>(x, call.vocab, scale)
-                     : call.entropy   ? row_sums<T, false, true>(x, call.vocab, scale)
-                                      : row_sums<T, false, false>(x, call.vocab, scale);
+  auto [top, sums] = call.sum_sq_prob ? row_sums<true, true>(x, scale)
+                     : call.entropy   ? row_sums<false, true>(x, scale)
+                                      : row_sums<false, false>(x, scale);
   // Nothing above -inf, a +inf or a NaN: not a distribution.
   const bool undefined = std::isinf(top) || std::isnan(sums.s0);
   if (std::isnan(sums.s0)) top = A(kNaN);
@@ -115,14 +115,14 @@ void forward_row(const Forward& call, int64_t row, Listed& listed) {
   }
   if (call.kept_kind == KeptKind::UNLISTED) {
     listed.take(call, row);
-    const double tail = undefined ? kNaN : tail_logmass(x, call.vocab, top, scale, listed);
+    const double tail = undefined ? kNaN : tail_logmass(x, top, scale, listed);
     state[State::KEPT] = A(tail);
     state[State::THRESHOLD] = A(-kInfinity);
     put<A>(call.kept_logmass, row, tail);
   } else if (call.kept_kind != KeptKind::NONE) {
     // In the accumulation type, as the other backends compute it: the same logits are kept.
     const A log_kept = A(call.log_kept), threshold = (call.kept_kind == KeptKind::MIN_P ? log_kept : log_kept + A(log_s0)) / inv_t;
-    const double kept = undefined ? kNaN : kept_logmass(x, call.vocab, top, scale, threshold);
+    const double kept = undefined ? kNaN : kept_logmass(x, top, scale, threshold);
     state[State::KEPT] = A(kept);
     state[State::THRESHOLD] = threshold;
     put<A>(call.kept_logmass, row, kept);
@@ -131,7 +131,7 @@ void forward_row(const Forward& call, int64_t row, Listed& listed) {
     const int64_t y = call.targets[row * call.n_targets + k];
     A shifted = A(kNaN);
     if (y >= 0 && y < call.vocab) {
-      const A at_y = load_one(x + y);
+      const A at_y = x.at(y);
       shifted = at_y == -kInfinity ? at_y : at_y - top;
     }
     state[State::TARGETS + k] = shifted;
@@ -146,7 +146,11 @@ void forward_rows(const Forward& call, int64_t begin, int64_t end) {
   Listed listed(tails ? call.vocab : 0, tails ? call.n_targets : 0);
   for (int64_t row = begin; row < end; ++row) {
     if (!is_skipped(call, row)) {
-      forward_row<T>(call, row, listed);
+      const T* x = row_of<T>(call, call.logits, row);
+      if (call.softcap > 0)
+        forward_row(call, row, CappedRow<T>{x, call.vocab, A(1 / call.softcap)}, listed);
+      else
+        forward_row(call, row, PlainRow<T>{x, call.vocab}, listed);
       continue;
     }
     const int64_t width = State::TARGETS + call.n_targets;
@@ -171,7 +175,11 @@ bool is_idle(const Backward& call, int64_t row) {
 // One of a row's targets, with what the upstream gradients of its entries come to.
 struct Target {
   int64_t id;
-  double upstream, shifted;
+  double upstream, shifted, slope;
+};
+
+struct Slope {  // of the softcap at one of a row's targets
+  double value;
 };
 
 constexpr int64_t kFewTargets = 16;  // so many are compared with one another as fast as they are hashed
@@ -230,13 +238,13 @@ struct AtTarget {
 
 // Many targets: each once, and their probabilities side by side.
 template <class T>
-[[gnu::noinline]] void write_targets(const Backward& call, int64_t row, T* out, Targets& targets, AtTarget at_target) {
+[[gnu::noinline]] void write_targets(const Backward& call, int64_t row, T* out, Targets& targets, const Slope* slopes, AtTarget at_target) {
   using A = Acc<T>;
   const int64_t first = row * call.n_targets, *y = call.targets + first;
   const A* shifted = static_cast<const A*>(call.state) + row * (State::TARGETS + call.n_targets) + State::TARGETS;
   targets.clear();
   for (int64_t k = 0; k < call.n_targets; ++k)
-    if (y[k] != call.ignore_index) targets.add({y[k], get<A>(call.g_logp, first + k), shifted[k]});
+    if (y[k] != call.ignore_index) targets.add({y[k], get<A>(call.g_logp, first + k), shifted[k], slopes ? slopes[k].value : 1});
   constexpr int64_t lanes = Pack<double>::lanes;
   for (const Target* t = targets.begin(); t < targets.end(); t += lanes) {
     const int64_t n = std::min<int64_t>(lanes, targets.end() - t);
@@ -245,13 +253,13 @@ template <class T>
     store(p, power_of_two(load(logp) * kLog2E));
     for (int64_t j = 0; j < n; ++j) {
       const double p_minus_1 = p[j] > 0.5 ? std::expm1(logp[j]) : p[j] - 1;
-      store_one(out + t[j].id, at_target.gradient(t[j].shifted, t[j].upstream, p[j], p_minus_1));
+      store_one(out + t[j].id, t[j].slope * at_target.gradient(t[j].shifted, t[j].upstream, p[j], p_minus_1));
     }
   }
 }
 
 template <class T>
-void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
+void backward_row(const Backward& call, int64_t row, T* out, Targets& targets, Slope* slopes) {
   using A = Acc<T>;
   const T* x = row_of<T>(call, call.logits, row);
   const A* state = static_cast<const A*>(call.state) + row * (State::TARGETS + call.n_targets);
@@ -286,23 +294,34 @@ void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
   c.square = A(2 * weight * g_s2 / (1 + rest));
   c.inside = A(weight * inside);
   c.threshold = state[State::THRESHOLD];
+  const A inverse_cap = slopes ? A(1 / call.softcap) : A(0);
+  if (slopes && at_targets)  // now: the gradient may be written over the logits
+    for (int64_t k = 0; k < call.n_targets; ++k)
+      if (y[k] >= 0 && y[k] < call.vocab) slopes[k].value = soft_cap(broadcast(load_one(x + y[k])), inverse_cap).slope.v[0][0];
+  const auto write = [&](auto gradient) {
+    if (!slopes) return write_gradient(call.stream, x, out, call.vocab, gradient);
+    write_gradient(call.stream, x, out, call.vocab, [&](auto x) {
+      const Capped<A> capped = soft_cap(x, inverse_cap);
+      return gradient(capped.value) * capped.slope;
+    });
+  };
   if (g_s2 != 0 || (g_k != 0 && !tail))
-    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::all>(x, c); });
+    write([&](auto x) { return gradient_of<T, Terms::all>(x, c); });
   else if (g_h != 0)
-    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::linear>(x, c); });
+    write([&](auto x) { return gradient_of<T, Terms::linear>(x, c); });
   else
-    write_gradient(call.stream, x, out, call.vocab, [&](auto x) { return gradient_of<T, Terms::constant>(x, c); });
+    write([&](auto x) { return gradient_of<T, Terms::constant>(x, c); });
 
   if (!at_targets || std::isnan(common)) return;
   const AtTarget at_target{inv_t, log_s0, common, g_h, g_s2, g_k, inside, state[State::THRESHOLD]};
-  if (call.n_targets > kFewTargets) return write_targets<T>(call, row, out, targets, at_target);
+  if (call.n_targets > kFewTargets) return write_targets<T>(call, row, out, targets, slopes, at_target);
   for (int64_t k = 0; k < call.n_targets; ++k) {
     if (y[k] == call.ignore_index) continue;
     double at_y = 0;  // a repeated target collects the gradients of all its entries
     for (int64_t j = 0; j < call.n_targets; ++j)
       if (y[j] == y[k]) at_y += get<A>(call.g_logp, first + j);
     const double shifted = state[State::TARGETS + k], logp = at_target.logp(shifted);
-    store_one(out + y[k], at_target.gradient(shifted, at_y, std::exp(logp), std::expm1(logp)));
+    store_one(out + y[k], (slopes ? slopes[k].value : 1) * at_target.gradient(shifted, at_y, std::exp(logp), std::expm1(logp)));
   }
 }
 
@@ -310,12 +329,13 @@ template <class T>
 void backward_rows(const Backward& call, int64_t begin, int64_t end) {
   const bool at_targets = call.g_logp || (call.kept_kind == KeptKind::UNLISTED && call.g_kept_logmass);
   Targets targets(at_targets && call.n_targets > kFewTargets ? call.n_targets : 0);
+  std::vector<Slope> slopes(call.softcap > 0 ? call.n_targets + 1 : 0);  // of a row; one more: never empty with a softcap
   for (int64_t row = begin; row < end; ++row) {
     T* out = const_cast<T*>(row_of<T>(call, call.out, row));
     if (is_skipped(call, row) || is_idle<Acc<T>>(call, row))
       std::memset(out, 0, call.vocab * sizeof(T));
     else
-      backward_row<T>(call, row, out, targets);
+      backward_row<T>(call, row, out, targets, call.softcap > 0 ? slopes.data() : nullptr);
   }
   if (call.stream) finish_stream();
 }

@@ -195,6 +195,40 @@ def check_temperature(
     return temperature, 1.0
 
 
+def check_transforms(
+    logit_scale: float,
+    softcap: float | None,
+    row_temperature: Tensor | None,
+    temperature: float,
+    logits: Tensor,
+    prefix: str = "",
+    most: float = FINITE,
+) -> tuple[Tensor | None, float, float]:
+    """(temperatures or None, number, softcap) as the backends take them, from those of `check_temperature`.
+
+    softcap tanh(scale x / softcap) / T is tanh(x / (softcap / scale)) / (T / softcap), and without a softcap
+    scale x / T is x / (T / scale): the backends know no scale. For them a softcap of 0 is none.
+
+    Args:
+        prefix: of the names in errors.
+        most: the largest softcap; if infinite, that is none.
+    """
+    check_positive(f"{prefix}logit_scale", logit_scale, FINITE)
+    if softcap is not None:
+        check_positive(f"{prefix}softcap", softcap, most)
+    capped = softcap is not None and softcap < math.inf
+    divisor: Any = softcap if capped else logit_scale
+    cap = divisor / logit_scale if capped else 0.0
+    if divisor != 1 and row_temperature is not None:
+        row_temperature = row_temperature.to(computing_dtype(logits)) / divisor
+    elif divisor != 1:
+        temperature = temperature / divisor
+    if not torch.compiler.is_compiling() and not (SMALLEST <= temperature <= FINITE and (not capped or SMALLEST <= cap <= FINITE)):
+        given = f"{prefix}logit_scale={logit_scale}, {prefix}softcap={softcap} and a temperature of {temperature * divisor}"
+        raise ValueError(f"{given} do not go together: their ratios must be at least {SMALLEST:.4g} and at most {FINITE:.4g}")
+    return row_temperature, temperature, cap
+
+
 def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int | None, vocab: int) -> None:
     """IndexError if a counted row of targets [N, K] is out of range. Reads values: callers ask first."""
     bad = (targets < 0) | (targets >= vocab)

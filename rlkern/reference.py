@@ -29,10 +29,12 @@ def token_stats(
     min_p: float | None = None,
     min_prob: float | None = None,
     with_tail: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Reference:
     """Statistics of rows `logits` [..., V] in the logits' own precision, with `targets` [..., K] or None."""
     scale = temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature
-    u = logits / scale
+    u = transform(logits, logit_scale, softcap) / scale
     lse = u.logsumexp(-1)
     log_p = u - lse.unsqueeze(-1)
     p = log_p.exp()
@@ -51,6 +53,12 @@ def token_stats(
     return Reference(logp, entropy, lse, (p * p).sum(-1), kept_logmass, tail_logmass)
 
 
+def transform(logits: Tensor, logit_scale: float = 1.0, softcap: float | None = None) -> Tensor:
+    """softcap tanh(logit_scale logits / softcap), without a softcap logit_scale logits; -inf stays -inf."""
+    z = logits * logit_scale
+    return z if softcap is None else (softcap * (z / softcap).tanh()).masked_fill(logits == -math.inf, -math.inf)
+
+
 def token_divergence(
     logits: Tensor,
     other: Tensor,
@@ -58,12 +66,18 @@ def token_divergence(
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
     other_temperature: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    other_logit_scale: float | None = None,
+    other_softcap: float | None = None,
 ) -> Tensor:
     """The divergences of `rlkern.token_divergence` between rows of finite logits [..., V]."""
 
     def log_softmax(x: Tensor, t: float | Tensor) -> Tensor:
         return (x / (t.unsqueeze(-1) if isinstance(t, Tensor) else t)).log_softmax(-1)
 
+    cap = softcap if other_softcap is None else None if other_softcap == math.inf else other_softcap
+    logits, other = transform(logits, logit_scale, softcap), transform(other, logit_scale if other_logit_scale is None else other_logit_scale, cap)
     log_p = log_softmax(logits, temperature)
     log_q = log_softmax(other, temperature if other_temperature is None else other_temperature)
 

@@ -93,14 +93,15 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
     sequence = {"advantages": normal(B), "seq_weight": 0.25, "num_mc": 1, "ratio_scale": torch.full((B,), 0.2), "clip": (0.2, 0.2), "dual_clip": 3.0}
     table = [
         (rlkern.token_stats, {"logits": logits, "targets": targets, "min_p": 0.1, **everything}, ("logits",)),
-        (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "min_prob": 0.1, "mask": mask, "temperature": 0.7}, ("logits",)),
+        (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "min_prob": 0.1, "mask": mask, "temperature": 0.7,
+                              "logit_scale": 1.5, "softcap": 2.0}, ("logits",)),
         (rlkern.token_logprobs, {"logits": logits, "targets": targets, "mask": mask}, ("logits",)),
-        (rlkern.entropy_from_logits, {"logits": logits, "temperature": 0.7, "mask": mask}, ("logits",)),
+        (rlkern.entropy_from_logits, {"logits": logits, "temperature": 0.7, "mask": mask, "softcap": 2.0}, ("logits",)),
         (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V),
-                                     "chunk_rows": 5, "mask": mask}, ("hidden", "weight", "bias")),
+                                     "chunk_rows": 5, "mask": mask, "logit_scale": 0.5, "softcap": 2.0}, ("hidden", "weight", "bias")),
         (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V), "mask": mask,
                                      "keep": rlkern.Kept.ids(ids(B, T, K) - 1), "outside": "everything", "max_dense_rows": B * T,
-                                     "round_logits": False}, ("hidden", "weight", "bias")),
+                                     "round_logits": False, "softcap": 2.0}, ("hidden", "weight", "bias")),
         *((function, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "other_hidden": normal(B, T, 2), "other_weight": normal(V + 2, 2),
                       "other_bias": normal(V + 2), "kind": "jsd", "vocab": V, "chunk_rows": 5, "mask": mask, "other_grad": True, **more},
            ("hidden", "weight", "other_hidden", "other_weight", "other_bias"))

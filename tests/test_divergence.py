@@ -617,7 +617,7 @@ def test_opcheck(asked):
     z, w = draw(2, 5, 33, dtype=torch.float32)
     targets = torch.zeros(2, 5, dtype=torch.long) if asked == "everything" else None
     mask, t, other_t = torch.rand(2, 5) > 0.3, torch.rand(2, 5) + 0.5, torch.rand(2, 5) + 0.5
-    options = (1.0, 1.0, -100, PairKind.JSD, 0.3, 31, asked == "everything", asked == "by the other")
+    options = (1.0, 1.0, -100, PairKind.JSD, 0.3, 31, asked == "everything", asked == "by the other", 3.0, 0.0)
     forward = (z, w, targets, mask, t, other_t, *options)
     torch.library.opcheck(torch.ops.rlkern.pair_stats.default, forward)
     state, g = torch.ops.rlkern.pair_stats(*forward)[-1], torch.randn(2, 5)

@@ -190,6 +190,54 @@ def test_masked_elbo(dtype, packed, inplace):
     check_gradient(x, y, d_x, (g_logp, torch.zeros_like(g_logp)))
 
 
+@pytest.mark.parametrize("n_targets", [1, 20])
+@pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (SMALL_VOCAB, torch.float32), (SMALL_VOCAB, torch.float64)], ids=str)
+def test_softcap(vocab, dtype, n_targets):
+    """Statistics and gradient of raw logits far in saturation, also in place; a mask stays one."""
+    n, options = 64, {"logit_scale": 1.3, "softcap": 30.0}
+    x = random_logits(n, vocab, dtype=dtype, scale=18.0)
+    x[:, 3::7] = -math.inf
+    y = random_targets(vocab - 7, n * n_targets).view(n, n_targets) // 7 * 7
+    grads = [upstream(n, n_targets, seed=1, dtype=torch.float64), *(upstream(n, seed=s, dtype=torch.float64) for s in (2, 3))]
+
+    def fused(x, **more):
+        stats = rlkern.token_stats(x, y, min_p=0.01, **options, **more)
+        return stats.logp, stats.entropy, stats.kept_logmass
+
+    def written_out(x):
+        stats = reference.token_stats(x, y, min_p=0.01, **options)
+        return stats.logp, stats.entropy, stats.kept_logmass
+
+    *got, d_x = twice(lambda: differentiated(fused, x, grads))
+    *want, d_want = differentiated(written_out, x.double(), grads)
+    tolerance = 1e-11 if dtype == torch.float64 else 1e-5
+    assert_close(got, want, tolerance, tolerance)
+    rounding = {torch.bfloat16: 2**-8, torch.float32: 1e-4, torch.float64: 1e-10}[dtype]
+    torch.testing.assert_close(d_x.double(), d_want, rtol=rounding, atol=tolerance * d_want.abs().max().item())
+    assert torch.equal(differentiated(lambda leaf: fused(leaf, inplace_backward=True), x.clone(), grads)[-1], d_x)
+
+
+@pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (SMALL_VOCAB, torch.float32)], ids=str)
+@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+def test_softcaps_of_pairs(kind, vocab, dtype):
+    n, options = 64, {"logit_scale": 1.3, "softcap": 30.0, "other_softcap": 20.0}
+    x = random_logits(n, vocab, dtype=dtype, scale=12.0)
+    other, y, g = x + random_logits(n, vocab, dtype=dtype, seed=9), random_targets(vocab, n), upstream(n, seed=1, dtype=torch.float64)
+
+    def fused(x):
+        stats = rlkern.pair_stats(x, other, y, kind=kind, **options)
+        return stats.divergence, stats.logp
+
+    def written_out(x):
+        own = reference.token_stats(x, y.unsqueeze(-1), logit_scale=1.3, softcap=30.0)
+        return reference.token_divergence(x, other.double(), kind, **options), own.logp.squeeze(-1)
+
+    *got, d_x = twice(lambda: differentiated(fused, x, [g, g]))
+    *want, d_want = differentiated(written_out, x.double(), [g, g])
+    assert_close(got, want)
+    torch.testing.assert_close(d_x.double(), d_want, rtol=2**-8 if dtype == torch.bfloat16 else 1e-4, atol=5e-5 * d_want.abs().max().item())
+
+
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])  # the matrix is the embedding too
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_linear_token_stats(dtype, tied):

@@ -163,7 +163,7 @@ def test_memory_is_a_chunk():
 def test_compile_and_opcheck():
     hidden, weight, bias, targets = draw(9, dtype=torch.float32)
     operator = torch.ops.rlkern.linear_token_stats.default
-    torch.library.opcheck(operator, (hidden.detach(), weight.detach(), bias.detach(), targets, None, None, 4, 1.0, -100, 1, -2.0, True, False))
+    torch.library.opcheck(operator, (hidden.detach(), weight.detach(), bias.detach(), targets, None, None, 4, 1.0, -100, 1, -2.0, True, False, 20.0))
 
     def loss(*inputs):
         stats = ours(*inputs, chunk_rows=4)

@@ -263,7 +263,7 @@ def test_products_are_six(monkeypatch):
 def test_compile_and_opcheck():
     leaves = draw(9, dtype=torch.float32)
     operator = torch.ops.rlkern.linear_pair_stats.default
-    args = (*(x.detach() for x in leaves), torch.arange(9), None, None, None, 4, 0.7, 0.9, -100, 4, 0.3, V, True, True)
+    args = (*(x.detach() for x in leaves), torch.arange(9), None, None, None, 4, 0.7, 0.9, -100, 4, 0.3, V, True, True, 3.0, 0.0)
     torch.library.opcheck(operator, args)
 
     def loss(*inputs):

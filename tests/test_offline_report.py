@@ -24,19 +24,26 @@ EXP2_OF_A_ROW = 1  # besides one per logit a kernel may compute one of its row's
 MEMORY_BOUND = ("forward", "backward logp", "backward logp+entropy", "moments", "moments backward")
 MEMORY_BOUND += ("DID", "DID backward", "DID backward both", "pair backward reverse_kl")
 EXP2 = {"pair reverse_kl": 2, "pair mixed_kl +stats": 3, "pair cross_entropy": 2, "pair jsd": 3}  # a sweep, where it is not 1
-EXP2 |= {"pair backward mixed_kl +stats": 2, "pair backward jsd": 2}
+EXP2 |= {"pair backward mixed_kl +stats": 2, "pair backward jsd": 2, "pair jsd +softcap": 5, "pair backward reverse_kl +softcap": 3}
+EXP2 |= dict.fromkeys(("forward +softcap", "forward +kept +softcap", "backward +softcap", "backward K=128 +softcap"), 2)
 
 # Instructions per logit on the hot path in bf16, all kernels of a case together: the worst of the row layouts
 # and a twentieth more. fp32 takes twice the memory time, in smaller tiles: half as many again are allowed.
 VARIANTS = (*cases.FORWARD, *cases.BACKWARD)
-CEILINGS = {  # but of pairs: forward, with sum_sq, kept, K=8, K=128 with a tail, moments, DID;
+CEILINGS = {  # but of pairs and softcaps: forward, with sum_sq, kept, K=8, K=128 with a tail, moments, DID;
     # backward of logp, with entropy, all, K=128, its tail, moments, DID, both
     "sm_80": (12.6, 14.1, 25.0, 12.5, 20.8, 7.2, 20.5, 9.9, 12.3, 16.4, 12.7, 10.4, 12.4, 19.3, 20.9),
     "sm_90": (12.5, 14.1, 25.2, 12.5, 21.4, 7.5, 20.3, 9.9, 12.1, 16.3, 12.7, 10.3, 13.2, 18.4, 20.5),
     "sm_100": (9.8, 10.3, 20.5, 9.8, 17.1, 5.7, 16.5, 9.2, 10.5, 13.6, 10.6, 8.9, 12.0, 15.9, 17.4),
     "gfx942": (14.1, 15.1, 26.7, 14.1, 23.6, 5.2, 21.0, 10.3, 14.1, 17.2, 13.8, 11.2, 14.3, 17.9, 24.5),
 }
-PAIR_CEILINGS = {  # on sm_80, sm_90, sm_100, gfx942
+SOFTCAP_CEILINGS = {  # on sm_80, sm_90, sm_100, gfx942
+    "forward +softcap": (31.7, 31.7, 22.7, 26.4),
+    "forward +kept +softcap": (64.3, 62, 46.7, 53),
+    "backward +softcap": (36.5, 35.8, 27.2, 34.1),
+    "backward K=128 +softcap": (37.1, 35.9, 27.3, 34.3),
+}
+PAIR_CEILINGS = {  # the same
     "pair reverse_kl": (43, 43, 33, 46),
     "pair mixed_kl +stats": (66, 66, 52, 77),
     "pair cross_entropy": (45, 45, 37, 48),
@@ -44,11 +51,14 @@ PAIR_CEILINGS = {  # on sm_80, sm_90, sm_100, gfx942
     "pair backward reverse_kl": (27, 27, 24, 19),
     "pair backward mixed_kl +stats": (47, 47, 39, 33.5),
     "pair backward jsd": (97, 97, 84, 68),
+    "pair jsd +softcap": (229, 227, 182, 149),
+    "pair backward reverse_kl +softcap": (69.5, 69.7, 52.7, 53.8),
 }
 FP32_ALLOWANCE = 1.5
 IN_FLIGHT = 80 << 10  # bytes a multiprocessor: launch shapes that ask for less were slower on an H100
 IN_FLIGHT_OF_A_PAIR = 64 << 10  # the sums of two rows take the registers of more programs
 IN_FLIGHT_OF_A_TAIL = 72 << 10  # its second sweep takes registers, and reads from the cache
+IN_FLIGHT_OF_A_SOFTCAP = 64 << 10  # as does a tanh with its slope
 # Instructions more that old Tritons (up to 3.7) may emit: the ceilings are for the kernels' own.
 OLD_TRITON = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8)
 OLD_TRITON_ALLOWANCE = {"sm_80": 0.7, "sm_90": 0.7, "sm_100": 0.7, "gfx942": 1.3}
@@ -97,7 +107,8 @@ def violations(rows: list[dict]) -> list[str]:
         lanes = row["block"] / row["warps"] / build.TARGETS[arch].warp_size
         if row["exp2_per_logit"] > row["sweeps"] * (EXP2.get(case["variant"], 1) + EXP2_OF_A_ROW / lanes):
             found.append(f"{row['exp2_per_logit']:.2f} exp2 per logit in {row['sweeps']} sweeps")
-        least = IN_FLIGHT_OF_A_TAIL if "tail" in case["variant"] else IN_FLIGHT_OF_A_PAIR if case["variant"] in PAIR_CEILINGS else IN_FLIGHT
+        least = IN_FLIGHT_OF_A_PAIR if case["variant"] in PAIR_CEILINGS else IN_FLIGHT
+        least = IN_FLIGHT_OF_A_TAIL if "tail" in case["variant"] else IN_FLIGHT_OF_A_SOFTCAP if "softcap" in case["variant"] else least
         waits = arch == "sm_90" and row["kernel"] != "token_stats_kept_part_kernel" and not by_elements
         if waits and row["devices"]["H100"]["bytes_in_flight"] < least:
             found.append(f"{row['devices']['H100']['bytes_in_flight'] >> 10} KB in flight on an H100 in {row['kernel']}")
@@ -105,9 +116,9 @@ def violations(rows: list[dict]) -> list[str]:
             if case["variant"] in MEMORY_BOUND and name != "B200" and device["bound"] != "memory":
                 found.append(f"bound by {device['bound']} on {name}")
     instructions = sum(row["instructions_per_logit"] for row in rows)
-    ceilings = dict(zip((name for name in VARIANTS if name not in PAIR_CEILINGS), CEILINGS[arch], strict=True)) | {
-        name: of[ARCHS.index(arch)] for name, of in PAIR_CEILINGS.items()
-    }
+    by_variant = PAIR_CEILINGS | SOFTCAP_CEILINGS
+    ceilings = dict(zip((name for name in VARIANTS if name not in by_variant), CEILINGS[arch], strict=True))
+    ceilings |= {name: of[ARCHS.index(arch)] for name, of in by_variant.items()}
     ceiling = ceilings[case["variant"]] + OLD_TRITON_ALLOWANCE[arch] * OLD_TRITON
     ceiling *= FP32_ALLOWANCE if case["dtype"] == "fp32" else 1
     if instructions > ceiling:

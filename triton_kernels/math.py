@@ -54,3 +54,42 @@ def expm1(x):
     series = 1.0 + x * (1.0 / 5) * (1.0 + x * (1.0 / 6) * (1.0 + x * (1.0 / 7) * (1.0 + x * (1.0 / 8))))
     series = 1.0 + x * 0.5 * (1.0 + x * (1.0 / 3) * (1.0 + x * 0.25 * series))
     return tl.where(x < 0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def _decay(x, inverse_cap):
+    """(r = e^(-2 |x| / cap), 1 / (1 + r)); a division would look after infinities"""
+    r = tl.exp2(tl.abs(x) * (inverse_cap * -2.8853900817779268))
+    root = tl.rsqrt(1.0 + r)
+    return r, root * root
+
+
+@triton.jit
+def _tanh_near_0(a):
+    """tanh(a) for |a| <= 0.4, relative to itself."""
+    q = a * a
+    if a.dtype == tl.float64:
+        fraction = q * 0.0 + 19.0
+        for n in tl.static_range(17, 0, -2):
+            fraction = n + q / fraction
+        return a / fraction
+    return a + a * q * (-0.33333328 + q * (0.13332532 + q * (-0.053715121 + q * 0.019268045)))
+
+
+@triton.jit
+def soft_cap(x, inverse_cap, SOFTCAP: tl.constexpr):
+    """tanh(x / cap) if there is a softcap, else x. -inf stays: it is a mask, also of lanes beyond the row."""
+    if SOFTCAP:
+        r, inverse = _decay(x, inverse_cap)
+        a = x * inverse_cap
+        far = tl.fma(-2.0 * r, inverse, 1.0)  # said as one: every kernel must find the same maximum
+        w = tl.where(tl.abs(a) < 0.4, _tanh_near_0(a), tl.where(a < 0, -far, far))
+        x = tl.where(a == float("-inf"), a, w)
+    return x
+
+
+@triton.jit
+def soft_cap_slope(x, inverse_cap):
+    """The derivative of tanh(x / cap) by x. 1 - tanh^2 would be 0 where the tanh rounds to 1."""
+    r, inverse = _decay(x, inverse_cap)
+    return r * inverse * inverse * (4.0 * inverse_cap)

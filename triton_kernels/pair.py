@@ -24,19 +24,20 @@ def _same(a, b) -> bool:
     return a.data_ptr() == b.data_ptr() if all(tensors) else a == b if not any(tensors) else False
 
 
-def _common(logits, other, targets, mask, temperature, other_temperature, state):
-    """(pointers, temperatures, what all kernels specialise on). The logits stand for an absent tensor."""
+def _common(logits, other, targets, mask, temperature, other_temperature, state, *caps):
+    """(pointers, temperatures, 1 / caps, specialisations). The logits stand for an absent tensor."""
     same, acc = _same(temperature, other_temperature), state.dtype
     (mask_pointer, temperatures), temperature, options = row_options(logits, mask, temperature, acc)
     (_, other_temperatures), other_temperature, _ = row_options(other, None, other_temperature, acc)
     pointers = (logits, other, logits if targets is None else targets, mask_pointer, temperatures, other_temperatures)
-    options |= dict(K=0 if targets is None else 1, K_BLOCK=1, SAME_TEMPERATURE=same)
-    return pointers, (temperature, other_temperature), options | dict(ALIGN=16 // logits.element_size(), OTHER_ALIGN=16 // other.element_size())
+    options |= dict(K=0 if targets is None else 1, K_BLOCK=1, SAME_TEMPERATURE=same, SOFTCAP=caps[0] > 0, OTHER_SOFTCAP=caps[1] > 0)
+    options |= dict(ALIGN=16 // logits.element_size(), OTHER_ALIGN=16 // other.element_size())
+    return pointers, (temperature, other_temperature), [1.0 / cap if cap > 0 else 0.0 for cap in caps], options
 
 
-def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     divergence, logp, entropy, logsumexp, *others, state = out
-    pointers, temperatures, options = _common(logits, other, targets, mask, temperature, other_temperature, state)
+    pointers, temperatures, caps, options = _common(logits, other, targets, mask, temperature, other_temperature, state, softcap, other_softcap)
     outer, inner, vocab = logits.shape
     rows, has_targets = outer * inner, targets is not None
     stats, with_other = any(t is not None for t in (logp, entropy, logsumexp)), any(t is not None for t in others)
@@ -51,7 +52,7 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
     aligned = starts_aligned(logits, align) and starts_aligned(other, options["OTHER_ALIGN"])
     shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
     tile = dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
-    row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, ignore_index)
+    row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, ignore_index, *caps)
     with device_of(logits):
         if shape.splits == 1:
             pair_forward_kernel[(rows,)](*pointers, *outputs, state, *row_args, beta, **options, MIXTURE=mixture, **tile)
@@ -66,8 +67,10 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
         pair_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, beta, **of_rows, MIXTURE=mixture, num_warps=1)
 
 
-def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
-    pointers, temperatures, options = _common(logits, other, targets, mask, temperature, other_temperature, state)
+def pair_backward(
+    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out, softcap=0.0, other_softcap=0.0
+) -> None:
+    pointers, temperatures, caps, options = _common(logits, other, targets, mask, temperature, other_temperature, state, softcap, other_softcap)
     outer, inner, vocab = logits.shape
     align = options["ALIGN"]
     aligned = all(s % (16 // x.element_size()) == 0 for x in (logits, other, out) for s in strides(x))
@@ -87,6 +90,6 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
         OTHER_SAME_LEAD=same_lead(other, options["OTHER_ALIGN"]),
         **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
     )
-    row_args = (inner, *strides(logits), *strides(other), *strides(out), vocab, groups, *temperatures, ignore_index, beta)
+    row_args = (inner, *strides(logits), *strides(other), *strides(out), vocab, groups, *temperatures, ignore_index, *caps, beta)
     with device_of(logits):
         pair_backward_kernel[(outer * inner * groups,)](*pointers, *upstream, *row_args, KIND=kind, **options, **tile)

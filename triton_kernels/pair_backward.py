@@ -22,17 +22,20 @@ from .constants import (
     PAIR_WIDTH,
 )
 from .gradient import columns, edges, load_upstream, write_zeros
+from .math import soft_cap, soft_cap_slope
 from .pair_terms import bounded, log_ratio, slope_term
 from .rows import BATCH_SHAPE, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 
 
 @triton.jit
 def _gradient_tile(
-    z, w, z_ptr, cols, valid, low, high, y, m, scale, inv_t, other_scale, difference, ref, other_ref, offset, q_shift, beta,
-    c0, c1, c_logp, c_slope, at_target,
-    KIND: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, HAS_DIVERGENCE: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
+    raw, w, z_ptr, cols, valid, low, high, y, m, scale, inv_t, other_scale, difference, inverse_cap, other_inverse_cap, ref, other_ref, offset,
+    q_shift, beta, c0, c1, c_logp, c_slope, at_target,
+    KIND: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr,
+    HAS_DIVERGENCE: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient at the `valid` of `cols`, all in [low, high); no others."""
+    z, w = soft_cap(raw, inverse_cap, SOFTCAP), soft_cap(w, other_inverse_cap, OTHER_SOFTCAP)
     e = tl.exp2((z - m) * scale)
     slopes = e * 0.0
     if HAS_DIVERGENCE:
@@ -48,6 +51,8 @@ def _gradient_tile(
     if HAS_LOGP:
         if (y >= low) & (y < high):
             dz = tl.where(cols == y.to(tl.int32), e * c + slopes + at_target, dz)
+    if SOFTCAP:
+        dz *= soft_cap_slope(raw, inverse_cap)
     dz = tl.where(z == NEG_INF, 0.0 * c0, dz)  # NaN if the row is
     tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
 
@@ -57,9 +62,9 @@ def pair_backward_kernel(
     logits_ptr, other_ptr, targets_ptr, mask_ptr, temperature_ptr, other_temperature_ptr,  # [A, B, V] twice, [N] four times
     state_ptr, g_divergence_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, out_ptr,  # [N, PAIR_WIDTH], [N] four times, [A, B, V]
     inner, stride_a, stride_b, other_stride_a, other_stride_b, out_stride_a, out_stride_b, vocab, groups,
-    temperature, other_temperature, ignore_index, beta: tl.float64,
+    temperature, other_temperature, ignore_index, inverse_cap: tl.float64, other_inverse_cap: tl.float64, beta: tl.float64,
     KIND: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr,
     HAS_DIVERGENCE: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, OTHER_ALIGN: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
@@ -95,6 +100,7 @@ def pair_backward_kernel(
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     other_inv_t = row_inv_temperature(other_temperature, other_temperature_ptr, row, ROW_TEMPERATURE, ACC)
     difference = other_inv_t - inv_t
+    inverse_cap, other_inverse_cap = tl.full((), inverse_cap, ACC), tl.full((), other_inverse_cap, ACC)
     scale = inv_t * LOG2E
     state_row = state_ptr + row * PAIR_WIDTH
     m = tl.load(state_row + PAIR_MAX)
@@ -132,14 +138,16 @@ def pair_backward_kernel(
             z = tl.load(x_ptr + edge, mask=in_row).to(ACC)
             w = tl.load(other_x_ptr + edge, mask=in_row).to(ACC)
             _gradient_tile(
-                z, w, z_ptr, edge, in_row, 0, end, y, m, scale, inv_t, other_scale, difference, ref, other_ref, offset, q_shift, beta,
-                c0, c1, c_logp, c_slope, at_target, KIND, SAME_TEMPERATURE, HAS_DIVERGENCE, HAS_LOGP, HAS_ENTROPY,
+                z, w, z_ptr, edge, in_row, 0, end, y, m, scale, inv_t, other_scale, difference, inverse_cap, other_inverse_cap, ref, other_ref,
+                offset, q_shift, beta, c0, c1, c_logp, c_slope, at_target,
+                KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, HAS_DIVERGENCE, HAS_LOGP, HAS_ENTROPY,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         z = tl.load(x_ptr + tile + cols, mask=in_body).to(ACC)
         w = tl.load(other_x_ptr + tile + cols, mask=in_body).to(ACC)
         _gradient_tile(
-            z, w, z_ptr, tile + cols, in_body, tile, tile + BLOCK, y, m, scale, inv_t, other_scale, difference, ref, other_ref, offset, q_shift, beta,
-            c0, c1, c_logp, c_slope, at_target, KIND, SAME_TEMPERATURE, HAS_DIVERGENCE, HAS_LOGP, HAS_ENTROPY,
+            z, w, z_ptr, tile + cols, in_body, tile, tile + BLOCK, y, m, scale, inv_t, other_scale, difference, inverse_cap, other_inverse_cap,
+            ref, other_ref, offset, q_shift, beta, c0, c1, c_logp, c_slope, at_target,
+            KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, HAS_DIVERGENCE, HAS_LOGP, HAS_ENTROPY,
         )  # fmt: skip

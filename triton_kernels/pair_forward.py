@@ -37,7 +37,7 @@ from .constants import (
     PAIR_TARGET,
     PAIR_WIDTH,
 )
-from .math import excess, log1p, log1p_gap
+from .math import excess, log1p, log1p_gap, soft_cap
 from .pair_terms import APART, NEAR, bounded, log_ratio, mixture_terms
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 from .token_stats_forward import add_tile, log_total
@@ -195,8 +195,9 @@ def _columns(BLOCK: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def pair_sweep(
-    row_ptr, other_row_ptr, begin, end, inv_t, other_inv_t, difference,
-    KIND: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
+    row_ptr, other_row_ptr, begin, end, inv_t, other_inv_t, difference, inverse_cap, other_inverse_cap,
+    KIND: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    OTHER_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, other_m, other_ref, how many are
@@ -220,8 +221,8 @@ def pair_sweep(
     own1 = tl.zeros((LANES,), ACC) if OTHER else zero
     whole = tl.maximum(begin, end // BLOCK * BLOCK)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
-        z = tl.load(row_ptr + i + columns).to(ACC)
-        w = tl.load(other_row_ptr + i + columns).to(ACC)
+        z = soft_cap(tl.load(row_ptr + i + columns).to(ACC), inverse_cap, SOFTCAP)
+        w = soft_cap(tl.load(other_row_ptr + i + columns).to(ACC), other_inverse_cap, OTHER_SOFTCAP)
         m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst = _add_pair(
             z, w, m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst, inv_t, other_inv_t, difference,
             KIND, STATS, SAME_TEMPERATURE, ACC,
@@ -229,8 +230,9 @@ def pair_sweep(
         if OTHER:
             own_m, own_ties, o0, o1, o2, own0, own1, own2 = add_tile(w, own_m, own_ties, o0, o1, o2, own0, own1, own2, other_inv_t * LOG2E, False)
     if whole < end:
-        z = tl.load(row_ptr + whole + columns, mask=whole + columns < end, other=NEG_INF).to(ACC)
+        z = soft_cap(tl.load(row_ptr + whole + columns, mask=whole + columns < end, other=NEG_INF).to(ACC), inverse_cap, SOFTCAP)
         w = tl.load(other_row_ptr + whole + columns, mask=whole + columns < end, other=NEG_INF).to(ACC)
+        w = soft_cap(w, other_inverse_cap, OTHER_SOFTCAP)
         m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst = _add_pair(
             z, w, m, other_m, other_ref, ties, r0, rx, ra, rb, r1, s0, sx, a, b, s1, worst, inv_t, other_inv_t, difference,
             KIND, STATS, SAME_TEMPERATURE, ACC,
@@ -255,8 +257,8 @@ def pair_sweep(
 
 @triton.jit
 def mixture_sweep(
-    row_ptr, other_row_ptr, begin, end, beta, top, other_ref, offset, inv_t, other_inv_t, difference,
-    KIND: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
+    row_ptr, other_row_ptr, begin, end, beta, top, other_ref, offset, inv_t, other_inv_t, difference, inverse_cap, other_inverse_cap,
+    KIND: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(sum e f, sum e g) over the columns [begin, end), once the row's offset is known"""
@@ -265,12 +267,14 @@ def mixture_sweep(
     g = tl.zeros((LANES,), ACC)
     whole = tl.maximum(begin, end // BLOCK * BLOCK)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
-        z = tl.load(row_ptr + i + columns, eviction_policy="evict_first").to(ACC)
+        z = soft_cap(tl.load(row_ptr + i + columns, eviction_policy="evict_first").to(ACC), inverse_cap, SOFTCAP)
         w = tl.load(other_row_ptr + i + columns, eviction_policy="evict_first").to(ACC)
+        w = soft_cap(w, other_inverse_cap, OTHER_SOFTCAP)
         f, g = _add_mixture(z, w, f, g, beta, top, other_ref, offset, inv_t, other_inv_t, difference, KIND, SAME_TEMPERATURE)
     if whole < end:
-        z = tl.load(row_ptr + whole + columns, mask=whole + columns < end, other=NEG_INF).to(ACC)
+        z = soft_cap(tl.load(row_ptr + whole + columns, mask=whole + columns < end, other=NEG_INF).to(ACC), inverse_cap, SOFTCAP)
         w = tl.load(other_row_ptr + whole + columns, mask=whole + columns < end, other=NEG_INF).to(ACC)
+        w = soft_cap(w, other_inverse_cap, OTHER_SOFTCAP)
         f, g = _add_mixture(z, w, f, g, beta, top, other_ref, offset, inv_t, other_inv_t, difference, KIND, SAME_TEMPERATURE)
     return tl.sum(f, axis=0), tl.sum(g, axis=0)
 
@@ -327,10 +331,10 @@ def _value(rest, log_s0, xi, a, b, worst, f, g, beta, KIND: tl.constexpr):
 
 
 @triton.jit
-def _write_logp(row_ptr, out_ptr, row, y, m, log_s0, inv_t, vocab, ignore_index, ACC: tl.constexpr):
+def _write_logp(row_ptr, out_ptr, row, y, m, log_s0, inv_t, inverse_cap, vocab, SOFTCAP: tl.constexpr, ACC: tl.constexpr):
     """The log-probability of the target, and what state holds of it"""
     inside = (y >= 0) & (y < vocab)
-    shifted = tl.load(row_ptr + y, mask=inside, other=float("nan")).to(ACC) - m
+    shifted = soft_cap(tl.load(row_ptr + y, mask=inside, other=float("nan")).to(ACC), inverse_cap, SOFTCAP) - m
     tl.store(out_ptr + row, shifted * inv_t - log_s0)
     return shifted
 
@@ -338,8 +342,10 @@ def _write_logp(row_ptr, out_ptr, row, y, m, log_s0, inv_t, vocab, ignore_index,
 @triton.jit
 def write_pair(
     row_ptr, other_row_ptr, row, y, m, other_m, other_ref, ties, s0, x, a, b, s1, worst, own_m, own_ties, own0, own1, f, g, beta, inv_t, other_inv_t,
+    inverse_cap, other_inverse_cap,
     divergence_ptr, logp_ptr, entropy_ptr, lse_ptr, other_logp_ptr, other_entropy_ptr, other_lse_ptr, state_ptr, vocab, ignore_index,
-    KIND: tl.constexpr, K: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr, ACC: tl.constexpr,
+    KIND: tl.constexpr, K: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr,
+    SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     rest, log_s0, xi, offset, nothing = pair_totals(m, other_m, ties, s0, x)
     value, slope = _value(rest, log_s0, xi, a, b, worst, f, g, beta, KIND)
@@ -353,7 +359,7 @@ def write_pair(
         tl.store(entropy_ptr + row, log_s0 - mean_u)
         tl.store(lse_ptr + row, tl.where(nothing, NEG_INF, m * inv_t + log_s0))
     if K > 0:
-        shifted = _write_logp(row_ptr, logp_ptr, row, y, m, log_s0, inv_t, vocab, ignore_index, ACC)
+        shifted = _write_logp(row_ptr, logp_ptr, row, y, m, log_s0, inv_t, inverse_cap, vocab, SOFTCAP, ACC)
     other_rest = zero
     other_slope = zero
     if OTHER:
@@ -362,7 +368,7 @@ def write_pair(
         tl.store(other_entropy_ptr + row, other_log_s0 - LN2 * own1 / (1.0 + other_rest))
         tl.store(other_lse_ptr + row, tl.where(nothing, NEG_INF, own_m * other_inv_t + other_log_s0))
         if K > 0:
-            _write_logp(other_row_ptr, other_logp_ptr, row, y, own_m, other_log_s0, other_inv_t, vocab, ignore_index, ACC)
+            _write_logp(other_row_ptr, other_logp_ptr, row, y, own_m, other_log_s0, other_inv_t, other_inverse_cap, vocab, OTHER_SOFTCAP, ACC)
     tl.store(state_row + PAIR_MAX, m)
     tl.store(state_row + PAIR_REST, rest)
     tl.store(state_row + PAIR_MEAN_U, mean_u)
@@ -403,9 +409,10 @@ def write_no_pair(
 def pair_forward_kernel(
     logits_ptr, other_ptr, targets_ptr, mask_ptr, temperature_ptr, other_temperature_ptr,  # [A, B, V] twice, [N] four times
     divergence_ptr, logp_ptr, entropy_ptr, lse_ptr, other_logp_ptr, other_entropy_ptr, other_lse_ptr, state_ptr,  # [N], [N, PAIR_WIDTH]
-    inner, stride_a, stride_b, other_stride_a, other_stride_b, vocab, temperature, other_temperature, ignore_index, beta: tl.float64,
+    inner, stride_a, stride_b, other_stride_a, other_stride_b, vocab, temperature, other_temperature, ignore_index,
+    inverse_cap: tl.float64, other_inverse_cap: tl.float64, beta: tl.float64,
     KIND: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr,
     STATS: tl.constexpr,  # the entropy, and what comes with it
     OTHER: tl.constexpr,  # the same of the other row
     MIXTURE: tl.constexpr,  # the divergence takes a second sweep
@@ -427,21 +434,22 @@ def pair_forward_kernel(
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     other_inv_t = row_inv_temperature(other_temperature, other_temperature_ptr, row, ROW_TEMPERATURE, ACC)
     difference = other_inv_t - inv_t
+    inverse_cap, other_inverse_cap = tl.full((), inverse_cap, ACC), tl.full((), other_inverse_cap, ACC)
     m, other_m, other_ref, ties, s0, x, a, b, s1, worst, own_m, own_ties, own0, own1 = pair_sweep(
-        row_ptr, other_row_ptr, 0, vocab, inv_t, other_inv_t, difference,
-        KIND, STATS, OTHER, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
+        row_ptr, other_row_ptr, 0, vocab, inv_t, other_inv_t, difference, inverse_cap, other_inverse_cap,
+        KIND, STATS, OTHER, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, ACC, ALIGNED, BLOCK, LANES, STAGES,
     )  # fmt: skip
     f = tl.zeros((), ACC)
     g = tl.zeros((), ACC)
     if MIXTURE:
         _rest, _log_s0, _xi, offset, _nothing = pair_totals(m, other_m, ties, s0, x)
         f, g = mixture_sweep(
-            row_ptr, other_row_ptr, 0, vocab, beta, m, other_ref, offset, inv_t, other_inv_t, difference,
-            KIND, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
+            row_ptr, other_row_ptr, 0, vocab, beta, m, other_ref, offset, inv_t, other_inv_t, difference, inverse_cap, other_inverse_cap,
+            KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, ACC, ALIGNED, BLOCK, LANES, STAGES,
         )  # fmt: skip
     write_pair(
         row_ptr, other_row_ptr, row, tl.sum(y, axis=0), m, other_m, other_ref, ties, s0, x, a, b, s1, worst,
-        own_m, own_ties, own0, own1, f, g, beta, inv_t, other_inv_t,
+        own_m, own_ties, own0, own1, f, g, beta, inv_t, other_inv_t, inverse_cap, other_inverse_cap,
         divergence_ptr, logp_ptr, entropy_ptr, lse_ptr, other_logp_ptr, other_entropy_ptr, other_lse_ptr, state_ptr, vocab, ignore_index,
-        KIND, K, STATS, OTHER, ACC,
+        KIND, K, STATS, OTHER, SOFTCAP, OTHER_SOFTCAP, ACC,
     )  # fmt: skip

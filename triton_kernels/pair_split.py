@@ -83,8 +83,10 @@ def pair_part_kernel(
     logits_ptr, other_ptr, targets_ptr, mask_ptr, temperature_ptr, other_temperature_ptr,  # [A, B, V] twice, [N] four times
     parts_ptr,  # [N, PARTS, SPLITS]
     inner, stride_a, stride_b, other_stride_a, other_stride_b, vocab, temperature, other_temperature, ignore_index,
+    inverse_cap: tl.float64, other_inverse_cap: tl.float64,
     KIND: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr, OTHER: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, OTHER_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -102,7 +104,8 @@ def pair_part_kernel(
     begin, end = part_of(vocab, part, BLOCK, SPLITS)
     m, other_m, other_ref, ties, s0, x, a, b, s1, worst, own_m, own_ties, own0, own1 = pair_sweep(
         row_ptr, other_row_ptr, begin, end, inv_t, other_inv_t, other_inv_t - inv_t,
-        KIND, STATS, OTHER, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
+        tl.full((), inverse_cap, ACC), tl.full((), other_inverse_cap, ACC),
+        KIND, STATS, OTHER, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, ACC, ALIGNED, BLOCK, LANES, STAGES,
     )  # fmt: skip
     out = parts_ptr + row * (PARTS * SPLITS) + part
     tl.store(out, m)
@@ -126,9 +129,10 @@ def pair_part_kernel(
 def pair_mixture_part_kernel(
     logits_ptr, other_ptr, targets_ptr, mask_ptr, temperature_ptr, other_temperature_ptr,  # [A, B, V] twice, [N] four times
     parts_ptr,  # [N, PARTS, SPLITS]
-    inner, stride_a, stride_b, other_stride_a, other_stride_b, vocab, temperature, other_temperature, ignore_index, beta: tl.float64,
+    inner, stride_a, stride_b, other_stride_a, other_stride_b, vocab, temperature, other_temperature, ignore_index,
+    inverse_cap: tl.float64, other_inverse_cap: tl.float64, beta: tl.float64,
     KIND: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, OTHER_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +157,8 @@ def pair_mixture_part_kernel(
     _rest, _log_s0, _xi, offset, _nothing = pair_totals(m, other_m, ties, s0, x)
     f, g = mixture_sweep(
         row_ptr, other_row_ptr, begin, end, beta, m, other_ref, offset, inv_t, other_inv_t, difference,
-        KIND, SAME_TEMPERATURE, ACC, ALIGNED, BLOCK, LANES, STAGES,
+        tl.full((), inverse_cap, ACC), tl.full((), other_inverse_cap, ACC),
+        KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, ACC, ALIGNED, BLOCK, LANES, STAGES,
     )  # fmt: skip
     tl.store(parts_row + 14 * SPLITS + part, f)
     tl.store(parts_row + 15 * SPLITS + part, g)
@@ -164,9 +169,11 @@ def pair_merge_kernel(
     logits_ptr, other_ptr, targets_ptr, mask_ptr, temperature_ptr, other_temperature_ptr,  # [A, B, V] twice, [N] four times
     parts_ptr,  # [N, PARTS, SPLITS]
     divergence_ptr, logp_ptr, entropy_ptr, lse_ptr, other_logp_ptr, other_entropy_ptr, other_lse_ptr, state_ptr,  # [N], [N, PAIR_WIDTH]
-    inner, stride_a, stride_b, other_stride_a, other_stride_b, vocab, temperature, other_temperature, ignore_index, beta: tl.float64,
+    inner, stride_a, stride_b, other_stride_a, other_stride_b, vocab, temperature, other_temperature, ignore_index,
+    inverse_cap: tl.float64, other_inverse_cap: tl.float64, beta: tl.float64,
     KIND: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
-    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, STATS: tl.constexpr, OTHER: tl.constexpr, MIXTURE: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr,
+    STATS: tl.constexpr, OTHER: tl.constexpr, MIXTURE: tl.constexpr,
     ACC: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Outputs and state of one pair, from its parts."""
@@ -199,6 +206,7 @@ def pair_merge_kernel(
     write_pair(
         row_ptr, other_row_ptr, row, tl.sum(y, axis=0), m, other_m, other_ref, ties, s0, x, a, b, s1, worst,
         own_m, own_ties, own0, own1, f, g, beta, inv_t, other_inv_t,
+        tl.full((), inverse_cap, ACC), tl.full((), other_inverse_cap, ACC),
         divergence_ptr, logp_ptr, entropy_ptr, lse_ptr, other_logp_ptr, other_entropy_ptr, other_lse_ptr, state_ptr, vocab, ignore_index,
-        KIND, K, STATS, OTHER, ACC,
+        KIND, K, STATS, OTHER, SOFTCAP, OTHER_SOFTCAP, ACC,
     )  # fmt: skip

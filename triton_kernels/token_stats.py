@@ -15,22 +15,22 @@ from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
 from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
 
 
-def _common(logits, targets, mask, temperature, state):
-    """Pointers and specialisations that all kernels share. The logits stand for an absent tensor."""
+def _common(logits, targets, mask, temperature, state, softcap):
+    """(pointers, temperature, 1 / softcap, specialisations). The logits stand for an absent tensor."""
     pointers, temperature, options = row_options(logits, mask, temperature, state.dtype)
     n_targets = 0 if targets is None else targets.shape[1]
-    options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)))
-    return (logits, logits if targets is None else targets, *pointers), temperature, options
+    options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)), SOFTCAP=softcap > 0)
+    return (logits, logits if targets is None else targets, *pointers), temperature, 1.0 / softcap if softcap > 0 else 0.0, options
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
     *outputs, state = out
     if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
         outputs[1] = torch.empty_like(outputs[2])
-    pointers, temperature, options = _common(logits, targets, mask, temperature, state)
+    pointers, temperature, inverse_cap, options = _common(logits, targets, mask, temperature, state, softcap)
     with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
     outer, inner, vocab = logits.shape
-    rows, row_args = outer * inner, (inner, *strides(logits), vocab, temperature, ignore_index)
+    rows, row_args = outer * inner, (inner, *strides(logits), vocab, temperature, ignore_index, inverse_cap)
     align = 16 // logits.element_size()
     aligned = starts_aligned(logits, align)
     shifted = CAN_SHIFT and not aligned
@@ -57,8 +57,8 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         token_stats_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, log_kept, **split)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
-    pointers, temperature, options = _common(logits, targets, mask, temperature, state)
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
+    pointers, temperature, inverse_cap, options = _common(logits, targets, mask, temperature, state, softcap)
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
     aligned = all(s % align == 0 for s in strides(logits) + strides(out))
@@ -79,10 +79,13 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
     )
     with device_of(logits):
-        row_args = (*upstream, *strides(logits), *strides(out), vocab, groups, temperature, ignore_index)
+        at_y = logits
+        if writes_targets and not at_targets and softcap > 0:  # read before the gradient is written over them
+            at_y = logits.gather(-1, targets.clamp(0, vocab - 1).view(outer, inner, -1))
+        row_args = (*upstream, *strides(logits), *strides(out), vocab, groups, temperature, ignore_index, inverse_cap)
         token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)
         if writes_targets and not at_targets:
             in_order, order = targets.sort(dim=-1, stable=True)
-            row_args = (*upstream, *strides(out), vocab, temperature, ignore_index)
+            row_args = (*upstream, *strides(out), vocab, temperature, ignore_index, inverse_cap)
             options["num_warps"] = target_warps(options["K_BLOCK"])
-            token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, *pointers[1:], *row_args, **options)
+            token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, at_y, *pointers[1:], *row_args, **options)

@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .constants import STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_SUM_SQ, STATE_TARGETS, STATE_THRESHOLD
 from .gradient import columns, edges, load_upstream, write_zeros
-from .math import expm1
+from .math import expm1, soft_cap, soft_cap_slope
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
 
 
@@ -47,17 +47,19 @@ def _at_target(
 
 @triton.jit
 def _gradient_tile(
-    x, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
+    raw, x_ptr, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta, y, g_logp,
     targets_ptr, state_row, ignore_index,
-    K: tl.constexpr, AT_TARGETS: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
+    K: tl.constexpr, AT_TARGETS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient at the `valid` of `cols`, all in [low, high), from their logits; no others."""
-    shifted = x - m
+    shifted = soft_cap(raw, inverse_cap, SOFTCAP) - m
     t = shifted * scale
     if HAS_ENTROPY:  # the one term that multiplies by t
         t = tl.maximum(t, FLOOR, propagate_nan=tl.PropagateNan.ALL)
     e = tl.exp2(t)
     dz = e * _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    if SOFTCAP:
+        dz *= soft_cap_slope(raw, inverse_cap)
     if AT_TARGETS:
         for j in range(K):
             y_j = tl.sum(y, axis=0) if K == 1 else tl.load(targets_ptr + row * K + j)
@@ -68,6 +70,8 @@ def _gradient_tile(
                 dz_y = _at_target(
                     shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT
                 )
+                if SOFTCAP:  # the thread that writes it reads it, no other one looks at it: also in place
+                    dz_y *= soft_cap_slope(tl.load(x_ptr + y_j + lead).to(dz_y.dtype), inverse_cap)
                 dz = tl.where(cols == (y_j + lead).to(tl.int32), dz_y, dz)
     tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
 
@@ -140,8 +144,8 @@ def token_stats_backward_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     state_ptr,  # [N, STATE_TARGETS + K]
     g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, out_ptr,  # [N, K], [N] four times, [A, B, V]
-    inner, stride_a, stride_b, out_stride_a, out_stride_b, vocab, groups, temperature, ignore_index,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    inner, stride_a, stride_b, out_stride_a, out_stride_b, vocab, groups, temperature, ignore_index, inverse_cap: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
     HAS_TAIL: tl.constexpr,  # g_kept_ptr is of the mass of the ids that are not targets
     ACC: tl.constexpr,
@@ -180,19 +184,20 @@ def token_stats_backward_kernel(
         K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
     scale = inv_t * LOG2E
+    inverse_cap = tl.full((), inverse_cap, ACC)
     if EDGES:
         if first == 0:
             x = tl.load(x_ptr + edge, mask=in_row).to(ACC)
             _gradient_tile(
-                x, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y, g_logp,
-                targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
+                x, x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta,
+                y, g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         x = tl.load(x_ptr + tile + cols, mask=in_body).to(ACC)
         _gradient_tile(
-            x, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, weight, others, c0, c1, c2, inside, delta, y,
-            g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
+            x, x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others,
+            c0, c1, c2, inside, delta, y, g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
         )  # fmt: skip
 
 
@@ -204,11 +209,12 @@ def _add_equals(y_a, g_a, y_b, g_b):
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_backward_targets_kernel(
     sorted_ptr, order_ptr,  # [N, K], the targets of each row, sorted; where each of them stands in targets
+    raw_ptr,  # [N, K], for SOFTCAP: the logits at the targets, over which the gradient may be written by now
     targets_ptr, mask_ptr, temperature_ptr,  # [N, K], [N], [N]
     state_ptr,  # [N, STATE_TARGETS + K]
     g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, out_ptr,  # [N, K], [N] four times, [A, B, V]
-    inner, out_stride_a, out_stride_b, vocab, temperature, ignore_index,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    inner, out_stride_a, out_stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
     HAS_TAIL: tl.constexpr,  # g_kept_ptr is of the mass of the ids that are not targets
     ACC: tl.constexpr,
@@ -241,4 +247,6 @@ def token_stats_backward_targets_kernel(
     _y, running = tl.associative_scan((tl.zeros_like(y), g), 0, _add_equals)
     g_sum = tl.sum(tl.where(k == K - 1, running, 0.0), axis=0)
     dz = _at_target(shifted_y, at_y, g_sum, rest, inv_t * LOG2E, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    if SOFTCAP:
+        dz *= soft_cap_slope(tl.load(raw_ptr + row * K + at, mask=in_vocab, other=0.0).to(ACC), tl.full((), inverse_cap, ACC))
     tl.store(out_ptr + out_start + y, dz.to(out_ptr.dtype.element_ty), mask=in_vocab & (y != following))

@@ -27,7 +27,7 @@ from .constants import (
     STATE_TARGETS,
     STATE_THRESHOLD,
 )
-from .math import log1p
+from .math import log1p, soft_cap
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 
 
@@ -149,8 +149,8 @@ def sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def sweep(
-    row_ptr, begin, end, vocab, scale,
-    SUM_SQ: tl.constexpr, ACC: tl.constexpr,
+    row_ptr, begin, end, vocab, scale, inverse_cap,
+    SUM_SQ: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, how many are equal to m, S0, S1,
@@ -166,15 +166,15 @@ def sweep(
     s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
     whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
-        x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        x = soft_cap(whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SHIFTED:
         if end - whole > BLOCK:
-            x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            x = soft_cap(last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
             m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
             whole += BLOCK
     if whole < end:
-        x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+        x = soft_cap(last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
         r2 += sum_lanes(s2, lead, SHIFTED, LANES)
@@ -182,12 +182,16 @@ def sweep(
 
 
 @triton.jit
-def _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, K: tl.constexpr, K_BLOCK: tl.constexpr, ACC: tl.constexpr):
+def _listed_mass(
+    row_ptr, listed_row, begin, end, vocab, m, scale, inverse_cap,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """(S0 of the listed entries in [begin, end), each once; the place of the first of them)"""
     k = tl.arange(0, K_BLOCK)
     y = tl.load(listed_row + k, mask=k < K, other=vocab)
     following = tl.load(listed_row + k + 1, mask=k + 1 < K, other=vocab)
     x = tl.load(row_ptr + y, mask=(y >= begin) & (y < end) & (y != following), other=NEG_INF).to(ACC)
+    x = soft_cap(x, inverse_cap, SOFTCAP)
     return tl.sum(tl.exp2(exponent(x, m, scale)), axis=0), tl.sum((y < begin).to(tl.int32), axis=0)
 
 
@@ -210,8 +214,8 @@ def _without_listed(x, i, lead, listed_row, place, K: tl.constexpr, SHIFTED: tl.
 
 @triton.jit
 def kept_sweep(
-    row_ptr, begin, end, vocab, m, delta, scale, listed_row,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
+    row_ptr, begin, end, vocab, m, delta, scale, inverse_cap, listed_row,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row:
@@ -220,22 +224,22 @@ def kept_sweep(
     kept = tl.zeros((LANES,), ACC)
     dropped = tl.zeros((LANES,), ACC)
     if KEPT == KEPT_UNLISTED:
-        listed, place = _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, K, K_BLOCK, ACC)
+        listed, place = _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, inverse_cap, K, K_BLOCK, SOFTCAP, ACC)
     whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in range(begin, whole, BLOCK):
-        x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        x = soft_cap(whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
         kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     if SHIFTED:
         if end - whole > BLOCK:
-            x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            x = soft_cap(last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
             if KEPT == KEPT_UNLISTED:
                 x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
             kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
             whole += BLOCK
     if whole < end:
-        x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+        x = soft_cap(last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
         kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
@@ -264,9 +268,9 @@ def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def write_row(
-    row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
+    row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
     logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     rest, log_s0, nothing = log_total(m, ties, s0)
     mean_u = LN2 * s1 / (1.0 + rest)
@@ -296,7 +300,7 @@ def write_row(
     if K > 0:
         k = tl.arange(0, K_BLOCK)
         in_vocab = (k < K) & (y >= 0) & (y < vocab)
-        x_y = tl.load(row_ptr + y, mask=in_vocab, other=float("nan")).to(ACC)
+        x_y = soft_cap(tl.load(row_ptr + y, mask=in_vocab, other=float("nan")).to(ACC), inverse_cap, SOFTCAP)
         shifted = x_y - m
         logp = tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0)
         tl.store(logp_ptr + row * K + k, logp, mask=k < K)
@@ -329,8 +333,8 @@ def token_stats_forward_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     listed_ptr,  # [N, K], for KEPT_UNLISTED: the targets of each row that are not ignored, in order
     logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,  # [N, K], [N] four times, [N, STATE_TARGETS + K]
-    inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    inner, stride_a, stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
     SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
     SHIFTED: tl.constexpr,  # rows start anywhere, and are loaded from the boundary before them
@@ -346,16 +350,18 @@ def token_stats_forward_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
-    m, ties, s0, s1, s2 = sweep(row_ptr, 0, vocab, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
+    inverse_cap = tl.full((), inverse_cap, ACC)
+    m, ties, s0, s1, s2 = sweep(row_ptr, 0, vocab, vocab, scale, inverse_cap, SUM_SQ, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
     kept = tl.zeros((), ACC)
     dropped = tl.zeros((), ACC)
     if KEPT:
         _rest, log_s0, _nothing = log_total(m, ties, s0)
         delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         kept, dropped = kept_sweep(
-            row_ptr, 0, vocab, vocab, m, delta, scale, listed_ptr + row * K, K, K_BLOCK, KEPT, ACC, ALIGN, SHIFTED, BLOCK, LANES
-        )
+            row_ptr, 0, vocab, vocab, m, delta, scale, inverse_cap, listed_ptr + row * K,
+            K, K_BLOCK, KEPT, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
+        )  # fmt: skip
     write_row(
-        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
-        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, ACC,
+        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
+        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, SOFTCAP, ACC,
     )  # fmt: skip

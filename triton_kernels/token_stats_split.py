@@ -44,8 +44,9 @@ def _merge(parts_row, scale, SUM_SQ: tl.constexpr, SPLITS: tl.constexpr):
 def token_stats_part_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     parts_ptr,  # [N, 7, SPLITS]
-    inner, stride_a, stride_b, vocab, temperature, ignore_index,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SUM_SQ: tl.constexpr,
+    inner, stride_a, stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    SUM_SQ: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +60,9 @@ def token_stats_part_kernel(
         return
     scale = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC) * LOG2E
     begin, end = part_of(vocab, part, BLOCK, SPLITS)
-    m, ties, s0, s1, s2 = sweep(row_ptr, begin, end, vocab, scale, SUM_SQ, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
+    m, ties, s0, s1, s2 = sweep(
+        row_ptr, begin, end, vocab, scale, tl.full((), inverse_cap, ACC), SUM_SQ, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES
+    )
     out = parts_ptr + row * (7 * SPLITS) + part
     tl.store(out, m)
     tl.store(out + SPLITS, ties)
@@ -74,8 +77,9 @@ def token_stats_kept_part_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     parts_ptr,  # [N, 7, SPLITS]
     listed_ptr,  # [N, K], for KEPT_UNLISTED: the targets of each row that are not ignored, in order
-    inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, KEPT: tl.constexpr,
+    inner, stride_a, stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEPT: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -94,7 +98,10 @@ def token_stats_kept_part_kernel(
     m, ties, s0, _s1, _s2 = _merge(parts_row, scale, False, SPLITS)
     _rest, log_s0, _nothing = log_total(m, ties, s0)
     delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
-    kept, dropped = kept_sweep(row_ptr, begin, end, vocab, m, delta, scale, listed_ptr + row * K, K, K_BLOCK, KEPT, ACC, ALIGN, SHIFTED, BLOCK, LANES)
+    kept, dropped = kept_sweep(
+        row_ptr, begin, end, vocab, m, delta, scale, tl.full((), inverse_cap, ACC), listed_ptr + row * K,
+        K, K_BLOCK, KEPT, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
+    )  # fmt: skip
     tl.store(parts_row + 5 * SPLITS + part, kept)
     tl.store(parts_row + 6 * SPLITS + part, dropped)
 
@@ -104,8 +111,8 @@ def token_stats_merge_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     parts_ptr,  # [N, 7, SPLITS]
     logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,  # [N, K], [N] four times, [N, STATE_TARGETS + K]
-    inner, stride_a, stride_b, vocab, temperature, ignore_index, log_kept: tl.float64,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr,
+    inner, stride_a, stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
     SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Outputs and state of one row, from its parts."""
@@ -125,6 +132,6 @@ def token_stats_merge_kernel(
         kept = tl.sum(tl.load(parts_row + 5 * SPLITS + tl.arange(0, SPLITS)), axis=0)
         dropped = tl.sum(tl.load(parts_row + 6 * SPLITS + tl.arange(0, SPLITS)), axis=0)
     write_row(
-        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t,
-        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, ACC,
+        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t, tl.full((), inverse_cap, ACC),
+        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, SOFTCAP, ACC,
     )  # fmt: skip

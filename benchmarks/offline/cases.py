@@ -12,7 +12,7 @@ from rlkern.backends.contract import KeptKind, PairKind, PairState, State
 from rlkern.backends.gradient_memory import new_gradient
 
 BATCH, TIME = 8, 1024  # rows come as [8, 1024, V], the shape in which trainers hold them
-TEMPERATURE, IGNORE, LOG_KEPT, BETA = 0.7, -100, -3.0, 0.3
+TEMPERATURE, IGNORE, LOG_KEPT, BETA, SOFTCAP = 0.7, -100, -3.0, 0.3, 30.0
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -29,8 +29,10 @@ PAIR_FORWARD = {
     "pair mixed_kl +stats": {"kind": PairKind.MIXED_KL, "stats": True, **_PAIR},
     "pair cross_entropy": {"kind": PairKind.CROSS_ENTROPY, **_PAIR},
     "pair jsd": {"kind": PairKind.JSD, **_PAIR},
+    "pair jsd +softcap": {"kind": PairKind.JSD, "softcap": SOFTCAP, **_PAIR},
 }
 FORWARD |= PAIR_FORWARD
+FORWARD |= {"forward +softcap": {"softcap": SOFTCAP}, "forward +kept +softcap": {"kept": 1, "softcap": SOFTCAP}}
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
     "backward logp+entropy": {"grads": ("logp", "entropy")},
@@ -43,6 +45,9 @@ BACKWARD = {
     "pair backward reverse_kl": {"kind": PairKind.REVERSE_KL, "grads": ("divergence",), **_PAIR},
     "pair backward mixed_kl +stats": {"kind": PairKind.MIXED_KL, "grads": ("divergence", "logp", "entropy"), **_PAIR},
     "pair backward jsd": {"kind": PairKind.JSD, "grads": ("divergence",), **_PAIR},
+    "backward +softcap": {"grads": ("logp", "entropy"), "softcap": SOFTCAP},
+    "backward K=128 +softcap": {"grads": ("logp", "entropy"), "targets": 128, "softcap": SOFTCAP},
+    "pair backward reverse_kl +softcap": {"kind": PairKind.REVERSE_KL, "grads": ("divergence",), "softcap": SOFTCAP, **_PAIR},
 }
 GRADS = BACKWARD["backward all"]["grads"]
 PAIR_GRADS = ("divergence", "logp", "entropy", "logsumexp")
@@ -106,7 +111,7 @@ def all_cases() -> list[Case]:
     return [
         Case(variant, *where)
         for variant, options in variants.items()
-        for where in (selection if "of" in options or "tail" in variant else everything)
+        for where in (selection if "of" in options or "tail" in variant or "softcap" in options else everything)
     ]
 
 
@@ -179,17 +184,17 @@ def record(case: Case, gpu) -> list[Launch]:
 def _launch_token_stats(module, case: Case, rows: int, logits, other, mask) -> None:
     options = case.options
     n_targets = options.get("targets", 1)
-    targets = _meta(rows, n_targets, dtype=torch.int64)
+    targets, softcap = _meta(rows, n_targets, dtype=torch.int64), options.get("softcap", 0.0)
     if case.backward:
         wanted = options["grads"]
         grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
         kind, state = options.get("kept", 0), _meta(rows, State.TARGETS + n_targets)
-        module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits))
+        module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits), softcap)
     else:
         sum_sq = _meta(rows) if options.get("sum_sq") else None
         kept = _meta(rows) if options.get("kept") else None
         out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, _meta(rows, State.TARGETS + n_targets))
-        module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out)
+        module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out, softcap)
 
 
 def _launch_moments(module, case: Case, rows: int, logits, other, mask) -> None:
@@ -214,11 +219,12 @@ def _launch_pair(module, case: Case, rows: int, logits, other, mask) -> None:
     stats = options.get("stats") or "logp" in options.get("grads", ())
     targets = _meta(rows, 1, dtype=torch.int64) if stats else None
     common = (logits, other, targets, mask, TEMPERATURE, TEMPERATURE, IGNORE, options["kind"], BETA)
+    caps = (options.get("softcap", 0.0),) * 2
     if case.backward:
         grads = tuple(_meta(rows) if name in options["grads"] else None for name in PAIR_GRADS)
-        module.pair_backward(*common, state, grads, new_gradient(logits))
+        module.pair_backward(*common, state, grads, new_gradient(logits), *caps)
     else:
-        module.pair_forward(*common, (_meta(rows), *(_meta(rows) if stats else None for _ in range(6)), state))
+        module.pair_forward(*common, (_meta(rows), *(_meta(rows) if stats else None for _ in range(6)), state), *caps)
 
 
 _LAUNCHERS = {"token_stats": _launch_token_stats, "moments": _launch_moments, "did": _launch_did, "pair": _launch_pair}

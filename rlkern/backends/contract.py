@@ -5,8 +5,10 @@ assume validated input. `CHECKS_TARGETS` says whether forwards check the range o
 
 Rows of logits:
 
-    token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
-    token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out)
+    token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out,
+                        softcap=0.0)
+    token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out,
+                         softcap=0.0)
 
     logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
     targets      [N, K] int64 contiguous, or None (K = 0)
@@ -18,6 +20,9 @@ Rows of logits:
                  backward: [A, B, V] of the logits' dtype, last stride 1; may be `logits` itself
     grads        upstream gradients (logp, entropy, logsumexp, sum_sq_prob, kept_logmass), contiguous,
                  in the accumulation dtype; each may be None
+    softcap      0, or c > 0: the rows are x = tanh(logits / c), also in `state`, and the temperature is for
+                 these. -inf stays -inf. The gradient is by the logits. The slope of x by them keeps its
+                 relative accuracy: 4 r / (1 + r)^2 / c with r = exp(-2 |logits| / c).
 
 `state` holds what the backward needs of a row, in the accumulation dtype and the columns of `State`. A
 backward can continue from the forward of any backend.
@@ -28,13 +33,15 @@ gradient without being read.
 
 Two rows at once, logits and those of another policy:
 
-    pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out)
+    pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out,
+                 softcap=0.0, other_softcap=0.0)
     pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta,
-                  state, grads, out)
+                  state, grads, out, softcap=0.0, other_softcap=0.0)
 
-    logits, mask, temperature, ignore_index  as above
+    logits, mask, temperature, ignore_index, softcap  as above
     other              [A, B, V] as logits, in any dtype but float64; float64 beside float64 logits
     targets            [N, 1] or None
+    other_softcap      of other; as softcap
     other_temperature  as temperature; a float where temperature is one, a tensor where it is one
     kind, beta         a `PairKind` and its parameter, see primitives/divergence.py; only the reference has
                        ALPHA and TOTAL_VARIATION

@@ -43,11 +43,12 @@ def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
     }
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
     """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not
     ignore_index."""
     logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state = out
     own = {
+        "softcap": softcap,
         "kept_kind": kept_kind,
         "log_kept": log_kept,
         "logp": logp,
@@ -59,9 +60,10 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     _cpu.token_stats_forward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
     g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
     own = {
+        "softcap": softcap,
         "kept_kind": kept_kind,
         "g_logp": g_logp,
         "g_entropy": g_entropy,
@@ -73,31 +75,36 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
     _cpu.token_stats_backward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
 
 
-def _pair(other, other_temperature, kind, beta) -> dict:
+def _pair(other, other_temperature, kind, beta, softcap, other_softcap) -> dict:
     per_row = isinstance(other_temperature, Tensor)
     return {
         "other_dtype": _DTYPES[other.dtype],
         "other": other,
         "other_temperature": 1.0 if per_row else other_temperature,
         "other_temperatures": other_temperature if per_row else None,
+        "softcap": softcap,
+        "other_softcap": other_softcap,
         "kind": kind,
         "beta": beta,
     }
 
 
-def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     """Raises IndexError as token_stats_forward does."""
     names = ("divergence", "logp", "entropy", "logsumexp", "other_logp", "other_entropy", "other_logsumexp")
     *results, state = out
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
-    _cpu.pair_forward(rows, _pair(other, other_temperature, kind, beta), dict(zip(names, results, strict=True)))
+    pair = _pair(other, other_temperature, kind, beta, softcap, other_softcap)
+    _cpu.pair_forward(rows, pair, dict(zip(names, results, strict=True)))
 
 
-def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
+def pair_backward(
+    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out, softcap=0.0, other_softcap=0.0
+) -> None:
     names = ("g_divergence", "g_logp", "g_entropy", "g_logsumexp")
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     own = {**dict(zip(names, grads, strict=True)), "out": out}
-    _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta), own)
+    _cpu.pair_backward(rows, _pair(other, other_temperature, kind, beta, softcap, other_softcap), own)
 
 
 def row_moments_forward(logits, targets, mask, ignore_index, out) -> None:

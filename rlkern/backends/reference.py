@@ -18,7 +18,7 @@ from .reference_kept import kept_rows_forward as kept_rows_forward
 from .reference_kept import kept_weight_gradient as kept_weight_gradient
 from .reference_pair import pair_backward as pair_backward
 from .reference_pair import pair_forward as pair_forward
-from .reference_rows import inverse_temperature, skipped_rows
+from .reference_rows import inverse_temperature, skipped_rows, soft_cap, soft_cap_slope
 
 CHECKS_TARGETS = False
 
@@ -30,14 +30,14 @@ def _listed(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
     return listed.scatter_(-1, targets.masked_fill(nowhere, vocab), True)[:, :vocab]
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
     logp_out, entropy_out, lse_out, sum_sq_out, kept_out, state_out = out
     state_out = state_out.view(-1, state_out.shape[-1])
     acc = state_out.dtype
     n, vocab = state_out.shape[0], logits.shape[-1]
     skipped = skipped_rows(n, targets, mask, ignore_index, logits.device)
     for a, rows, flat in row_chunks(logits):
-        x = logits[a, rows].to(acc)
+        x = soft_cap(logits[a, rows].to(acc), softcap)
         inv_t = inverse_temperature(temperature, flat, acc)
         m = x.amax(-1, keepdim=True)
         shifted = torch.where(torch.isneginf(x), x, x - m)  # -inf - -inf would be NaN in a row of -inf alone
@@ -100,7 +100,7 @@ def _sum_of_equals(columns: Tensor, values: Tensor, spare: int) -> tuple[Tensor,
     return columns.masked_fill(again, spare), sums
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
     state = state.view(-1, state.shape[-1])
     acc, n, vocab = state.dtype, state.shape[0], logits.shape[-1]
     g_logp, g_entropy, g_lse, g_sum_sq, g_kept = grads
@@ -122,7 +122,8 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         gl = None if g_logp is None else g_logp[flat]
         g_h, g_z, g_s2, g_k = (None if g is None else g[flat].unsqueeze(-1) for g in per_row)
         inv_t = inverse_temperature(temperature, flat, acc)
-        x = logits[a, rows].to(acc)
+        raw = logits[a, rows].to(acc)
+        x = soft_cap(raw, softcap)
         shifted = x - m
         u = (shifted * inv_t).clamp_min(-1e4)
         p = u.exp() / (1 + rest)
@@ -155,6 +156,8 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
             fixed = torch.where(shifted.gather(-1, y) == 0, p_y * (c_y + at_y) + at_y * rest / (1 + rest), p_y * c_y + at_y)
             spare = torch.cat([dz, torch.zeros_like(m)], -1)
             dz = spare.scatter(-1, columns, fixed)[:, :vocab]
+        if softcap > 0:
+            dz = dz * soft_cap_slope(raw, softcap)
         dz = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0)
         out[a, rows] = dz.to(out.dtype)
 

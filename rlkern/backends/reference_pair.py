@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..layout import row_chunks
 from .contract import PairKind, PairState
-from .reference_rows import inverse_temperature, skipped_rows
+from .reference_rows import inverse_temperature, skipped_rows, soft_cap, soft_cap_slope
 
 _APART = 32  # logits
 _NEAR = 0.5  # up to this |x| differences of p and q are computed from x, beyond it from p and q
@@ -166,14 +166,14 @@ def _log_ratio(z: _Side, w: _Side, ref: Tensor, other_ref: Tensor) -> Tensor:
     return torch.where(torch.as_tensor(z.inv_t == w.inv_t), same, (b - other_ref) * w.inv_t - (a - ref) * z.inv_t)
 
 
-def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out) -> None:
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     *results, state_out = out
     state_out = state_out.view(-1, PairState.WIDTH)
     acc, vocab = state_out.dtype, logits.shape[-1]
     skipped = skipped_rows(state_out.shape[0], targets, mask, ignore_index, logits.device)
     for a, rows, flat in row_chunks(logits):
-        z = _side(logits[a, rows].to(acc), inverse_temperature(temperature, flat, acc))
-        w = _side(other[a, rows].to(acc), inverse_temperature(other_temperature, flat, acc))
+        z = _side(soft_cap(logits[a, rows].to(acc), softcap), inverse_temperature(temperature, flat, acc))
+        w = _side(soft_cap(other[a, rows].to(acc), other_softcap), inverse_temperature(other_temperature, flat, acc))
         # The offset is log(sum e^u / sum e^w'), where it is near 0 from the sum of the differences.
         x = _log_ratio(z, w, z.max, w.max)
         terms = _Terms(z.e, w.e, x)
@@ -233,7 +233,9 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
         state_out[flat] = state.masked_fill(dropped, 0)
 
 
-def pair_backward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out) -> None:
+def pair_backward(
+    logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out, softcap=0.0, other_softcap=0.0
+) -> None:
     state = state.view(-1, PairState.WIDTH)
     acc, n, vocab = state.dtype, state.shape[0], logits.shape[-1]
     upstream = [torch.zeros(n, dtype=acc, device=logits.device) if g is None else g.view(-1) for g in grads]
@@ -244,8 +246,9 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
         g_div, g_logp, g_entropy, g_lse = (g[flat].unsqueeze(-1) for g in upstream)
         if kind == PairKind.SKEW_FORWARD_KL:
             mean_slope = torch.where(mean_slope < 0, mean_slope + (1 - beta), mean_slope)
-        z_x, inv_t = logits[a, rows].to(acc), inverse_temperature(temperature, flat, acc)
-        w_x, other_inv_t = other[a, rows].to(acc), inverse_temperature(other_temperature, flat, acc)
+        raw, inv_t = logits[a, rows].to(acc), inverse_temperature(temperature, flat, acc)
+        z_x, w_x = soft_cap(raw, softcap), soft_cap(other[a, rows].to(acc), other_softcap)
+        other_inv_t = inverse_temperature(other_temperature, flat, acc)
         shifted = z_x - m
         u = (shifted * inv_t).clamp_min(-1e4)
         z = _Side(z_x, inv_t, m, rest, torch.where(torch.isneginf(z_x), 0, u.exp()), u)
@@ -266,4 +269,6 @@ def pair_backward(logits, other, targets, mask, temperature, other_temperature, 
             others = dz.gather(-1, at) + z.p.gather(-1, at) * g_logp
             dz = dz.scatter(-1, at, others + g_logp * share)
             dz = torch.where(valid, dz, math.nan)
+        if softcap > 0:
+            dz = dz * soft_cap_slope(raw, softcap)
         out[a, rows] = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0).to(out.dtype)

@@ -20,3 +20,14 @@ def inverse_temperature(temperature: float | Tensor, rows: slice, acc: torch.dty
         return 1.0 / temperature
     t = temperature[rows].to(acc).unsqueeze(-1)
     return torch.where(t > 0, 1 / t, math.nan)
+
+
+def soft_cap(x: Tensor, softcap: float) -> Tensor:
+    """x as it is without a softcap, else tanh(x / softcap); -inf stays, it is a mask."""
+    return torch.where(torch.isneginf(x), x, (x / softcap).tanh()) if softcap > 0 else x
+
+
+def soft_cap_slope(x: Tensor, softcap: float) -> Tensor:
+    """The derivative of tanh(x / softcap) by x. 1 - tanh^2 would be 0 where the tanh rounds to 1."""
+    r = (x.abs() * (-2 / softcap)).exp()
+    return 4 / softcap * r / (1 + r).square()

@@ -23,6 +23,7 @@ from ..checks import (
     check_target_range,
     check_targets,
     check_temperature,
+    check_transforms,
     computing_dtype,
     expect,
     no_group,
@@ -69,6 +70,11 @@ class PairOptions(NamedTuple):
     vocab: int  # so many columns count
     with_stats: bool  # the entropy and all that is the other's
     other_grad: bool
+    softcap: float = 0.0  # as in contract.py
+    other_softcap: float = 0.0
+
+
+N_OPTIONS = len(PairOptions._fields)
 
 
 def new_pair_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
@@ -112,13 +118,13 @@ def compute_pair(logits, other, targets, mask, row_temperature, other_row_temper
     if y is not None and not backend.CHECKS_TARGETS and values_readable(logits):
         check_target_range(y, mask, o.ignore_index, o.vocab)
     z, w = (as_rows(x)[..., : o.vocab] for x in (logits, other))
-    backend.pair_forward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, out)
+    backend.pair_forward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, out, o.softcap, o.other_softcap)
     return out
 
 
 def write_pair_gradient(out, logits, other, targets, mask, row_temperature, other_row_temperature, *args) -> None:
     """The gradient by the logits into out, which may be the logits."""
-    o, (state, *grads) = PairOptions(*args[:8]), args[8:13]
+    o, (state, *grads) = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS : N_OPTIONS + 5]
     rows, rows_of_out = as_rows(logits), as_rows(out)
     rows_of_out[..., o.vocab :].zero_()
     if state.numel() == 0:
@@ -126,14 +132,16 @@ def write_pair_gradient(out, logits, other, targets, mask, row_temperature, othe
     y, mask, t, other_t = _for_backend(logits, targets, mask, row_temperature, other_row_temperature, o.temperature, o.other_temperature)
     upstream = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
     z, w, dz = (x[..., : o.vocab] for x in (rows, as_rows(other), rows_of_out))
-    _backend(logits.device, o.kind).pair_backward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, state, upstream, dz)
+    backend, caps = _backend(logits.device, o.kind), (o.softcap, o.other_softcap)
+    backend.pair_backward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, state, upstream, dz, *caps)
 
 
 def exchange_pair(logits, other, targets, mask, row_temperature, other_row_temperature, *args):
     """The arguments of write_pair_gradient for the divergence's gradient by `other`."""
-    o, state, g_divergence = PairOptions(*args[:8]), args[8], args[9]
+    o, state, g_divergence = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS], args[N_OPTIONS + 1]
     kind, complement = _EXCHANGED[o.kind]
-    options = o._replace(temperature=o.other_temperature, other_temperature=o.temperature, kind=kind, beta=1 - o.beta if complement else o.beta)
+    options = o._replace(temperature=o.other_temperature, other_temperature=o.temperature, softcap=o.other_softcap, other_softcap=o.softcap)
+    options = options._replace(kind=kind, beta=1 - o.beta if complement else o.beta)
     s = state.unbind(-1)
     mean_slope = s[PairState.OTHER_MEAN_SLOPE]
     if kind == PairKind.SKEW_FORWARD_KL:
@@ -162,7 +170,7 @@ def _backward(logits, other, *args):
         write_pair_gradient(by_logits, logits, other, *args)
     if wanted[1]:
         by_other = new_gradient(other)
-        if args[4 + 9] is None:  # no gradient by the divergence
+        if args[4 + N_OPTIONS + 1] is None:  # no gradient by the divergence
             by_other.zero_()
         else:
             write_pair_gradient(by_other, *exchange_pair(logits, other, *args))
@@ -171,6 +179,7 @@ def _backward(logits, other, *args):
 
 PAIR_ROWS = "Tensor? targets, Tensor? mask, Tensor? row_temperature, Tensor? other_row_temperature"
 PAIR_OPTIONS = "float temperature, float other_temperature, int ignore_index, int kind, float beta, SymInt vocab, bool with_stats, bool other_grad"
+PAIR_OPTIONS += ", float softcap, float other_softcap"
 PAIR_GRADIENTS = "Tensor state, Tensor? g_divergence, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp"
 PAIR_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _pair_stats = differentiable(
@@ -244,6 +253,10 @@ def pair_options(
     group: Any,
     ignore_index: int,
     with_stats: bool,
+    logit_scale: float,
+    softcap: float | None,
+    other_logit_scale: float | None,
+    other_softcap: float | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, PairOptions]:
     """Checks all but the rows: (targets, mask, row_temperature, other_row_temperature, options).
 
@@ -260,16 +273,20 @@ def pair_options(
         targets = check_targets(targets, logits, of, several=False)
     ignore_index = check_ignore_index(ignore_index)
     mask = check_mask(mask, logits, of)
-    row_temperature, number = check_temperature(temperature, logits, targets, mask, ignore_index)
-    if other_temperature is None:
-        # A tensor of its own: Dynamo does not take one twice.
-        other_row_temperature, other_number = None if row_temperature is None else row_temperature.detach(), number
-    else:
-        other_row_temperature, other_number = check_temperature(other_temperature, logits, targets, mask, ignore_index, name="other_temperature")
+    plain = check_temperature(temperature, logits, targets, mask, ignore_index)
+    row_temperature, number, cap = check_transforms(logit_scale, softcap, *plain, logits)
+    others = (logit_scale if other_logit_scale is None else other_logit_scale, softcap if other_softcap is None else other_softcap)
+    if other_temperature is not None:
+        plain = check_temperature(other_temperature, logits, targets, mask, ignore_index, name="other_temperature")
+    other_row_temperature, other_number, other_cap = check_transforms(*others, *plain, logits, "other_", math.inf)
+    if other_temperature is None and others == (logit_scale, softcap):
+        other_row_temperature = row_temperature  # as it was divided: backends see by the memory that it is the same
+    if row_temperature is not None and other_row_temperature is row_temperature:
+        other_row_temperature = row_temperature.detach()  # a tensor of its own: Dynamo does not take one twice
     code = _KINDS[kind]
     if kind == "mixed_kl" and beta in (0, 1):
         code = PairKind.FORWARD_KL if beta else PairKind.REVERSE_KL
-    options = PairOptions(number, other_number, ignore_index, code, beta, vocab, with_stats, bool(other_grad))
+    options = PairOptions(number, other_number, ignore_index, code, beta, vocab, with_stats, bool(other_grad), cap, other_cap)
     return targets, mask, row_temperature, other_row_temperature, options
 
 
@@ -304,6 +321,10 @@ def token_divergence(
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
     other_temperature: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    other_logit_scale: float | None = None,
+    other_softcap: float | None = None,
     mask: Tensor | None = None,
     vocab: int | None = None,
     other_grad: bool = False,
@@ -328,8 +349,9 @@ def token_divergence(
     The KL kinds and the cross entropy read both rows once, the others twice; the gradient reads both once and
     writes once. Equal rows give exactly 0. Values keep their relative accuracy however close the rows are,
     also where a constant lies between them: mostly 1e-7 in float32. There are two limits. With two
-    temperatures an error of 1e-7 of the logits counts as a difference of the rows. And as beta nears 1 the
-    skewed kinds compare rows that are all but equal: their accuracy is 1e-5 at 0.9 and 1e-3 at 0.99.
+    temperatures, scales or softcaps an error of 1e-7 of the logits counts as a difference of the rows. And as
+    beta nears 1 the skewed kinds compare rows that are all but equal: their accuracy is 1e-5 at 0.9 and 1e-3
+    at 0.99.
 
     Args:
         logits: [..., V] float32, bfloat16, float16 or float64, any leading strides; the gradient flows here.
@@ -339,6 +361,11 @@ def token_divergence(
         temperature, other_temperature: a positive float, or a tensor [...] with one a row, anything in rows
             that are not read. No gradient. other_temperature=None is `temperature`: soft labels that are
             ready as they are want other_temperature=1.
+        logit_scale, softcap: what the models do with their raw logits, as in `token_stats`. The gradient is
+            by the raw logits. Not for the `.logits` of a Hugging Face model: those are capped already.
+        other_logit_scale, other_softcap: the same of `other`. None is that of `logits`, as for two models of
+            one family; other_softcap=math.inf is no softcap. `logit_transforms(config, other=True)` of
+            `rlkern.integrations` has both.
         mask: [...] bool or number; rows where it is 0 are not read: 0 out, zero gradient.
         vocab: the number of columns that count, for logits of different widths. Columns beyond are not read,
             and their gradient is 0.
@@ -367,6 +394,10 @@ def token_divergence(
         beta=beta,
         temperature=temperature,
         other_temperature=other_temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        other_logit_scale=other_logit_scale,
+        other_softcap=other_softcap,
         mask=mask,
         vocab=vocab,
         other_grad=other_grad,
@@ -386,6 +417,10 @@ def pair_stats(
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
     other_temperature: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    other_logit_scale: float | None = None,
+    other_softcap: float | None = None,
     mask: Tensor | None = None,
     vocab: int | None = None,
     other_grad: bool = False,
@@ -422,6 +457,10 @@ def pair_stats(
         beta=beta,
         temperature=temperature,
         other_temperature=other_temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        other_logit_scale=other_logit_scale,
+        other_softcap=other_softcap,
         mask=mask,
         vocab=vocab,
         other_grad=other_grad,

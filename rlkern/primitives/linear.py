@@ -61,10 +61,10 @@ def _new_gradients(hidden, weight, bias, *others):
 
 def _backward(
     hidden, weight, bias, targets, mask, row_temperature, chunk_rows,
-    temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy,
+    temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy, softcap,
     state, g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass, wanted,
 ):  # fmt: skip
-    o = Options(temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy)
+    o = Options(temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy, softcap)
     by_row = (state, g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass)
     out = _new_gradients(hidden, weight, bias, wanted)
     rows = Rows(hidden, targets, mask, ignore_index, row_temperature, *by_row)
@@ -111,6 +111,8 @@ def linear_token_stats(
     with_sum_sq: bool = False,
     with_entropy: bool = True,
     with_tail: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     keep: Kept | None = None,
     outside: str = "include",
     max_dense_rows: int = 0,
@@ -128,9 +130,8 @@ def linear_token_stats(
         weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. All three may require grad.
         chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
         targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
-            group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
-            products too.
-
+            logit_scale, softcap, group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are
+            left out of the products too.
         keep: a `Kept`, the ids S that each row's softmax is over, as a sampler's top-p or top-k left them.
             Values and gradients are those of logits at -inf outside S, but only listed columns are
             multiplied. The logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob
@@ -171,6 +172,8 @@ def linear_token_stats(
         with_sum_sq=with_sum_sq,
         with_entropy=with_entropy,
         with_tail=with_tail,
+        logit_scale=logit_scale,
+        softcap=softcap,
     )
     if chunk_rows is None:
         chunk_rows = default_chunk_rows(hidden, weight.shape[0] * hidden.element_size())

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import check_count, check_target_range, computing_dtype, expect
 from ..operator import Operator, differentiable, values_readable
 from .divergence import (
+    N_OPTIONS,
     PAIR_GRADIENTS,
     PAIR_OPTIONS,
     PAIR_RESULTS,
@@ -27,8 +28,6 @@ from .divergence import (
     write_pair_gradient,
 )
 from .projection import Chunks, GradientSums, Rows, autocast, check_matrix, default_chunk_rows, new_gradients
-
-_STATE = 8  # how many options there are before it in the backward's arguments
 
 
 def _new_results(hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, row_temperature, other_row_temperature, _, *options):
@@ -71,9 +70,9 @@ def _backward(
     hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, row_temperature, other_row_temperature, chunk_rows, *args
 ):  # fmt: skip
     *args, wanted = args
-    o = PairOptions(*args[:_STATE])
+    o = PairOptions(*args[:N_OPTIONS])
     out = new_gradients((hidden, weight, bias, other_hidden, other_weight, other_bias), wanted)
-    rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, other_row_temperature, *args[_STATE:], other_hidden)
+    rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, other_row_temperature, *args[N_OPTIONS:], other_hidden)
     *by_row, others = rows.others
     own = _chunks(rows, rows.hidden, (weight, bias), o.vocab, chunk_rows, *by_row)
     other = _chunks(rows, others, (other_weight, other_bias), o.vocab, chunk_rows)
@@ -157,6 +156,10 @@ def linear_token_divergence(
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
     other_temperature: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    other_logit_scale: float | None = None,
+    other_softcap: float | None = None,
     mask: Tensor | None = None,
     vocab: int | None = None,
     other_grad: bool = False,
@@ -177,8 +180,9 @@ def linear_token_divergence(
         other_grad: whether they take a gradient too; not for "cross_entropy". Without it they are used
             detached.
         chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
-        kind, beta, temperature, other_temperature, mask, vocab, group: as in `token_divergence`, for the
-            rows of hidden. On a CPU masked rows are left out of the products too.
+        kind, beta, temperature, other_temperature, logit_scale, softcap, other_logit_scale, other_softcap,
+            mask, vocab, group: as in `token_divergence`, for the rows of hidden. On a CPU masked rows are
+            left out of the products too.
 
     Returns:
         [...] as `token_divergence`. The logits are float32 (float64), also of 16-bit operands, where a
@@ -202,6 +206,10 @@ def linear_token_divergence(
         beta=beta,
         temperature=temperature,
         other_temperature=other_temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        other_logit_scale=other_logit_scale,
+        other_softcap=other_softcap,
         mask=mask,
         vocab=vocab,
         other_grad=other_grad,
@@ -224,6 +232,10 @@ def linear_pair_stats(
     beta: float = 0.5,
     temperature: float | Tensor = 1.0,
     other_temperature: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    other_logit_scale: float | None = None,
+    other_softcap: float | None = None,
     mask: Tensor | None = None,
     vocab: int | None = None,
     other_grad: bool = False,
@@ -256,6 +268,10 @@ def linear_pair_stats(
         beta=beta,
         temperature=temperature,
         other_temperature=other_temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        other_logit_scale=other_logit_scale,
+        other_softcap=other_softcap,
         mask=mask,
         vocab=vocab,
         other_grad=other_grad,

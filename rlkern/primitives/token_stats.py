@@ -21,6 +21,7 @@ from ..checks import (
     check_target_range,
     check_targets,
     check_temperature,
+    check_transforms,
     computing_dtype,
     no_group,
 )
@@ -28,7 +29,7 @@ from ..layout import as_rows
 from ..operator import Operator, differentiable, values_readable
 
 TENSORS = "Tensor? targets, Tensor? mask, Tensor? row_temperature"
-OPTIONS = "float temperature, int ignore_index, int kept_kind, float log_kept, bool with_sum_sq, bool with_entropy"
+OPTIONS = "float temperature, int ignore_index, int kept_kind, float log_kept, bool with_sum_sq, bool with_entropy, float softcap"
 RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 GRADIENTS = "Tensor state, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp, Tensor? g_sum_sq_prob, "
 GRADIENTS += "Tensor? g_kept_logmass"
@@ -63,6 +64,7 @@ class Options(NamedTuple):
     log_kept: float
     with_sum_sq: bool
     with_entropy: bool
+    softcap: float = 0.0  # as in contract.py
 
 
 class Results(NamedTuple):
@@ -119,7 +121,7 @@ def compute(logits, targets, mask, row_temperature, *options) -> Results:
     if y is not None and not backend.CHECKS_TARGETS and values_readable(logits):
         check_target_range(y, mask, o.ignore_index, logits.shape[-1])
     of_backend = (*out[:5], out.state)
-    backend.token_stats_forward(as_rows(logits), y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, of_backend)
+    backend.token_stats_forward(as_rows(logits), y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, of_backend, o.softcap)
     if out.target_kept is not None:
         mark_kept(out)
     return out
@@ -133,9 +135,9 @@ def mark_kept(results: Results) -> None:
 
 
 def write_gradient(
-    out, logits, targets, mask, row_temperature, temperature, ignore_index, kept_kind, log_kept, sum_sq, entropy, state, *grads
+    out, logits, targets, mask, row_temperature, temperature, ignore_index, kept_kind, log_kept, sum_sq, entropy, softcap, state, *grads
 ) -> None:
-    """The backward, into out, which may be the logits. It needs only three of the options."""
+    """The backward, into out, which may be the logits. It needs only four of the options."""
     if logits.numel() == 0:
         return
     y, mask, temperature = _for_backend(logits, targets, mask, row_temperature, temperature)
@@ -143,7 +145,7 @@ def write_gradient(
     rows = as_rows(logits)
     rows_of_out = rows if out is logits else as_rows(out)
     backend = backends.select(logits.device)
-    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, kept_kind, state, upstream, rows_of_out)
+    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, kept_kind, state, upstream, rows_of_out, softcap)
 
 
 def _backward(logits, *args):
@@ -205,6 +207,8 @@ def row_options(
     with_sum_sq: bool,
     with_entropy: bool,
     with_tail: bool,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Options]:
     """(targets, mask, row_temperature, options), checked, for rows x [..., anything], called `of`."""
     targets = None if targets is None else check_targets(targets, x, of)
@@ -212,7 +216,8 @@ def row_options(
     ignore_index = check_ignore_index(ignore_index)
     row_temperature, temperature = check_temperature(temperature, x, targets, mask, ignore_index)
     kept_kind, log_kept = check_kept(min_p, min_prob, with_tail)
-    options = Options(temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy))
+    row_temperature, temperature, cap = check_transforms(logit_scale, softcap, row_temperature, temperature, x)
+    options = Options(temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy), cap)
     return targets, mask, row_temperature, options
 
 
@@ -235,6 +240,8 @@ def token_stats(
     with_sum_sq: bool = False,
     with_entropy: bool = True,
     with_tail: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     inplace_backward: bool = False,
     group=None,
 ) -> TokenStats:
@@ -263,6 +270,11 @@ def token_stats(
             accuracy beside targets that hold nearly everything. An id counts as listed once, however often it
             is; entries equal to ignore_index list nothing. All of the mass listed: -inf, no gradient. Not
             together with min_p or min_prob. `topk_divergence` takes it.
+        logit_scale, softcap: what the model does with its raw logits: u = z / temperature with
+            z = softcap tanh(logit_scale logits / softcap), or logit_scale logits without a softcap. The
+            gradient is by the raw logits, accurate also where the tanh is 1. -inf stays -inf. Both are
+            positive floats; `rlkern.integrations.logit_transforms` reads them from a model's config. Only for
+            raw logits: the `.logits` of a Hugging Face model are scaled and capped already.
         inplace_backward: write the gradient over the logits. It takes no memory, and the backward destroys
             the logits. Another operation that saved them raises in its own backward. Under torch.compile the
             gradient is a new tensor.
@@ -297,6 +309,8 @@ def token_stats(
         with_sum_sq=with_sum_sq,
         with_entropy=with_entropy,
         with_tail=with_tail,
+        logit_scale=logit_scale,
+        softcap=softcap,
     )
     return public_stats(o, *_token_stats(logits, y, counted, row_temperature, *o, in_place=bool(inplace_backward)))
 
@@ -309,13 +323,22 @@ def token_logprobs(logits: Tensor, targets: Tensor, **options) -> Tensor:
     return token_stats(logits, targets, **{"with_entropy": False, **options}).logp
 
 
-def entropy_from_logits(logits: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None) -> Tensor:
+def entropy_from_logits(
+    logits: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:
     """Entropy in nats of softmax(logits / temperature): [..., V] -> [...], float32 (float64 for float64).
 
-    Differentiable; `temperature` and `mask` as in `token_stats`. Entries at -inf count as probability 0.
+    Differentiable; `temperature`, `mask`, `logit_scale` and `softcap` as in `token_stats`. Entries at -inf
+    count as probability 0.
     """
     check_logits(logits)
     mask = check_mask(mask, logits)
     row_temperature, number = check_temperature(temperature, logits, mask=mask)
-    options = Options(number, ignore_index=-100, kept_kind=KeptKind.NONE, log_kept=0.0, with_sum_sq=False, with_entropy=True)
+    row_temperature, number, cap = check_transforms(logit_scale, softcap, row_temperature, number, logits)
+    options = Options(number, -100, KeptKind.NONE, log_kept=0.0, with_sum_sq=False, with_entropy=True, softcap=cap)
     return TokenStats(*_token_stats(logits, None, mask, row_temperature, *options)).entropy
