@@ -106,7 +106,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
                               "workspace": 1 << 16, "device": "cuda", "logits_dtype": torch.float32}, ()),
         (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V), "mask": mask,
                                      "keep": rlkern.Kept.ids(ids(B, T, K) - 1), "outside": "everything", "max_dense_rows": B * T,
-                                     "round_logits": False}, ("hidden", "weight", "bias")),
+                                     "round_logits": False, "softcap": 2.0}, ("hidden", "weight", "bias")),
         *((function, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "other_hidden": normal(B, T, 2), "other_weight": normal(V + 2, 2),
                       "other_bias": normal(V + 2), "kind": "jsd", "vocab": V, "chunk_rows": 5, "mask": mask, "other_grad": True, **more},
            ("hidden", "weight", "other_hidden", "other_weight", "other_bias"))

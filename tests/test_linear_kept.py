@@ -123,6 +123,21 @@ def test_low_precision(backend, width):
         torch.testing.assert_close(got.double(), want, rtol=2**-7, atol=2**-7 * 1e-2 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5, 40.0])
+def test_scale_and_softcap(softcap):
+    (hidden, weight, bias), targets, ids = draw()
+    leaves, options = (hidden, weight, bias), {"logit_scale": 2.5, "softcap": softcap, "temperature": torch.linspace(0.5, 2, N)}
+    ids[3] = -1
+    stats = linear_token_stats(hidden, weight, targets, bias=bias, keep=Kept.ids(ids), max_dense_rows=1, with_sum_sq=True, **options)
+    x = torch.where((torch.arange(N) == 3).unsqueeze(-1), linear(*leaves), masked(leaves, ids, targets))
+    agree(stats, token_stats(x, targets, with_sum_sq=True, **options), leaves)
+    weight = torch.tensor([[30.0], [29.0], [0.0]], requires_grad=True)  # 1 - tanh^2 is 0 in float32
+    stats = linear_token_stats(torch.ones(1, 1), weight, torch.tensor([1]), keep=Kept.ids(torch.tensor([[0, 1, 2]])), softcap=2.0)
+    exact = weight.detach().double().requires_grad_()
+    want = torch.autograd.grad((2 * (exact.flatten() / 2).tanh()).log_softmax(0)[1], exact)
+    torch.testing.assert_close(torch.autograd.grad(stats.logp.sum(), weight)[0].double(), want[0], rtol=1e-3, atol=0)
+
+
 def test_round_logits_as_the_models_head():
     (hidden, weight, bias), targets, ids = draw(torch.bfloat16)
     exact = linear(*(x.detach().double() for x in (hidden, weight, bias)))

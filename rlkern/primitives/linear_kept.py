@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import backends
 from ..backends.contract import State
 from ..backends.gradient_memory import empty
+from ..backends.reference_rows import soft_cap, soft_cap_slope
 from ..checks import check_choice, check_count, computing_dtype
 from ..layout import as_rows, counted_rows
 from ..operator import Operator, differentiable, values_readable
@@ -283,6 +284,17 @@ def _placed(x: Any, value: Tensor | None, at: Tensor) -> Any:
     return spare.index_copy(0, at, value.view(len(at), *x.shape[1:]))[:-1]
 
 
+_capped = differentiable(  # autograd's derivative of a tanh is 0 where that rounds to 1
+    Operator("kept_soft_cap(Tensor logits, float softcap) -> Tensor", soft_cap, lambda x, softcap: torch.empty_like(x)),
+    Operator(
+        "kept_soft_cap_backward(Tensor logits, float softcap, Tensor grad) -> Tensor",
+        run=lambda x, softcap, grad: grad * soft_cap_slope(x, softcap),
+        fake=lambda x, softcap, grad: torch.empty_like(x),
+    ),
+    instead=_INSTEAD,
+)
+
+
 # --- together -----------------------------------------------------------------------------------------------
 
 
@@ -320,6 +332,8 @@ def linear_kept_stats(
     logits = _kept_logits(hidden, weight, bias, *pairs[:3])
     if round_logits:
         logits = logits.to(hidden.dtype).to(logits.dtype)
+    if options.softcap > 0:
+        logits = _capped(logits, options.softcap)
     t = None if t is None else t.to(logits.dtype).contiguous()
     of_rows = (logits, *pairs[:5], t, options.temperature, options.with_sum_sq, options.with_entropy)
     logp, entropy, logsumexp, sum_sq, found = _kept_rows(*of_rows)
