@@ -199,5 +199,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.attr("constants") =
       py::dict("DType"_a = split(DType::names), "State"_a = split(State::names), "KeptKind"_a = split(KeptKind::names),
                "PairState"_a = split(PairState::names), "PairKind"_a = split(PairKind::names), "KLKind"_a = split(KLKind::names),
-               "SUMMARY"_a = split(Summary::names), "LARGEST_EXPONENT"_a = LARGEST_EXPONENT);
+               "SUMMARY"_a = split(Summary::names), "LARGEST_EXPONENT"_a = LARGEST_EXPONENT, "ELSEWHERE"_a = ELSEWHERE);
 }

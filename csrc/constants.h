@@ -1,6 +1,8 @@
 // The numbers that Python, C++ and Triton agree on. rlkern/backends/contract.py says what they mean.
 #pragma once
 
+#include <cstdint>
+
 namespace rlkern {
 
 // Values that count from 0. `names` lists their names for Python.
@@ -20,6 +22,7 @@ RLKERN_ENUM(Summary, count, clip_fraction_low, clip_fraction_high, clip_fraction
             effective_sample_size, tokens, log_mean_ratio, abs_log_ratio);
 #undef RLKERN_ENUM
 
+constexpr int64_t ELSEWHERE = -(int64_t(1) << 62) - 1;
 constexpr double LARGEST_EXPONENT = 80;
 
 }  // namespace rlkern

@@ -18,7 +18,7 @@ void check_targets(const Rows& call) {
   for (int64_t row = 0; row < call.rows; ++row)
     for (int64_t k = 0; k < call.n_targets; ++k) {
       const int64_t y = call.targets[row * call.n_targets + k];
-      if ((y >= 0 && y < call.vocab) || y == call.ignore_index || is_skipped(call, row)) continue;
+      if ((y >= 0 && y < call.vocab) || y == call.ignore_index || y == ELSEWHERE || is_skipped(call, row)) continue;
       throw std::out_of_range("target " + std::to_string(y) + " of row " + std::to_string(row) + " is out of range for " +
                               std::to_string(call.vocab) + " logits (and is not ignore_index=" + std::to_string(call.ignore_index) + ")");
     }

@@ -236,7 +236,7 @@ template <class T>
   const A* shifted = static_cast<const A*>(call.state) + row * (State::TARGETS + call.n_targets) + State::TARGETS;
   targets.clear();
   for (int64_t k = 0; k < call.n_targets; ++k)
-    if (y[k] != call.ignore_index) targets.add({y[k], get<A>(call.g_logp, first + k), shifted[k]});
+    if (y[k] != call.ignore_index && y[k] != ELSEWHERE) targets.add({y[k], get<A>(call.g_logp, first + k), shifted[k]});
   constexpr int64_t lanes = Pack<double>::lanes;
   for (const Target* t = targets.begin(); t < targets.end(); t += lanes) {
     const int64_t n = std::min<int64_t>(lanes, targets.end() - t);
@@ -272,7 +272,7 @@ void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
   if (at_targets)
     for (int64_t k = 0; k < call.n_targets; ++k) {
       if (y[k] == call.ignore_index) continue;
-      common -= y[k] >= 0 && y[k] < call.vocab ? get<A>(call.g_logp, first + k) : kNaN;
+      common -= (y[k] >= 0 && y[k] < call.vocab) || y[k] == ELSEWHERE ? get<A>(call.g_logp, first + k) : kNaN;
     }
 
   // A tail keeps every logit but the targets, where p is multiplied by 1 / (1 - S) - 1 = S / (1 - S).
@@ -297,7 +297,7 @@ void backward_row(const Backward& call, int64_t row, T* out, Targets& targets) {
   const AtTarget at_target{inv_t, log_s0, common, g_h, g_s2, g_k, inside, state[State::THRESHOLD]};
   if (call.n_targets > kFewTargets) return write_targets<T>(call, row, out, targets, at_target);
   for (int64_t k = 0; k < call.n_targets; ++k) {
-    if (y[k] == call.ignore_index) continue;
+    if (y[k] == call.ignore_index || y[k] == ELSEWHERE) continue;
     double at_y = 0;  // a repeated target collects the gradients of all its entries
     for (int64_t j = 0; j < call.n_targets; ++j)
       if (y[j] == y[k]) at_y += get<A>(call.g_logp, first + j);

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backends.contract import ELSEWHERE
 from .layout import counted_rows
 from .operator import values_readable
 
@@ -197,7 +198,7 @@ def check_temperature(
 
 def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int | None, vocab: int) -> None:
     """IndexError if a counted row of targets [N, K] is out of range. Reads values: callers ask first."""
-    bad = (targets < 0) | (targets >= vocab)
+    bad = ((targets < 0) | (targets >= vocab)) & (targets != ELSEWHERE)
     if ignore_index is not None:
         bad &= targets != ignore_index
     if mask is not None:

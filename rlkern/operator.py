@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class Operator:
 
     Args:
         schema: such as "name(Tensor x, Tensor? mask, float scale) -> (Tensor, Tensor)". Tensors come first.
+            One that comes later takes no gradient and is not saved: the backward gets it as it is by then.
         run: the implementation. It may return None for a result that was not asked for.
         fake: returns new tensors of the results' shapes and dtypes, and computes nothing.
         plain: the same in PyTorch's own operations, with gradient. It replaces the kernels under
@@ -67,7 +69,8 @@ class Operator:
 
     def __init__(self, schema: str, run: Callable, fake: Callable, plain: Callable | None = None):
         self.name, self.run, self.plain = schema.partition("(")[0], run, plain
-        self.tensors = schema.partition(") ->")[0].count("Tensor")  # how many arguments are tensors
+        arguments = schema.partition("(")[2].split(", ")
+        self.tensors = len(list(takewhile(lambda argument: argument.startswith("Tensor"), arguments)))  # how many come first
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         _library.impl(self.name, lambda x, *args: _without_none(x, run(x, *args)), "CompositeExplicitAutograd")
         torch.library.register_fake(f"rlkern::{self.name}", lambda x, *args: _without_none(x, fake(x, *args)), lib=_library)
@@ -120,6 +123,7 @@ class _Rule(NamedTuple):
     forward: Operator
     backward: Operator
     overwrite: Operator | None
+    consume: Operator | None
     outputs: int
     shown: int  # outputs and constants
     wrt: int
@@ -139,12 +143,13 @@ def _run(operator: Operator, args: Sequence, batched: bool = False) -> Any:
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call, *tensors):
-        forward, _, _, outputs, shown, _, _ = _rules[call[0]]
+        rule = _rules[call[0]]
+        forward, outputs, shown = rule.forward, rule.outputs, rule.shown
         results = _run(forward, (*tensors, *call[1]))
         if not isinstance(results, tuple):
             results = (results,)
         ctx.save_for_backward(*tensors, *results[shown:])
-        ctx.call = call
+        ctx.call, ctx.consumed = call, False
         ctx.set_materialize_grads(False)
         if outputs < shown:
             constants = [x for x in results[outputs:shown] if x is not None]
@@ -156,20 +161,28 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        rule, saved = _rules[ctx.call[0]], ctx.saved_tensors
-        if _is_compiling():  # it hands zeros to the results that were not asked for
-            grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
+        around = ctx.call[3]
+        if around is None:
+            return _gradients(ctx, grads)
+        with around():
+            return _gradients(ctx, grads)
+
+
+def _gradients(ctx: Any, grads: Sequence) -> tuple:
+    rule, saved = _rules[ctx.call[0]], ctx.saved_tensors
+    if _is_compiling():  # it hands zeros to the results that were not asked for
+        grads = tuple(None if absent else g for g, absent in zip(grads, ctx.absent, strict=True))
+        gradients = _derivative(rule, ctx, saved, grads)
+    elif grads[0] is None and all(g is None for g in grads):
+        gradients = ()
+    elif torch.is_grad_enabled():  # create_graph=True
+        with torch.no_grad():
             gradients = _derivative(rule, ctx, saved, grads)
-        elif grads[0] is None and all(g is None for g in grads):
-            gradients = ()
-        elif torch.is_grad_enabled():  # create_graph=True
-            with torch.no_grad():
-                gradients = _derivative(rule, ctx, saved, grads)
-            pairs = zip(gradients, saved, strict=False)
-            gradients = tuple(None if g is None else once(g, x, rule.instead) for g, x in pairs)
-        else:
-            gradients = _derivative(rule, ctx, saved, grads)
-        return (None, *gradients, *(None,) * (rule.forward.tensors - len(gradients)))
+        pairs = zip(gradients, saved, strict=False)
+        gradients = tuple(None if g is None else once(g, x, rule.instead) for g, x in pairs)
+    else:
+        gradients = _derivative(rule, ctx, saved, grads)
+    return (None, *gradients, *(None,) * (rule.forward.tensors - len(gradients)))
 
 
 def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
@@ -180,19 +193,27 @@ def _first(grads: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tuple[Tensor | None, ...]:
-    n, (_, options, in_place) = rule.forward.tensors, ctx.call
-    args = (*saved[:n], *options, *saved[n:], *grads[: rule.outputs])
+    n, (_, options, in_place, _) = rule.forward.tensors, ctx.call
+    kept, backward = saved[n:], rule.backward
     compiling = _is_compiling()
     batched = not compiling and _is_batched(_first(grads))  # type: ignore[arg-type]  # one is there
+    if rule.consume is not None and not compiling:
+        last = None if ctx.consumed else kept[-1]
+        if not batched:
+            backward, ctx.consumed = rule.consume, True
+            # With a version of its own: nobody but this Function can read it, and that knows that it is gone.
+            last = None if last is None else last.data
+        kept = (*kept[:-1], last)
+    args = (*saved[:n], *options, *kept, *grads[: rule.outputs])
     overwrites = rule.overwrite is not None and in_place and ctx.needs_input_grad[1] and not batched and not compiling
     gradients: tuple[Tensor | None, ...] = (None,) * rule.wrt
     if rule.wrt > 1:
         wanted = [w and not (overwrites and i == 0) for i, w in enumerate(ctx.needs_input_grad[1 : 1 + rule.wrt])]
         if any(wanted):
-            results = _run(rule.backward, (*args, wanted), batched)
+            results = _run(backward, (*args, wanted), batched)
             gradients = tuple(g if want else None for g, want in zip(results, wanted, strict=True))
     elif not overwrites:
-        gradients = (_run(rule.backward, args, batched),)
+        gradients = (_run(backward, args, batched),)
     if not overwrites:
         return gradients
     _run(rule.overwrite, args)  # type: ignore[arg-type]
@@ -209,12 +230,13 @@ def differentiable(
     wrt: int = 1,
     instead: str,
     overwrite: Operator | None = None,
+    consume: Operator | None = None,
 ) -> Callable:
     """The forward as a function with gradients, which the backward computes.
 
     Called with the forward's arguments, it returns the first `outputs` results, which carry gradients, and
     the next `constants`, which do not. One that was not asked for is None. All further results are kept for
-    this call:
+    this call, in the context around() if the function was called with around=:
 
         backward(*arguments, *kept results, *gradients by the outputs, each may be None)
 
@@ -225,14 +247,16 @@ def differentiable(
         instead: what can be differentiated twice. The error for a second derivative names it.
         overwrite: the backward in place. Called with in_place=True, the function writes the gradient over its
             first argument. Whoever else saved that tensor gets PyTorch's error, not a wrong number.
+        consume: the backward that may write over the last kept result, and over tensors among the options. It
+            runs where nothing is compiled. From the second time on (retain_graph=True) that result is None.
     """
     for operator in (forward, backward):
         _refuse_torch_func(operator)
     n, name, shown = forward.tensors, forward.name, outputs + constants
-    _rules[name] = _Rule(forward, backward, overwrite, outputs, shown, wrt, instead)
+    _rules[name] = _Rule(forward, backward, overwrite, consume, outputs, shown, wrt, instead)
 
-    def apply(*args: Any, in_place: bool = False) -> Any:
-        results = _Function.apply((name, args[n:], in_place), *args[:n])
+    def apply(*args: Any, in_place: bool = False, around: Callable | None = None) -> Any:
+        results = _Function.apply((name, args[n:], in_place, around), *args[:n])
         results = _with_none(results) if _is_compiling() else results
         return results if shown > 1 else results[0]
 

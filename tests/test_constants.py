@@ -40,3 +40,7 @@ def test_codes_in_triton(triton, name):
 
 def test_the_largest_exponent(cpp, triton):
     assert cpp["LARGEST_EXPONENT"] == triton["LARGEST_EXPONENT"] == contract.LARGEST_EXPONENT
+
+
+def test_the_target_in_other_columns(cpp, triton):
+    assert cpp["ELSEWHERE"] == triton["ELSEWHERE"] == contract.ELSEWHERE

@@ -190,9 +190,21 @@ def test_masked_elbo(dtype, packed, inplace):
     check_gradient(x, y, d_x, (g_logp, torch.zeros_like(g_logp)))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"chunk_rows": 64},
+        {},
+        {"workspace": 1},
+        {"workspace": 100 * SMALL_VOCAB * 4},
+        {"workspace": 1, "logits_dtype": torch.float32},
+        {"num_valid": ...},
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])  # the matrix is the embedding too
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_linear_token_stats(dtype, tied):
+def test_linear_token_stats(dtype, tied, options):
     n = 300
     weight = (upstream(SMALL_VOCAB, HIDDEN, seed=1) * 0.1).to(dtype)
     bias, hidden = upstream(SMALL_VOCAB, seed=2).to(dtype), upstream(n, HIDDEN, seed=3).to(dtype)
@@ -207,8 +219,11 @@ def test_linear_token_stats(dtype, tied):
         fields = statistics(h, *leaves[1:])
         return [field.detach() for field in fields] + list(torch.autograd.grad(fields, leaves, [g.to(fields[0]) for g in grads]))
 
+    options = {name: int(live.sum()) if value is ... else value for name, value in options.items()}
+
     def chunked(h, w, b):
-        stats = rlkern.linear_token_stats(h, w, y, bias=b, mask=mask, chunk_rows=64)
+        with no_wait():
+            stats = rlkern.linear_token_stats(h, w, y, bias=b, mask=mask, **options)
         return stats.logp, stats.entropy
 
     def written_out(h, w, b):
@@ -267,6 +282,72 @@ def test_linear_token_stats_of_kept_ids(dtype):
         rounded = dtype == torch.bfloat16 and name not in names[:4]
         error = ((a.double() - b)[rows].norm() / b[rows].norm()).item()
         assert error < (1e-2 if rounded else 1e-11 if dtype == torch.float64 else 1e-5), f"{name}: a relative error of {error:.1e}"
+
+
+def large_head(n, hidden, vocab, dtype=torch.bfloat16):
+    weight = (upstream(vocab, hidden, seed=1) * 0.1).to(dtype).requires_grad_()
+    return upstream(n, hidden, seed=2).to(dtype).requires_grad_(), weight, random_targets(vocab, n)
+
+
+@pytest.mark.parametrize("workspace", [1, 1 << 28, 1 << 30], ids=str)
+def test_linear_token_stats_takes_the_memory_of_its_plan(workspace):
+    n, hidden_size, vocab = 8192, 1024, 32768
+    hidden, weight, y = large_head(n, hidden_size, vocab)
+    plan = rlkern.linear_plan(n, hidden_size, vocab, workspace=workspace)
+    rlkern.linear_token_stats(hidden[:8], weight, y[:8]).logp.sum().backward()  # what libraries allocate once
+    hidden.grad = weight.grad = None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    rlkern.linear_token_stats(hidden, weight, y, workspace=workspace).logp.sum().backward()
+    gradients = hidden.nbytes + weight.nbytes
+    assert torch.cuda.max_memory_allocated() - before < 1.05 * plan.bytes + gradients + (16 << 20)
+
+
+def test_linear_token_stats_keeps_the_bits_of_token_stats():
+    hidden, weight, y = large_head(256, 512, VOCAB)
+    stats = rlkern.linear_token_stats(hidden, weight, y)
+    expected = rlkern.token_stats(torch.nn.functional.linear(hidden, weight), y)
+    assert torch.equal(stats.logp, expected.logp) and torch.equal(stats.entropy, expected.entropy)
+    tiles = rlkern.linear_token_stats(hidden, weight, y, workspace=1)
+    torch.testing.assert_close(tiles.logp, expected.logp, rtol=2e-6, atol=2**-5)  # another product may round otherwise
+
+
+def test_float32_logits_of_16_bit_operands():
+    hidden, weight, y = large_head(256, 512, SMALL_VOCAB)
+    logits = hidden.double() @ weight.double().t()
+    want = logits.log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    for workspace in (1, 1 << 30):
+        got = rlkern.linear_token_stats(hidden, weight, y, workspace=workspace, logits_dtype=torch.float32).logp
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_of_tiles_are_those_of_one_product():
+    hidden, weight, y = large_head(1024, 512, SMALL_VOCAB)
+    logits = torch.nn.functional.linear(hidden, weight).detach()
+    exact, rounded = (x.requires_grad_() for x in (logits.double(), logits.clone()))
+    for x in (exact, rounded):
+        rlkern.token_stats(x, y).logp.sum().backward()
+    h, w = hidden.detach().double(), weight.detach().double()
+    rlkern.linear_token_stats(hidden, weight, y, workspace=1).logp.sum().backward()
+    for got, product in ((weight.grad, lambda d: d.t() @ h), (hidden.grad, lambda d: d @ w)):
+        want = product(exact.grad)
+        limit = (product(rounded.grad.double()).bfloat16() - want).norm()
+        assert (got - want).norm() <= 1.02 * limit
+
+
+def test_fixed_blocks_give_a_row_the_same_bits_in_any_batch():
+    hidden, weight, y = large_head(1300, 512, SMALL_VOCAB)
+
+    def run(rows):
+        h = hidden[rows].detach().requires_grad_()
+        stats = rlkern.linear_token_stats(h, weight, y[rows], fixed_blocks=True, workspace=700 * SMALL_VOCAB * 2)
+        (stats.logp.sum() + stats.entropy.sum()).backward()
+        return stats.logp.detach(), stats.entropy.detach(), h.grad
+
+    whole = run(slice(0, 1300))
+    for rows in (slice(0, 1), slice(800, 801), slice(517, 1300)):
+        assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), whole, strict=True)), rows
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])

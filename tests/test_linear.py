@@ -90,7 +90,7 @@ def test_several_targets_and_ignored_rows():
 @pytest.mark.parametrize("gather", [True, False])
 def test_masked_rows_may_hold_nan_and_get_zero(gather, monkeypatch):
     if not gather:  # as on a GPU
-        monkeypatch.setattr("rlkern.primitives.projection._indices", lambda counted: None)
+        monkeypatch.setattr("rlkern.primitives.projection._indices", lambda *_: None)
     hidden, weight, bias, targets = draw(2, 3)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     dirty = torch.where(mask.unsqueeze(-1) == 0, math.nan, hidden.detach()).requires_grad_()
@@ -163,7 +163,8 @@ def test_memory_is_a_chunk():
 def test_compile_and_opcheck():
     hidden, weight, bias, targets = draw(9, dtype=torch.float32)
     operator = torch.ops.rlkern.linear_token_stats.default
-    torch.library.opcheck(operator, (hidden.detach(), weight.detach(), bias.detach(), targets, None, None, 4, 1.0, -100, 1, -2.0, True, False))
+    tensors = (hidden.detach(), weight.detach(), bias.detach(), None, None, targets, None, None)
+    torch.library.opcheck(operator, (*tensors, 5, 0, 4, False, False, None, None, 1.0, -100, 1, -2.0, True, False))
 
     def loss(*inputs):
         stats = ours(*inputs, chunk_rows=4)

@@ -109,7 +109,7 @@ def test_matrices_of_different_widths(other_vocab):
 @pytest.mark.parametrize("with_targets", [True, False])
 def test_masked_rows_may_hold_nan_and_get_zero(gather, with_targets, monkeypatch):
     if not gather:  # as on a GPU
-        monkeypatch.setattr("rlkern.primitives.projection._indices", lambda counted: None)
+        monkeypatch.setattr("rlkern.primitives.projection._indices", lambda *_: None)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
     leaves = draw(2, 3)
     dirty = [x.detach().clone() for x in leaves]
@@ -257,7 +257,7 @@ def test_products_are_six(monkeypatch):
     value = linear_token_divergence(hidden, weight, other_hidden, other_weight)
     assert products == ["mm"] * 2
     value.sum().backward()
-    assert products[2:] == ["mm", "mm", "mm", "addmm_"]
+    assert products[2:] == ["mm"] * 4
 
 
 def test_compile_and_opcheck():

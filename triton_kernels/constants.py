@@ -25,4 +25,5 @@ KL_K1, KL_ABS, KL_K2, KL_K3 = (tl.constexpr(kind) for kind in range(4))
     SUMMARY_TOKENS, SUMMARY_LOG_MEAN_RATIO, SUMMARY_ABS_LOG_RATIO,
 ) = (tl.constexpr(column) for column in range(12))  # fmt: skip
 
+ELSEWHERE = tl.constexpr(-(1 << 62) - 1)
 LARGEST_EXPONENT = tl.constexpr(80.0)

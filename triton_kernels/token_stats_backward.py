@@ -9,7 +9,7 @@ A few targets are set in the tile that holds them: each tile looks at each of th
 import triton
 import triton.language as tl
 
-from .constants import STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_SUM_SQ, STATE_TARGETS, STATE_THRESHOLD
+from .constants import ELSEWHERE, STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_SUM_SQ, STATE_TARGETS, STATE_THRESHOLD
 from .gradient import columns, edges, load_upstream, write_zeros
 from .math import expm1
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
@@ -123,7 +123,7 @@ def _row_coefficients(
         g_kept = tl.where(log_mass == NEG_INF, 0.0, g_kept)
     others = c0 - g_kept if HAS_TAIL else c0
     if HAS_LOGP or HAS_TAIL:
-        lost = (tl.arange(0, K_BLOCK) < K) & (y != ignore_index) & ((y < 0) | (y >= vocab))
+        lost = (tl.arange(0, K_BLOCK) < K) & (y != ignore_index) & (y != ELSEWHERE) & ((y < 0) | (y >= vocab))
         undefined = tl.sum(lost.to(tl.int32), axis=0) > 0
         others = tl.where(undefined, float("nan"), others)
         if HAS_TAIL:
@@ -234,7 +234,7 @@ def token_stats_backward_targets_kernel(
     following = tl.load(sorted_ptr + row * K + k + 1, mask=k + 1 < K, other=ignore_index)
     at = tl.load(order_ptr + row * K + k, mask=k < K, other=0)
     in_vocab = (y != ignore_index) & (y >= 0) & (y < vocab)
-    g = tl.load(g_logp_ptr + row * K + at, mask=in_vocab, other=0.0) if HAS_LOGP else tl.zeros((K_BLOCK,), ACC)
+    g = tl.load(g_logp_ptr + row * K + at, mask=y != ignore_index, other=0.0) if HAS_LOGP else tl.zeros((K_BLOCK,), ACC)
     shifted_y = tl.load(state_row + STATE_TARGETS + at, mask=in_vocab, other=0.0)
     _y, at_y = tl.associative_scan((y, g), 0, _add_equals)
     # The sum of all in the same order: of targets that are all the same their difference is 0.

@@ -9,7 +9,7 @@ Rows of logits:
     token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out)
 
     logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
-    targets      [N, K] int64 contiguous, or None (K = 0)
+    targets      [N, K] int64 contiguous, or None (K = 0); ELSEWHERE: a target in columns that are not these
     mask         [N] bool contiguous, or None; a row is skipped if it is False or all targets are ignored
     temperature  float, or [N] contiguous in the accumulation dtype (float64 for float64 logits, else float32)
     kept_kind    a `KeptKind`; log_kept = log k, for those with a k
@@ -25,6 +25,10 @@ backward can continue from the forward of any backend.
 Skipped rows are not read. They are zero in every output, in `state` and in the gradient. An ignored entry of
 a row that is not skipped has logp 0 and no gradient. A row whose upstream gradients are all zero gets a zero
 gradient without being read.
+
+The logits may be some columns of a row. The forward's state is then that of a part of the row, NaN at a
+target that is ELSEWHERE; primitives/parts.py merges parts. The backward takes the state of the whole row. A
+target ELSEWHERE counts in what its logp sends to all columns. It is not counted as ignored.
 
 Two rows at once, logits and those of another policy:
 
@@ -195,4 +199,5 @@ SUMMARY = (
     *("tokens", "log_mean_ratio", "abs_log_ratio"),
 )
 
+ELSEWHERE = -(1 << 62) - 1  # in place of a target
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32, with room for a product

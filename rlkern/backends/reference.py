@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layout import row_chunks
-from .contract import LARGEST_EXPONENT, KeptKind, KLKind, State
+from .contract import ELSEWHERE, LARGEST_EXPONENT, KeptKind, KLKind, State
 from .reference_kept import kept_hidden_gradient as kept_hidden_gradient
 from .reference_kept import kept_logits as kept_logits
 from .reference_kept import kept_rows_backward as kept_rows_backward
@@ -129,7 +129,8 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         c = torch.zeros_like(m)
         if gl is not None:
             c = c - gl.sum(-1, keepdim=True)
-            valid = (targets[flat] >= 0) & (targets[flat] < vocab) | dropped[flat]
+            nowhere = dropped[flat] | (targets[flat] == ELSEWHERE)
+            valid = (targets[flat] >= 0) & (targets[flat] < vocab) | nowhere
             c = torch.where(valid.all(-1, keepdim=True), c, math.nan)
         if g_z is not None:
             c = c + g_z
@@ -148,8 +149,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         dz = p * c
         if gl is not None:
             # At a target, 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
-            nowhere = dropped[flat] | ~valid
-            columns, at_y = _sum_of_equals(targets[flat].masked_fill(nowhere, vocab), gl, vocab)
+            columns, at_y = _sum_of_equals(targets[flat].masked_fill(nowhere | ~valid, vocab), gl, vocab)
             y = columns.clamp_max(vocab - 1)
             c_y, p_y = c.expand_as(p).gather(-1, y), p.gather(-1, y)
             fixed = torch.where(shifted.gather(-1, y) == 0, p_y * (c_y + at_y) + at_y * rest / (1 + rest), p_y * c_y + at_y)

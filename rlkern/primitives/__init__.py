@@ -9,12 +9,14 @@ from .kept_sets import Kept
 from .kl import kl_estimate
 from .linear import linear_token_stats
 from .linear_divergence import linear_pair_stats, linear_token_divergence
+from .plans import LinearPlan, linear_plan
 from .sequence import next_tokens, sequence_logps
 from .token_stats import TokenStats, entropy_from_logits, token_logprobs, token_stats
 from .topk import topk_divergence, topk_reverse_kl
 
 __all__ = [
     "Kept",
+    "LinearPlan",
     "NLPOStats",
     "PairStats",
     "TokenStats",
@@ -22,6 +24,7 @@ __all__ = [
     "gkd_divergence",
     "kl_estimate",
     "linear_pair_stats",
+    "linear_plan",
     "linear_token_divergence",
     "linear_token_stats",
     "masked_elbo",

@@ -1,19 +1,27 @@
-"""`token_stats` of hidden states times the output matrix. The logits exist a chunk of rows at a time.
+"""`token_stats` of hidden states times the output matrix, without all logits at once.
 
-The backward computes them again, so two products of a step become four: the logits twice, and two for their
-gradient.
+The backward writes the gradient over the logits that were kept. It computes the others again: by tiles of the
+matrix, whose gradient is then complete a tile at a time, or by chunks of whole rows. plans.py says which.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor
 
 from ..backends.contract import KeptKind
-from ..checks import check_count, check_flags, check_target_range
+from ..checks import check_count, check_flags, check_number, check_target_range, computing_dtype, expect, shown
 from ..operator import Operator, differentiable, values_readable
 from .kept_sets import Kept, check_kept
 from .linear_kept import check_kept_options, linear_kept_stats
-from .projection import Chunks, GradientSums, Rows, autocast, check_matrix, default_chunk_rows, new_gradients
+from .parts import IGNORED, finish, merge, part_of, targets_in_part
+from .plans import check_logits_dtype, check_workspace, cut
+from .projection import GradientSums, Head, Rows, add_product, autocast, blocks, check_matrix, new_gradients, whole_parameter
 from .token_stats import (
     GRADIENTS,
     OPTIONS,
@@ -31,69 +39,238 @@ from .token_stats import (
 )
 
 
-def _new_stats(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, *options) -> Results:
-    return new_results(hidden, targets, Options(*options))
+class _How(NamedTuple):
+    """What the operators take before `Options`: the plan, and what else does not change the mathematics."""
+
+    keep_rows: int  # these four are a `Cut`
+    tile: int
+    block_rows: int
+    fixed: bool
+    wide: bool  # float32 logits of 16-bit operands
+    num_valid: int | None
+    weight_grad_out: Tensor | None
 
 
-def _forward(hidden, weight, bias, targets, mask, row_temperature, chunk_rows, *options) -> Results:
-    o = Options(*options)
-    stats = new_results(hidden, targets, o)
+def _split(args: Sequence[Any]) -> tuple[_How, Options, Sequence[Any]]:
+    """(how, options, what follows) from an operator's arguments after the tensors."""
+    n = len(_How._fields)
+    return _How(*args[:n]), Options(*args[n : n + len(Options._fields)]), args[n + len(Options._fields) :]
+
+
+def _logits_dtype(hidden: Tensor, how: _How) -> torch.dtype:
+    return computing_dtype(hidden) if how.wide else hidden.dtype
+
+
+def _heads(hidden: Tensor, weight, bias, lora_hidden, lora_weight, how: _How) -> list[Head]:
+    """What the logits are the sum of."""
+    dtype, rows = _logits_dtype(hidden, how), how.block_rows if how.fixed else 0
+    heads = [Head(hidden, weight, bias, dtype, rows)]
+    return heads if lora_weight is None else [*heads, Head(lora_hidden, lora_weight, None, dtype, rows)]
+
+
+def _logits(heads: Sequence[Head], rows: slice, buffer: Tensor) -> Tensor:
+    first, *others = heads
+    logits = first.logits(rows, buffer)
+    for head in others:
+        add_product(logits, head.hidden[rows], head.weight.t())
+    return logits
+
+
+def _tiles(heads: Sequence[Head], tile: int) -> Iterator[tuple[list[Head], slice]]:
+    """All columns, `tile` at a time; 0: at once."""
+    vocab = len(heads[0].weight)
+    for columns in blocks(0, vocab, tile):
+        yield [head.columns(columns) for head in heads], columns
+
+
+def _of(rows: slice, *by_row: Tensor | None) -> list[Any]:
+    return [None if x is None else x[rows] for x in by_row]
+
+
+def _new_stats(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args) -> tuple:
+    how, o, _ = _split(args)
+    kept = None
+    if how.keep_rows > 0:
+        rows = hidden.shape[:-1].numel() if how.num_valid is None else how.num_valid
+        kept = hidden.new_empty(min(rows, how.keep_rows), weight.shape[0], dtype=_logits_dtype(hidden, how))
+    return (*new_results(hidden, targets, o), kept)
+
+
+def _in_tiles(heads: Sequence[Head], tile: int, o: Options, rows: slice, buffer: Tensor, targets, mask, row_temperature) -> Results:
+    """The statistics of some rows from their parts."""
+    in_part, vocab = o._replace(ignore_index=IGNORED), len(heads[0].weight)
+    parts = []
+    for of_tile, columns in _tiles(heads, tile):
+        y = targets_in_part(targets, columns.start, columns.stop, vocab, o.ignore_index)
+        parts.append(part_of(compute(_logits(of_tile, rows, buffer), y, mask, row_temperature, *in_part), y))
+    temperature = o.temperature if row_temperature is None else row_temperature
+    return finish(merge(torch.stack(parts), temperature), targets, mask, temperature, o)
+
+
+def _forward(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args) -> tuple:
+    how, o, _ = _split(args)
+    *new, logits = _new_stats(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args)
+    stats = Results(*new)
     if stats.logsumexp.numel() == 0:
-        return stats
+        return (*stats, logits)
     if targets is not None and values_readable(hidden):  # before Rows renumbers the rows
         y = targets.reshape(stats.logsumexp.numel(), -1)
         check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, weight.shape[0])
-    rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature)
+    rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, lora_hidden, num_valid=how.num_valid)
+    *by_row, of_lora = rows.others
     results = [rows.room(x) for x in stats]
-    for part, logits, *of_rows in Chunks(rows.hidden, weight, bias, chunk_rows, *rows.others):
-        for to, value in zip(results, compute(logits, *of_rows, *o), strict=True):
+    heads = _heads(rows.hidden, weight, bias, of_lora, lora_weight, how)
+    n = rows.hidden.shape[0]
+    kept = 0 if logits is None else min(n, len(logits))  # of the rows that count there may be fewer
+
+    def put(part: slice, values: Results) -> None:
+        for to, value in zip(results, values, strict=True):
             if to is not None and value is not None:
                 to[part] = value
+
+    if kept or not how.tile:
+        whole, _ = next(_tiles(heads, 0))
+    for part in blocks(0, kept, how.block_rows if how.fixed else 0):
+        put(part, compute(_logits(whole, part, logits[part]), *_of(part, *by_row), *o))
+    if kept < n:
+        buffer = heads[0].new_logits(min(how.block_rows, n - kept), how.tile or len(weight))
+        for part in blocks(kept, n, how.block_rows):
+            of_rows = _of(part, *by_row)
+            put(part, _in_tiles(heads, how.tile, o, part, buffer, *of_rows) if how.tile else compute(_logits(whole, part, buffer), *of_rows, *o))
     for to, value in zip(stats, results, strict=True):
         rows.place(to, value)
     mark_kept(stats)
-    return stats
+    return (*stats, logits)
 
 
-def _new_gradients(hidden, weight, bias, *others):
-    return new_gradients((hidden, weight, bias), others[-1])
+def _new_gradients(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args):
+    how, _, (*_, wanted) = _split(args)
+    wanted = [want and not (i == 1 and how.weight_grad_out is not None) for i, want in enumerate(wanted)]
+    return new_gradients((hidden, weight, bias, lora_hidden, lora_weight), wanted)
 
 
-def _backward(
-    hidden, weight, bias, targets, mask, row_temperature, chunk_rows,
-    temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy,
-    state, g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass, wanted,
-):  # fmt: skip
-    o = Options(temperature, ignore_index, kept_kind, log_kept, with_sum_sq, with_entropy)
-    by_row = (state, g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass)
-    out = _new_gradients(hidden, weight, bias, wanted)
-    rows = Rows(hidden, targets, mask, ignore_index, row_temperature, *by_row)
-    chunks = Chunks(rows.clean(rows.hidden), weight, bias, chunk_rows, *rows.others)
-    sums = GradientSums(rows, chunks, out)
-    for part, logits, y, kept, row_t, *of_rows in chunks:
-        write_gradient(logits, logits, y, kept, row_t, *o, *of_rows)
-        sums.add(part, logits)
-    sums.finish()
+def _backward(overwrite, hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args):
+    how, o, (state, logits, *grads, wanted) = _split(args)
+    out = _new_gradients(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args)
+    rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, state, *grads, lora_hidden, num_valid=how.num_valid)
+    targets, *of_rows, of_lora = rows.others
+    of_lora = None if of_lora is None else rows.clean(of_lora)
+    heads = _heads(rows.clean(rows.hidden), weight, bias, of_lora, lora_weight, how)
+    n, vocab = rows.hidden.shape[0], len(weight)
+    kept = 0 if logits is None else min(n, logits.shape[0])
+
+    def write(to: Tensor, of: Tensor, part: slice, y: Tensor | None, o: Options) -> None:
+        counted, row_t, *of_stats = _of(part, *of_rows)
+        write_gradient(to, of, None if y is None else y[part], counted, row_t, *o, *of_stats)
+
+    if kept:
+        part = slice(0, kept)
+        d_logits = logits[part] if overwrite else torch.empty_like(logits[part])
+        write(d_logits, logits[part], part, targets, o)
+    # Kept logits are one piece, unless their gradient must be cast for the products: then a copy of all of it
+    # would be made.
+    cast = heads[0].dtype != heads[0].hidden.dtype
+    kept_pieces = list(blocks(0, kept, how.block_rows if how.fixed or cast and not how.tile else 0))
+    other_pieces = list(blocks(kept, n, how.block_rows))
+    tile = how.tile if other_pieces or cast else 0
+    weight_sum = how.weight_grad_out if wanted[1] else None
+    sums = [GradientSums(rows, heads[0], out[:3], tiled=tile > 0, weight_sum=weight_sum)]
+    if lora_weight is not None:
+        sums.append(GradientSums(rows, heads[1], (*out[3:], None), tiled=tile > 0))
+    buffer = heads[0].new_logits(min(how.block_rows, n - kept), tile or vocab)
+    for of_tile, columns in _tiles(heads, tile):
+        for of_head, head in zip(sums, of_tile, strict=True):
+            of_head.begin(head, columns, len(kept_pieces) + len(other_pieces))
+        for part in kept_pieces:
+            for of_head in sums:
+                of_head.add(part, d_logits[part, columns])
+        y, in_part = targets, o
+        if tile:
+            y = targets_in_part(targets, columns.start, columns.stop, vocab, o.ignore_index)
+            in_part = o._replace(ignore_index=IGNORED)
+        for part in other_pieces:
+            piece = _logits(of_tile, part, buffer)
+            write(piece, piece, part, y, in_part)
+            for of_head in sums:
+                of_head.add(part, piece)
+    for of_head in sums:
+        of_head.finish()
     return out
 
 
-_ARGUMENTS = f"Tensor hidden, Tensor weight, Tensor? bias, {TENSORS}, int chunk_rows, {OPTIONS}"
+_TENSORS = f"Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, {TENSORS}"
+_HOW = "int keep_rows, int tile, int block_rows, bool fixed, bool wide, SymInt? num_valid, Tensor? weight_grad_out"
+_SAVED = GRADIENTS.replace("Tensor state, ", "Tensor state, Tensor? logits, ")
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
+
+
+def _backward_schema(name: str, how: str, saved: str) -> str:
+    return f"{name}({_TENSORS}, {how}, {OPTIONS}, {saved}, bool[] wanted) -> {_GRADIENTS}"
+
+
 _linear_token_stats = differentiable(
-    Operator(
-        f"linear_token_stats({_ARGUMENTS}) -> {RESULTS}",
-        run=_forward,
-        fake=_new_stats,
-    ),
-    Operator(
-        f"linear_token_stats_backward({_ARGUMENTS}, {GRADIENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor)",
-        run=_backward,
-        fake=_new_gradients,
-    ),
+    Operator(f"linear_token_stats({_TENSORS}, {_HOW}, {OPTIONS}) -> {RESULTS[:-1]}, Tensor)", _forward, _new_stats),
+    Operator(_backward_schema("linear_token_stats_backward", _HOW, _SAVED), partial(_backward, False), _new_gradients),
     outputs=5,
     constants=1,
-    wrt=3,
+    wrt=5,
     instead="use rlkern.reference.token_stats of torch.nn.functional.linear(hidden, weight, bias), with targets [..., K]",
+    consume=Operator(
+        _backward_schema(
+            "linear_token_stats_backward_",
+            _HOW.replace("Tensor? weight", "Tensor(a!)? weight"),
+            _SAVED.replace("Tensor? logits", "Tensor(b!)? logits"),
+        ),
+        run=partial(_backward, True),
+        fake=_new_gradients,
+    ),
 )
+
+
+def _lora(lora: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """(scale * hidden @ A.T, B)"""
+    if lora is None:
+        return None, None
+    if not isinstance(lora, (tuple, list)) or len(lora) != 3:
+        raise TypeError(f"lora must be (A [r, H], B [V, r], scale) or None, got {shown(lora)}")
+    a, b, scale = *autocast(*lora[:2]), lora[2]
+    check_number("lora's scale", scale)
+    for name, x, layout in (("A", a, "[r, H]"), ("B", b, "[V, r]")):
+        expect(f"lora's {name}", x, "float", layout)
+        if x.dtype != hidden.dtype:
+            raise TypeError(f"lora's {name} must have the dtype of hidden {hidden.dtype} (or run under torch.autocast), got {x.dtype}")
+        if x.device != hidden.device:
+            raise ValueError(f"lora's {name} must be on the device of hidden {hidden.device}, got {x.device}")
+    vocab, hidden_size = weight.shape
+    if a.shape[1] != hidden_size or b.shape != (vocab, a.shape[0]):
+        wanted = f"A [r, {hidden_size}] and B [{vocab}, r] for weight {tuple(weight.shape)}"
+        raise ValueError(f"lora must be {wanted}, got {tuple(a.shape)} and {tuple(b.shape)}")
+    return torch.nn.functional.linear(hidden, a) * scale, b
+
+
+def _check_weight_grad_out(weight_grad_out: Tensor | None, weight: Tensor) -> None:
+    if weight_grad_out is None:
+        return
+    if torch.compiler.is_compiling():
+        raise ValueError("weight_grad_out is not supported under torch.compile: expected None")
+    expect("weight_grad_out", weight_grad_out, "float", "[V, H]", like=("weight", weight), detached=True)
+    if weight_grad_out.dtype != computing_dtype(weight):
+        raise TypeError(f"weight_grad_out must be {computing_dtype(weight)} for weight {weight.dtype}, got {weight_grad_out.dtype}")
+
+
+def _context(gathered: Callable[[], Any] | None) -> Any:
+    if gathered is None:
+        return nullcontext()
+    wanted = "gathered must be a function without arguments that returns a context manager, or None"
+    if not callable(gathered):
+        raise TypeError(f"{wanted}, got {shown(gathered)}")
+    try:
+        context = gathered()
+    except TypeError as error:
+        raise TypeError(f"{wanted}, got one that raises {error}") from error
+    if not hasattr(context, "__enter__"):
+        raise TypeError(f"{wanted}, got one that returns {shown(context)}")
+    return context
 
 
 def linear_token_stats(
@@ -102,7 +279,14 @@ def linear_token_stats(
     targets: Tensor,
     *,
     bias: Tensor | None = None,
+    workspace: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    num_valid: int | None = None,
+    fixed_blocks: bool = False,
     chunk_rows: int | None = None,
+    weight_grad_out: Tensor | None = None,
+    lora: tuple[Tensor, Tensor, float] | None = None,
+    gathered: Callable[[], Any] | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
@@ -119,22 +303,43 @@ def linear_token_stats(
 ) -> TokenStats:
     """`token_stats` of `hidden @ weight.T + bias`, without all logits at once.
 
-    Extra memory is one chunk of logits, for any number of rows. The backward adds float32 sums of the
-    gradients of weight and bias if these are wanted, and computes the logits a second time. Use `token_stats`
-    where the logits fit.
+    The logits of as many rows as `workspace` holds are kept for the backward, which writes their gradient
+    over them. The others are computed a second time there. `linear_plan` says what that comes to. Without
+    gradients nothing is kept. A second backward (retain_graph=True) computes all of them again.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64. torch.autocast casts it, with weight and bias.
         weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. All three may require grad.
-        chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
+        workspace: bytes of logits to keep; None takes 1 GiB, on a CPU 256 MiB. Beyond it come a tile of
+            logits and a float32 sum of the gradient of hidden.
+        logits_dtype: torch.float32 does not round the logits of 16-bit operands to 16 bits, and adds the
+            bias in float32. On a GPU the operands stay as they are, and the gradient of the logits is rounded
+            to their dtype for its products. Where the library has no such product (a CPU, torch before 2.8),
+            the operands are cast. None: hidden's dtype, as a model's own head rounds them.
+        num_valid: how many rows count: their mask is not 0 and not all of their targets are ignored. A
+            batch's collator knows it. The others are then left out of the products on a GPU too, where the
+            host would have to wait to learn the number. Another number is an error on a CPU. On a GPU fewer
+            rows that count change nothing; of more, those behind the first num_valid are taken as masked.
+        fixed_blocks: all products of rows have the same shape, with rows of 0 behind the last. A row's bits
+            then do not depend on how many others there are, as far as the library's products of one shape do
+            not. Nothing is computed in tiles.
+        chunk_rows: rows at a time instead: nothing is kept, and gradients of weight and bias are summed over
+            the chunks in float32.
+        weight_grad_out: float32 [V, H] (float64 for float64), such as Megatron's main_grad: the gradient by
+            weight is added to it in the backward, where weight requires grad, and weight.grad gets none. Not
+            under torch.compile.
+        lora: (A [r, H], B [V, r], scale) of an adapter on the head: the logits are those of the weight
+            weight + scale * B @ A, which is never formed. Gradients by A and B; weight is mostly frozen.
+        gathered: a function that returns a context manager in which weight and bias have their values, as
+            `lambda: deepspeed.zero.GatheredParameters([weight])` for ZeRO-3. The forward and the backward
+            each run in one. Not under torch.compile.
         targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
             group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left out of the
             products too.
-
         keep: a `Kept`, the ids S that each row's softmax is over, as a sampler's top-p or top-k left them.
             Values and gradients are those of logits at -inf outside S, but only listed columns are
-            multiplied. The logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob
-            or with_tail.
+            multiplied. The logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob,
+            with_tail, lora or weight_grad_out.
         outside: what to do where a target is not in S. "include" adds it to S. "everything" takes the whole
             vocabulary for that row. "minus_inf" gives logp = -inf, without gradient, and is for targets
             [..., K] too.
@@ -145,8 +350,8 @@ def linear_token_stats(
 
     Returns:
         TokenStats as of `token_stats`, with its gradients. With keep, `target_kept` says whether S had the
-        target (bool; True in rows that are not read). Logits are rounded to hidden's dtype, like those
-        of a model's own head. Gradients of weight and bias are summed over the chunks in float32.
+        target (bool; True in rows that are not read). Those of weight and bias are rounded once. A
+        DTensor among the two, as FSDP2 shards it, is gathered, and its gradient averaged over the mesh.
 
     Raises:
         TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
@@ -156,36 +361,56 @@ def linear_token_stats(
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    hidden, weight, bias = autocast(hidden, weight, bias)
-    check_matrix(hidden, weight, bias)
-    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail)
-    y, counted, row_temperature, o = row_options(
-        hidden,
-        targets,
-        of="hidden",
-        mask=mask,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        min_p=min_p,
-        min_prob=min_prob,
-        with_sum_sq=with_sum_sq,
-        with_entropy=with_entropy,
-        with_tail=with_tail,
-    )
-    if chunk_rows is None:
-        chunk_rows = default_chunk_rows(hidden, weight.shape[0] * hidden.element_size())
-    check_count("chunk_rows", chunk_rows, 1)
-    check_flags(round_logits=round_logits)
-    several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
-    check_kept_options(outside, max_dense_rows, several and keep is not None)
-    if keep is not None:
-        if o.kept_kind != KeptKind.NONE:
-            raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {min_p}, {min_prob} and {with_tail}")
-        keep = check_kept(keep, hidden, "hidden")
+    with _context(gathered):
+        weight, bias = whole_parameter(weight), whole_parameter(bias)
+        hidden, weight, bias = autocast(hidden, weight, bias)
+        check_matrix(hidden, weight, bias)
+        check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
+        lora_hidden, lora_weight = _lora(lora, hidden, weight)
+        _check_weight_grad_out(weight_grad_out, weight)
+        y, counted, row_temperature, o = row_options(
+            hidden,
+            targets,
+            of="hidden",
+            mask=mask,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            min_p=min_p,
+            min_prob=min_prob,
+            with_sum_sq=with_sum_sq,
+            with_entropy=with_entropy,
+            with_tail=with_tail,
+        )
+        if chunk_rows is not None:
+            check_count("chunk_rows", chunk_rows, 1)
+        if num_valid is not None:
+            check_count("num_valid", num_valid)
+            if num_valid > hidden.shape[:-1].numel():
+                raise ValueError(f"num_valid must be at most the number of rows {hidden.shape[:-1].numel()}, got {num_valid}")
+        dtype = check_logits_dtype(logits_dtype, hidden.dtype)
+        parameters = hidden, weight, bias, lora_hidden, lora_weight
+        hidden_needs, weight_needs, *others_need = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
+        needs = hidden_needs, weight_needs, any(others_need)
+        workspace, whole_rows = check_workspace(workspace, hidden.device.type), o.kept_kind != KeptKind.NONE
+        sizes = cut(weight.shape[0], dtype.itemsize, needs, workspace, whole_rows, chunk_rows, bool(fixed_blocks))
+        how = _How(*sizes, dtype != hidden.dtype, num_valid, weight_grad_out)
+        check_flags(round_logits=round_logits)
+        several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
+        check_kept_options(outside, max_dense_rows, several and keep is not None)
+        if keep is not None:
+            if o.kept_kind != KeptKind.NONE:
+                given = f"{min_p}, {min_prob} and {with_tail}"
+                raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {given}")
+            if lora is not None or weight_grad_out is not None:
+                given = f"{shown(lora)} and {shown(weight_grad_out)}"
+                raise ValueError(f"keep takes no lora or weight_grad_out: expected None and None, got {given}")
+            keep = check_kept(keep, hidden, "hidden")
 
-        def dense(hidden, *of_rows):
-            return _linear_token_stats(hidden, weight, bias, *of_rows, chunk_rows, *o)
+            def dense(hidden, *of_rows):
+                rows_of_it = how._replace(num_valid=None)
+                return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *rows_of_it, *o, around=gathered)
 
-        of_rows = (y, counted, row_temperature, o)
-        return linear_kept_stats(hidden, weight, bias, *of_rows, keep, outside, max_dense_rows, bool(round_logits), dense)
-    return public_stats(o, *_linear_token_stats(hidden, weight, bias, y, counted, row_temperature, chunk_rows, *o))
+            of_rows = (y, counted, row_temperature, o)
+            options = (outside, max_dense_rows, bool(round_logits))
+            return linear_kept_stats(hidden, weight, bias, *of_rows, keep, *options, dense, gathered)
+        return public_stats(o, *_linear_token_stats(*parameters, y, counted, row_temperature, *how, *o, around=gathered))

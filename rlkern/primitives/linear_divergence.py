@@ -26,7 +26,7 @@ from .divergence import (
     pair_options,
     write_pair_gradient,
 )
-from .projection import Chunks, GradientSums, Rows, autocast, check_matrix, default_chunk_rows, new_gradients
+from .projection import Chunks, GradientSums, Head, Rows, autocast, check_matrix, default_chunk_rows, new_gradients
 
 _STATE = 8  # how many options there are before it in the backward's arguments
 
@@ -37,7 +37,7 @@ def _new_results(hidden, weight, bias, other_hidden, other_weight, other_bias, t
 
 def _chunks(rows: Rows, hidden: Any, head: tuple, vocab: int, chunk_rows: int, *by_row: Any) -> Chunks:
     weight, bias = (None if x is None else x[:vocab] for x in head)
-    return Chunks(rows.clean(hidden), weight, bias, chunk_rows, *by_row, wide=True)  # type: ignore[arg-type]
+    return Chunks(Head(rows.clean(hidden), weight, bias, computing_dtype(hidden)), chunk_rows, *by_row)  # type: ignore[arg-type]
 
 
 def _forward(
@@ -77,7 +77,9 @@ def _backward(
     *by_row, others = rows.others
     own = _chunks(rows, rows.hidden, (weight, bias), o.vocab, chunk_rows, *by_row)
     other = _chunks(rows, others, (other_weight, other_bias), o.vocab, chunk_rows)
-    sums, other_sums = GradientSums(rows, own, out[:3]), GradientSums(rows, other, out[3:])
+    sums, other_sums = GradientSums(rows, own.head, out[:3]), GradientSums(rows, other.head, out[3:])
+    sums.begin(own.head, slice(0, o.vocab), len(own))
+    other_sums.begin(other.head, slice(0, o.vocab), len(other))
     for (part, logits, *of_rows), (_, other_logits) in zip(own, other, strict=True):
         y, kept, row_t, other_row_t, *of_stats = of_rows
         pair = logits, other_logits, y, kept, row_t, other_row_t, *o, *of_stats
