@@ -351,6 +351,8 @@ def test_fixed_blocks_give_a_row_the_same_bits_in_any_batch():
     whole = run(slice(0, 1300))
     for rows in (slice(0, 1), slice(800, 801), slice(517, 1300)):
         assert all(torch.equal(a, b[rows]) for a, b in zip(run(rows), whole, strict=True)), rows
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_linear_token_stats_of_kept_ids(dtype):
     """Lists of 0 to 500 ids, one id in all of them, targets outside, an empty list, one of two rows."""

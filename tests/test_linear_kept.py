@@ -1,5 +1,6 @@
 """linear_token_stats over lists of kept ids against masked logits in float64, on every backend."""
 
+import contextlib
 import math
 
 import pytest
@@ -307,6 +308,25 @@ def test_masked_rows_may_hold_anything_and_frozen_inputs():
     torch.testing.assert_close(gradients(stats, (dirty, bias)), gradients(want, (hidden, bias)), rtol=1e-12, atol=1e-12)
 
 
+def test_weights_that_are_gathered():
+    """As by ZeRO-3: present inside the context alone, in the forward and in the backward."""
+    (hidden, weight, _), targets, ids = draw()
+    inside = []
+
+    @contextlib.contextmanager
+    def gathered():
+        weight.data.nan_to_num_(nan=0.5)
+        inside.append(1)
+        yield
+        weight.data.fill_(math.nan)
+
+    weight.data.fill_(0.5)
+    want = torch.autograd.grad(linear_token_stats(hidden, weight, targets, keep=Kept.ids(ids)).logp.sum(), hidden)[0]
+    weight.data.fill_(math.nan)
+    stats = linear_token_stats(hidden, weight, targets, keep=Kept.ids(ids), gathered=gathered)
+    assert torch.equal(torch.autograd.grad(stats.logp.sum(), hidden)[0], want) and len(inside) == 2
+
+
 def test_slices_of_everything():
     leaves, targets, ids = draw(n=12)
     hidden, weight, bias = leaves
@@ -452,6 +472,7 @@ def test_errors_of_lists(call, error, message):
         ({"outside": "drop"}, ValueError, "unknown outside 'drop'"),
         ({"max_dense_rows": -1}, ValueError, "max_dense_rows must be at least 0"),
         ({"min_p": 0.1}, ValueError, "keep takes no min_p"),
+        ({"weight_grad_out": torch.zeros(V, H, dtype=torch.float64)}, ValueError, "keep takes no lora or weight_grad_out"),
         ({"round_logits": "no"}, TypeError, "round_logits must be True or False"),
     ],
     ids=str,

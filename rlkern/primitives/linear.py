@@ -341,7 +341,7 @@ def linear_token_stats(
         keep: a `Kept`, the ids S that each row's softmax is over, as a sampler's top-p or top-k left them.
             Values and gradients are those of logits at -inf outside S, but only listed columns are
             multiplied. The logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob,
-            with_tail, softcap, num_valid, weight_grad_out, lora or gathered.
+            with_tail, lora or weight_grad_out.
         outside: what to do where a target is not in S. "include" adds it to S. "everything" takes the whole
             vocabulary for that row. "minus_inf" gives logp = -inf, without gradient, and is for targets
             [..., K] too.
@@ -352,7 +352,7 @@ def linear_token_stats(
 
     Returns:
         TokenStats as of `token_stats`, with its gradients. With keep, `target_kept` says whether S had the
-        target (bool; True in rows that are not read). Gradients of weight and bias are rounded once. A
+        target (bool; True in rows that are not read). Those of weight and bias are rounded once. A
         DTensor among the two, as FSDP2 shards it, is gathered, and its gradient averaged over the mesh.
 
     Raises:
@@ -405,15 +405,16 @@ def linear_token_stats(
             if o.kept_kind != KeptKind.NONE:
                 given = f"{min_p}, {min_prob} and {with_tail}"
                 raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {given}")
-            without = {"softcap": softcap, "num_valid": num_valid, "weight_grad_out": weight_grad_out, "lora": lora, "gathered": gathered}
-            for name, value in without.items():
-                if value is not None:
-                    raise ValueError(f"keep takes no {name}: expected None, got {shown(value)}")
+            if lora is not None or weight_grad_out is not None:
+                given = f"{shown(lora)} and {shown(weight_grad_out)}"
+                raise ValueError(f"keep takes no lora or weight_grad_out: expected None and None, got {given}")
             keep = check_kept(keep, hidden, "hidden")
 
             def dense(hidden, *of_rows):
-                return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o)
+                rows_of_it = how._replace(num_valid=None)
+                return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *rows_of_it, *o, around=gathered)
 
             of_rows = (y, counted, row_temperature, o)
-            return linear_kept_stats(hidden, weight, bias, *of_rows, keep, outside, max_dense_rows, bool(round_logits), dense)
+            options = (outside, max_dense_rows, bool(round_logits))
+            return linear_kept_stats(hidden, weight, bias, *of_rows, keep, *options, dense, gathered)
         return public_stats(o, *_linear_token_stats(*parameters, y, counted, row_temperature, *how, *o, around=gathered))

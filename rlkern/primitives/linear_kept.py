@@ -318,18 +318,20 @@ def linear_kept_stats(
     max_dense_rows: int,
     round_logits: bool,
     dense: Callable[..., Results],
+    gathered: Callable[[], Any] | None,
 ) -> TokenStats:
     """`token_stats` of each row's kept logits, from checked arguments.
 
     dense: (hidden [D, H], targets, mask, row_temperature) -> what the operator of `linear_token_stats`
         returns, for the rows over the whole vocabulary.
+    gathered: as in `linear_token_stats`.
     """
     lead, n = hidden.shape[:-1], hidden.shape[:-1].numel()
     y = targets.reshape(n, targets.shape[-1] if targets.dim() == hidden.dim() else 1)
     rows, counted, t = (None if x is None else x.reshape(n) for x in (keep.rows, mask, row_temperature))
     lists = (keep.entries.reshape(-1), y, keep.begin, keep.end, rows, counted)
     pairs = Pairs(*_kept_pairs(*lists, options.ignore_index, weight.shape[0], outside, keep.empty == "everything", max_dense_rows))
-    logits = _kept_logits(hidden, weight, bias, *pairs[:3])
+    logits = _kept_logits(hidden, weight, bias, *pairs[:3], around=gathered)
     if round_logits:
         logits = logits.to(hidden.dtype).to(logits.dtype)
     if options.softcap > 0:
