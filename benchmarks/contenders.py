@@ -125,7 +125,7 @@ def _file_of(package: str, path: str) -> Path:
     return file
 
 
-def _load_file(package: str, path: str):
+def load_file(package: str, path: str):
     """A module of an installed package by its file alone, without the package's own imports."""
     file = _file_of(package, path)
     name = "_peer_" + package + "_" + file.stem
@@ -157,7 +157,7 @@ def trl_gkd() -> list[Contender]:
 
 
 def _trl() -> list[Contender]:
-    kernel = _load_file("trl", "kernels/logprob_entropy.py").selective_log_softmax_and_entropy
+    kernel = load_file("trl", "kernels/logprob_entropy.py").selective_log_softmax_and_entropy
     return [Contender("TRL kernel", BOTH, lambda x, y: kernel(x, y), "peer"), Contender("TRL kernel", LOGP, lambda x, y: kernel(x, y)[:1], "peer")]
 
 
@@ -191,7 +191,7 @@ def _liger() -> list[Contender]:
 
 
 def _flash_attention() -> list[Contender]:
-    cross_entropy = _load_file("flash_attn", "ops/triton/cross_entropy.py").cross_entropy_loss
+    cross_entropy = load_file("flash_attn", "ops/triton/cross_entropy.py").cross_entropy_loss
     return [
         Contender("flash-attn cross-entropy", LOGP, lambda x, y: cross_entropy(x, y)[:1], "peer"),
         Contender("flash-attn cross-entropy, in place", LOGP, lambda x, y: cross_entropy(x, y, inplace_backward=True)[:1], "peer", in_place=True),

@@ -2,6 +2,7 @@
 
     python benchmarks/linear_head.py                    [1024, 1024] x [32768, 1024] in bfloat16
     python benchmarks/linear_head.py --shape 256x1024x151936 --computes ce --frozen --rounds 21 --out file
+    python benchmarks/linear_head.py --device cuda --shape 8192x4096x151936 --computes logp+entropy ce --no-compile
 
 Rounds are interleaved. "products alone" are the three matrix products (of a frozen head two) without anything
 between them. Others' functions are executed where they are installed: PyTorch's linear_cross_entropy, TRL's
@@ -9,7 +10,6 @@ chunked log-probabilities, on a GPU Liger's fused linear cross entropy. Memory i
 gradients included.
 """
 
-import argparse
 import functools
 import gc
 import json
@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from contenders import load_file
 from measure import DTYPES, argument_parser, arguments, interleaved, machine, median, spread
 from table import megabytes
 from torch import Tensor
@@ -92,10 +93,9 @@ def _torch(head: Head, entropy: bool) -> Tensor:
 
 
 def _trl(head: Head, entropy: bool) -> Tensor:
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
+    function = load_file("trl", "kernels/chunked_logprob.py").ChunkedLogProbFunction
     outputs = ("entropy",) if entropy else ()
-    logp, h, *_ = ChunkedLogProbFunction.apply(head.hidden, head.weight, None, head.targets, 1.0, 32_768, None, 1.0, outputs)
+    logp, h, *_ = function.apply(head.hidden, head.weight, None, head.targets, 1.0, 32_768, None, 1.0, outputs)
     return _loss(logp, h)
 
 
@@ -108,7 +108,7 @@ def _liger(head: Head, entropy: bool) -> Tensor:
 Loss = Callable[[Head, bool], Tensor]
 
 
-def contenders(computes: str, device: str) -> dict[str, Loss]:
+def contenders(computes: str, device: str, compiled: bool = True) -> dict[str, Loss]:
     """By name; those of other packages only if they are installed."""
     found: dict[str, Loss] = {
         "rlkern, kept logits": functools.partial(_linear, workspace=1 << 40),
@@ -117,8 +117,9 @@ def contenders(computes: str, device: str) -> dict[str, Loss]:
         "rlkern, known in chunks of 512": functools.partial(_known, chunk_rows=512),
         "rlkern, token_stats of all logits": _token_stats,
         EAGER: _eager,
-        "compiled": lambda head, entropy: _compiled()(head, entropy),
     }
+    if compiled:
+        found["compiled"] = lambda head, entropy: _compiled()(head, entropy)
     if computes == "ce" and hasattr(F, "linear_cross_entropy"):
         found["PyTorch linear_cross_entropy"] = _torch
     if find_spec("trl"):
@@ -144,11 +145,11 @@ def phases(loss: Loss, head: Head, entropy: bool):
     return (lambda _: loss(head, entropy)), (lambda value: torch.autograd.grad(value, head.parameters))
 
 
-def measure(head: Head, computes: str, rounds: int) -> dict[str, dict]:
+def measure(head: Head, computes: str, rounds: int, compiled: bool = True) -> dict[str, dict]:
     """Milliseconds of forward plus backward and peak bytes beside the inputs, by contender."""
     entropy = computes == "logp+entropy"
     found, absent = {PRODUCTS: functools.partial(_products, head)}, {}
-    for name, loss in contenders(computes, head.hidden.device.type).items():
+    for name, loss in contenders(computes, head.hidden.device.type, compiled).items():
         try:
             torch.autograd.grad(loss(head, entropy), head.parameters)
             found[name] = functools.partial(phases, loss, head, entropy)
@@ -174,19 +175,23 @@ def table(results: dict[str, dict]) -> str:
 def main() -> None:
     parser = argument_parser(__doc__, "device", "dtype", "rounds", "threads", rounds=5)
     parser.add_argument("--shape", default="1024x1024x32768", metavar="NxHxV")
-    parser.add_argument("--computes", choices=COMPUTES, default=COMPUTES[0])
-    parser.add_argument("--frozen", action=argparse.BooleanOptionalAction, default=False, help="the matrix takes no gradient")
+    parser.add_argument("--computes", choices=COMPUTES, nargs="+", default=COMPUTES[:1])
+    parser.add_argument("--frozen", action="store_true", help="the matrix takes no gradient")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--out", help="also write the figures to this JSON file")
     args = arguments(parser)
     shape = tuple(int(n) for n in args.shape.split("x"))
-    results = measure(make_head(shape, DTYPES[args.dtype], args.device, args.frozen), args.computes, args.rounds)
     info = machine() | {"load": os.getloadavg()[0]}
     where = info["gpu"] if args.device == "cuda" else f"{info['cpu']}, {info['threads']} threads, load {info['load']:.1f}"
-    print(f"{args.computes}, {args.dtype}, N x H x V = {args.shape}{', frozen' if args.frozen else ''}; {where}")
-    print(table(results))
-    if args.out:
-        with open(args.out, "w") as file:
-            json.dump({"machine": info, "shape": shape, **vars(args), "results": results}, file, indent=1)
+    document = {"machine": info, "shape": shape, "dtype": args.dtype, "frozen": args.frozen, "cases": {}}
+    for computes in args.computes:
+        results = measure(make_head(shape, DTYPES[args.dtype], args.device, args.frozen), computes, args.rounds, not args.no_compile)
+        print(f"{computes}, {args.dtype}, N x H x V = {args.shape}{', frozen' if args.frozen else ''}; {where}")
+        print(table(results), flush=True)
+        document["cases"][computes] = results
+        if args.out:
+            with open(args.out, "w") as file:
+                json.dump(document, file, indent=1)
 
 
 if __name__ == "__main__":

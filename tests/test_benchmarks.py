@@ -55,7 +55,7 @@ def test_an_absent_peer_says_so_in_a_line(monkeypatch):
     assert {line.split(":")[0] for line in absent} | {c.name.split()[0] for c in found if c.kind == "peer"} >= {"TRL", "Liger", "flash-attn", "quack"}
     assert contenders.contenders("cpu", peers=False)[1] == [] and all(c.kind != "peer" for c in contenders.contenders("cpu", peers=False)[0])
     with pytest.raises(ImportError, match="no_such_package is not installed"):
-        contenders._load_file("no_such_package", "kernels.py")
+        contenders.load_file("no_such_package", "kernels.py")
     with pytest.raises(ImportError, match="rlkern has no no_such_function in checks.py"):
         contenders._load_function("rlkern", "checks.py", "no_such_function")
 
