@@ -2,7 +2,7 @@
 
     python benchmarks/linear_head.py                    [1024, 1024] x [32768, 1024] in bfloat16
     python benchmarks/linear_head.py --shape 256x1024x151936 --computes ce --frozen --rounds 21 --out file
-    python benchmarks/linear_head.py --device cuda --shape 8192x4096x151936 --computes logp+entropy ce --no-compile
+    python benchmarks/linear_head.py --device cuda --shape 8192x4096x151936 --computes ce --no-compile
 
 Rounds are interleaved. "products alone" are the three matrix products (of a frozen head two) without anything
 between them. Others' functions are executed where they are installed: PyTorch's linear_cross_entropy, TRL's
@@ -14,8 +14,11 @@ import functools
 import gc
 import json
 import os
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -92,10 +95,20 @@ def _torch(head: Head, entropy: bool) -> Tensor:
     return F.linear_cross_entropy(head.hidden, head.weight, head.targets)
 
 
+@functools.cache
+def _trl_function():
+    """From its file. What it imports from TRL's trainers matters with DeepSpeed only."""
+    module = load_file("trl", "kernels/chunked_logprob.py")
+    module.__package__ = "_peer_trl.kernels"
+    for name in ("_peer_trl", "_peer_trl.kernels", "_peer_trl.trainer", "_peer_trl.trainer.utils"):
+        sys.modules[name] = ModuleType(name)
+    sys.modules["_peer_trl.trainer.utils"].maybe_gather_lm_head_ctx = lambda *_: nullcontext()
+    return module.ChunkedLogProbFunction
+
+
 def _trl(head: Head, entropy: bool) -> Tensor:
-    function = load_file("trl", "kernels/chunked_logprob.py").ChunkedLogProbFunction
     outputs = ("entropy",) if entropy else ()
-    logp, h, *_ = function.apply(head.hidden, head.weight, None, head.targets, 1.0, 32_768, None, 1.0, outputs)
+    logp, h, *_ = _trl_function().apply(head.hidden, head.weight, None, head.targets, 1.0, 32_768, None, 1.0, outputs)
     return _loss(logp, h)
 
 

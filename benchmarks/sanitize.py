@@ -30,6 +30,7 @@ def variants():
         yield torch.bfloat16, vocab, layout, {}
     single = [{"mask": True}, {"row_temperature": True}, {"temperature": 0.7}, {"with_sum_sq": True}]
     single += [{"min_p": 0.1}, {"min_prob": 1e-3}, {"targets": 3}, {"holes": True}]
+    single += [{"softcap": 4.0, "logit_scale": 1.3}, {"softcap": 4.0, "targets": 12}]
     everything = {"mask": True, "row_temperature": True, "with_sum_sq": True, "min_p": 0.05, "targets": 5}
     for vocab, layout in ((5000, "rows"), (9001, "odd stride")):
         for options in (*single, everything):
@@ -44,7 +45,7 @@ def variants():
 
 
 def others():
-    """The same of the kernels over two rows, and of moments: `of` names the function."""
+    """The same of the kernels over two rows, of moments and of kept ids: `of` names the function."""
     for of in (*KL_AND_MIXTURE, "moments", "did"):
         for dtype in (torch.bfloat16, torch.float32):
             for vocab, layout in ((7, "rows"), (5000, "slice"), (9001, "odd stride")):
@@ -54,6 +55,9 @@ def others():
     for of in KL_AND_MIXTURE:
         for vocab, layout in ((5000, "in place"), (9001, "in place"), (262_144, "rows")):
             yield torch.bfloat16, vocab, layout, {"of": of, "mask": True, "row_temperature": True}
+    for dtype in _TOLERANCE:
+        for vocab in (7, 5000):
+            yield dtype, vocab, "rows", {"of": "kept"}
     for of in ("forward_kl", "mixed_kl", "cross_entropy", "skew_forward_kl", "skew_reverse_kl"):
         yield torch.bfloat16, 5000, "odd stride", {"of": of}
 
@@ -104,8 +108,9 @@ def check(dtype, vocab, layout, options, device="cuda") -> str | None:
     exact_x = x.double().requires_grad_()
     exact_t = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
     exact = reference.token_stats(
-        exact_x, y if k else y.unsqueeze(-1), exact_t, options.get("min_p"), options.get("min_prob"), options.get("with_tail", False)
-    )
+        exact_x, y if k else y.unsqueeze(-1), exact_t, options.get("min_p"), options.get("min_prob"), options.get("with_tail", False),
+        logit_scale=options.get("logit_scale", 1.0), softcap=options.get("softcap"),
+    )  # fmt: skip
     keep = torch.ones(rows, dtype=torch.bool) if mask is None else mask
     exact_logp = exact.logp if k else exact.logp.squeeze(-1)
     masked = type(exact)(*(None if f is None else torch.where(keep, f, 0) if f.shape == rows else f for f in exact))
@@ -124,7 +129,35 @@ def _wrong(compared: dict) -> str | None:
     return None
 
 
+def _check_kept(dtype, vocab, device, rows=300, width=70) -> str | None:
+    """The head over lists of ids: of 1 to 9 ids and padding, id 3 in all of them."""
+    g = torch.Generator().manual_seed(vocab)
+    hidden, weight, bias = (torch.randn(*shape, generator=g).to(dtype) for shape in ((rows, width), (vocab, width), (vocab,)))
+    ids = torch.rand(rows, vocab, generator=g).argsort(-1)[:, : min(9, vocab)].sort(-1).values
+    ids = ids.masked_fill((torch.rand(ids.shape, generator=g) < 0.3) | (ids == 3), -1)
+    ids, y = torch.cat([ids, torch.full((rows, 1), 3)], -1), torch.randint(vocab, (rows,), generator=g)
+    weights = [torch.randn(rows, generator=g, dtype=torch.float64) for _ in range(2)]
+
+    def gradients(logp, entropy, leaves):
+        loss = sum((value * w.to(value)).sum() for value, w in zip((logp, entropy), weights, strict=True))
+        return torch.autograd.grad(loss, leaves)
+
+    leaves = [x.to(device, copy=True).requires_grad_() for x in (hidden, weight, bias)]
+    stats = rlkern.linear_token_stats(*leaves[:2], y.to(device), bias=leaves[2], keep=rlkern.Kept.ids(ids.to(device)))
+    wide = [x.double().requires_grad_() for x in (hidden, weight, bias)]
+    kept = torch.zeros(rows, vocab + 1, dtype=torch.bool).scatter_(1, ids % (vocab + 1), True)[:, :vocab]
+    kept = kept.scatter(1, y.unsqueeze(-1), True)
+    exact = reference.token_stats(torch.nn.functional.linear(*wide).masked_fill(~kept, -math.inf), y.unsqueeze(-1))
+    logp = exact.logp.squeeze(-1)
+    compared = {"logp": (stats.logp, logp, 1e-5), "entropy": (stats.entropy, exact.entropy, 1e-5)}
+    pairs = zip(gradients(stats.logp, stats.entropy, leaves), gradients(logp, exact.entropy, wide), strict=True)
+    tolerance = _TOLERANCE[dtype] + 1e-5
+    return _wrong(compared | {f"gradient {i}": (got, want, tolerance * max(1.0, want.abs().max().item())) for i, (got, want) in enumerate(pairs)})
+
+
 def _check_other(dtype, vocab, layout, device, of, mask=False, row_temperature=False) -> str | None:
+    if of == "kept":
+        return _check_kept(dtype, vocab, device)
     generator = torch.Generator().manual_seed(vocab)
     (storage, x), (other_storage, other) = (_logits(dtype, vocab, layout, generator) for _ in range(2))
     rows = x.shape[:-1]
