@@ -30,6 +30,13 @@ PARTS = tl.constexpr(16)
 
 
 @triton.jit
+def _mass(k, p):
+    """sum k p, the same bits in every thread. Of a plain product each thread would make an FMA with the sum of
+    the others, which rounds its own product no more and theirs once: frames would differ by an ulp."""
+    return tl.sum(tl.fma(k, p, 0.0), axis=0)
+
+
+@triton.jit
 def _merge(parts_row, inv_t, other_inv_t, difference, KIND: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, ACC: tl.constexpr, SPLITS: tl.constexpr):
     """What pair_sweep returns of a pair, but for the other row's own, from that of its parts."""
     part = parts_row + tl.arange(0, SPLITS)
@@ -48,8 +55,8 @@ def _merge(parts_row, inv_t, other_inv_t, difference, KIND: tl.constexpr, SAME_T
     k, log_k = frame_scale(part_top, top, inv_t)
     other_ref = tl.maximum(other_m, lowest(ACC))
     k_other, _log = frame_scale(part_ref, other_ref, other_inv_t)
-    p_all = tl.sum(k * (s0 + ties), axis=0)
-    q_all = tl.sum(k_other * (s0 + ties + x), axis=0)
+    p_all = _mass(k, s0 + ties)
+    q_all = _mass(k_other, s0 + ties + x)
     other_ref = balanced(other_ref, p_all, q_all, other_inv_t)
     k_other, _log = frame_scale(part_ref, other_ref, other_inv_t)
     eta = frame_growth(part_top, part_ref, top, other_ref, inv_t, difference, SAME_TEMPERATURE)
