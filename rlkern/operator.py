@@ -34,6 +34,11 @@ def watched(x: Tensor) -> bool:
     return _is_compiling() or type(x) not in _ORDINARY or x.is_meta or _dispatch_modes() > 0
 
 
+def runs_directly(x: Tensor) -> bool:
+    """Whether kernels may run on x outside of an operator."""
+    return not watched(x)
+
+
 def values_readable(x: Tensor) -> bool:
     """Whether the host may read x: its values are on the CPU, or RLKERN_DEBUG=1 asks to wait for them."""
     own_values = type(x) in _ORDINARY or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__

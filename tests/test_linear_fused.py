@@ -3,6 +3,8 @@
 import pytest
 import torch
 from test_linear_plans import Products, draw
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 import rlkern
@@ -264,6 +266,27 @@ def test_compiled_it_is_the_statistics_and_the_loss():
     torch.testing.assert_close(compiled, eager)
     for a, b in zip(gradients(compiled, leaves), gradients(eager, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_no_kernel_runs_on_tensors_without_values():
+    with FakeTensorMode():
+        hidden, weight = torch.randn(2, 3, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
+        y = torch.zeros(2, 3, dtype=torch.long)
+        loss = linear_fused_loss(hidden, weight, y, loss="ce").loss
+        assert gradients(loss, (hidden, weight))[1].shape == (V, H)
+    hidden, weight, y = (torch.empty_like(x, device="meta", requires_grad=x.is_floating_point()) for x in (hidden, weight, y))
+    loss = linear_fused_loss(hidden, weight, y, loss=lambda rows: rows.logp.sum()).loss
+    assert gradients(loss, (hidden, weight))[1].is_meta
+
+
+def test_traced_it_is_the_statistics_and_the_loss():
+    leaves, y, *given = problem()
+    other = [2 * x for x in leaves]
+
+    def of(hidden, weight, bias):
+        return linear_fused_loss(hidden, weight, y, *given, bias=bias).loss.clone()
+
+    torch.testing.assert_close(make_fx(of)(*leaves)(*other), of(*other))
 
 
 @pytest.mark.parametrize(
