@@ -149,7 +149,7 @@ def test_several_targets_a_row_and_a_function_that_ignores_them():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("expected", [1.0, 1 / 8, torch.tensor(4.0)])
+@pytest.mark.parametrize("expected", [1.0, 1 / 8, torch.tensor([4.0])])
 def test_any_upstream_gradient_is_right_and_a_second_backward_too(dtype, expected):
     leaves, y, old, advantages, mask = problem(dtype)
 

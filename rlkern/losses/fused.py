@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_flags, check_number, check_tokens, computing_dtype, per_token, shown
 from ..primitives.kl import check_kl, kl_penalty
 from ..primitives.known import KnownLoss, RowStats, known_loss
-from ..primitives.linear import linear_token_stats
+from ..primitives.linear import context_of, linear_token_stats
 from ..primitives.plans import check_logits_dtype, check_workspace, rows_at_once
 from ..primitives.projection import autocast, check_matrix, whole_parameter
 from ..primitives.token_stats import TokenStats, row_options
@@ -233,10 +232,8 @@ def linear_fused_loss(
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    if gathered is not None and not callable(gathered):
-        raise TypeError(f"gathered must be a function that returns a context manager, or None, got {shown(gathered)}")
     _check_expected(expected_grad)
-    with nullcontext() if gathered is None else gathered():
+    with context_of(gathered):
         weight, bias = whole_parameter(weight), whole_parameter(bias)
         hidden, weight, bias = autocast(hidden, weight, bias)
         check_matrix(hidden, weight, bias)
@@ -283,7 +280,8 @@ def linear_fused_loss(
             chunk = chunk_rows or rows_at_once(weight.shape[0], dtype.itemsize, workspace)
             skips = isinstance(loss, str) or num_valid is not None
             total = of.of_all if isinstance(loss, str) else None
-            known = KnownLoss(of.of_rows, total, expected_grad, chunk, dtype, num_valid, skips, gathered)
+            expected = expected_grad.reshape(()) if isinstance(expected_grad, Tensor) else expected_grad
+            known = KnownLoss(of.of_rows, total, expected, chunk, dtype, num_valid, skips, gathered)
             value, stats = known_loss(hidden, weight, bias, y, counted, row_temperature, o, known)
             return FusedOutput(value, of.metrics, stats)
     stats = linear_token_stats(

@@ -258,7 +258,8 @@ def _check_weight_grad_out(weight_grad_out: Tensor | None, weight: Tensor) -> No
         raise TypeError(f"weight_grad_out must be {computing_dtype(weight)} for weight {weight.dtype}, got {weight_grad_out.dtype}")
 
 
-def _context(gathered: Callable[[], Any] | None) -> Any:
+def context_of(gathered: Callable[[], Any] | None) -> Any:
+    """What it returns to enter; of None, nothing."""
     if gathered is None:
         return nullcontext()
     wanted = "gathered must be a function without arguments that returns a context manager, or None"
@@ -363,7 +364,7 @@ def linear_token_stats(
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    with _context(gathered):
+    with context_of(gathered):
         weight, bias = whole_parameter(weight), whole_parameter(bias)
         hidden, weight, bias = autocast(hidden, weight, bias)
         check_matrix(hidden, weight, bias)
