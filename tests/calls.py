@@ -121,7 +121,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
                                     "advantages": normal(B), "mask": mask, "loss": "ppo", "bias": normal(V), "chunk_rows": 5,
                                     "reference_logp": logp, "kl_coef": 0.1}, ("hidden", "weight", "bias")),
         (rlkern.linear_fused_loss, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "loss": total_surprise,
-                                    "workspace": 5 * V * 4}, ("hidden", "weight")),
+                                    "workspace": 5 * V * 4, "logit_scale": 0.5, "softcap": 2.0}, ("hidden", "weight")),
         *((rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
           for kind in ("reverse_kl", "mixed_kl", "cross_entropy", "jsd", "alpha", "total_variation")),
         (rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V + 2), "kind": "skew_forward_kl", "beta": 0.1, "vocab": V,
