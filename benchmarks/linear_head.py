@@ -124,6 +124,7 @@ Loss = Callable[[Head, bool], Tensor]
 def contenders(computes: str, device: str, compiled: bool = True) -> dict[str, Loss]:
     """By name; those of other packages only if they are installed."""
     found: dict[str, Loss] = {
+        "rlkern": _linear,
         "rlkern, kept logits": functools.partial(_linear, workspace=1 << 40),
         "rlkern, tiles": functools.partial(_linear, workspace=1),
         "rlkern, known": _known,

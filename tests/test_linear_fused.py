@@ -236,7 +236,7 @@ def test_checkpoint_and_float32_logits():
 def test_compiled_it_is_the_statistics_and_the_loss():
     leaves, y, old, advantages, mask = problem(torch.float32)
 
-    @torch.compile(fullgraph=True, dynamic=True)
+    @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def step(hidden, weight, bias):
         named = linear_fused_loss(hidden, weight, y, old, advantages, mask, bias=bias, temperature=0.7)
         return named.loss + linear_fused_loss(hidden, weight, y, mask=mask, bias=bias, loss=lambda rows: rows.entropy.sum()).loss
@@ -278,3 +278,14 @@ def test_errors(change, error, message):
         arguments |= {"targets": y.flatten(), "mask": None}
     with pytest.raises(error, match=message):
         linear_fused_loss(**(arguments | change))
+
+
+def test_transforms_of_raw_logits():
+    leaves, y, old, advantages, mask = problem()
+    transforms = {"logit_scale": 1.5, "softcap": 2.0}
+    out = linear_fused_loss(leaves[0], leaves[1], y, old, advantages, mask, bias=leaves[2], chunk_rows=4, **transforms)
+    stats = token_stats(logits_of(leaves, mask), y, mask=mask, **transforms)
+    expected = rlkern.ppo_loss(stats.logp, old, advantages, mask & (y != -100), log_ratio_clamp=None).loss
+    torch.testing.assert_close(out.loss, expected)
+    for a, b in zip(gradients(out.loss, leaves), gradients(expected, leaves), strict=True):
+        torch.testing.assert_close(a, b)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from ..primitives.kl import check_kl, kl_penalty
 from ..primitives.known import KnownLoss, RowStats, known_loss
 from ..primitives.linear import linear_token_stats
 from ..primitives.plans import check_logits_dtype, check_workspace, rows_at_once
-from ..primitives.projection import autocast, check_matrix, whole_parameter
+from ..primitives.projection import check_num_valid, gathering, whole_head
 from ..primitives.token_stats import TokenStats, row_options
 from .aggregate import LossOutput, aggregate, aggregate_terms
 from .policy.cispo import cispo_loss
@@ -89,7 +88,7 @@ class _NamedLoss:
         everything[index] = x
         return everything.view(self.zeros.shape)
 
-    def of_all(self, stats: TokenStats, _: Any = None) -> Tensor:
+    def of_all(self, stats: TokenStats) -> Tensor:
         entropy = self.zeros if stats.entropy is None else stats.entropy
         loss, self.metrics = self.of(stats.logp, entropy, stats.logsumexp)
         return loss
@@ -122,14 +121,14 @@ def _policy(loss: str, of_policy: dict[str, Any], shared: dict[str, Any], *given
     return lambda logp: function(logp, *given, **own, **shared)
 
 
-def _kl(zeros: Tensor, reference_logp, coef: float, kind: str, clamp: float | None, scale) -> _Penalty | None:
+def _kl(mask: Tensor, zeros: Tensor, reference_logp, coef: float, kind: str, clamp: float | None, scale) -> _Penalty | None:
     check_kl(kind, clamp)
     if reference_logp is None:
         if coef != 0:
             raise ValueError(f"kl_coef={coef} needs reference_logp= [B, T]")
         return None
     check_tokens("reference_logp", reference_logp, zeros, of="targets")
-    return _Penalty(reference_logp, coef, kind, clamp, None if scale is None else per_token("kl_scale", scale, zeros))
+    return _Penalty(reference_logp, coef, kind, clamp, None if scale is None else torch.where(mask, per_token("kl_scale", scale, zeros), 0))
 
 
 def _check_expected(expected_grad: float | Tensor) -> None:
@@ -160,6 +159,8 @@ def linear_fused_loss(
     expected_grad: float | Tensor = 1.0,
     temperature: float | Tensor = 1.0,
     ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
     reference_logp: Tensor | None = None,
     kl_coef: float = 0.0,
     kl_kind: str = "k3",
@@ -197,8 +198,9 @@ def linear_fused_loss(
         out = linear_fused_loss(hidden, lm_head.weight, ids, mask=mask, loss=my_loss)
 
     Args:
-        hidden, weight, targets, bias, logits_dtype, num_valid, gathered, temperature, ignore_index, group: as
-            in `linear_token_stats`. A loss by its name takes hidden [B, T, H] and targets [B, T].
+        hidden, weight, targets, bias, logits_dtype, num_valid, gathered, temperature, ignore_index,
+            logit_scale, softcap, group: as in `linear_token_stats`. A loss by its name takes hidden [B, T, H]
+            and targets [B, T].
         old_logp, advantages, mask: as in `ppo_loss`, without gradient. old_logp may be None (on-policy), the
             mask too (all tokens), the advantages with "ce".
         loss: "ppo" (that of GRPO too), "reinforce", "cispo", "sapo": as the losses of these names. "ce":
@@ -233,22 +235,18 @@ def linear_fused_loss(
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    if gathered is not None and not callable(gathered):
-        raise TypeError(f"gathered must be a function that returns a context manager, or None, got {shown(gathered)}")
     _check_expected(expected_grad)
-    with nullcontext() if gathered is None else gathered():
-        weight, bias = whole_parameter(weight), whole_parameter(bias)
-        hidden, weight, bias = autocast(hidden, weight, bias)
-        check_matrix(hidden, weight, bias)
+    with gathering(gathered):
+        hidden, weight, bias = whole_head(hidden, weight, bias)
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail)
         rows: dict[str, Any] = {"mask": mask, "temperature": temperature, "ignore_index": ignore_index, "with_entropy": with_entropy}
         rows |= {"min_p": min_p, "min_prob": min_prob, "with_sum_sq": with_sum_sq, "with_tail": with_tail}
+        rows |= {"logit_scale": logit_scale, "softcap": softcap}
         y, counted, row_temperature, o = row_options(hidden, targets, of="hidden", **rows)
         dtype = check_logits_dtype(logits_dtype, hidden.dtype)
         if chunk_rows is not None:
             check_count("chunk_rows", chunk_rows, 1)
-        if num_valid is not None:
-            check_count("num_valid", num_valid)
+        check_num_valid(num_valid, hidden)
         workspace = check_workspace(workspace, hidden.device.type)
         of_policy = {"clip_low": clip_low, "clip_high": clip_high, "dual_clip": dual_clip, "cap": cap, "log_ratio_clamp": log_ratio_clamp}
         check_number("kl_coef", kl_coef, 0)
@@ -268,7 +266,7 @@ def linear_fused_loss(
             among = targets != ignore_index if counted is None else counted & (targets != ignore_index)
             shared = {"weights": weights, "aggregation": aggregation, "normalizer": normalizer}
             policy = _policy(loss, of_policy, shared, old_logp, advantages, among)
-            kl = _kl(zeros, reference_logp, kl_coef, kl_kind, kl_clamp, kl_scale)
+            kl = _kl(among, zeros, reference_logp, kl_coef, kl_kind, kl_clamp, kl_scale)
             of: Any = _NamedLoss(policy, among, zeros, (aggregation, normalizer), kl, (entropy_coef, lse_coef))
             of.of(zeros, zeros, zeros)  # raises for arguments that do not fit
         elif callable(loss):

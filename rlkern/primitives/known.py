@@ -9,7 +9,6 @@ the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from ..checks import check_target_range, computing_dtype, shown
 from ..operator import once, values_readable
-from .projection import Chunks, GradientSums, Head, Rows, new_gradients
+from .projection import Chunks, GradientSums, Head, Rows, gathering, new_gradients
 from .token_stats import Options, Results, TokenStats, compute, mark_kept, new_results, public_stats, write_gradient
 
 _INSTEAD = "use linear_token_stats and the loss on what it returns"
@@ -78,7 +77,7 @@ class _Known(torch.autograd.Function):
             gradients, ctx.gradients = ctx.gradients, None
             if gradients is None:  # a second time: the first one's belong to whoever got them
                 loss = ctx.how[-1]
-                with nullcontext() if loss.gathered is None else loss.gathered():
+                with gathering(loss.gathered):
                     _, _, gradients = _run(*ctx.saved_tensors, *ctx.how, ctx.needs_input_grad[:3])
             _rescale(gradients, g, ctx.how[-1].expected)
         if torch.is_grad_enabled():  # create_graph=True

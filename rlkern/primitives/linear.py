@@ -7,7 +7,6 @@ matrix, whose gradient is then complete a tile at a time, or by chunks of whole 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,7 +20,7 @@ from .kept_sets import Kept, check_kept
 from .linear_kept import check_kept_options, linear_kept_stats
 from .parts import IGNORED, finish, merge, part_of, targets_in_part
 from .plans import check_logits_dtype, check_workspace, cut
-from .projection import GradientSums, Head, Rows, add_product, autocast, blocks, check_matrix, new_gradients, whole_parameter
+from .projection import GradientSums, Head, Rows, add_product, autocast, blocks, check_num_valid, gathering, new_gradients, whole_head
 from .token_stats import (
     GRADIENTS,
     OPTIONS,
@@ -258,21 +257,6 @@ def _check_weight_grad_out(weight_grad_out: Tensor | None, weight: Tensor) -> No
         raise TypeError(f"weight_grad_out must be {computing_dtype(weight)} for weight {weight.dtype}, got {weight_grad_out.dtype}")
 
 
-def _context(gathered: Callable[[], Any] | None) -> Any:
-    if gathered is None:
-        return nullcontext()
-    wanted = "gathered must be a function without arguments that returns a context manager, or None"
-    if not callable(gathered):
-        raise TypeError(f"{wanted}, got {shown(gathered)}")
-    try:
-        context = gathered()
-    except TypeError as error:
-        raise TypeError(f"{wanted}, got one that raises {error}") from error
-    if not hasattr(context, "__enter__"):
-        raise TypeError(f"{wanted}, got one that returns {shown(context)}")
-    return context
-
-
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -363,10 +347,8 @@ def linear_token_stats(
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    with _context(gathered):
-        weight, bias = whole_parameter(weight), whole_parameter(bias)
-        hidden, weight, bias = autocast(hidden, weight, bias)
-        check_matrix(hidden, weight, bias)
+    with gathering(gathered):
+        hidden, weight, bias = whole_head(hidden, weight, bias)
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
         lora_hidden, lora_weight = _lora(lora, hidden, weight)
         _check_weight_grad_out(weight_grad_out, weight)
@@ -387,10 +369,7 @@ def linear_token_stats(
         )
         if chunk_rows is not None:
             check_count("chunk_rows", chunk_rows, 1)
-        if num_valid is not None:
-            check_count("num_valid", num_valid)
-            if num_valid > hidden.shape[:-1].numel():
-                raise ValueError(f"num_valid must be at most the number of rows {hidden.shape[:-1].numel()}, got {num_valid}")
+        check_num_valid(num_valid, hidden)
         dtype = check_logits_dtype(logits_dtype, hidden.dtype)
         parameters = hidden, weight, bias, lora_hidden, lora_weight
         hidden_needs, weight_needs, *others_need = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)

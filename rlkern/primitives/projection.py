@@ -5,14 +5,15 @@ The library computes the products. Logits of 16-bit operands are rounded to thos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from copy import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..checks import check_logits, computing_dtype, expect
+from ..checks import check_count, check_logits, computing_dtype, expect, shown
 from ..layout import counted_rows
 from ..operator import values_readable
 
@@ -341,3 +342,34 @@ def whole_parameter(x: Any) -> Any:
     from torch.distributed.tensor import Partial
 
     return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+
+
+def whole_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(hidden, weight, bias), checked: parameters that are sharded whole, all in autocast's dtype."""
+    head = autocast(hidden, whole_parameter(weight), whole_parameter(bias))
+    check_matrix(*head)
+    return head  # type: ignore[return-value]
+
+
+def check_num_valid(num_valid: int | None, hidden: Tensor) -> None:
+    if num_valid is None:
+        return
+    check_count("num_valid", num_valid)
+    if num_valid > hidden.shape[:-1].numel():
+        raise ValueError(f"num_valid must be at most the number of rows {hidden.shape[:-1].numel()}, got {num_valid}")
+
+
+def gathering(gathered: Callable[[], Any] | None) -> Any:
+    """The context in which the parameters have their values."""
+    if gathered is None:
+        return nullcontext()
+    wanted = "gathered must be a function without arguments that returns a context manager, or None"
+    if not callable(gathered):
+        raise TypeError(f"{wanted}, got {shown(gathered)}")
+    try:
+        context = gathered()
+    except TypeError as error:
+        raise TypeError(f"{wanted}, got one that raises {error}") from error
+    if not hasattr(context, "__enter__"):
+        raise TypeError(f"{wanted}, got one that returns {shown(context)}")
+    return context
