@@ -1,4 +1,4 @@
-"""TRL's fused LM head on `rlkern.linear_token_stats`, in no more memory than TRL's own takes."""
+"""TRL's fused LM head on `rlkern.linear_token_stats`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,25 @@ _TOKENS = 4096  # of a tile of TRL's
 _Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk_size: int, whole_rows: bool) -> int:
-    """Bytes of logits to keep, with which all is as large as TRL's tile and float32 gradients, or smaller."""
+def _workspace(given: tuple[Tensor, Tensor, Tensor | None], hidden: Tensor, weight: Tensor, chunk_size: int, whole_rows: bool) -> int:
+    """Bytes of logits to keep, with which all is as large as what TRL's head takes, or smaller.
+
+    That is a tile of logits, and float32 sums of 16-bit gradients.
+
+    Args:
+        given: hidden, weight and bias before they were cast.
+        hidden, weight: cast.
+    """
     (n, h), v, dtype = hidden.shape, len(weight), hidden.dtype
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
+    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in given)
     size = min(n, _TOKENS) * min(chunk_size, v) * dtype.itemsize
-    if dtype.itemsize < 4:
-        size += 4 * h * (n * needs[0] + v * needs[1])
+    for x, cast, need in zip(given, (hidden, weight), needs, strict=False):
+        if x.dtype.itemsize < 4:  # type: ignore[union-attr]
+            size += 4 * cast.numel() * need
+        if cast is not x:
+            size -= cast.nbytes * (1 + need)  # a copy and its gradient, which TRL makes of a tile
     plan = partial(linear_plan, n, h, v, dtype, needs=needs, whole_rows=whole_rows)
+    size = max(0, size)
     return size if plan(workspace=size).bytes <= size else max(0, size - plan(workspace=0).bytes)
 
 
@@ -45,7 +56,7 @@ def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: flo
 
 
 def _is_top1(stats: Any, targets: Tensor, hidden: Tensor, *head: Any) -> Tensor:
-    """[N] bool, from `token_stats` with min_p=1: the kept set has the largest logits.
+    """[N] bool, from statistics with min_p=1, whose kept set has the largest logits.
 
     The first of several wins, as in argmax. Only rows whose target is one of several are multiplied again.
     """
@@ -74,9 +85,11 @@ def _fused_lm_head(
     softcap * tanh(scale * x / softcap) / temperature; without a softcap scale * x / temperature. The first
     two carry gradients to hidden, weight and bias. The others are for metrics.
     """
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device):
-        hidden = hidden.to(torch.get_autocast_dtype(device))
+    given = hidden, weight, bias
+    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
+    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    top1 = "is_top1" in outputs
+    workspace = _workspace(given, hidden, weight, chunk_size, top1)
     if logit_scale <= 0:  # a sign, or 0, may as well be that of the hidden states
         sign = (logit_scale > 0) - (logit_scale < 0)
         hidden, bias, logit_scale = hidden * sign, None if bias is None else bias * sign, abs(logit_scale) or 1.0
@@ -84,19 +97,16 @@ def _fused_lm_head(
     def gathered() -> Any:
         from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-        return maybe_gather_lm_head_ctx(*parameters)
+        return maybe_gather_lm_head_ctx(*given[1:])
 
-    parameters, partitioned = (weight, bias), hasattr(weight, "ds_id")  # by ZeRO-3, before the backward
-    weight, bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-    top1 = "is_top1" in outputs
     stats = linear_token_stats(
         hidden,
         weight,
         targets,
         bias=bias,
         temperature=temperature,
-        workspace=_workspace(hidden, weight, bias, chunk_size, top1),
-        gathered=gathered if partitioned else None,
+        workspace=workspace,
+        gathered=gathered if hasattr(given[1], "ds_id") else None,  # ZeRO-3 takes the weight away before the backward
         min_p=1.0 if top1 else None,
         with_sum_sq="log_sum_sq_probs" in outputs,
         with_entropy="entropy" in outputs,
