@@ -350,8 +350,8 @@ def linear_cross_entropy(
         from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
 
         return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
-    rows, options = hidden.reshape(-1, hidden.shape[-1]), {"temperature": temperature, "logits_dtype": computing_dtype(hidden)}
-    stats = primitives.linear_token_stats(rows, weight, labels.reshape(-1), **options)
+    rows, logits_dtype = hidden.reshape(-1, hidden.shape[-1]), computing_dtype(hidden)
+    stats = primitives.linear_token_stats(rows, weight, labels.reshape(-1), temperature=temperature, logits_dtype=logits_dtype)
     return stats.logp, stats.entropy
 
 

@@ -28,7 +28,7 @@ def _workspace(given: tuple[Tensor, Tensor, Tensor | None], hidden: Tensor, weig
         hidden, weight: cast.
     """
     (n, h), v, dtype = hidden.shape, len(weight), hidden.dtype
-    needs = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in given)
+    needs: Any = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in given)
     size = min(n, _TOKENS) * min(chunk_size, v) * dtype.itemsize
     for x, cast, need in zip(given, (hidden, weight), needs, strict=False):
         if x.dtype.itemsize < 4:  # type: ignore[union-attr]
