@@ -18,25 +18,18 @@ _TOKENS = 4096  # of a tile of TRL's
 _Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
-def _workspace(given: tuple[Tensor, Tensor, Tensor | None], hidden: Tensor, weight: Tensor, chunk_size: int, whole_rows: bool) -> int:
+def _workspace(hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, chunk_size: int, whole_rows: bool) -> int:
     """Bytes of logits to keep, with which all is as large as what TRL's head takes, or smaller.
 
-    That is a tile of logits, and float32 sums of 16-bit gradients.
-
-    Args:
-        given: hidden, weight and bias before they were cast.
-        hidden, weight: cast.
+    That is a tile of logits, and float32 sums of 16-bit gradients. dtype: of the logits.
     """
-    (n, h), v, dtype = hidden.shape, len(weight), hidden.dtype
-    needs: Any = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in given)
+    (n, h), v = hidden.shape, len(weight)
+    needs: Any = tuple(torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias))
     size = min(n, _TOKENS) * min(chunk_size, v) * dtype.itemsize
-    for x, cast, need in zip(given, (hidden, weight), needs, strict=False):
-        if x.dtype.itemsize < 4:  # type: ignore[union-attr]
-            size += 4 * cast.numel() * need
-        if cast is not x:
-            size -= cast.nbytes * (1 + need)  # a copy and its gradient, which TRL makes of a tile
-    plan = partial(linear_plan, n, h, v, dtype, needs=needs, whole_rows=whole_rows)
-    size = max(0, size)
+    size += sum(4 * x.numel() * need for x, need in zip((hidden, weight), needs, strict=False) if x.dtype.itemsize < 4)
+    if weight.dtype != dtype:
+        size -= v * h * dtype.itemsize  # a copy of the matrix, which TRL makes of a tile
+    plan, size = partial(linear_plan, n, h, v, dtype, needs=needs, whole_rows=whole_rows), max(0, size)
     return size if plan(workspace=size).bytes <= size else max(0, size - plan(workspace=0).bytes)
 
 
@@ -85,11 +78,12 @@ def _fused_lm_head(
     softcap * tanh(scale * x / softcap) / temperature; without a softcap scale * x / temperature. The first
     two carry gradients to hidden, weight and bias. The others are for metrics.
     """
-    given = hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
-    hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    top1 = "is_top1" in outputs
-    workspace = _workspace(given, hidden, weight, chunk_size, top1)
+    given, top1, device = (weight, bias), "is_top1" in outputs, hidden.device.type
+    cast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if cast else hidden.dtype
+    workspace = _workspace(hidden, weight, bias, dtype, chunk_size, top1)
+    if not cast:
+        weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     if logit_scale <= 0:  # a sign, or 0, may as well be that of the hidden states
         sign = (logit_scale > 0) - (logit_scale < 0)
         hidden, bias, logit_scale = hidden * sign, None if bias is None else bias * sign, abs(logit_scale) or 1.0
@@ -97,7 +91,7 @@ def _fused_lm_head(
     def gathered() -> Any:
         from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-        return maybe_gather_lm_head_ctx(*given[1:])
+        return maybe_gather_lm_head_ctx(*given)
 
     stats = linear_token_stats(
         hidden,
@@ -106,7 +100,7 @@ def _fused_lm_head(
         bias=bias,
         temperature=temperature,
         workspace=workspace,
-        gathered=gathered if hasattr(given[1], "ds_id") else None,  # ZeRO-3 takes the weight away before the backward
+        gathered=gathered if hasattr(given[0], "ds_id") else None,  # ZeRO-3 takes the weight away before the backward
         min_p=1.0 if top1 else None,
         with_sum_sq="log_sum_sq_probs" in outputs,
         with_entropy="entropy" in outputs,
