@@ -295,7 +295,7 @@ def linear_token_stats(
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64. torch.autocast casts it, with weight and bias.
-            Of float32 ones it casts a tile at a time, and their gradient is float32.
+            Float32 ones are cast where they are multiplied. No copy is kept, and the gradient is float32.
         weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. All three may require grad.
         workspace: bytes of logits to keep; None takes 1 GiB, on a CPU 256 MiB. Beyond it come a tile of
             logits and a float32 sum of the gradient of hidden.

@@ -357,8 +357,8 @@ def whole_parameter(x: Any) -> Any:
 def whole_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden, weight, bias), checked: parameters that are sharded whole, all in autocast's dtype.
 
-    But where that has 16 bits, float32 parameters stay so. `Head` casts them, and their gradient is float32,
-    rounded nowhere.
+    But where that has 16 bits, float32 parameters stay so. `Head` casts them, so no copy of them is kept for
+    the backward, and their gradient is float32 as the library's product gives it.
     """
     dtype = _autocast_dtype(hidden)
     master = torch.float32 if dtype is not None and dtype.itemsize == 2 else None
