@@ -100,6 +100,8 @@ def violations(rows: list[dict]) -> list[str]:
     for row in rows:
         if spilled := row["resources"]["spilled_bytes"]:
             found.append(f"{spilled} bytes spilled in {row['kernel']}")
+        if row["uneven_sums"]:  # rows that are all but equal lost digits by it: threads had frames of their own
+            found.append(f"{row['uneven_sums']} sums with other bits in each thread in {row['kernel']}")
     for row in filter(lambda row: row["block"], rows):
         # If the halves of a tile have branches of their own, a path shows one of them: 16-byte loads only.
         if not by_elements and row["wide_share"] < 1 and {int(width) for width in row["load_widths"]} != {16}:
@@ -231,6 +233,23 @@ def test_kernel_without_a_loop_is_read_from_entry_to_exit():
     program = Program([Instruction("MOV"), Instruction("MUFU.EX2", "exp2"), Instruction("EXIT", falls_through=False)])
     assert program.loops() == []
     assert program.hot_paths("exp2", tile=1) == [[0, 1, 2]]
+
+
+# A product summed over two threads by an FMA with what the other thread rounded, then as it should be.
+PTX = """
+\tmul.f32 \t%r56, %r10, %r8;
+\tshfl.sync.bfly.b32 \t%r57, %r56, 1, 31, -1;
+\tfma.rn.f32 \t%r58, %r10, %r8, %r57;
+\tfma.rn.f32 \t%r60, %r12, %r55, 0f00000000;
+\tshfl.sync.bfly.b32 \t%r61, %r60, 1, 31, -1;
+\tadd.f32 \t%r62, %r60, %r61;
+\tfma.rn.f32 \t%r63, %r61, %r62, %r58;
+"""
+
+
+def test_sums_that_differ_from_thread_to_thread_are_found():
+    assert machine.uneven_sums(PTX) == 1
+    assert machine.uneven_sums(PTX.replace("%r10, %r8, %r57", "%r10, %r8, %r9")) == 0
 
 
 # Masked accesses out of line: a jump to them where any lane is active, and back.

@@ -5,6 +5,13 @@ import triton.language as tl
 
 
 @triton.jit
+def sum_scaled(k, x):
+    """sum k x over a row's parts, the same bits in every thread. In tl.sum(k * x) the first addition may be
+    an FMA: a thread's own product is not rounded there, but the one that it gets from another thread is."""
+    return tl.sum(tl.fma(k, x, 0.0), axis=0)
+
+
+@triton.jit
 def log1p(x):
     """log(1 + x) for x > -1, accurate relative to x. Used once a row: a series will do."""
     if x.dtype == tl.float64:

@@ -11,6 +11,7 @@ import triton.language as tl
 
 from .gradient import columns, edges, load_upstream, write_zeros
 from .launch import backward_shape, device_of, forward_shape, gpu, row_options, starts_aligned, strides
+from .math import sum_scaled
 from .rows import BATCH_SHAPE, row_start, row_targets
 from .token_stats_forward import CAN_SHIFT, end_of_whole_tiles, last_tile, row_boundary, sum_lanes, whole_tile
 from .token_stats_split import part_of
@@ -92,7 +93,7 @@ def row_moments_merge_kernel(
         n = tl.load(part)
         head = tl.load(parts_ptr + row * (4 * SPLITS) + SPLITS)  # the first part's shift; no part before it is empty
         apart = tl.where(n > 0, tl.load(part + SPLITS) - head + tl.load(part + 2 * SPLITS), 0.0)
-        tail = tl.sum(n * apart, axis=0) / vocab
+        tail = sum_scaled(n, apart) / vocab
         tail = tl.where(tl.abs(tail) < float("inf"), tail, float("nan"))
         variance = tl.sum(tl.load(part + 3 * SPLITS) + n * (apart - tail) * (apart - tail), axis=0) / vocab
         in_vocab = (y >= 0) & (y < vocab)

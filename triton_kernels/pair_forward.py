@@ -94,7 +94,7 @@ def moved(p, x, a, b, k, log_k, k_other, eta, KIND: tl.constexpr):
     if KIND == PAIR_KIND_FORWARD_KL or KIND == PAIR_KIND_MIXED_KL:
         b = k_other * (b + eta * x) + tl.where(near, k * (small * (small + phi) - phi), k_other * eta - growth) * p
     if KIND == PAIR_KIND_CROSS_ENTROPY:
-        b = k_other * (b + log_k * (p + x))
+        b = tl.fma(k_other, b + log_k * (p + x), 0.0)  # as in sum_scaled
     return k * p, k * x + growth * (x + p), a, b
 
 

@@ -10,6 +10,7 @@ mixture_sweep.
 import triton
 import triton.language as tl
 
+from .math import sum_scaled
 from .pair_forward import (
     balanced,
     frame_growth,
@@ -48,20 +49,20 @@ def _merge(parts_row, inv_t, other_inv_t, difference, KIND: tl.constexpr, SAME_T
     k, log_k = frame_scale(part_top, top, inv_t)
     other_ref = tl.maximum(other_m, lowest(ACC))
     k_other, _log = frame_scale(part_ref, other_ref, other_inv_t)
-    p_all = tl.sum(k * (s0 + ties), axis=0)
-    q_all = tl.sum(k_other * (s0 + ties + x), axis=0)
+    p_all = sum_scaled(k, s0 + ties)
+    q_all = sum_scaled(k_other, s0 + ties + x)
     other_ref = balanced(other_ref, p_all, q_all, other_inv_t)
     k_other, _log = frame_scale(part_ref, other_ref, other_inv_t)
     eta = frame_growth(part_top, part_ref, top, other_ref, inv_t, difference, SAME_TEMPERATURE)
     k, log_k, eta = unless_empty(part_m, k, log_k, eta, part_ref, other_ref, other_inv_t)
     # The others' maxima are ordinary entries of the row.
     at_top = part_m == m
-    s1 = k * (s1 + tl.maximum(log_k * LOG2E, FLOOR) * (s0 + ties))
+    s1 = sum_scaled(k, s1 + tl.maximum(log_k * LOG2E, FLOOR) * (s0 + ties))
     p, x, a, b = moved(s0 + ties, x, a, b, k, log_k, k_other, eta, KIND)
     s0 = tl.where(at_top, s0, p)
     return (
         m, other_m, other_ref, tl.sum(tl.where(at_top, ties, 0.0), axis=0), tl.sum(s0, axis=0),
-        tl.sum(x, axis=0), tl.sum(a, axis=0), tl.sum(b, axis=0), tl.sum(s1, axis=0), worst,
+        tl.sum(x, axis=0), tl.sum(a, axis=0), tl.sum(b, axis=0), s1, worst,
     )  # fmt: skip
 
 
@@ -74,8 +75,9 @@ def _merge_other(parts_row, scale, SPLITS: tl.constexpr):
     m = tl.max(part_m, axis=0)
     d = exponent(part_m, tl.where(m == NEG_INF, 0.0, m), scale)
     s0 = tl.load(part + 2 * SPLITS) + tl.where(part_m == m, 0.0, ties)
-    s1 = tl.exp2(d) * (tl.load(part + 3 * SPLITS) + d * s0)
-    return m, tl.sum(tl.where(part_m == m, ties, 0.0), axis=0), tl.sum(tl.exp2(d) * s0, axis=0), tl.sum(s1, axis=0)
+    s1 = tl.load(part + 3 * SPLITS) + d * s0
+    k = tl.exp2(d)
+    return m, tl.sum(tl.where(part_m == m, ties, 0.0), axis=0), sum_scaled(k, s0), sum_scaled(k, s1)
 
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)

@@ -11,6 +11,7 @@ of the others, S0 of the kept entries and of the others.
 import triton
 import triton.language as tl
 
+from .math import sum_scaled
 from .rows import BATCH_SHAPE, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 from .token_stats_forward import kept_sweep, kept_threshold, log_total, sweep, write_row, write_zeros
 
@@ -35,9 +36,9 @@ def _merge(parts_row, scale, SUM_SQ: tl.constexpr, SPLITS: tl.constexpr):
     shrink = tl.exp2(d)
     below = tl.where(top, 0.0, ties)  # the others' maxima are ordinary entries of the row
     s0 = tl.load(part + 2 * SPLITS) + below
-    s1 = shrink * (tl.load(part + 3 * SPLITS) + d * s0)
-    s2 = tl.sum(shrink * shrink * (tl.load(part + 4 * SPLITS) + below), axis=0) if SUM_SQ else tl.zeros((), m.dtype)
-    return m, tl.sum(tl.where(top, ties, 0.0), axis=0), tl.sum(shrink * s0, axis=0), tl.sum(s1, axis=0), s2
+    s1 = tl.load(part + 3 * SPLITS) + d * s0
+    s2 = sum_scaled(shrink * shrink, tl.load(part + 4 * SPLITS) + below) if SUM_SQ else tl.zeros((), m.dtype)
+    return m, tl.sum(tl.where(top, ties, 0.0), axis=0), sum_scaled(shrink, s0), sum_scaled(shrink, s1), s2
 
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)

@@ -32,6 +32,17 @@ def read_resources(compiled) -> Resources:
     return Resources(found["REG"], found["STACK"] + found["LOCAL"], compiled.metadata.shared)
 
 
+_PTX_SHUFFLE = re.compile(r"shfl\.sync\.\S+\s+(%\w+)")
+_PTX_FMA = re.compile(r"\bfma\.\S+\s+.*,\s*(%\w+);")
+
+
+def uneven_sums(ptx: str) -> int:
+    """How often a thread adds another's number to a product of its own by one FMA. The other thread rounded
+    that number, and not its own product: what should be one sum has other bits in each thread."""
+    shuffled = set(_PTX_SHUFFLE.findall(ptx))
+    return sum(addend in shuffled for addend in _PTX_FMA.findall(ptx))
+
+
 _SASS_LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;")
 _SASS_TARGET = re.compile(r"`\(([^)]+)\)")
 _SASS_WIDTH = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 
 from .build import build, target
 from .cases import LAYOUTS, Case, Launch, record
-from .machine import Resources, read
+from .machine import Resources, read, uneven_sums
 from .model import DEVICES, bound, occupancy
 
 
@@ -26,6 +26,7 @@ class Row:
     load_widths: dict[int, int]  # bytes -> loads of logits on the hot path that are that wide
     wide_share: float  # share of the logits that arrive in 16-byte loads
     operations: dict[str, int] = field(default_factory=dict)  # mnemonic -> times on the hot path
+    uneven_sums: int = 0  # sums over threads whose bits differ from thread to thread; looked for in PTX
 
     @property
     def bytes_per_logit(self) -> int:
@@ -90,6 +91,7 @@ def _analyse_launch(case: Case, launch: Launch, arch: str) -> Row:
     costs = {"instructions_per_logit": instructions, "exp2_per_logit": exps, "operations": dict(operations.most_common())}
     costs |= {"load_widths": dict(sorted(widths.items())), "wide_share": min(1.0, wide / covered)}
     costs |= {"sweeps": len(paths) if block else 0, "bytes_in_flight": tile_bytes * max(1, buffers)}
+    costs |= {"uneven_sums": uneven_sums(compiled.asm.get("ptx", ""))}
     return Row(case, launch.kernel.__name__, arch, block, warps, resources, **costs)
 
 
