@@ -96,7 +96,15 @@ def head_oracle(hidden, weight, bias, targets, temperature, softcap, scale):
 
 @pytest.mark.parametrize("columns", [64, 7], ids=["all logits kept", "none kept"])
 @pytest.mark.parametrize(
-    "temperature, softcap, scale, with_bias", [(1.0, None, 1.0, False), (0.6, None, 0.5, True), (1.3, 2.0, 1.5, True), (0.9, None, -0.7, False)]
+    "temperature, softcap, scale, with_bias",
+    [
+        (1.0, None, 1.0, False),
+        (0.6, None, 0.5, True),
+        (1.3, 2.0, 1.5, True),
+        (0.9, None, -0.7, False),
+        (0.8, 2.0, -0.7, True),
+        (1.0, None, 0.0, True),
+    ],
 )
 def test_head_and_its_gradients_against_float64(monkeypatch, columns, temperature, softcap, scale, with_bias):
     monkeypatch.setattr(lm_head, "_TOKENS", 40)  # mean logits in two pieces
