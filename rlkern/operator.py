@@ -28,15 +28,14 @@ _transform = torch._C._functorch.peek_interpreter_stack  # torch.func's, or None
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # as in jacobian(vectorize=True)
 
 
+def traced(x: Tensor) -> bool:
+    """Whether x is compiled, a tensor subclass (FakeTensor, DTensor) or a meta tensor: only operators do."""
+    return _is_compiling() or type(x) not in _ORDINARY or x.is_meta
+
+
 def watched(x: Tensor) -> bool:
-    """Whether a compiler, a tensor subclass (FakeTensor, DTensor), a dispatch mode or a meta tensor needs to
-    see operators. If not, dispatch is pure overhead."""
-    return _is_compiling() or type(x) not in _ORDINARY or x.is_meta or _dispatch_modes() > 0
-
-
-def runs_directly(x: Tensor) -> bool:
-    """Whether kernels may run on x outside of an operator."""
-    return not watched(x)
+    """Whether x or a dispatch mode needs to see operators. If not, dispatch is pure overhead."""
+    return traced(x) or _dispatch_modes() > 0
 
 
 def values_readable(x: Tensor) -> bool:

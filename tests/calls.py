@@ -71,6 +71,10 @@ def history(entropy):
     return past.mean
 
 
+def total_surprise(rows):
+    return -rows.logp.sum()
+
+
 def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
     g = torch.Generator().manual_seed(seed)
     B, T, V, K = batch, length, vocab, 3
@@ -111,6 +115,13 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
                       "other_bias": normal(V + 2), "kind": "jsd", "vocab": V, "chunk_rows": 5, "mask": mask, "other_grad": True, **more},
            ("hidden", "weight", "other_hidden", "other_weight", "other_bias"))
           for function, more in ((rlkern.linear_token_divergence, {}), (rlkern.linear_pair_stats, {"targets": targets, "temperature": per_row}))),
+        (rlkern.linear_token_divergence, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "other_hidden": normal(B, T, 3),
+                                          "other_weight": normal(V, 3), "workspace": 5 * 2 * V * 4}, ("hidden", "weight")),
+        (rlkern.linear_fused_loss, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "old_logp": logp,
+                                    "advantages": normal(B), "mask": mask, "loss": "ppo", "bias": normal(V), "chunk_rows": 5,
+                                    "reference_logp": logp, "kl_coef": 0.1}, ("hidden", "weight", "bias")),
+        (rlkern.linear_fused_loss, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "loss": total_surprise,
+                                    "workspace": 5 * V * 4, "logit_scale": 0.5, "softcap": 2.0}, ("hidden", "weight")),
         *((rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V), "kind": kind, "temperature": 0.7, "mask": mask}, ("logits",))
           for kind in ("reverse_kl", "mixed_kl", "cross_entropy", "jsd", "alpha", "total_variation")),
         (rlkern.token_divergence, {"logits": logits, "other": normal(B, T, V + 2), "kind": "skew_forward_kl", "beta": 0.1, "vocab": V,

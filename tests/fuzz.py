@@ -121,7 +121,7 @@ def values(r: random.Random, arguments: dict) -> dict:
 def garbage(r: random.Random, arguments: dict) -> dict:
     """NaN and infinities where the mask says that nobody looks."""
     mask = arguments.get("mask")
-    if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.shape[-1] in (1, 3):  # else [B, n] or [B, K] may look like [B, T]
+    if not isinstance(mask, Tensor) or mask.dim() == 0 or mask.shape[-1] in (1, 2, 3):  # else [B, n], [B, K] or [V, H] may look like [B, T]
         return arguments
     changed, skipped = dict(arguments), mask == 0
     for name in _tensors(arguments):

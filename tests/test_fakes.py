@@ -29,6 +29,11 @@ CALLS = {
         TOKENS,
     ),
     "linear divergence": (lambda h, y: rlkern.linear_pair_stats(h, h.detach().new_ones(V, H), h, h.detach().new_ones(V, H), y), (*ROWS, H), TOKENS),
+    "linear loss": (
+        lambda h, y: (rlkern.linear_fused_loss(h, h.detach().new_ones(V, H), y, advantages=y[:, 0] + 1.0, loss="reinforce", entropy_coef=0.1).loss,),
+        (*ROWS, H),
+        TOKENS,
+    ),
     "divergence": (lambda x, y: (rlkern.token_divergence(x, x.detach() * 2),), (*ROWS, V), TOKENS),
     "divergence by both": (lambda x, y: (rlkern.token_divergence(x, x * 2, kind="jsd", other_grad=True, vocab=5),), (*ROWS, V), TOKENS),
     "pair": (lambda x, y: rlkern.pair_stats(x, x.detach() * 2, y), (*ROWS, V), TOKENS),

@@ -49,6 +49,19 @@ def assert_close(got, want, rtol=1e-5, atol=1e-5):
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=atol)
 
 
+def at_the_bound(scaled, *, min_p=None, min_prob=None):
+    """Entries of float64 logits / temperature so near the kept set's bound that either side is right."""
+    relative = scaled.log_softmax(-1) if min_p is None else scaled - scaled.amax(-1, keepdim=True)
+    return (relative - math.log(min_prob if min_p is None else min_p)).abs() < 1e-4
+
+
+def clear_rows(scaled, **kept):
+    """[N] bool, mostly True: rows with no entry at the bound, whose kept_logmass can be compared."""
+    clear = ~at_the_bound(scaled, **kept).any(-1)
+    assert 2 * clear.sum() >= len(clear)
+    return clear
+
+
 def check_statistics(x, y, *, temperature=1.0, **kept):
     """All fields for logits [N, V] and targets [N, K], -100 among them, and the gradient of all together."""
     ignored, tolerance = y == -100, TOLERANCE[x.dtype]
@@ -56,15 +69,17 @@ def check_statistics(x, y, *, temperature=1.0, **kept):
 
     weights = [upstream(*y.shape, seed=0, dtype=acc), *(upstream(len(y), seed=i, dtype=acc) for i in range(1, 5 if kept else 4))]
     t = temperature.double() if isinstance(temperature, torch.Tensor) else temperature
+    per_row = t.unsqueeze(-1) if isinstance(t, torch.Tensor) else t
+    clear = clear_rows(x.double() / per_row, **kept) if kept else torch.ones_like(y[:, 0], dtype=torch.bool)
     columns = y.masked_fill(ignored, 0)
 
     def fused(x):
         stats = rlkern.token_stats(x, y, temperature=temperature, with_sum_sq=True, **kept)
-        return stats[: 5 if kept else 4]
+        return [*stats[:4], *([torch.where(clear, stats.kept_logmass, 0)] if kept else [])]
 
     def written_out(x):
         stats = reference.token_stats(x, columns, t, **kept)
-        return [stats.logp.masked_fill(ignored, 0), *stats[1:4], *([stats.kept_logmass] if kept else [])]
+        return [stats.logp.masked_fill(ignored, 0), *stats[1:4], *([torch.where(clear, stats.kept_logmass, 0)] if kept else [])]
 
     *fields, d_x = twice(differentiated, fused, x, weights)
     *wanted, gradient = differentiated(written_out, x.double(), weights)
@@ -72,7 +87,6 @@ def check_statistics(x, y, *, temperature=1.0, **kept):
     assert_close(fields, wanted, tolerance, tolerance)
 
     # the sizes of the terms that an entry is the sum of, where they cancel
-    per_row = t.unsqueeze(-1) if isinstance(t, torch.Tensor) else t
     log_p = (x.double() / per_row).log_softmax(-1)
     p, at_targets = log_p.exp(), weights[0].abs().masked_fill(ignored, 0)
     entropy, sum_sq = wanted[1].unsqueeze(-1), wanted[3].unsqueeze(-1)
@@ -111,10 +125,7 @@ def test_several_targets_kept_set_and_sum_of_squares():
 def test_split_rows_with_a_kept_set_and_a_temperature_each(vocab, dtype, kept):
     x, y = random_logits(6, vocab, dtype=dtype), random_targets(vocab, 6, 2)
     temperature = torch.tensor([0.3, 0.7, 1.0, 1.5, 2.0, 10.0], device="cuda")
-    scaled = x.double() / temperature.unsqueeze(-1)
-    relative = scaled - scaled.amax(-1, keepdim=True) if "min_p" in kept else scaled.log_softmax(-1)
-    at_the_bound = (relative - math.log(next(iter(kept.values())))).abs() < 1e-4  # either side is right, to what float32 knows
-    x = torch.where(at_the_bound, x - 0.01 * temperature.unsqueeze(-1), x).to(dtype)
+    x = torch.where(at_the_bound(x.double() / temperature.unsqueeze(-1), **kept), x - 0.01 * temperature.unsqueeze(-1), x).to(dtype)
     check_statistics(x, y, temperature=temperature.double() if dtype == torch.float64 else temperature, **kept)
 
 
@@ -199,14 +210,15 @@ def test_softcap(vocab, dtype, n_targets):
     x[:, 3::7] = -math.inf
     y = random_targets(vocab - 7, n * n_targets).view(n, n_targets) // 7 * 7
     grads = [upstream(n, n_targets, seed=1, dtype=torch.float64), *(upstream(n, seed=s, dtype=torch.float64) for s in (2, 3))]
+    clear = clear_rows((30 * (x.double() * 1.3 / 30).tanh()).masked_fill(x == -math.inf, -math.inf), min_p=0.01)
 
     def fused(x, **more):
         stats = rlkern.token_stats(x, y, min_p=0.01, **options, **more)
-        return stats.logp, stats.entropy, stats.kept_logmass
+        return stats.logp, stats.entropy, torch.where(clear, stats.kept_logmass, 0)
 
     def written_out(x):
         stats = reference.token_stats(x, y, min_p=0.01, **options)
-        return stats.logp, stats.entropy, stats.kept_logmass
+        return stats.logp, stats.entropy, torch.where(clear, stats.kept_logmass, 0)
 
     *got, d_x = twice(lambda: differentiated(fused, x, grads))
     *want, d_want = differentiated(written_out, x.double(), grads)
@@ -399,8 +411,9 @@ def test_linear_token_stats_of_kept_ids(dtype):
 
 
 @pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
+@pytest.mark.parametrize("plan", [{"chunk_rows": 64}, {}, {"workspace": 100 * 2 * SMALL_VOCAB * 4}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_linear_token_divergence(dtype, kind):
+def test_linear_token_divergence(dtype, plan, kind):
     """Of policies that are close, where rounded logits would be off by more than the divergence."""
     n = 300
     head, hidden = (upstream(SMALL_VOCAB, HIDDEN, seed=1) * 0.1).to(dtype), upstream(n, HIDDEN, seed=2).to(dtype)
@@ -416,7 +429,7 @@ def test_linear_token_divergence(dtype, kind):
         value = reference.token_divergence(h @ w.T, h2 @ w2.T, kind=kind)
         return torch.where(mask, value, 0)
 
-    options = {"kind": kind, "mask": mask, "other_grad": True, "chunk_rows": 64}
+    options = {"kind": kind, "mask": mask, "other_grad": True, **plan}
     got = twice(lambda: run(lambda *leaves: rlkern.linear_token_divergence(*leaves, **options)))
     rounding = {torch.bfloat16: 1e-2, torch.float32: 1e-4}[dtype]  # of gradients
     for name, a, b in zip(("value", "hidden", "weight", "other_hidden", "other_weight"), got, run(written_out, torch.float64), strict=True):

@@ -2,6 +2,7 @@
 in deterministic mode; no wait for the device. test_errors_everywhere.py demands a call of each function."""
 
 import os
+from types import FunctionType
 
 import pytest
 import torch
@@ -11,12 +12,13 @@ from test_gpu import no_wait
 from torch.utils._pytree import tree_leaves
 
 DEVICE = "cuda"
-SETTINGS = (str, int, float, type(None))  # what arguments hold beside tensors
+SETTINGS = (str, int, float, torch.dtype, FunctionType, type(None))  # what arguments hold beside tensors
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products need it, from before the first one
 
 NOTHING_OF_A_DEVICE = {
     "use_backend",
+    "linear_plan",
     "losses.epo_beta",
     "losses.kd_coefficient",
     "PolicyLoss",

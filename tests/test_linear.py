@@ -8,7 +8,7 @@ from loss_battery import Operators
 from oracle import FIELDS, upstream
 from torch.nn.functional import linear
 
-from rlkern import linear_token_stats, reference, token_stats, use_backend
+from rlkern import Kept, linear_token_stats, reference, token_stats, use_backend
 
 V, H = 37, 5
 
@@ -136,6 +136,30 @@ def test_autocast_and_tied_embeddings():
     got = loss(lambda h: linear_token_stats(h, embedding.weight, ids, chunk_rows=3).logp)
     want = loss(lambda h: token_stats(linear(h, embedding.weight), ids).logp)
     torch.testing.assert_close(got, want, rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("workspace", [0, 1 << 20], ids=["tiles", "kept"])
+@pytest.mark.parametrize("options", [{}, {"logits_dtype": torch.float32}, {"lora": True}, {"keep": True}], ids=str)
+def test_autocast_keeps_no_copy_of_float32_parameters(workspace, options):
+    torch.manual_seed(0)
+    hidden, weight, bias = (torch.randn(*shape, requires_grad=True) for shape in ((7, 4), (9001, 4), (9001,)))
+    targets, saved = torch.arange(7) * 1400, []
+    a, b = torch.randn(2, 4), torch.randn(9001, 2)
+    given, matrix = dict(options), weight
+    if "lora" in options:
+        given, matrix = {"lora": (a, b, 0.5)}, weight + 0.5 * b @ a
+    if "keep" in options:
+        given["keep"] = Kept.ids(torch.arange(9001, dtype=torch.int32).expand(7, -1).contiguous())
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        stats = linear_token_stats(hidden, weight, targets, bias=bias, workspace=workspace, **given)
+    if "keep" not in options:
+        assert [x.data_ptr() for x in saved if x.shape == weight.shape] == [weight.data_ptr()]
+    got = torch.autograd.grad(stats.logp.sum() + stats.entropy.sum(), (hidden, weight, bias))
+    exact = token_stats(hidden.double() @ matrix.double().T + bias, targets)
+    expected = torch.autograd.grad(exact.logp.sum() + exact.entropy.sum(), (hidden, weight, bias))
+    torch.testing.assert_close(stats.logp.double(), exact.logp, rtol=0, atol=0.15)
+    for x, want in zip(got, expected, strict=True):
+        assert x.dtype == torch.float32 and (x - want).norm() < 0.03 * want.norm()
 
 
 def test_slices_empty_batches_and_writing_into_results():

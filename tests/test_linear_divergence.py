@@ -1,15 +1,16 @@
-"""linear_token_divergence and linear_pair_stats against formulas in float64; chunks; memory; errors."""
+"""linear_token_divergence and linear_pair_stats against float64 formulas; kept logits and chunks; errors."""
 
 import math
 
 import pytest
 import torch
-from loss_battery import Operators
+from test_linear_plans import Allocated, Products
 from torch.nn.functional import linear
 
 from rlkern import linear_pair_stats, linear_token_divergence, pair_stats, reference, token_divergence
 
 V, H, H2 = 37, 5, 3
+KEEP_SOME, KEEP_NONE = 4 * 2 * V * 8, 1  # bytes of float64 logits of both; without workspace all rows' are kept
 NAMES = ("hidden", "weight", "bias", "other_hidden", "other_weight", "other_bias")
 
 
@@ -58,15 +59,23 @@ def slopes(value, leaves, **options):
 KINDS = ("reverse_kl", "forward_kl", "mixed_kl", "cross_entropy", "jsd", "skew_forward_kl", "skew_reverse_kl", "alpha", "total_variation")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("bias", "chunk_rows", "temperatures"), [(True, 4, (0.7, 1.9)), (False, 1, (1.0, 1.0)), (True, None, (1.3, 1.3))])
-def test_equals_the_formula(kind, bias, chunk_rows, temperatures):
-    leaves, other_grad = draw(2, 3, bias=bias), kind != "cross_entropy"
-    options = {"kind": kind, "beta": 0.3, "temperature": temperatures[0], "other_temperature": temperatures[1]}
-    value, expected = ours(*leaves, **options, other_grad=other_grad, chunk_rows=chunk_rows), naive(leaves, kind, 0.3, *temperatures)
-    torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
-    compared = 6 if other_grad else 3
-    torch.testing.assert_close(slopes(value, leaves[:compared]), slopes(expected, leaves[:compared]), rtol=1e-10, atol=1e-12)
+PLANS = ({"chunk_rows": 4}, {"workspace": KEEP_NONE}, {"workspace": KEEP_SOME}, {})
+
+
+# The last two kinds are plain PyTorch, slow: one plan will do.
+@pytest.mark.parametrize(("kind", "plan"), [(kind, plan) for kind in KINDS for plan in (PLANS if kind in KINDS[:-2] else PLANS[2:3])], ids=str)
+@pytest.mark.parametrize(("bias", "temperatures"), [(True, (0.7, 1.9)), (False, (1.3, 1.3))])
+def test_equals_the_formula(kind, bias, plan, temperatures, monkeypatch):
+    monkeypatch.setattr("rlkern.primitives.linear_divergence.default_chunk_rows", lambda *_: 3)
+    leaves, t = draw(2, 5, bias=bias), {"temperature": temperatures[0], "other_temperature": temperatures[1]}
+    expected = naive(leaves, kind, 0.3, *temperatures)
+    for other_grad in (False, True)[: 1 if kind == "cross_entropy" else 2]:
+        value = ours(*leaves, kind=kind, beta=0.3, other_grad=other_grad, **t, **plan)
+        torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
+        compared = leaves if other_grad else leaves[:3]
+        want = slopes(expected, compared, retain_graph=True)
+        for retain_graph in (True, False):  # the second time the kept logits are gone
+            torch.testing.assert_close(slopes(value, compared, retain_graph=retain_graph), want, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("other_grad", [True, False])
@@ -92,9 +101,10 @@ def test_the_other_is_used_detached_unless_it_takes_a_gradient():
 
 
 @pytest.mark.parametrize("other_vocab", [V + 4, V, V - 4])
-def test_matrices_of_different_widths(other_vocab):
+@pytest.mark.parametrize("plan", [{"chunk_rows": 4}, {}], ids=str)
+def test_matrices_of_different_widths(other_vocab, plan):
     leaves = draw(2, 3, other_vocab=other_vocab)
-    value, expected = ours(*leaves, vocab=30, kind="jsd", other_grad=True, chunk_rows=4), naive(leaves, "jsd", 0.5, 1, 1, 30)
+    value, expected = ours(*leaves, vocab=30, kind="jsd", other_grad=True, **plan), naive(leaves, "jsd", 0.5, 1, 1, 30)
     torch.testing.assert_close(value, expected, rtol=1e-11, atol=1e-12)
     got = slopes(value, leaves)
     torch.testing.assert_close(got, slopes(expected, leaves), rtol=1e-10, atol=1e-12)
@@ -107,7 +117,8 @@ def test_matrices_of_different_widths(other_vocab):
 
 @pytest.mark.parametrize("gather", [True, False])
 @pytest.mark.parametrize("with_targets", [True, False])
-def test_masked_rows_may_hold_nan_and_get_zero(gather, with_targets, monkeypatch):
+@pytest.mark.parametrize("plan", [{"chunk_rows": 2}, {"workspace": KEEP_SOME // 2}, {}], ids=str)
+def test_masked_rows_may_hold_nan_and_get_zero(gather, with_targets, plan, monkeypatch):
     if not gather:  # as on a GPU
         monkeypatch.setattr("rlkern.primitives.projection._indices", lambda *_: None)
     mask = torch.tensor([[1, 1, 0], [1, 0, 1]])
@@ -121,13 +132,13 @@ def test_masked_rows_may_hold_nan_and_get_zero(gather, with_targets, monkeypatch
     if with_targets:
         targets = torch.tensor([[1, 2, 99], [36, 99, 0]])
         by_row |= {"function": linear_pair_stats, "targets": targets}
-        value = (stats := ours(*dirty, **by_row, other_grad=True, chunk_rows=2)).divergence
+        value = (stats := ours(*dirty, **by_row, other_grad=True, **plan)).divergence
         logp = linear(*leaves[:3]).div(temperature.unsqueeze(-1)).log_softmax(-1)
         picked = logp.gather(-1, targets.where(mask != 0, 0).unsqueeze(-1)).squeeze(-1)
         assert torch.equal(stats.logp == 0, mask == 0)
         torch.testing.assert_close(stats.logp[mask != 0], picked[mask != 0], rtol=1e-11, atol=1e-12)
     else:
-        value = ours(*dirty, **by_row, other_grad=True, chunk_rows=2)
+        value = ours(*dirty, **by_row, other_grad=True, **plan)
     rows = [x[mask != 0] if i in (0, 3) else x for i, x in enumerate(leaves)]
     t = temperature[mask != 0].unsqueeze(-1)
     expected = naive(rows, "reverse_kl", 0.5, t, 0.8)
@@ -137,10 +148,11 @@ def test_masked_rows_may_hold_nan_and_get_zero(gather, with_targets, monkeypatch
     torch.testing.assert_close([torch.where(g.isnan(), 1e9, g) for g in got], list(want), rtol=1e-10, atol=1e-12)
 
 
-def test_all_numbers_of_a_pair_from_one_pass():
+@pytest.mark.parametrize("plan", [{"chunk_rows": 4}, {"workspace": KEEP_SOME}, {}], ids=str)
+def test_all_numbers_of_a_pair_from_one_pass(plan):
     leaves, targets = draw(2, 3), torch.tensor([[0, 36, -100], [5, 5, 7]])
     options = {"kind": "mixed_kl", "beta": 0.3, "temperature": 0.7, "other_temperature": 1.3, "other_grad": True}
-    stats = ours(*leaves, function=linear_pair_stats, targets=targets, chunk_rows=4, **options)
+    stats = ours(*leaves, function=linear_pair_stats, targets=targets, **plan, **options)
     expected = pair_stats(linear(*leaves[:3]), linear(*leaves[3:]), targets, **options)
     for name in stats._fields:
         torch.testing.assert_close(getattr(stats, name), getattr(expected, name), rtol=1e-11, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
@@ -153,8 +165,8 @@ def test_all_numbers_of_a_pair_from_one_pass():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("other_dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", ["reverse_kl", "jsd"])
-def test_logits_are_not_rounded_to_16_bits(dtype, other_dtype, kind):
+@pytest.mark.parametrize(("kind", "plan"), [("reverse_kl", {"chunk_rows": 9}), ("jsd", {"workspace": 301 * 8 * 20})], ids=str)
+def test_logits_are_not_rounded_to_16_bits(dtype, other_dtype, kind, plan):
     """Of two policies that are close: rounded logits would be off by more than the divergence."""
     g = torch.Generator().manual_seed(0)
     h = torch.randn(64, 32, generator=g)
@@ -163,7 +175,7 @@ def test_logits_are_not_rounded_to_16_bits(dtype, other_dtype, kind):
     leaves = [h.to(dtype), w.to(dtype), None, (h + noise).to(other_dtype), w.to(other_dtype), None]
     leaves = [None if x is None else x.clone().requires_grad_() for x in leaves]
     exact = [None if x is None else x.detach().double().requires_grad_() for x in leaves]
-    value, expected = ours(*leaves, kind=kind, chunk_rows=9, other_grad=True), naive(exact, kind, 0.5, 1, 1, 301)
+    value, expected = ours(*leaves, kind=kind, **plan, other_grad=True), naive(exact, kind, 0.5, 1, 1, 301)
     assert value.dtype == torch.float32
     torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-7)  # of about 0.01
     rounded = token_divergence(linear(*leaves[:3]), linear(*leaves[3:]), kind=kind)
@@ -237,42 +249,77 @@ def test_slices_empty_batches_and_writing_into_results():
     assert masked.sum() == 0 and not torch.autograd.grad(masked.sum(), leaves[1])[0].any()
 
 
-def test_memory_is_a_chunk():
-    """Nothing saved for the backward has a row of logits, and no operator makes more than a chunk of them."""
-    leaves = draw(64)
-    saved = []
+@pytest.mark.parametrize(
+    ("plan", "kept", "other_grad"),
+    [({"chunk_rows": 8}, 0, True), ({"workspace": 32 * 2 * V * 8}, 32, True), ({}, 64, True), ({}, 64, False)],
+    ids=str,
+)
+def test_memory_is_what_is_kept_and_a_chunk(plan, kept, other_grad, monkeypatch):
+    """Saved for the backward are both logits of the kept rows; it makes no more than a chunk of others."""
+    monkeypatch.setattr("rlkern.primitives.linear_divergence.default_chunk_rows", lambda *_: 8)
+    leaves, saved = draw(64), []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-        value = ours(*leaves, chunk_rows=8)
-    with Operators() as ran:
+        ours(*(x.detach() for x in leaves), **plan)
+        with torch.no_grad():
+            ours(*leaves, other_grad=other_grad, **plan)
+        assert not saved
+        value = ours(*leaves, other_grad=other_grad, **plan)
+    assert max(saved) == max(2 * kept * V, 64 * 11)  # the state of a row is 11 numbers
+    monkeypatch.setattr("rlkern.operator.watched", lambda x: False)  # the mode sees what runs inside the operators
+    with Allocated() as new:
         value.sum().backward()
-    assert max(saved) < 64 * V and max(x.numel() for _, _, results in ran.calls for x in results if x is not None) < 64 * V
+    assert max(elements for elements, _ in new.tensors) <= 64 * 11
 
 
-def test_products_are_six(monkeypatch):
-    """Two forward; in the backward the two again, and two for the policy's hidden states and matrix."""
-    products, mm = [], torch.mm
-    monkeypatch.setattr(torch, "mm", lambda *args, **options: products.append("mm") or mm(*args, **options))
-    monkeypatch.setattr(torch.Tensor, "addmm_", lambda self, a, b: products.append("addmm_") or self.add_(mm(a, b)))
-    hidden, weight, _, other_hidden, other_weight, _ = draw(6, bias=False)
-    value = linear_token_divergence(hidden, weight, other_hidden, other_weight)
-    assert products == ["mm"] * 2
-    value.sum().backward()
-    assert products[2:] == ["mm"] * 4
+@pytest.mark.parametrize("plan", [{"chunk_rows": 2}, {"workspace": KEEP_NONE}, {"workspace": KEEP_SOME}, {}], ids=str)
+@pytest.mark.parametrize(("frozen", "other_grad", "products"), [((), False, 4), ((1,), False, 3), ((), True, 6), ((0, 1), True, 4)], ids=str)
+def test_products(frozen, other_grad, products, plan, monkeypatch):
+    """Two forward; one for each gradient; two again of what was not kept."""
+    monkeypatch.setattr("rlkern.operator.watched", lambda x: False)
+    inputs = [*draw(6, bias=False)[:2], *draw(6, bias=False)[:2]]
+    inputs = [x.detach() if i in frozen else x for i, x in enumerate(inputs)]
+    kept = 6 if not plan else 4 if plan.get("workspace") == KEEP_SOME else 0
+    with Products(2 * 6 * H * V) as counted:
+        linear_token_divergence(*inputs, other_grad=other_grad, kind="jsd", **plan).sum().backward()
+    assert counted.products == pytest.approx(products + 2 * (6 - kept) / 6)
 
 
-def test_compile_and_opcheck():
+def test_opcheck():
     leaves = draw(9, dtype=torch.float32)
-    operator = torch.ops.rlkern.linear_pair_stats.default
-    args = (*(x.detach() for x in leaves), torch.arange(9), None, None, None, 4, 0.7, 0.9, -100, 4, 0.3, V, True, True, 3.0, 0.0)
-    torch.library.opcheck(operator, args)
+    args = (*(x.detach() for x in leaves), torch.arange(9), None, None, None, 5, 4, 0.7, 0.9, -100, 4, 0.3, V, True, True, 3.0, 0.0)
+    torch.library.opcheck(torch.ops.rlkern.linear_pair_stats.default, args)
+    with torch.no_grad():
+        *_, state, logits = torch.ops.rlkern.linear_pair_stats(*args)
+    args = (*args, state, logits, torch.ones(9), None, torch.ones(9), None, 6 * [True])
+    torch.library.opcheck(torch.ops.rlkern.linear_pair_stats_backward_.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("workspace", [4 * 2 * V * 4, None])
+def test_compile(workspace):
+    leaves = draw(9, dtype=torch.float32)
 
     def loss(*inputs):
-        stats = ours(*inputs, function=linear_pair_stats, kind="jsd", chunk_rows=4, other_grad=True)
+        stats = ours(*inputs, function=linear_pair_stats, kind="jsd", workspace=workspace, other_grad=True)
         return (stats.divergence * stats.entropy).sum()
 
-    compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-    got, want = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, loss))
-    torch.testing.assert_close(got, want)
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (9, 5):
+        inputs = [x[:rows] if i in (0, 3) else x for i, x in enumerate(leaves)]
+        got, want = (torch.autograd.grad(f(*inputs), leaves) for f in (compiled, loss))
+        torch.testing.assert_close(got, want)
+
+
+def test_kept_logits_under_checkpoint_and_vectorized_jacobian():
+    leaves = draw(5)
+
+    def f(*leaves):
+        return ours(*leaves, kind="jsd", other_grad=True)
+
+    (want,) = torch.autograd.grad(f(*leaves).sum(), leaves[4])
+    recomputed = torch.utils.checkpoint.checkpoint(f, *leaves, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(recomputed.sum(), leaves[4])[0], want)
+    rows = torch.autograd.functional.jacobian(lambda w: f(*leaves[:4], w, leaves[5]), leaves[4].detach(), vectorize=True)
+    torch.testing.assert_close(rows.sum(0), want)
 
 
 def test_meta_tensors():
@@ -312,6 +359,8 @@ def test_second_derivative_raises():
         ({"kind": "jsd", "beta": 1.0}, ValueError, "0 < beta < 1"),
         ({"kind": "cross_entropy", "other_grad": True}, ValueError, "other_grad: the cross entropy"),
         ({"chunk_rows": 0}, ValueError, "chunk_rows must be at least 1"),
+        ({"workspace": -1}, ValueError, "workspace must be at least 0"),
+        ({"workspace": 1e9}, TypeError, "workspace must be an int"),
         ({"mask": torch.ones(4)}, ValueError, r"mask must be \(3,\) for hidden"),
         ({"temperature": 0}, ValueError, "temperature must be positive"),
         ({"other_temperature": "hot"}, TypeError, "other_temperature must be a float"),

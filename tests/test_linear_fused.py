@@ -3,8 +3,6 @@
 import pytest
 import torch
 from test_linear_plans import Products, draw
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import linear
 
 import rlkern
@@ -152,7 +150,7 @@ def test_several_targets_a_row_and_a_function_that_ignores_them():
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("expected", [1.0, 1 / 8, torch.tensor(4.0), torch.tensor([4.0])])
+@pytest.mark.parametrize("expected", [1.0, 1 / 8, torch.tensor([4.0])])
 def test_any_upstream_gradient_is_right_and_a_second_backward_too(dtype, expected):
     leaves, y, old, advantages, mask = problem(dtype)
 
@@ -266,27 +264,6 @@ def test_compiled_it_is_the_statistics_and_the_loss():
     torch.testing.assert_close(compiled, eager)
     for a, b in zip(gradients(compiled, leaves), gradients(eager, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_no_kernel_runs_on_tensors_without_values():
-    with FakeTensorMode():
-        hidden, weight = torch.randn(2, 3, H, requires_grad=True), torch.randn(V, H, requires_grad=True)
-        y = torch.zeros(2, 3, dtype=torch.long)
-        loss = linear_fused_loss(hidden, weight, y, loss="ce").loss
-        assert gradients(loss, (hidden, weight))[1].shape == (V, H)
-    hidden, weight, y = (torch.empty_like(x, device="meta", requires_grad=x.is_floating_point()) for x in (hidden, weight, y))
-    loss = linear_fused_loss(hidden, weight, y, loss=lambda rows: rows.logp.sum()).loss
-    assert gradients(loss, (hidden, weight))[1].is_meta
-
-
-def test_traced_it_is_the_statistics_and_the_loss():
-    leaves, y, *given = problem()
-    other = [2 * x for x in leaves]
-
-    def of(hidden, weight, bias):
-        return linear_fused_loss(hidden, weight, y, *given, bias=bias).loss.clone()
-
-    torch.testing.assert_close(make_fx(of)(*leaves)(*other), of(*other))
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
     from rlkern.integrations import verl as rlkern_verl
 
     rlkern_verl.register()              # actor.policy_loss.loss_mode=rlkern_clip_cov, and so on
-    patch = rlkern_verl.patch()         # logprobs_from_logits and entropy_from_logits
+    patch = rlkern_verl.patch()         # log-probabilities and entropy, from logits and from hidden states
     patch.undo()                        # or: with rlkern_verl.patch(): ...
 
 verl trains in Ray workers, so both must run in each of them. Importing `verl_plugin` does so; verl imports it
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import losses, primitives
-from ..checks import as_bool, check_choice, check_flags, check_logits
+from ..checks import as_bool, check_choice, check_flags, check_logits, computing_dtype
 from ..losses import LossOutput
 from ..metrics.merge import merge_rows
 from ..primitives.reductions import sequence_mean
@@ -28,7 +28,10 @@ from .patching import Patch
 from .registry import check_offered, dry_run
 from .versions import Releases
 
-__all__ = ["LOSSES", "SUPPORTED_VERSIONS", "check_config", "entropy_from_logits", "logprobs_from_logits", "patch", "register", "unregister"]
+__all__ = [
+    *("LOSSES", "SUPPORTED_VERSIONS", "FusedLinearForPPO", "check_config", "entropy_from_logits", "linear_cross_entropy"),
+    *("logprobs_from_logits", "patch", "register", "unregister"),
+]
 
 SUPPORTED_VERSIONS = ("0.8.0", "0.9.0", "0.9.1")
 PREFIX = "rlkern_"
@@ -329,8 +332,46 @@ def _entropy_with_chunking(logits: Tensor, chunk_size: int = 2048) -> Tensor:
     return primitives.entropy_from_logits(logits)
 
 
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: torch.distributed.ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """verl.utils.kernel.linear_cross_entropy.linear_cross_entropy: hidden [..., H], weight [V, H], labels
+    [...] -> log-probabilities and entropy in nats, float32 [N], of all leading dimensions in one.
+
+    The logits are float32, also of 16-bit operands, as in verl's kernel. A vocabulary over several processes
+    of a group, and other reductions than "none", go to verl's own.
+    """
+    if reduction.lower() != "none" or (dist_process_group is not None and dist_process_group.size() > 1):
+        from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
+
+        return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
+    rows, logits_dtype = hidden.reshape(-1, hidden.shape[-1]), computing_dtype(hidden)
+    stats = primitives.linear_token_stats(rows, weight, labels.reshape(-1), temperature=temperature, logits_dtype=logits_dtype)
+    return stats.logp, stats.entropy
+
+
+class FusedLinearForPPO(torch.nn.Module):
+    """verl.utils.experimental.torch_functional.FusedLinearForPPO, whose two arguments are not needed here."""
+
+    def __init__(self, chunk_size: int = 512, impl_backend: str = "torch"):
+        super().__init__()
+
+    def forward(self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """[..., H], [V, H], [...] -> log-probabilities and entropy in nats, float32 [...]."""
+        stats = primitives.linear_token_stats(hidden_states, vocab_weights, input_ids, temperature=temperature)
+        return stats.logp, stats.entropy
+
+
 def patch(*, inplace_backward: bool = False) -> Patch:
-    """Replaces verl's logprobs_from_logits, entropy_from_logits and entropy_from_logits_with_chunking.
+    """Replaces verl's functions of log-probabilities and entropy, from logits and from hidden states.
+
+    Those are logprobs_from_logits, entropy_from_logits and entropy_from_logits_with_chunking, and what its
+    fused kernels (use_fused_kernels=True) call: FusedLinearForPPO and linear_cross_entropy.
 
     They are replaced wherever verl imports them, now or later, until the `Patch` is undone. An engine that
     was built meanwhile keeps the entropy function that it took then.
@@ -347,13 +388,17 @@ def patch(*, inplace_backward: bool = False) -> Patch:
     """
     _RELEASES.check()
     from verl.utils import torch_functional
+    from verl.utils.experimental import torch_functional as fused_linear
+    from verl.utils.kernel import linear_cross_entropy as fused_kernel
 
-    replacements = {
-        "logprobs_from_logits": _logprobs_in_place if inplace_backward else logprobs_from_logits,
-        "entropy_from_logits": entropy_from_logits,
-        "entropy_from_logits_with_chunking": _entropy_with_chunking,
-    }
-    return Patch.everywhere("verl", [(torch_functional, name, new) for name, new in replacements.items()])
+    replacements = [
+        (torch_functional, "logprobs_from_logits", _logprobs_in_place if inplace_backward else logprobs_from_logits),
+        (torch_functional, "entropy_from_logits", entropy_from_logits),
+        (torch_functional, "entropy_from_logits_with_chunking", _entropy_with_chunking),
+        (fused_linear, "FusedLinearForPPO", FusedLinearForPPO),
+        (fused_kernel, "linear_cross_entropy", linear_cross_entropy),
+    ]
+    return Patch.everywhere("verl", replacements)
 
 
 def check_config(config: Mapping) -> None:
@@ -366,7 +411,7 @@ def check_config(config: Mapping) -> None:
         ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
         ValueError, TypeError: policy_loss.loss_mode names a loss of rlkern's that is not registered, or one
             with options that it does not take. Or `patch` stands in this process, and the config has verl
-            compute log-probabilities elsewhere (Megatron, fused kernels).
+            compute log-probabilities elsewhere (Megatron).
     """
     _RELEASES.check()
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
@@ -379,10 +424,8 @@ def check_config(config: Mapping) -> None:
             raise ValueError(f"policy_loss.loss_mode {mode!r} is not registered in this process; call register() there. Registered: {known}")
         own = {"config": dict(config) | {"global_batch_info": {}}}
         dry_run(POLICY_LOSS_REGISTRY[mode], **own, loss_agg_mode=_get(config, "loss_agg_mode", "token-mean"))
-    if torch_functional.entropy_from_logits is entropy_from_logits:
-        for key, refused in (("strategy", "megatron"), ("use_fused_kernels", True)):
-            if config.get(key) == refused:
-                raise ValueError(
-                    f"with actor.{key}={refused} verl does not call the functions that patch() replaces: "
-                    f"change {key}, or leave out patch() (the registered losses work)"
-                )
+    if torch_functional.entropy_from_logits is entropy_from_logits and config.get("strategy") == "megatron":
+        raise ValueError(
+            "with actor.strategy=megatron verl does not call the functions that patch() replaces: "
+            "change strategy, or leave out patch() (the registered losses work)"
+        )

@@ -41,9 +41,11 @@ class Releases(NamedTuple):
 
 
 def _arguments(function: Any) -> list[str] | int:
-    """What a caller may rely on: a function's argument names; an autograd.Function is called by position."""
+    """What a caller may rely on: a function's argument names; function.apply is called by position."""
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
         return len(inspect.signature(function.forward).parameters) - 1
+    if isinstance(function, type):
+        return len(inspect.signature(function.apply).parameters)  # type: ignore[attr-defined]
     return list(inspect.signature(function).parameters)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_choice, check_count, check_flags, check_number, check_tokens, computing_dtype, per_token, shown
-from ..operator import runs_directly
+from ..operator import traced
 from ..primitives.kl import check_kl, kl_penalty
 from ..primitives.known import KnownLoss, RowStats, check_sum, known_loss
 from ..primitives.linear import linear_token_stats
@@ -231,9 +231,8 @@ def linear_fused_loss(
         FusedOutput(loss, metrics, stats): 0-d, float32 (float64 for float64); the metrics of the loss of that
         name, with a reference also kl; TokenStats without gradient. The gradients by hidden, weight and bias
         are held from the forward to the backward. A second backward (retain_graph=True) computes them again,
-        from what old_logp and its like, or the function's tensors, hold by then.
-        Under torch.compile, for fake and meta tensors and under a dispatch mode this is `linear_token_stats`
-        and the loss on it.
+        from what old_logp and its like, or the function's tensors, hold by then. Under torch.compile and of a
+        tensor subclass this is `linear_token_stats` and the loss on it.
 
     Raises:
         TypeError, ValueError, IndexError: as `linear_token_stats` and the losses; for options that the loss
@@ -287,7 +286,7 @@ def linear_fused_loss(
         else:
             raise TypeError(f"loss must be one of {', '.join(LOSSES)} or a function of RowStats, got {shown(loss)}")
         needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-        if needs_grad and runs_directly(hidden):
+        if needs_grad and not traced(hidden):
             chunk = chunk_rows or rows_at_once(weight.shape[0], dtype.itemsize, workspace)
             skips = isinstance(loss, str) or num_valid is not None
             total = of.of_all if isinstance(loss, str) else None

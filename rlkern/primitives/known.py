@@ -44,7 +44,7 @@ class KnownLoss(NamedTuple):
 
     of_rows: Callable[[RowStats], Tensor]  # 0-d
     of_all: Callable[[TokenStats], Tensor] | None  # the value from the statistics of all rows; None: the sum over of_rows
-    expected: float | Tensor  # what the backward is expected to be called with
+    expected: float | Tensor  # 0-d; what the backward is expected to be called with
     chunk_rows: int
     dtype: torch.dtype  # of the logits
     num_valid: int | None
@@ -161,6 +161,6 @@ def _slopes(computed: Results, o: Options, loss: KnownLoss, index: slice | Tenso
         given = [x for x in leaves if x is not None]
         if loss.of_all is None:
             _check_gradients(value, given)
-        expected = torch.as_tensor(loss.expected, dtype=value.dtype, device=value.device)
+        expected = torch.ones_like(value).mul_(loss.expected)  # to copy a number to the device would wait for it
         found = iter(torch.autograd.grad(value, given, expected, allow_unused=True))
     return value.detach(), [None if x is None else next(found) for x in leaves]

@@ -298,6 +298,7 @@ def linear_token_stats(
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64. torch.autocast casts it, with weight and bias.
+            Float32 ones are cast where they are multiplied. No copy is kept, and the gradient is float32.
         weight: [V, H], the lm_head's. bias: [V]. Dtype and device of hidden. All three may require grad.
         workspace: bytes of logits to keep; None takes 1 GiB, on a CPU 256 MiB. Beyond it come a tile of
             logits and a float32 sum of the gradient of hidden.
@@ -398,5 +399,6 @@ def linear_token_stats(
 
             of_rows = (y, counted, row_temperature, o)
             options = (outside, max_dense_rows, bool(round_logits))
-            return linear_kept_stats(hidden, weight, bias, *of_rows, keep, *options, dense, gathered)
+            cast_bias = None if bias is None else bias.to(hidden.dtype)
+            return linear_kept_stats(hidden, weight.to(hidden.dtype), cast_bias, *of_rows, keep, *options, dense, gathered)
         return public_stats(o, *_linear_token_stats(*parameters, y, counted, row_temperature, *how, *o, around=gathered))

@@ -1,11 +1,13 @@
-"""`pair_stats` of two policies' hidden states times their output matrices, a chunk of rows at a time.
+"""`pair_stats` of two policies' hidden states times their output matrices, without all logits at once.
 
-The logits of a chunk are float32 also of 16-bit operands: rounded to 16 bits, the logits of two policies that
-are close differ by their rounding. The backward computes them again: four products a step become six.
+The logits are float32 also of 16-bit operands: rounded to 16 bits, the logits of two policies that are close
+differ by their rounding. The backward writes the gradient over those that were kept. It computes the others
+again, a chunk of rows at a time.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,71 +29,90 @@ from .divergence import (
     pair_options,
     write_pair_gradient,
 )
-from .projection import Chunks, GradientSums, Head, Rows, autocast, check_matrix, default_chunk_rows, new_gradients
+from .plans import check_workspace
+from .projection import GradientSums, Head, Rows, autocast, blocks, check_matrix, default_chunk_rows, new_gradients
 
 
-def _new_results(hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, row_temperature, other_row_temperature, _, *options):
-    return new_pair_results(hidden, other_hidden, targets, mask, row_temperature, other_row_temperature, *options)
+def _new_results(hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, row_temperature, other_row_temperature, *args):
+    keep_rows, _, *options = args
+    logits = None
+    if keep_rows > 0:
+        rows = min(hidden.shape[:-1].numel(), keep_rows)
+        logits = hidden.new_empty(2, rows, PairOptions(*options).vocab, dtype=computing_dtype(hidden))
+    return (*new_pair_results(hidden, other_hidden, targets, mask, row_temperature, other_row_temperature, *options), logits)
 
 
-def _chunks(rows: Rows, hidden: Any, head: tuple, vocab: int, chunk_rows: int, *by_row: Any) -> Chunks:
-    weight, bias = (None if x is None else x[:vocab] for x in head)
-    return Chunks(Head(rows.clean(hidden), weight, bias, computing_dtype(hidden)), chunk_rows, *by_row)  # type: ignore[arg-type]
+def _head(rows: Rows, hidden: Any, weight: Tensor, bias: Tensor | None, vocab: int) -> Head:
+    return Head(rows.clean(hidden), weight[:vocab], None if bias is None else bias[:vocab], computing_dtype(hidden)).whole()
 
 
-def _forward(
-    hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, row_temperature, other_row_temperature, chunk_rows, *options
-):  # fmt: skip
+def _forward(hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, *args):
+    *stats, kept_logits = _new_results(hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, *args)
+    row_temperature, other_row_temperature, _, chunk_rows, *options = args
     o = PairOptions(*options)
-    stats = new_pair_results(hidden, other_hidden, targets, mask, row_temperature, other_row_temperature, *options)
     if stats[0].numel() == 0:
-        return stats
+        return (*stats, kept_logits)
     if targets is not None and values_readable(hidden):  # before Rows renumbers the rows
         check_target_range(targets.reshape(-1, 1), None if mask is None else mask.reshape(-1), o.ignore_index, o.vocab)
     rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, other_row_temperature, other_hidden)
     *by_row, others = rows.others
     results = [rows.room(x) for x in stats]
-    own = _chunks(rows, rows.hidden, (weight, bias), o.vocab, chunk_rows, *by_row)
-    other = _chunks(rows, others, (other_weight, other_bias), o.vocab, chunk_rows)
-    for (part, logits, *of_rows), (_, other_logits) in zip(own, other, strict=True):
-        for to, value in zip(results, compute_pair(logits, other_logits, *of_rows, *o), strict=True):
+    heads = _head(rows, rows.hidden, weight, bias, o.vocab), _head(rows, others, other_weight, other_bias, o.vocab)
+    n = rows.hidden.shape[0]
+    kept = 0 if kept_logits is None else min(n, kept_logits.shape[1])  # of the rows that count there may be fewer
+    buffers = [head.new_logits(min(chunk_rows, n - kept), o.vocab) for head in heads]
+    for part in (*blocks(0, kept, 0), *blocks(kept, n, chunk_rows)):
+        memory = kept_logits[:, part] if part.stop <= kept else buffers
+        logits = [head.logits(part, x) for head, x in zip(heads, memory, strict=True)]
+        computed = compute_pair(*logits, *(None if x is None else x[part] for x in by_row), *o)
+        for to, value in zip(results, computed, strict=True):
             if to is not None:
                 to[part] = value
     for to, value in zip(stats, results, strict=True):
         rows.place(to, value)
-    return stats
+    return (*stats, kept_logits)
 
 
 def _new_gradients(*args):
     return new_gradients(args[:6], args[-1])
 
 
-def _backward(
-    hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, row_temperature, other_row_temperature, chunk_rows, *args
-):  # fmt: skip
-    *args, wanted = args
-    o = PairOptions(*args[:N_OPTIONS])
+def _backward(overwrite, hidden, weight, bias, other_hidden, other_weight, other_bias, targets, mask, *args):
+    row_temperature, other_row_temperature, _, chunk_rows, *args = args
+    o, (state, kept_logits, *grads, wanted) = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS:]
     out = new_gradients((hidden, weight, bias, other_hidden, other_weight, other_bias), wanted)
-    rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, other_row_temperature, *args[N_OPTIONS:], other_hidden)
+    rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, other_row_temperature, state, *grads, other_hidden)
     *by_row, others = rows.others
-    own = _chunks(rows, rows.hidden, (weight, bias), o.vocab, chunk_rows, *by_row)
-    other = _chunks(rows, others, (other_weight, other_bias), o.vocab, chunk_rows)
-    sums, other_sums = GradientSums(rows, own.head, out[:3]), GradientSums(rows, other.head, out[3:])
-    sums.begin(own.head, slice(0, o.vocab), len(own))
-    other_sums.begin(other.head, slice(0, o.vocab), len(other))
-    for (part, logits, *of_rows), (_, other_logits) in zip(own, other, strict=True):
-        y, kept, row_t, other_row_t, *of_stats = of_rows
-        pair = logits, other_logits, y, kept, row_t, other_row_t, *o, *of_stats
-        exchanged = exchange_pair(*pair) if other_sums.wanted and of_stats[1] is not None else None
+    heads = _head(rows, rows.hidden, weight, bias, o.vocab), _head(rows, others, other_weight, other_bias, o.vocab)
+    n = rows.hidden.shape[0]
+    kept = 0 if kept_logits is None else min(n, kept_logits.shape[1])
+    buffers = [head.new_logits(min(chunk_rows, n - kept), o.vocab) for head in heads]
+    sums, other_sums = GradientSums(rows, heads[0], out[:3]), GradientSums(rows, heads[1], out[3:])
+    # Kept logits are one piece, unless a copy of all of it would be made: of a gradient that is cast for the
+    # products, or beside logits that the other gradient needs too.
+    copies = sums.wanted and other_sums.wanted or any(head.dtype != head.hidden.dtype for head in heads)
+    pieces = [*blocks(0, kept, chunk_rows if copies else 0), *blocks(kept, n, chunk_rows)]
+    sums.begin(heads[0], slice(0, o.vocab), len(pieces))
+    other_sums.begin(heads[1], slice(0, o.vocab), len(pieces))
+    for part in pieces:
+        if part.stop <= kept:
+            logits, other_logits = kept_logits[:, part]
+        else:
+            logits, other_logits = (head.logits(part, x) for head, x in zip(heads, buffers, strict=True))
+        in_place = overwrite or part.stop > kept
+        pair = logits, other_logits, *(None if x is None else x[part] for x in by_row[:4]), *o, *(None if x is None else x[part] for x in by_row[4:])
+        exchanged = exchange_pair(*pair) if other_sums.wanted and grads[0] is not None else None
         if sums.wanted:
-            d_logits = logits if exchanged is None else torch.empty_like(logits)  # the other's gradient needs both logits
+            d_logits = logits if in_place and exchanged is None else torch.empty_like(logits)  # the other's gradient needs both logits
             write_pair_gradient(d_logits, *pair)
             sums.add(part, d_logits)
-        if exchanged is not None:
-            write_pair_gradient(other_logits, *exchanged)
-            other_sums.add(part, other_logits)
-        elif other_sums.wanted:
-            other_sums.add(part, other_logits.zero_())
+        if other_sums.wanted:
+            d_logits = other_logits if in_place else torch.empty_like(other_logits)
+            if exchanged is None:
+                d_logits.zero_()
+            else:
+                write_pair_gradient(d_logits, *exchanged)
+            other_sums.add(part, d_logits)
     sums.finish()
     other_sums.finish()
     return out
@@ -99,19 +120,26 @@ def _backward(
 
 _ARGUMENTS = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor other_hidden, Tensor other_weight, Tensor? other_bias, "
-    f"{PAIR_ROWS}, int chunk_rows, {PAIR_OPTIONS}"
+    f"{PAIR_ROWS}, int keep_rows, int chunk_rows, {PAIR_OPTIONS}"
 )
+_SAVED = PAIR_GRADIENTS.replace("Tensor state, ", "Tensor state, Tensor? logits, ")
+_GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 _linear_pair_stats = differentiable(
-    Operator(f"linear_pair_stats({_ARGUMENTS}) -> {PAIR_RESULTS}", _forward, _new_results),
+    Operator(f"linear_pair_stats({_ARGUMENTS}) -> {PAIR_RESULTS[:-1]}, Tensor)", _forward, _new_results),
     Operator(
-        f"linear_pair_stats_backward({_ARGUMENTS}, {PAIR_GRADIENTS}, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-        run=_backward,
+        f"linear_pair_stats_backward({_ARGUMENTS}, {_SAVED}, bool[] wanted) -> {_GRADIENTS}",
+        run=partial(_backward, False),
         fake=_new_gradients,
     ),
     outputs=4,
     constants=3,
     wrt=6,
     instead="use rlkern.reference.token_divergence of torch.nn.functional.linear(hidden, weight, bias) and of the other's",
+    consume=Operator(
+        f"linear_pair_stats_backward_({_ARGUMENTS}, {_SAVED.replace('Tensor? logits', 'Tensor(a!)? logits')}, bool[] wanted) -> {_GRADIENTS}",
+        run=partial(_backward, True),
+        fake=_new_gradients,
+    ),
 )
 
 
@@ -124,6 +152,7 @@ def _linear_pair(
     *,
     bias: Tensor | None,
     other_bias: Tensor | None,
+    workspace: int | None,
     chunk_rows: int | None,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
@@ -140,10 +169,13 @@ def _linear_pair(
         other = tuple(None if x is None else x.to(computing_dtype(hidden)) for x in other)  # type: ignore[assignment]
     if not o.other_grad:
         other = tuple(None if x is None else x.detach() for x in other)  # type: ignore[assignment]
+    workspace, bytes_a_row, keep_rows = check_workspace(workspace, hidden.device.type), 2 * o.vocab * computing_dtype(hidden).itemsize, 0
     if chunk_rows is None:
-        chunk_rows = default_chunk_rows(hidden, 2 * o.vocab * computing_dtype(hidden).itemsize)
+        chunk_rows = default_chunk_rows(hidden, bytes_a_row)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias, *other)):
+            keep_rows = workspace // bytes_a_row
     check_count("chunk_rows", chunk_rows, 1)
-    return _linear_pair_stats(hidden, weight, bias, *other, *by_row, chunk_rows, *o)
+    return _linear_pair_stats(hidden, weight, bias, *other, *by_row, keep_rows, chunk_rows, *o)
 
 
 def linear_token_divergence(
@@ -165,14 +197,17 @@ def linear_token_divergence(
     mask: Tensor | None = None,
     vocab: int | None = None,
     other_grad: bool = False,
+    workspace: int | None = None,
     chunk_rows: int | None = None,
     group=None,
 ) -> Tensor:
     """`token_divergence` of `hidden @ weight.T + bias` and the same of the other, without all logits at once.
 
-    For distillation from hidden states, also of a teacher that ships them. Extra memory is one chunk of both
-    policies' logits, for any number of rows. The backward computes the logits again, and sums the gradients
-    of weight and bias in float32 if these are wanted.
+    For distillation from hidden states, also of a teacher that ships them. Both policies' logits of as many
+    rows as `workspace` holds are kept for the backward, which writes the gradient over them. Forward and
+    backward are then four products of 2 N H V operations, three if weight is frozen, six with other_grad.
+    The logits of other rows are computed a second time: two products more. Without gradients nothing is kept.
+    A second backward (retain_graph=True) computes all of them again.
 
     Args:
         hidden: [..., H] float32, bfloat16, float16 or float64. torch.autocast casts it, with all others.
@@ -181,7 +216,10 @@ def linear_token_divergence(
             of one dtype, on the device of hidden. H' may differ from H, and V' from V with vocab=.
         other_grad: whether they take a gradient too; not for "cross_entropy". Without it they are used
             detached.
-        chunk_rows: rows at a time; None takes 64 MiB of logits on a CPU, 512 MiB on a GPU.
+        workspace: bytes of logits to keep; None takes 1 GiB, on a CPU 256 MiB. Beyond it comes a chunk of the
+            other rows' logits: 512 MiB, on a CPU 64 MiB.
+        chunk_rows: rows at a time instead: nothing is kept, and gradients of weight and bias are summed over
+            the chunks in float32.
         kind, beta, temperature, other_temperature, logit_scale, softcap, other_logit_scale, other_softcap,
             mask, vocab, group: as in `token_divergence`, for the rows of hidden. On a CPU masked rows are
             left out of the products too.
@@ -203,6 +241,7 @@ def linear_token_divergence(
         None,
         bias=bias,
         other_bias=other_bias,
+        workspace=workspace,
         chunk_rows=chunk_rows,
         kind=kind,
         beta=beta,
@@ -241,6 +280,7 @@ def linear_pair_stats(
     mask: Tensor | None = None,
     vocab: int | None = None,
     other_grad: bool = False,
+    workspace: int | None = None,
     chunk_rows: int | None = None,
     group=None,
     ignore_index: int = -100,
@@ -265,6 +305,7 @@ def linear_pair_stats(
         targets,
         bias=bias,
         other_bias=other_bias,
+        workspace=workspace,
         chunk_rows=chunk_rows,
         kind=kind,
         beta=beta,

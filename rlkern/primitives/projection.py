@@ -301,14 +301,17 @@ class GradientSums:
         self.rows.place(self.d_hidden, self.d_rows)
 
 
-def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "") -> None:
-    """hidden [..., H], weight [V, H], bias [V] or None, of one dtype and device; prefix: of their names."""
+def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "", also: torch.dtype | None = None) -> None:
+    """hidden [..., H], weight [V, H], bias [V] or None, of one dtype and device; prefix: of their names.
+
+    also: another dtype that weight and bias may have.
+    """
     check_logits(hidden, f"{prefix}hidden")
     for name, x in (("weight", weight), ("bias", bias)):
         if name == "bias" and x is None:
             continue
         name = prefix + name
-        if isinstance(x, Tensor) and x.dtype != hidden.dtype:
+        if isinstance(x, Tensor) and x.dtype not in (hidden.dtype, also):
             raise TypeError(f"{name} must have the dtype of {prefix}hidden {hidden.dtype} (or run under torch.autocast), got {x.dtype}")
         expect(name, x, "float", "[...]")
         if x.device != hidden.device:
@@ -320,11 +323,18 @@ def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "") -> None:
         raise ValueError(f"{prefix}bias must be [{weight.shape[0]}] for {prefix}weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
 
 
+def _autocast_dtype(x: Any) -> torch.dtype | None:
+    """What torch.autocast casts x to, where that is enabled."""
+    if not isinstance(x, Tensor) or x.is_meta or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
 def autocast(hidden: Any, *others: Any) -> tuple:
     """All, in the dtype of torch.autocast where that is enabled."""
-    if not isinstance(hidden, Tensor) or hidden.is_meta or not torch.is_autocast_enabled(hidden.device.type):
+    dtype = _autocast_dtype(hidden)
+    if dtype is None:
         return hidden, *others
-    dtype = torch.get_autocast_dtype(hidden.device.type)
 
     def castable(x: Any) -> bool:
         return isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
@@ -345,10 +355,18 @@ def whole_parameter(x: Any) -> Any:
 
 
 def whole_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(hidden, weight, bias), checked: parameters that are sharded whole, all in autocast's dtype."""
-    head = autocast(hidden, whole_parameter(weight), whole_parameter(bias))
-    check_matrix(*head)
-    return head  # type: ignore[return-value]
+    """(hidden, weight, bias), checked: parameters that are sharded whole, all in autocast's dtype.
+
+    But where that has 16 bits, float32 parameters stay so. `Head` casts them, so no copy of them is kept for
+    the backward, and their gradient is float32 as the library's product gives it.
+    """
+    dtype = _autocast_dtype(hidden)
+    master = torch.float32 if dtype is not None and dtype.itemsize == 2 else None
+    (hidden,) = autocast(hidden)
+    parameters = (whole_parameter(weight), whole_parameter(bias))
+    weight, bias = (x if getattr(x, "dtype", None) == master else autocast(x)[0] for x in parameters)
+    check_matrix(hidden, weight, bias, also=master)
+    return hidden, weight, bias
 
 
 def check_num_valid(num_valid: int | None, hidden: Tensor) -> None:

@@ -1,5 +1,6 @@
 """What stands in for TRL's functions, against float64; what patch() replaces and restores; refusals."""
 
+import contextlib
 import importlib
 import math
 import multiprocessing
@@ -9,12 +10,14 @@ import threading
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 trl = pytest.importorskip("trl")
 pytest.importorskip("peft")
 
 from trl.trainer import distillation_trainer, utils  # noqa: E402
 
+import rlkern  # noqa: E402
 import rlkern.integrations.trl as integration  # noqa: E402
 from rlkern.integrations.patching import Patch  # noqa: E402
 from rlkern.integrations.trl import functions, lm_head, versions  # noqa: E402
@@ -91,17 +94,25 @@ def head_oracle(hidden, weight, bias, targets, temperature, softcap, scale):
     return logp.gather(-1, targets[:, None])[:, 0], entropy, p.square().sum(-1).log(), z.mean(-1), top
 
 
-@pytest.mark.parametrize("columns", [64, 16, 7], ids=lambda c: f"tiles of {c}")
+@pytest.mark.parametrize("columns", [64, 7], ids=["all logits kept", "none kept"])
 @pytest.mark.parametrize(
-    "temperature, softcap, scale, with_bias", [(1.0, None, 1.0, False), (0.6, None, 0.5, True), (1.3, 2.0, 1.5, True), (0.9, None, -0.7, False)]
+    "temperature, softcap, scale, with_bias",
+    [
+        (1.0, None, 1.0, False),
+        (0.6, None, 0.5, True),
+        (1.3, 2.0, 1.5, True),
+        (0.9, None, -0.7, False),
+        (0.8, 2.0, -0.7, True),
+        (1.0, None, 0.0, True),
+    ],
 )
 def test_head_and_its_gradients_against_float64(monkeypatch, columns, temperature, softcap, scale, with_bias):
-    monkeypatch.setattr(lm_head, "_TILE_BYTES", 9 * columns * 8)  # 9 or 18 tokens in a tile
+    monkeypatch.setattr(lm_head, "_TOKENS", 40)  # mean logits in two pieces
     torch.manual_seed(0)
     n, width, vocab = 31, 12, 64
     inputs = [torch.randn(n, width), torch.randn(vocab, width), torch.randn(vocab) if with_bias else None]
     targets = torch.randint(vocab, (n,))
-    targets[:4] = torch.tensor([0, vocab - 1, columns - 1, min(columns, vocab - 1)])
+    targets[:2] = torch.tensor([0, vocab - 1])
     targets[4:20] = (inputs[0] @ inputs[1].T * scale + (inputs[2] if with_bias else 0))[4:20].argmax(-1)  # now and then the first choice
     single = [None if x is None else x.clone().requires_grad_() for x in inputs]
     double = [None if x is None else x.double().requires_grad_() for x in inputs]
@@ -124,9 +135,79 @@ def test_head_and_its_gradients_against_float64(monkeypatch, columns, temperatur
             torch.testing.assert_close(a.double(), b, atol=1e-4, rtol=1e-4)
 
 
-def test_head_in_one_tile_has_the_bits_of_token_stats():
-    import rlkern
+def test_the_first_of_several_largest_logits_is_the_top_one():
+    """As argmax has it, and TRL's own head. Small whole numbers are exact in every dtype, and often equal."""
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randint(-2, 3, (n, 3), generator=g).float() for n in (200, 64))
+    z = hidden @ weight.T
+    largest = z == z.amax(-1, keepdim=True)
+    targets = largest.float().multinomial(1, generator=g)[:, 0]
+    targets[::5] = torch.arange(40)
+    expected = z.argmax(-1) == targets
+    assert 20 < (largest.gather(-1, targets[:, None])[:, 0] & ~expected).sum() and 20 < expected.sum()
+    stock = () if utils._ChunkedLogProbFunction is lm_head.FusedLMHead else (utils._ChunkedLogProbFunction,)
+    for function in (lm_head.FusedLMHead, *(f for f in stock if torch.cuda.is_available() or trl.__version__ >= "1.16")):
+        for dtype, softcap in ((torch.float32, None), (torch.bfloat16, None), (torch.float32, 30.0)):
+            got = function.apply(hidden.to(dtype), weight.to(dtype), None, targets, 0.7, 64, softcap, 1.0, ("is_top1",))
+            assert torch.equal(got[4], expected) and got[4].dtype == torch.bool and got[1:4] == (None,) * 3
 
+
+@pytest.mark.parametrize(
+    "dtype, master, autocast",
+    [(torch.bfloat16, torch.bfloat16, False), (torch.float32, torch.float32, False), (torch.float32, torch.float32, True)],
+    ids=["bfloat16", "float32", "autocast"],
+)
+@pytest.mark.parametrize("trains", [True, False], ids=["", "frozen"])
+def test_head_takes_no_more_memory_than_trls(monkeypatch, dtype, master, autocast, trains):
+    """By the plan of what is kept, against TRL's tile of 4096 x 32768 logits and its float32 sums."""
+    seen = {}
+
+    def record(hidden, weight, *_, **options):
+        seen.update(options, dtype=hidden.dtype)
+        raise InterruptedError
+
+    monkeypatch.setattr(lm_head, "linear_token_stats", record)
+    for n, h, v in ((100, 64, 1000), (8192, 1024, 151936), (2048, 4096, 32000), (30000, 512, 49152)):
+        for outputs in ((), ("is_top1",)):
+            with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast), pytest.raises(InterruptedError):
+                hidden, weight = torch.empty(n, h, dtype=dtype, requires_grad=True), torch.empty(v, h, dtype=master, requires_grad=trains)
+                lm_head.FusedLMHead.apply(hidden, weight, None, torch.zeros(n, dtype=torch.long), 1.0, 32768, None, 1.0, outputs)
+            size = seen["dtype"].itemsize
+            theirs = min(n, 4096) * min(v, 32768) * size + (4 * h * (n + v * trains) if master.itemsize < 4 else 0)
+            copies = size * h * v if autocast else 0  # where logits are kept, or rows whole
+            sizes = {"needs": (True, trains, False), "whole_rows": outputs != ()}
+            plan, least = (rlkern.linear_plan(n, h, v, seen["dtype"], workspace=w, **sizes) for w in (seen["workspace"], 0))
+            assert plan.bytes + copies <= max(theirs, least.bytes + copies) and (autocast or least.bytes <= theirs)
+            assert plan.kept == n or n * v * size + copies > theirs / 2
+
+
+def test_head_whose_weight_zero3_takes_away(monkeypatch):
+    """As DeepSpeed does outside of the context, in which TRL calls the head."""
+    full, gathered = torch.randn(40, 6), []
+    weight = torch.nn.Parameter(full.clone())
+    weight.ds_id = 0
+
+    @contextlib.contextmanager
+    def gather(*parameters):
+        gathered.append(parameters)
+        weight.data = full.clone()
+        yield
+        weight.data = full.new_empty(0)
+
+    monkeypatch.setattr(utils, "maybe_gather_lm_head_ctx", gather)
+    hidden, targets = torch.randn(5, 6, requires_grad=True), torch.arange(5)
+    outer = contextlib.ExitStack()
+    outer.enter_context(gather())
+    logp, *_ = lm_head.FusedLMHead.apply(hidden, weight, None, targets, 1.0, 8, None, 1.0, ())
+    outer.close()
+    grads = torch.autograd.grad(logp.sum(), (hidden, weight))
+    expected = full.clone().requires_grad_()
+    exact = torch.autograd.grad((hidden @ expected.T).log_softmax(-1).gather(-1, targets[:, None]).sum(), (hidden, expected))
+    torch.testing.assert_close(grads, exact)
+    assert weight.numel() == 0 and gathered[-1][0] is weight
+
+
+def test_head_has_the_bits_of_token_stats():
     hidden, weight, targets = torch.randn(6, 8), torch.randn(40, 8), torch.arange(6)
     stats = rlkern.token_stats(hidden @ weight.T, targets, temperature=0.5)
     logp, entropy, *_ = lm_head.FusedLMHead.apply(hidden, weight, None, targets, 0.5, 64)
@@ -197,9 +278,9 @@ def test_head_with_frozen_weights_nothing_to_score_and_autocast():
     torch.testing.assert_close(rounded, exact)
 
 
-@pytest.mark.parametrize("bad", [-100, 20])
+@pytest.mark.parametrize("bad", [-1, 20])
 def test_head_refuses_a_target_that_is_no_token(bad):
-    with pytest.raises(IndexError, match=r"\[0, 20\)"):
+    with pytest.raises(IndexError, match=f"target {bad} of row 1 is out of range for 20 logits"):
         lm_head.FusedLMHead.apply(torch.randn(3, 4), torch.randn(20, 4), None, torch.tensor([0, bad, 1]), 1.0, 8)
 
 

@@ -20,19 +20,24 @@ import rlkern.integrations.trl as integration  # noqa: E402
 from rlkern.integrations.trl import versions  # noqa: E402
 
 ops = importlib.import_module("rlkern.primitives.token_stats")  # the package has a function of that name
+linear = importlib.import_module("rlkern.primitives.linear")
 needs_fused_head = pytest.mark.skipif(not hasattr(utils, "add_fused_lm_head"), reason="DPOTrainer needs TRL 1.15")
 
 
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """The rows that go through rlkern's kernels, call by call."""
-    seen, original = [], ops._token_stats
+    seen = []
 
-    def counting(logits, *args, **options):
-        seen.append(logits.shape[:-1].numel())
-        return original(logits, *args, **options)
+    def counted(original):
+        def counting(rows, *args, **options):
+            seen.append(rows.shape[:-1].numel())
+            return original(rows, *args, **options)
 
-    monkeypatch.setattr(ops, "_token_stats", counting)
+        return counting
+
+    for module, name in ((ops, "_token_stats"), (linear, "_linear_token_stats")):
+        monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return seen
 
 

@@ -18,12 +18,16 @@ import torch
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed (requirements-trainers.txt)", allow_module_level=True)
 
+import transformers
 import verl
 from omegaconf import OmegaConf
 from tensordict import TensorDict
+from verl.models.transformers import dense_common
 from verl.trainer.distillation.fsdp.losses import compute_forward_kl_topk
 from verl.trainer.ppo import core_algos
 from verl.utils import tensordict_utils, torch_functional
+from verl.utils.experimental import torch_functional as torch_functional_fused
+from verl.utils.kernel import linear_cross_entropy as fused_kernel
 from verl.utils.metric import AggregationType, Metric, reduce_metrics
 from verl.utils.py_functional import append_to_dict
 from verl.workers.config import FSDPActorConfig, PolicyLossConfig
@@ -397,10 +401,10 @@ def test_check_config():
         rlkern_verl.check_config(config(policy={"loss_mode": "rlkern_clip_cov", "clip_cov_ratio": 2.0}))
     with pytest.raises(ValueError, match="'rlkern_lp_reg' is not registered"):
         rlkern_verl.check_config(config(policy={"loss_mode": "rlkern_lp_reg"}))
-    fused = config(use_fused_kernels=True)
-    rlkern_verl.check_config(fused)
-    with rlkern_verl.patch(), pytest.raises(ValueError, match="use_fused_kernels=True verl does not call"):
-        rlkern_verl.check_config(fused)
+    megatron = {**config(), "strategy": "megatron"}
+    rlkern_verl.check_config(megatron)
+    with rlkern_verl.patch(), pytest.raises(ValueError, match="strategy=megatron verl does not call"):
+        rlkern_verl.check_config(megatron)
 
 
 # --- log-probabilities and entropy --------------------------------------------------------------------------
@@ -530,6 +534,60 @@ def test_verls_engine_trains_whatever_else_saved_the_logits(flags):
                 engine_gradient(**flags)
 
 
+# --- from hidden states: use_fused_kernels ------------------------------------------------------------------
+
+
+def fused_outputs(model, forward, ids, temperature):
+    """Log-probabilities, entropy, and the gradients of hidden states and head, of one of verl's forwards."""
+    model.zero_grad()
+    out = forward(model, input_ids=ids, return_dict=True, temperature=temperature)
+    weights = torch.arange(ids.numel(), dtype=torch.float64).view(ids.shape)
+    logp, entropy = (x.view(ids.shape).double() for x in (out.log_probs, out.entropy))
+    (weights * logp + weights.flip(-1) * entropy).sum().backward()
+    gradients = [model.lm_head.weight.grad.clone(), model.model.norm.weight.grad.clone()]
+    return logp.detach(), entropy.detach(), *gradients
+
+
+def test_fused_kernels_are_verls_forwards_on_rlkern():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, initializer_range=0.5))
+    ids = torch.randint(61, (2, 9))
+    stock = fused_outputs(model, dense_common.forward_with_torch_backend, ids, 0.7)
+    with rlkern_verl.patch():
+        for backend in ("torch", "liger"):
+            model._verl_fused_kernels_backend = backend
+            ours = fused_outputs(model, dense_common.forward_with_torch_backend, ids, 0.7)
+            torch.testing.assert_close(ours, stock, rtol=2e-5, atol=1e-5)
+        triton = fused_outputs(model, dense_common.forward_with_triton_backend, ids, 0.7)
+    assert all(torch.equal(a, b) for a, b in zip(triton, ours, strict=True))
+    assert all(x.abs().max() > 0.1 for x in stock)
+
+
+def test_linear_cross_entropy_does_not_round_the_logits():
+    """As verl's Triton kernel, which needs a GPU."""
+    hidden, weight, labels = torch.randn(40, 32).bfloat16(), torch.randn(200, 32).bfloat16(), torch.randint(200, (40,))
+    exact = rlkern.token_stats(hidden.double() @ weight.double().T, labels)
+    rounded = rlkern_verl.FusedLinearForPPO()(hidden, weight, labels)
+    got = rlkern_verl.linear_cross_entropy(hidden, weight, labels)
+    for ours, less, expected in zip(got, rounded, exact[:2], strict=True):
+        assert (ours - expected).abs().max() < 1e-5 < 1e-3 < (less - expected).abs().max()
+
+
+def test_linear_cross_entropy_of_several_processes_is_verls(monkeypatch):
+    calls = []
+    monkeypatch.setattr(fused_kernel.LinearCrossEntropy, "apply", lambda *args: calls.append(args))
+    hidden, weight, labels = torch.randn(3, 4, 8), torch.randn(10, 8), torch.randint(10, (3, 4))
+    one, two = types.SimpleNamespace(size=lambda: 1), types.SimpleNamespace(size=lambda: 2)
+    logp, entropy = rlkern_verl.linear_cross_entropy(hidden, weight, labels, 2.0, "none", one)
+    stats = rlkern.token_stats((hidden @ weight.T).flatten(0, 1), labels.flatten(), temperature=2.0)
+    torch.testing.assert_close((logp, entropy), (stats.logp, stats.entropy))
+    assert not calls
+    for arguments in ((2.0, "none", two), (2.0, "mean")):
+        rlkern_verl.linear_cross_entropy(hidden, weight, labels, *arguments)
+    assert [call[3:] for call in calls] == [(2.0, "none", two), (2.0, "mean", None)]
+
+
 def test_compiled_entropy():
     logits, labels = logits_and_labels()
     with rlkern_verl.patch():  # the engines compile what they find here
@@ -547,11 +605,15 @@ def engine(monkeypatch):
 
 
 def test_patch_reaches_every_importer_and_is_undone(engine, monkeypatch):
+    stock = fused_kernel.linear_cross_entropy
     original = {
         name: getattr(torch_functional, name) for name in ("logprobs_from_logits", "entropy_from_logits", "entropy_from_logits_with_chunking")
     }
     with pytest.raises(KeyError, match="in the block"), rlkern_verl.patch():
         assert engine.logprobs_from_logits is torch_functional.logprobs_from_logits is rlkern_verl.logprobs_from_logits
+        assert (torch_functional_fused.FusedLinearForPPO, fused_kernel.linear_cross_entropy) == (
+            *(rlkern_verl.FusedLinearForPPO, rlkern_verl.linear_cross_entropy),
+        )
         late = types.ModuleType("verl.imported_later")
         late.logprobs_from_logits = torch_functional.logprobs_from_logits
         monkeypatch.setitem(sys.modules, late.__name__, late)
@@ -561,6 +623,7 @@ def test_patch_reaches_every_importer_and_is_undone(engine, monkeypatch):
         raise KeyError("in the block")
     assert late.logprobs_from_logits is engine.logprobs_from_logits is original["logprobs_from_logits"]
     assert {name: getattr(torch_functional, name) for name in original} == original
+    assert [torch_functional_fused.FusedLinearForPPO.__module__, fused_kernel.linear_cross_entropy] == [torch_functional_fused.__name__, stock]
 
 
 def test_patch_from_several_threads(engine):

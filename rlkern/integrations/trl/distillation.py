@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -131,8 +132,7 @@ def _chunked_loss(
     chunk_size: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     weights = student_lm_head_weight, teacher_lm_head_weight
-    capped = student_final_logit_softcapping is not None or teacher_final_logit_softcapping is not None
-    if capped or student_logit_scale <= 0 or teacher_logit_scale <= 0 or any(hasattr(w, "ds_id") for w in weights):
+    if student_logit_scale <= 0 or teacher_logit_scale <= 0 or any(hasattr(w, "ds_id") for w in weights):
         return None  # ds_id: ZeRO-3 takes the weight away before the backward
     # The masked positions are left out as by TRL, which waits for their number too.
     valid = completion_mask.reshape(-1) != 0
@@ -144,8 +144,11 @@ def _chunked_loss(
         *teacher[:2],
         bias=student[2],
         other_bias=teacher[2],
-        temperature=temperature / student_logit_scale,
-        other_temperature=temperature / teacher_logit_scale,
+        temperature=temperature,
+        logit_scale=student_logit_scale,
+        softcap=student_final_logit_softcapping,
+        other_logit_scale=teacher_logit_scale,
+        other_softcap=math.inf if teacher_final_logit_softcapping is None else teacher_final_logit_softcapping,  # None: the student's
         vocab=len(student[1]),
         kind=kind,
         beta=weight,
