@@ -84,7 +84,9 @@ template <class Row, class A>
     for (; count % kLanes<T> != 0; ++count) taken[count] = Element<T>::minus_infinity();
     inside += tile_sums<T, false, false, false>(taken, count, top, scale).s0;
   });
-  return -std::log1p(inside / outside);
+  // Where A does not hold this there is no tail, as in the other backends: its slopes would not be finite.
+  const double ratio = inside / outside;
+  return ratio > std::numeric_limits<A>::max() ? -kInfinity : -std::log1p(ratio);
 }
 
 template <class Row>
