@@ -10,6 +10,7 @@ from rlkern import linear_fused_loss, linear_plan, token_stats
 from rlkern.primitives.kl import kl_estimate
 
 B, T, V, H = 3, 7, 53, 6
+COEF = torch.ones(2, requires_grad=True)
 LOSSES = {"ppo": rlkern.ppo_loss, "reinforce": rlkern.reinforce_loss, "cispo": rlkern.cispo_loss, "sapo": rlkern.sapo_loss}
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum-norm", "grpo", "dr_grpo")
 
@@ -167,6 +168,20 @@ def test_any_upstream_gradient_is_right_and_a_second_backward_too(dtype, expecte
         torch.autograd.grad(gradients(loss(), leaves, create_graph=True)[0].sum(), leaves[0])
 
 
+def test_what_changes_between_forward_and_backward():
+    leaves, y, *given = problem()
+    expected = torch.tensor(4.0)
+    one = linear_fused_loss(leaves[0], leaves[1], y, *given, bias=leaves[2], expected_grad=expected).loss
+    first = gradients(one, leaves, retain_graph=True)
+    one = linear_fused_loss(leaves[0], leaves[1], y, *given, bias=leaves[2], expected_grad=expected).loss
+    expected.fill_(8)  # as a GradScaler does
+    for a, b in zip(gradients(one, leaves, retain_graph=True), first, strict=True):
+        torch.testing.assert_close(a, b)
+    y.zero_()  # the second time it is computed again
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gradients(one, leaves)
+
+
 def test_scaled_half_precision_keeps_small_gradients():
     hidden, weight, bias, y = draw(4, 8, dtype=torch.float16)
     leaves, A = (hidden, weight, bias), torch.full((4,), 1e-6)
@@ -204,6 +219,8 @@ def test_without_gradients_it_is_one_product_and_the_same_loss():
         function = linear_fused_loss(*given[:3], mask=mask, bias=leaves[2], loss=lambda rows: rows.logp.sum())
     torch.testing.assert_close(without.loss, with_gradients.loss.detach())
     assert not without.loss.requires_grad and function.loss == function.stats.logp.sum()
+    with torch.no_grad(), pytest.raises(ValueError, match="0-d tensor, got shape"):
+        linear_fused_loss(*given[:3], mask=mask, bias=leaves[2], loss=lambda rows: rows.logp)
 
 
 def test_all_rows_masked_or_none():
@@ -258,6 +275,14 @@ def test_compiled_it_is_the_statistics_and_the_loss():
         ({"loss": lambda rows: rows.logp.sum()}, ValueError, "old_logp is no option of a loss that is a function"),
         ({"loss": lambda rows: rows.logp, "old_logp": None, "advantages": None}, ValueError, r"0-d tensor, got shape \(21,\)"),
         ({"loss": lambda rows: 3, "old_logp": None, "advantages": None}, TypeError, "must return a float tensor"),
+        ({"loss": lambda rows: torch.tensor(3), "old_logp": None, "advantages": None}, TypeError, "got a tensor of torch.int64"),
+        (
+            {"loss": lambda rows: (rows.logp * COEF.prod()).sum(), "old_logp": None, "advantages": None},
+            ValueError,
+            r"by another tensor \(2,\): detach",
+        ),
+        ({"loss": lambda rows: COEF.sum(), "old_logp": None, "advantages": None}, ValueError, r"by another tensor \(2,\): detach"),
+        ({"loss": lambda rows: 3, "old_logp": None, "advantages": None, "aggregation": "grpo"}, ValueError, "aggregation is no option"),
         ({"advantages": None}, TypeError, "needs advantages"),
         ({"old_logp": torch.zeros(B, T + 1)}, ValueError, "old_logp must have the shape"),
         ({"kl_coef": 0.1}, ValueError, "needs reference_logp"),

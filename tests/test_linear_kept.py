@@ -350,11 +350,12 @@ def test_empty_batches_and_lists_and_a_vocabulary_of_one(backend, n):
     for keep in (
         Kept.ids(torch.zeros(n, 0, dtype=torch.int32), empty="nothing"),
         Kept.csr(targets[:0], torch.zeros(n + 1, dtype=torch.int32), empty="nothing"),
+        Kept.csr(torch.zeros(2, dtype=torch.long), torch.zeros(n + 1, dtype=torch.int32), empty="nothing"),  # spare room
     ):
         stats = linear_token_stats(hidden, weight, targets, keep=keep)
         assert (stats.logp == 0).all() and stats.target_kept.sum() == 0
         stats.logsumexp.sum().backward()
-    assert torch.equal(weight.grad, torch.full((1, 2), 2.0 * n))
+    assert torch.equal(weight.grad, torch.full((1, 2), 3.0 * n))
     dense = linear_token_stats(hidden, weight, targets, keep=Kept.csr(targets[:0], targets[:0].new_zeros(1), rows=targets - 1), max_dense_rows=n + 1)
     assert (dense.logsumexp == 2).all() and dense.target_kept.all()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..checks import check_choice, check_count, check_flags, check_number, check_tokens, computing_dtype, per_token, shown
 from ..operator import traced
 from ..primitives.kl import check_kl, kl_penalty
-from ..primitives.known import KnownLoss, RowStats, known_loss
+from ..primitives.known import KnownLoss, RowStats, check_sum, known_loss
 from ..primitives.linear import linear_token_stats
 from ..primitives.plans import check_logits_dtype, check_workspace, rows_at_once
 from ..primitives.projection import check_num_valid, gathering, whole_head
@@ -103,7 +103,9 @@ class _CallersLoss:
     def of_all(self, stats: TokenStats) -> Tensor:
         n, lead = stats.logsumexp.numel(), stats.logsumexp.dim()
         rows = (None if x is None else x.reshape(n, *x.shape[lead:]) for x in stats)
-        return self.of_rows(RowStats(*rows, slice(0, n)))  # type: ignore[arg-type, call-arg]
+        value = self.of_rows(RowStats(*rows, slice(0, n)))  # type: ignore[arg-type, call-arg]
+        check_sum(value)
+        return value
 
 
 def _refuse(of: str, **options: Any) -> None:
@@ -132,14 +134,16 @@ def _kl(mask: Tensor, zeros: Tensor, reference_logp, coef: float, kind: str, cla
     return _Penalty(reference_logp, coef, kind, clamp, None if scale is None else torch.where(mask, per_token("kl_scale", scale, zeros), 0))
 
 
-def _check_expected(expected_grad: float | Tensor) -> None:
+def _check_expected(expected_grad: float | Tensor) -> float | Tensor:
+    """A number, or 0-d."""
     if isinstance(expected_grad, Tensor):
         if expected_grad.numel() != 1 or expected_grad.requires_grad or not expected_grad.is_floating_point():
             raise ValueError(f"expected_grad must be a number or one float without gradient, got {shown(expected_grad)}")
-        return
+        return expected_grad.reshape(()).clone()  # a GradScaler's is updated in place
     check_number("expected_grad", expected_grad)
     if expected_grad == 0:
         raise ValueError("expected_grad must not be 0: the gradient would be lost")
+    return expected_grad
 
 
 def linear_fused_loss(
@@ -207,8 +211,9 @@ def linear_fused_loss(
         loss: "ppo" (that of GRPO too), "reinforce", "cispo", "sapo": as the losses of these names. "ce":
             -logp, with advantages as weights if given. Or a function of `RowStats`, in plain PyTorch, that
             returns the sum over the rows it is given, its normaliser included. It sees each row once, in
-            order, and may not keep tensors that carry gradient. Rows that the mask leaves out, with
-            num_valid only on request, come with statistics of 0, and must add 0.
+            order. It may not keep tensors that carry gradient, nor use others than those of its rows. Rows
+            that the mask leaves out, with num_valid only on request, come with statistics of 0, and must
+            add 0.
         workspace: bytes of a chunk of logits; None takes 1 GiB, on a CPU 256 MiB. chunk_rows: rows of a chunk
             instead.
         expected_grad: what the loss's gradient will be multiplied by in the backward: a number that is not 0,
@@ -225,18 +230,20 @@ def linear_fused_loss(
     Returns:
         FusedOutput(loss, metrics, stats): 0-d, float32 (float64 for float64); the metrics of the loss of that
         name, with a reference also kl; TokenStats without gradient. The gradients by hidden, weight and bias
-        are held from the forward to the backward. A second backward (retain_graph=True) computes them again.
-        Under torch.compile and of a tensor subclass this is `linear_token_stats` and the loss on it.
+        are held from the forward to the backward. A second backward (retain_graph=True) computes them again,
+        from what old_logp and its like, or the function's tensors, hold by then. Under torch.compile and of a
+        tensor subclass this is `linear_token_stats` and the loss on it.
 
     Raises:
         TypeError, ValueError, IndexError: as `linear_token_stats` and the losses; for options that the loss
-            does not have, and a function that does not return a 0-d float tensor.
+            does not have, and a function that does not return a 0-d float tensor, or takes a gradient by
+            another tensor than its rows.
     """
     if group is not None:
         raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
     if targets is None:
         raise TypeError("targets must be an integer tensor, got None")
-    _check_expected(expected_grad)
+    expected_grad = _check_expected(expected_grad)
     with gathering(gathered):
         hidden, weight, bias = whole_head(hidden, weight, bias)
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail)
@@ -273,7 +280,8 @@ def linear_fused_loss(
         elif callable(loss):
             given = {"old_logp": old_logp, "advantages": advantages, "reference_logp": reference_logp, "kl_scale": kl_scale, "weights": weights}
             coefs = {"kl_coef": kl_coef, "entropy_coef": entropy_coef, "lse_coef": lse_coef}
-            _refuse("a loss that is a function", **given, normalizer=normalizer, **of_policy, **{name: c or None for name, c in coefs.items()})
+            how = {"kl_clamp": kl_clamp, "aggregation": None if aggregation == "token-mean" else aggregation, "normalizer": normalizer}
+            _refuse("a loss that is a function", **given, **how, **of_policy, **{name: c or None for name, c in coefs.items()})
             of = _CallersLoss(loss)
         else:
             raise TypeError(f"loss must be one of {', '.join(LOSSES)} or a function of RowStats, got {shown(loss)}")
@@ -282,8 +290,7 @@ def linear_fused_loss(
             chunk = chunk_rows or rows_at_once(weight.shape[0], dtype.itemsize, workspace)
             skips = isinstance(loss, str) or num_valid is not None
             total = of.of_all if isinstance(loss, str) else None
-            expected = expected_grad.reshape(()) if isinstance(expected_grad, Tensor) else expected_grad
-            known = KnownLoss(of.of_rows, total, expected, chunk, dtype, num_valid, skips, gathered)
+            known = KnownLoss(of.of_rows, total, expected_grad, chunk, dtype, num_valid, skips, gathered)
             value, stats = known_loss(hidden, weight, bias, y, counted, row_temperature, o, known)
             return FusedOutput(value, of.metrics, stats)
     stats = linear_token_stats(

@@ -60,10 +60,11 @@ def known_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets, mas
 
 class _Known(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, *how):
-        value, stats, gradients = _run(hidden, weight, bias, *how, ctx.needs_input_grad[:3])
-        ctx.save_for_backward(hidden, weight, bias)
-        ctx.how, ctx.gradients = how, gradients
+    def forward(ctx, *args):
+        *tensors, o, loss = args
+        value, stats, gradients = _run(*tensors, o, loss, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*tensors)
+        ctx.how, ctx.gradients = (o, loss), gradients
         shown_stats = stats[:-1]  # without state
         ctx.mark_non_differentiable(*(x for x in shown_stats if x is not None))
         ctx.set_materialize_grads(False)
@@ -81,7 +82,7 @@ class _Known(torch.autograd.Function):
                     _, _, gradients = _run(*ctx.saved_tensors, *ctx.how, ctx.needs_input_grad[:3])
             _rescale(gradients, g, ctx.how[-1].expected)
         if torch.is_grad_enabled():  # create_graph=True
-            gradients = tuple(None if x is None else once(x, of, _INSTEAD) for x, of in zip(gradients, ctx.saved_tensors, strict=True))
+            gradients = tuple(None if x is None else once(x, of, _INSTEAD) for x, of in zip(gradients, ctx.saved_tensors, strict=False))
         return (*gradients, None, None, None, None, None)
 
 
@@ -128,18 +129,38 @@ def _run(
     return sum_of_values, stats, gradients
 
 
+def check_sum(value: Any) -> None:
+    """What a caller's loss returns is a 0-d float tensor."""
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        given = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+        raise TypeError(f"loss must return a float tensor, the sum over the rows it is given, got {given}")
+    if value.dim():
+        raise ValueError(f"loss must return the sum over the rows it is given, a 0-d tensor, got shape {tuple(value.shape)}")
+
+
+def _check_gradients(value: Tensor, rows: list[Tensor]) -> None:
+    """ValueError if the loss has a gradient by anything but its rows, which would be lost."""
+    seen, todo = set(), [torch.autograd.graph.get_gradient_edge(value).node]
+    while todo:
+        node = todo.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and not any(leaf is x for x in rows):
+            raise ValueError(f"loss may take gradients by its rows alone, got one by another tensor {tuple(leaf.shape)}: detach it")
+        seen.add(node)
+        todo += [of for of, _ in node.next_functions if of is not None and of not in seen]
+
+
 def _slopes(computed: Results, o: Options, loss: KnownLoss, index: slice | Tensor) -> tuple[Tensor, list[Tensor | None]]:
     """The loss of some rows, and its gradient by each of their statistics."""
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in computed[:_DIFFERENTIABLE]]
         value = loss.of_rows(RowStats(*public_stats(o, *leaves, computed.target_kept), index))  # type: ignore[call-arg]
-        if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise TypeError(f"loss must return a float tensor, the sum over the rows it is given, got {shown(value)}")
-        if value.dim():
-            raise ValueError(f"loss must return the sum over the rows it is given, a 0-d tensor, got shape {tuple(value.shape)}")
+        check_sum(value)
         if not value.requires_grad:
             return value, [None] * _DIFFERENTIABLE
         given = [x for x in leaves if x is not None]
+        if loss.of_all is None:
+            _check_gradients(value, given)
         expected = torch.ones_like(value).mul_(loss.expected)  # to copy a number to the device would wait for it
         found = iter(torch.autograd.grad(value, given, expected, allow_unused=True))
     return value.detach(), [None if x is None else next(found) for x in leaves]

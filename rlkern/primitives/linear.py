@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import KeptKind
 from ..checks import check_count, check_flags, check_number, check_target_range, computing_dtype, expect, shown
+from ..layout import counted_rows
 from ..operator import Operator, differentiable, values_readable
 from .kept_sets import Kept, check_kept
 from .linear_kept import check_kept_options, linear_kept_stats
@@ -226,8 +227,8 @@ _linear_token_stats = differentiable(
 )
 
 
-def _lora(lora: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """(scale * hidden @ A.T, B)"""
+def _lora(lora: Any, hidden: Tensor, weight: Tensor, counted: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(scale * hidden @ A.T, B); counted: which rows count, bool [...]."""
     if lora is None:
         return None, None
     if not isinstance(lora, (tuple, list)) or len(lora) != 3:
@@ -244,6 +245,8 @@ def _lora(lora: Any, hidden: Tensor, weight: Tensor) -> tuple[Tensor | None, Ten
     if a.shape[1] != hidden_size or b.shape != (vocab, a.shape[0]):
         wanted = f"A [r, {hidden_size}] and B [{vocab}, r] for weight {tuple(weight.shape)}"
         raise ValueError(f"lora must be {wanted}, got {tuple(a.shape)} and {tuple(b.shape)}")
+    if counted is not None:  # the gradient by A is a product with all rows, of which some may hold NaN
+        hidden = hidden.masked_fill(~counted.unsqueeze(-1), 0)
     return torch.nn.functional.linear(hidden, a) * scale, b
 
 
@@ -351,7 +354,6 @@ def linear_token_stats(
     with gathering(gathered):
         hidden, weight, bias = whole_head(hidden, weight, bias)
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
-        lora_hidden, lora_weight = _lora(lora, hidden, weight)
         _check_weight_grad_out(weight_grad_out, weight)
         y, counted, row_temperature, o = row_options(
             hidden,
@@ -368,6 +370,7 @@ def linear_token_stats(
             logit_scale=logit_scale,
             softcap=softcap,
         )
+        lora_hidden, lora_weight = _lora(lora, hidden, weight, counted_rows(y, counted, ignore_index, hidden.dim() - 1))
         if chunk_rows is not None:
             check_count("chunk_rows", chunk_rows, 1)
         check_num_valid(num_valid, hidden)

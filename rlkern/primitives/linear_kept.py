@@ -163,7 +163,7 @@ def _new_logits(hidden, weight, bias, ids, row, offsets):
 
 def _logits(hidden, weight, bias, ids, row, offsets):
     out = torch.zeros_like(ids, dtype=computing_dtype(hidden))
-    if out.numel() > 0:
+    if out.numel() > 0 and len(offsets) > 1:  # lists may have room for ids where there is no row
         bias = None if bias is None else bias.contiguous()
         backends.select(hidden.device).kept_logits(as_rows(hidden), as_rows(weight), bias, ids, row, out)
     return out
@@ -181,7 +181,7 @@ def _logits_backward(hidden, weight, bias, ids, row, offsets, grad, wanted):
         backend.kept_hidden_gradient(as_rows(weight), ids, offsets, grad, d_hidden.view(-1, d_hidden.shape[-1]))
     if d_weight is None and d_bias is None:
         return out
-    size = int(offsets[-1]) if values_readable(offsets) else len(ids)
+    size = int(offsets[-1]) if values_readable(offsets) else len(ids) if len(offsets) > 1 else 0
     ids, order = ids[:size].sort(stable=True)  # row by row for each id: one order of its sum
     row, grad = row[order], grad[order]
     if d_weight is not None:

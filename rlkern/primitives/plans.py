@@ -161,7 +161,7 @@ def linear_plan(
 def check_logits_dtype(logits_dtype: torch.dtype | None, dtype: torch.dtype) -> torch.dtype:
     """The dtype of the logits of operands of `dtype`."""
     if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype}")
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64, got {dtype!r}")
     if logits_dtype is None or logits_dtype == dtype:
         return dtype
     if not isinstance(logits_dtype, torch.dtype):
