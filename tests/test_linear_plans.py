@@ -455,7 +455,6 @@ def test_consuming_operators():
         ({"lora": (torch.zeros(2, H).double(), torch.zeros(V, 3).double(), 1.0)}, ValueError, "lora must be"),
         ({"lora": (torch.zeros(2, H).double(), torch.zeros(V, 2).double(), "1")}, TypeError, "lora's scale"),
     ],
-    ids=str,
 )
 def test_errors(change, error, message):
     hidden, weight, bias, targets = draw(3)
