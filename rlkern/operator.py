@@ -28,9 +28,16 @@ _transform = torch._C._functorch.peek_interpreter_stack  # torch.func's, or None
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # as in jacobian(vectorize=True)
 
 
+_Mode = torch._C._TorchDispatchModeKey
+_TRACERS = (_Mode.FAKE, _Mode.PROXY, _Mode.FUNCTIONAL)  # dispatch modes that record operators, as in make_fx
+
+
 def traced(x: Tensor) -> bool:
-    """Whether x is compiled, a tensor subclass (FakeTensor, DTensor) or a meta tensor: only operators do."""
-    return _is_compiling() or type(x) not in _ORDINARY or x.is_meta
+    """Whether only operators will do: x is compiled, a tensor subclass (FakeTensor, DTensor) or a meta
+    tensor, or a mode records what is called. Modes that only count may see into operators."""
+    if _is_compiling() or type(x) not in _ORDINARY or x.is_meta:
+        return True
+    return _dispatch_modes() > 0 and any(torch._C._get_dispatch_mode(key) is not None for key in _TRACERS)
 
 
 def watched(x: Tensor) -> bool:

@@ -314,3 +314,16 @@ def test_transforms_of_raw_logits():
     torch.testing.assert_close(out.loss, expected)
     for a, b in zip(gradients(out.loss, leaves), gradients(expected, leaves), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_make_fx_records_operators():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    (hidden, weight, _), y, old, advantages, mask = problem(torch.float32)
+    hidden = hidden.detach().nan_to_num()
+
+    def f(hidden, weight):
+        return linear_fused_loss(hidden, weight, y, old, advantages, mask).loss
+
+    graph, other = make_fx(f)(hidden, weight), 2 * hidden
+    torch.testing.assert_close(graph(other, weight), f(other, weight))

@@ -33,7 +33,7 @@ def logit_transforms(config: Any, *, other: bool = False) -> dict[str, float | N
     """
     if hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
-    scale = _first(config, _MULTIPLY)
+    scale = None if getattr(config, "model_type", "") == "mpt" else _first(config, _MULTIPLY)  # MPT has one and does not use it
     scale = 1.0 if scale is None else scale
     scaling = getattr(config, "logits_scaling", None)
     if scaling is not None:

@@ -316,7 +316,7 @@ def linear_token_stats(
         chunk_rows: rows at a time instead: nothing is kept, and gradients of weight and bias are summed over
             the chunks in float32.
         weight_grad_out: float32 [V, H] (float64 for float64), such as Megatron's main_grad: the gradient by
-            weight is added to it in the backward, where weight requires grad, and weight.grad gets none. Not
+            weight is added to it in any backward, where weight requires grad, and weight.grad gets none. Not
             under torch.compile.
         lora: (A [r, H], B [V, r], scale) of an adapter on the head: the logits are those of the weight
             weight + scale * B @ A, which is never formed. Gradients by A and B; weight is mostly frozen.
@@ -384,6 +384,9 @@ def linear_token_stats(
         check_flags(round_logits=round_logits)
         several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
         check_kept_options(outside, max_dense_rows, several and keep is not None)
+        if keep is None and (outside != "include" or max_dense_rows or round_logits):
+            given = f"{outside!r}, {max_dense_rows} and {round_logits}"
+            raise ValueError(f"outside, max_dense_rows and round_logits go with keep: expected 'include', 0 and False without it, got {given}")
         if keep is not None:
             if o.kept_kind != KeptKind.NONE:
                 given = f"{min_p}, {min_prob} and {with_tail}"

@@ -381,6 +381,8 @@ def gathering(gathered: Callable[[], Any] | None) -> Any:
     """The context in which the parameters have their values."""
     if gathered is None:
         return nullcontext()
+    if torch.compiler.is_compiling():
+        raise ValueError("gathered is not supported under torch.compile: expected None")
     wanted = "gathered must be a function without arguments that returns a context manager, or None"
     if not callable(gathered):
         raise TypeError(f"{wanted}, got {shown(gathered)}")
