@@ -249,7 +249,7 @@ def test_sanitize_finds_the_kernels_right_and_a_wrong_one_wrong(monkeypatch):
     some += [(torch.float32, 33, "rows", options) for *_, options in variants if options]
     assert [sanitize.check(*v, device="cpu") for v in some] == [None] * len(some)
     honest = reference.token_stats
-    monkeypatch.setattr(sanitize.reference, "token_stats", lambda x, *args: honest(x * 1.01, *args))
+    monkeypatch.setattr(sanitize.reference, "token_stats", lambda x, *args, **options: honest(x * 1.01, *args, **options))
     assert "off by" in sanitize.check(torch.float32, 33, "rows", {}, device="cpu")
 
 

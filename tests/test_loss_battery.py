@@ -21,8 +21,9 @@ APPLIES = {  # where not to every case
 # What is exported without a case, each with the reason.
 WITHOUT_CASE = {
     **dict.fromkeys(("BGPOAccumulator", "EntropyHistory"), "state between calls, with tests of its own: test_bgpo_accumulator.py, test_epo.py"),
-    **dict.fromkeys(("BGPOOutput", "BGPOStats", "DPOOutput", "LossOutput"), "what losses return"),
+    **dict.fromkeys(("BGPOOutput", "BGPOStats", "DPOOutput", "FusedOutput", "LossOutput"), "what losses return"),
     **dict.fromkeys(("epo_beta", "kd_coefficient"), "numbers to numbers, no tensor"),
+    "linear_fused_loss": "from hidden states: the losses of its names on statistics have cases; test_linear_fused.py",
     "nlpo_keep_set": "prepared with the rollout: walks the rows in chunks, reads ids that may lie on the host; test_nlpo.py",
 }
 
