@@ -155,7 +155,7 @@ def test_budgets(arch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])  # one of each vendor: `make report ARGS=--others` compiles for all
+@pytest.mark.parametrize("arch", ["sm_90"])  # `make report ARGS=--others` compiles for all
 def test_budgets_of_every_other_variant_type_and_layout(arch, tmp_path):
     rows, over_tokens = report_on(tmp_path, "--others", "--arch", arch, "--jobs", "1")
     assert len(by_case(rows)) == len(cases.other_cases()) == len(cases.all_cases()) - len(cases.core_cases())
