@@ -69,7 +69,7 @@ class _NamedLoss:
         if self.kl is not None:
             tokens = self.mask.sum().clamp(min=1)
             kl = kl_penalty(logp, self.kl.reference_logp, self.mask, self.kl.kind, self.kl.clamp)
-            metrics = metrics | {"kl": kl.values.sum() / tokens}
+            metrics = {**metrics, "kl": kl.values.sum() / tokens}
             if self.kl.scale is not None:
                 kl = kl.scaled(self.kl.scale).dropped(self.kl.scale == 0)
             loss = loss + aggregate_terms(kl.scaled(self.kl.coef), self.mask, tokens, aggregation, normalizer)
@@ -247,9 +247,11 @@ def linear_fused_loss(
     with gathering(gathered):
         hidden, weight, bias = whole_head(hidden, weight, bias)
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail)
-        rows: dict[str, Any] = {"mask": mask, "temperature": temperature, "ignore_index": ignore_index, "with_entropy": with_entropy}
-        rows |= {"min_p": min_p, "min_prob": min_prob, "with_sum_sq": with_sum_sq, "with_tail": with_tail}
-        rows |= {"logit_scale": logit_scale, "softcap": softcap}
+        rows: dict[str, Any] = {
+            **{"mask": mask, "temperature": temperature, "ignore_index": ignore_index, "with_entropy": with_entropy},
+            **{"min_p": min_p, "min_prob": min_prob, "with_sum_sq": with_sum_sq, "with_tail": with_tail},
+            **{"logit_scale": logit_scale, "softcap": softcap},
+        }
         y, counted, row_temperature, o = row_options(hidden, targets, of="hidden", **rows)
         dtype = check_logits_dtype(logits_dtype, hidden.dtype)
         if chunk_rows is not None:
@@ -260,7 +262,13 @@ def linear_fused_loss(
         check_number("kl_coef", kl_coef, 0)
         check_number("entropy_coef", entropy_coef)
         check_number("lse_coef", lse_coef, 0)
-        if isinstance(loss, str):
+        if callable(loss):
+            given = {"old_logp": old_logp, "advantages": advantages, "reference_logp": reference_logp, "kl_scale": kl_scale, "weights": weights}
+            coefs = {"kl_coef": kl_coef, "entropy_coef": entropy_coef, "lse_coef": lse_coef}
+            how = {"kl_clamp": kl_clamp, "aggregation": None if aggregation == "token-mean" else aggregation, "normalizer": normalizer}
+            _refuse("a loss that is a function", **given, **how, **of_policy, **{name: c or None for name, c in coefs.items()})
+            of: Any = _CallersLoss(loss)
+        elif isinstance(loss, str):
             check_choice("loss", loss, LOSSES)
             if hidden.dim() != 3 or targets.shape != hidden.shape[:2]:
                 raise ValueError(f"loss={loss!r} takes hidden [B, T, H] and targets [B, T], got {tuple(hidden.shape)} and {tuple(targets.shape)}")
@@ -275,14 +283,8 @@ def linear_fused_loss(
             shared = {"weights": weights, "aggregation": aggregation, "normalizer": normalizer}
             policy = _policy(loss, of_policy, shared, old_logp, advantages, among)
             kl = _kl(among, zeros, reference_logp, kl_coef, kl_kind, kl_clamp, kl_scale)
-            of: Any = _NamedLoss(policy, among, zeros, (aggregation, normalizer), kl, (entropy_coef, lse_coef))
+            of = _NamedLoss(policy, among, zeros, (aggregation, normalizer), kl, (entropy_coef, lse_coef))
             of.of(zeros, zeros, zeros)  # raises for arguments that do not fit
-        elif callable(loss):
-            given = {"old_logp": old_logp, "advantages": advantages, "reference_logp": reference_logp, "kl_scale": kl_scale, "weights": weights}
-            coefs = {"kl_coef": kl_coef, "entropy_coef": entropy_coef, "lse_coef": lse_coef}
-            how = {"kl_clamp": kl_clamp, "aggregation": None if aggregation == "token-mean" else aggregation, "normalizer": normalizer}
-            _refuse("a loss that is a function", **given, **how, **of_policy, **{name: c or None for name, c in coefs.items()})
-            of = _CallersLoss(loss)
         else:
             raise TypeError(f"loss must be one of {', '.join(LOSSES)} or a function of RowStats, got {shown(loss)}")
         needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))

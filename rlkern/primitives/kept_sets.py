@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx._pytree import register_pytree_flatten_spec
 from torch.utils import _pytree
 
 from ..checks import check_choice, expect, shown
@@ -164,6 +165,7 @@ def check_kept(keep: Any, x: Tensor, of: str) -> Kept:
 
 
 _TENSORS = ("entries", "begin", "end", "rows")
+register_pytree_flatten_spec(Kept, lambda kept, spec: [getattr(kept, name) for name in _TENSORS])  # torch.export of torch 2.6
 _pytree.register_pytree_node(
     Kept,
     lambda kept: ([getattr(kept, name) for name in _TENSORS], kept.empty),

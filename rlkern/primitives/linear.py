@@ -380,7 +380,7 @@ def linear_token_stats(
         needs = hidden_needs, weight_needs, any(others_need)
         workspace, whole_rows = check_workspace(workspace, hidden.device.type), o.kept_kind != KeptKind.NONE
         sizes = cut(weight.shape[0], dtype.itemsize, needs, workspace, whole_rows, chunk_rows, bool(fixed_blocks))
-        how = _How(*sizes, dtype != hidden.dtype, num_valid, weight_grad_out)
+        how = _How(*sizes, dtype != hidden.dtype, num_valid if keep is None else None, weight_grad_out)
         check_flags(round_logits=round_logits)
         several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
         check_kept_options(outside, max_dense_rows, several and keep is not None)
@@ -397,8 +397,7 @@ def linear_token_stats(
             keep = check_kept(keep, hidden, "hidden")
 
             def dense(hidden, *of_rows):
-                rows_of_it = how._replace(num_valid=None)
-                return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *rows_of_it, *o, around=gathered)
+                return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o, around=gathered)
 
             of_rows = (y, counted, row_temperature, o)
             options = (outside, max_dense_rows, bool(round_logits))

@@ -331,13 +331,24 @@ def linear_kept_stats(
     rows, counted, t = (None if x is None else x.reshape(n) for x in (keep.rows, mask, row_temperature))
     lists = (keep.entries.reshape(-1), y, keep.begin, keep.end, rows, counted)
     pairs = Pairs(*_kept_pairs(*lists, options.ignore_index, weight.shape[0], outside, keep.empty == "everything", max_dense_rows))
-    logits = _kept_logits(hidden, weight, bias, *pairs[:3], around=gathered)
+    logits = _kept_logits(hidden, weight, bias, pairs.ids, pairs.row, pairs.offsets, around=gathered)
     if round_logits:
         logits = logits.to(hidden.dtype).to(logits.dtype)
     if options.softcap > 0:
         logits = _capped(logits, options.softcap)
     t = None if t is None else t.to(logits.dtype).contiguous()
-    of_rows = (logits, *pairs[:5], t, options.temperature, options.with_sum_sq, options.with_entropy)
+    of_rows = (
+        logits,
+        pairs.ids,
+        pairs.row,
+        pairs.offsets,
+        pairs.targets,
+        pairs.counted,
+        t,
+        options.temperature,
+        options.with_sum_sq,
+        options.with_entropy,
+    )
     logp, entropy, logsumexp, sum_sq, found = _kept_rows(*of_rows)
     if max_dense_rows > 0 and n > 0:
         at = pairs.dense.clamp(max=n - 1)

@@ -351,7 +351,11 @@ def whole_parameter(x: Any) -> Any:
         return x
     from torch.distributed.tensor import Partial
 
-    return x.full_tensor(grad_placements=[Partial("avg")] * x.device_mesh.ndim)
+    # Asked for an average, the DTensor of torch 2.6 sums.
+    whole = x.full_tensor(grad_placements=[Partial()] * x.device_mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda g: g / x.device_mesh.size())
+    return whole
 
 
 def whole_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
