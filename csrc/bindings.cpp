@@ -200,6 +200,7 @@ PYBIND11_MODULE(_cpu, m) {
   using namespace py::literals;
   m.attr("constants") =
       py::dict("DType"_a = split(DType::names), "State"_a = split(State::names), "KeptKind"_a = split(KeptKind::names),
-               "PairState"_a = split(PairState::names), "PairKind"_a = split(PairKind::names), "KLKind"_a = split(KLKind::names),
-               "SUMMARY"_a = split(Summary::names), "LARGEST_EXPONENT"_a = LARGEST_EXPONENT, "ELSEWHERE"_a = ELSEWHERE);
+               "SetKind"_a = split(SetKind::names), "Outside"_a = split(Outside::names), "PairState"_a = split(PairState::names),
+               "PairKind"_a = split(PairKind::names), "KLKind"_a = split(KLKind::names), "SUMMARY"_a = split(Summary::names),
+               "LARGEST_EXPONENT"_a = LARGEST_EXPONENT, "ELSEWHERE"_a = ELSEWHERE);
 }

@@ -6,11 +6,19 @@ import pytest
 
 from rlkern.backends import contract
 
-CODES = {
-    name: {k: v for k, v in vars(getattr(contract, name)).items() if k.isupper()} for name in ("State", "KeptKind", "PairState", "PairKind", "KLKind")
-}
+NAMES = ("State", "KeptKind", "SetKind", "Outside", "PairState", "PairKind", "KLKind")
+CODES = {name: {k: v for k, v in vars(getattr(contract, name)).items() if k.isupper()} for name in NAMES}
 CODES["SUMMARY"] = {name: column for column, name in enumerate(contract.SUMMARY)}
-TRITON = {"State": "STATE_", "KeptKind": "KEPT_", "PairState": "PAIR_", "PairKind": "PAIR_KIND_", "KLKind": "KL_", "SUMMARY": "SUMMARY_"}
+TRITON = {
+    "State": "STATE_",
+    "KeptKind": "KEPT_",
+    "SetKind": "SET_",
+    "Outside": "OUTSIDE_",
+    "PairState": "PAIR_",
+    "PairKind": "PAIR_KIND_",
+    "KLKind": "KL_",
+    "SUMMARY": "SUMMARY_",
+}
 
 
 @pytest.fixture

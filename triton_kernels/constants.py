@@ -17,6 +17,8 @@ import triton.language as tl
 ) = (tl.constexpr(kind) for kind in range(9))  # fmt: skip
 
 KEPT_NONE, KEPT_MIN_P, KEPT_MIN_PROB, KEPT_UNLISTED = (tl.constexpr(kind) for kind in range(4))
+SET_LISTS, SET_BITS, SET_MASK, SET_AT_LEAST = (tl.constexpr(kind) for kind in range(4))
+OUTSIDE_INCLUDE, OUTSIDE_EVERYTHING, OUTSIDE_MINUS_INF = (tl.constexpr(rule) for rule in range(3))
 KL_K1, KL_ABS, KL_K2, KL_K3 = (tl.constexpr(kind) for kind in range(4))
 
 (

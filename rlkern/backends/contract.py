@@ -6,9 +6,9 @@ assume validated input. `CHECKS_TARGETS` says whether forwards check the range o
 Rows of logits:
 
     token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out,
-                        softcap=0.0)
+                        softcap=0.0, keep=None, keep_out=None)
     token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out,
-                         softcap=0.0)
+                         softcap=0.0, keep=None, full=None)
 
     logits       [A, B, V], any strides over A and B, last stride 1; row r is (r // B, r % B), N = A * B
     targets      [N, K] int64 contiguous, or None (K = 0); ELSEWHERE: a target in columns that are not these
@@ -34,6 +34,18 @@ gradient without being read.
 The logits may be some columns of a row. The forward's state is then that of a part of the row, NaN at a
 target that is ELSEWHERE; primitives/parts.py merges parts. The backward takes the state of the whole row. A
 target ELSEWHERE counts in what its logp sends to all columns. It is not counted as ignored.
+
+With `keep`, a `Keep`, each row's softmax is over a set S' of ids: its set S, and what `outside` says. All of
+the above, also `state` and the sets of kept_kind, is then that of a row at -inf outside S'. But nothing that
+stands there counts, not even NaN. The gradient there is exactly 0. There are targets, none ELSEWHERE.
+
+    keep_out     forward: (target_kept [N, K] bool, full_entropy, full_logsumexp, full_state [N, 3]). The last
+                 three may be None; they are of the whole row, without S': State.MAX, REST and MEAN_U.
+                 target_kept: S has the target, or the row has no set. True for ignored targets and in rows
+                 that are skipped
+    full         backward: (full_state, upstream gradient of full_entropy, of full_logsumexp), or None. A
+                 gradient may be None. It goes to all columns
+    grads        those of logp are 0 at targets outside S'
 
 Two rows at once, logits and those of another policy:
 
@@ -138,6 +150,12 @@ One number a token, over all tokens of a batch:
 The rows of [2, N] are values and their derivatives by logp.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
 
 class State:
     """Columns of `state`, with u = (x - m) / T. From TARGETS on: x[y_k] - m, NaN for y_k outside [0, V)."""
@@ -156,6 +174,40 @@ class KeptKind:
     MIN_P = 1  # p >= k * max p
     MIN_PROB = 2  # p >= k
     UNLISTED = 3  # no target of the row, or one equal to ignore_index
+
+
+class SetKind:
+    LISTS = 0  # of ids; negative ones are padding
+    BITS = 1  # bit v % 8 of byte v / 8
+    MASK = 2  # bool
+    AT_LEAST = 3  # logits >= a threshold, as they are: without softcap or temperature
+
+
+class Outside:
+    """What S' is where a target is not in S. With several targets a row, MINUS_INF."""
+
+    INCLUDE = 0  # S and the target
+    EVERYTHING = 1  # all ids
+    MINUS_INF = 2  # S
+
+
+class Keep(NamedTuple):
+    """The ids that the softmax of each row is over, before `outside`.
+
+    A row without a set, or with an empty list where `open_empty`, is over all ids. So is one with a NaN
+    threshold. A list with an id >= V, or a row that names a list beyond the last, makes the row NaN if it is
+    not skipped; native raises IndexError. Ends of lists beyond [0, M] are taken to be there. An id that a list
+    holds twice may count twice. The order of a list may change last bits; padding may not.
+    """
+
+    kind: int  # a `SetKind`
+    sets: Tensor  # LISTS: [M] int32 or int64 contiguous. BITS: [A, B, bytes] uint8, MASK: [A, B, V], each with any
+    # strides over A and B, last stride 1. AT_LEAST: [N] contiguous in the accumulation dtype
+    outside: int
+    begin: Tensor | None = None  # LISTS: [R] int64, list j is sets[begin[j] : end[j]]; None: N lists of M / N ids
+    end: Tensor | None = None
+    rows: Tensor | None = None  # LISTS: [N] int64, the list of each row, negative for none; None: R = N, in order
+    open_empty: bool = False
 
 
 class PairState:
