@@ -194,9 +194,9 @@ class Outside:
 class Keep(NamedTuple):
     """The ids that the softmax of each row is over, before `outside`.
 
-    A row without a set, or with an empty list where `open_empty`, is over all ids. So is one with a NaN
+    A row without a list, or with an empty one where `open_empty`, is over all ids. So is one with a NaN
     threshold. A list with an id >= V, or a row that names a list beyond the last, makes the row NaN if it is
-    not skipped; native raises IndexError. Ends of lists beyond [0, M] are taken to be there. An id that a list
+    not skipped; native raises IndexError. Ends of lists outside [0, M] are moved there. An id that a list
     holds twice may count twice. The order of a list may change last bits; padding may not.
     """
 
