@@ -219,7 +219,7 @@ def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = 
         keep = Kept.mask(keep)
     constructors = "Kept.ids, Kept.csr, Kept.counts or Kept.samples"
     if not isinstance(keep, Kept):
-        if isinstance(keep, Tensor) and keep.dtype in (torch.int32, torch.int64, torch.uint8):
+        if isinstance(keep, Tensor) and keep.dtype in (torch.int32, torch.int64, torch.uint8) and not lists_only:
             raise TypeError(f"keep: a tensor of {keep.dtype} may be ids or bits, say which by Kept.ids(keep) or Kept.bits(keep)")
         given = f"a tensor of {keep.dtype}" if isinstance(keep, Tensor) else shown(keep)
         raise TypeError(f"keep must be made by {constructors if lists_only else 'a constructor of Kept, or be a bool tensor'}, got {given}")
