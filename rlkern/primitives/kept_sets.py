@@ -251,11 +251,18 @@ def check_outside(outside: str, several: bool) -> None:
 
 
 _TENSORS = ("entries", "begin", "end", "rows")
+
+
+def _words(kept: Kept) -> str:
+    return f"{kept.empty} {kept.kind}"  # one string: torch.export writes it as JSON
+
+
 register_pytree_flatten_spec(Kept, lambda kept, spec: [getattr(kept, name) for name in _TENSORS])  # torch.export of torch 2.6
 _pytree.register_pytree_node(
     Kept,
-    lambda kept: ([getattr(kept, name) for name in _TENSORS], (kept.empty, kept.kind)),
-    lambda leaves, words: Kept(*leaves, *words),  # type: ignore[misc]
-    flatten_with_keys_fn=lambda kept: ([(_pytree.GetAttrKey(name), getattr(kept, name)) for name in _TENSORS], (kept.empty, kept.kind)),
+    lambda kept: ([getattr(kept, name) for name in _TENSORS], _words(kept)),
+    lambda leaves, words: Kept(*leaves, *words.split()),  # type: ignore[misc]
+    flatten_with_keys_fn=lambda kept: ([(_pytree.GetAttrKey(name), getattr(kept, name)) for name in _TENSORS], _words(kept)),
     serialized_type_name="rlkern.Kept",
 )
+torch.serialization.add_safe_globals([Kept])  # torch.load of a rollout
