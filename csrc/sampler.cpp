@@ -1,5 +1,5 @@
-// sampler_threshold for one instruction set. Two sweeps of a row give its maximum and the masses, a third the
-// smallest logit above the bound that the rules set. Nothing is sorted: the token at which the weights of the
+// sampler_threshold for one instruction set. Sweeps of a row give its maximum, the masses, and in the end the
+// smallest logit that reaches what the rules ask for. Nothing is sorted: the token at which the weights of the
 // greater ones reach a limit is found a digit at a time, by the weight of each value of the digit.
 
 #include <numeric>
@@ -95,8 +95,8 @@ Range<Acc<T>> range_of(const T* x, int64_t vocab) {
 template <class T>
 void masses_of(const T* tile, int64_t n, Acc<T> least, double top, double scale, double unit, int64_t* masses) {
   using A = Acc<T>;
-  using Narrow = Vec<A, kVectorBytes / sizeof(double) * sizeof(A)>;
-  constexpr int lanes = kVectorBytes / sizeof(double);
+  using Narrow = Vec<A, kVectorBytes * sizeof(A) / sizeof(double)>;
+  constexpr int lanes = Pack<double>::lanes / kPackVectors;
   constexpr double round = double(int64_t(3) << 51);  // adding it leaves an integer in the low bits
   const AccPack<T> lowest = broadcast(A(-kInfinity));
   A x[kTile];
@@ -104,20 +104,46 @@ void masses_of(const T* tile, int64_t n, Acc<T> least, double top, double scale,
     const AccPack<T> v = load_in_order(tile + i);
     store_in_order(x + i, select(v >= least, v, lowest));
   }
-  for (int64_t i = 0; i < n; i += 2 * lanes) {
+  for (int64_t i = 0; i < n; i += Pack<double>::lanes) {
     const Pack<double> wide =
         each<Pack<double>>([&](int j) { return __builtin_convertvector(load_raw<Narrow>(x + i + j * lanes), Vec<double>); });
     const Pack<double> mass = power_of_two((wide - top) * scale) * unit + round;
-    for (int j = 0; j < 2; ++j) store_raw<false>(masses + i + j * lanes, bit_cast<Bits<double>>(mass.v[j]) - bit_cast<int64_t>(round));
+    for (int j = 0; j < kPackVectors; ++j)
+      store_raw<false>(masses + i + j * lanes, bit_cast<Bits<double>>(mass.v[j]) - bit_cast<int64_t>(round));
   }
+}
+
+// A number that at least k logits reach, if it can be had from one maximum of each lane of each tile.
+template <class T>
+Acc<T> reached_by(const T* x, int64_t vocab, int64_t k) {
+  using A = Acc<T>;
+  std::vector<A> maxima;
+  for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+    AccPack<T> top = broadcast(A(-kInfinity));
+    for (int64_t i = 0; i < n; i += kLanes<T>) top = max_or_second(load(tile + i), top);
+    maxima.resize(maxima.size() + kLanes<T>);
+    store(maxima.data() + maxima.size() - kLanes<T>, top);
+  });
+  const A lowest = std::numeric_limits<A>::lowest();
+  if (k > int64_t(maxima.size())) return lowest;
+  std::nth_element(maxima.begin(), maxima.begin() + (k - 1), maxima.end(), [](A a, A b) { return a > b; });
+  return std::max(lowest, maxima[k - 1]);
 }
 
 // The k-th largest logit.
 template <class T>
 Acc<T> kth_largest(const T* x, int64_t vocab, int64_t k, Tokens<T>& tokens) {
-  const Key<T> lowest = key_of(Element<T>::minus_infinity());
+  const Acc<T> least = reached_by(x, vocab, k);
   tokens.count = 0;
-  for (int64_t i = 0; i < vocab; ++i) tokens.add(key_of(x[i]), 1, key_of(x[i]) > lowest);
+  for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes<T>) {
+      const AccPack<T> v = load_in_order(tile + i);
+      if (!any(v >= least)) continue;
+      Acc<T> values[kLanes<T>];
+      store(values, v);
+      for (int64_t j = 0; j < kLanes<T>; ++j) tokens.add(key_of(tile[i + j]), 1, values[j] >= least);
+    }
+  });
   const T found = of_key<T>(select(tokens, k));
   return load_one(&found);
 }
@@ -135,7 +161,12 @@ Acc<T> smallest_of_nucleus(const Sampler& call, const T* x, Acc<T> least, double
     int64_t masses[kTile];
     masses_of(tile, n, least, top, scale, unit, masses);
     total += std::accumulate(masses, masses + n, int64_t(0));
-    for (int64_t i = 0; i < n; ++i) tokens.add(key_of(tile[i]), masses[i], masses[i] >= share);
+    constexpr int lanes = Pack<double>::lanes;
+    for (int64_t i = 0; i < n; i += lanes) {
+      const auto vector = [&](int j) { return load_raw<Bits<double>>(masses + i + j * (lanes / kPackVectors)); };
+      if (!any(each<Mask<double>>([&](int j) { return vector(j) >= share; }))) continue;
+      for (int64_t j = i; j < i + lanes; ++j) tokens.add(key_of(tile[j]), masses[j], masses[j] >= share);
+    }
   });
   const double limit = std::max(1.0, std::ceil(call.top_p * double(total)));
   const int64_t kept = std::accumulate(tokens.weights.begin(), tokens.weights.begin() + tokens.count, int64_t(0));
