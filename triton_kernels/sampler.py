@@ -14,10 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import device_of, row_options, starts_aligned, strides
+from .launch import device_of, gpu, row_options, starts_aligned, strides
 from .rows import BATCH_SHAPE, NEG_INF, row_start
 
-BLOCK, WARPS = 2048, 8
+TILE_BYTES, WARPS = 4096, 8
 TRAILING_ZEROS = {torch.bfloat16: 16, torch.float16: 13}  # of the bits of a float32 that holds one
 
 
@@ -26,17 +26,21 @@ def _key(x, ZEROS: tl.constexpr):
     """An int64 in the order of floats."""
     if x.dtype == tl.float64:
         bits = x.to(tl.int64, bitcast=True)
-        return bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) >> ZEROS
+        key = bits ^ ((bits >> 63) & 0x7FFFFFFFFFFFFFFF)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+        key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64) >> ZEROS
+    return key
 
 
 @triton.jit
 def _of_key(key, ACC: tl.constexpr, ZEROS: tl.constexpr):
     if ACC == tl.float64:
-        return (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
-    key = (key << ZEROS) | ((key >> 63) & ((1 << ZEROS) - 1))
-    return (key ^ ((key >> 63) & 0x7FFFFFFF)).to(tl.int32).to(tl.float32, bitcast=True)
+        x = (key ^ ((key >> 63) & 0x7FFFFFFFFFFFFFFF)).to(tl.float64, bitcast=True)
+    else:
+        key = (key << ZEROS) | ((key >> 63) & ((1 << ZEROS) - 1))
+        x = (key ^ ((key >> 63) & 0x7FFFFFFF)).to(tl.int32).to(tl.float32, bitcast=True)
+    return x
 
 
 @triton.jit
@@ -53,7 +57,7 @@ def _masses(x, top, inv_t, unit):
 @triton.jit
 def _search(
     row_ptr, vocab, low, high, limit, inv_t, unit,  # low <= high, floats of the accumulation type
-    MASSES: tl.constexpr, ACC: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr,
+    MASSES: tl.constexpr, ACC: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The least number from about `low` on such that all logits above it weigh less than `limit`."""
     top = high.to(tl.float64)
@@ -69,7 +73,7 @@ def _search(
         of_first = tl.zeros((BLOCK,), tl.int64)
         of_second = tl.zeros((BLOCK,), tl.int64)
         of_third = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             x = _tile(row_ptr, start, vocab, ACC, BLOCK)
             between = (x > first) & (x <= end)
             if tl.max(between.to(tl.int32), axis=0) > 0:
@@ -96,7 +100,7 @@ def sampler_threshold_kernel(
     logits_ptr, mask_ptr, temperature_ptr, out_ptr,  # [A, B, V], [N], [N], [N]
     inner, stride_a, stride_b, vocab, temperature: tl.float64, top_k, top_p: tl.float64, log_min_p: tl.float64, log_share: tl.float64, bits,
     HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, JOINT: tl.constexpr,
-    ACC: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr,
+    ACC: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN)
@@ -110,7 +114,7 @@ def sampler_threshold_kernel(
     maxima = tl.full((BLOCK,), NEG_INF, ACC)
     finite = tl.zeros((BLOCK,), tl.int32)
     strange = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         x = _tile(row_ptr, start, vocab, ACC, BLOCK)
         maxima = tl.maximum(maxima, x)
         finite += (x > NEG_INF).to(tl.int32)
@@ -124,14 +128,14 @@ def sampler_threshold_kernel(
     least = tl.full((), log_min_p, tl.float64) * t + top.to(tl.float64)
     if TOP_K:
         wanted = tl.minimum(tl.sum(finite, axis=0), top_k).to(tl.int64)
-        found = _search(row_ptr, vocab, tl.full((), NEG_INF, ACC), top, wanted, 0.0, 0.0, False, ACC, ZEROS, BLOCK)
+        found = _search(row_ptr, vocab, tl.full((), NEG_INF, ACC), top, wanted, 0.0, 0.0, False, ACC, ZEROS, BLOCK, STAGES)
         least = tl.maximum(least, found.to(tl.float64))
     if TOP_P:
         inv_t = 1.0 / t
         unit = (tl.full((), 1, tl.int64) << bits).to(tl.float64)
         from_ = tl.full((), NEG_INF, tl.float64) if JOINT else least
         masses = tl.zeros((BLOCK,), tl.int64)
-        for start in range(0, vocab, BLOCK):
+        for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
             x = _tile(row_ptr, start, vocab, ACC, BLOCK)
             masses += tl.where(x.to(tl.float64) >= from_, _masses(x, top.to(tl.float64), inv_t, unit), 0)
         total = tl.sum(masses, axis=0)
@@ -139,11 +143,11 @@ def sampler_threshold_kernel(
         limit = tl.minimum(tl.maximum(tl.ceil(limit).to(tl.int64), 1), total)
         # What is not greater than a kept token has more than 1 - top_p of the mass, and the token its share.
         low = tl.maximum(from_, tl.full((), log_share, tl.float64) * t + top.to(tl.float64)).to(ACC)
-        found = _search(row_ptr, vocab, tl.minimum(low, top), top, limit, inv_t, unit, True, ACC, ZEROS, BLOCK)
+        found = _search(row_ptr, vocab, tl.minimum(low, top), top, limit, inv_t, unit, True, ACC, ZEROS, BLOCK, STAGES)
         least = tl.maximum(least, found.to(tl.float64))
 
     minima = tl.full((BLOCK,), float("inf"), ACC)
-    for start in range(0, vocab, BLOCK):
+    for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
         x = _tile(row_ptr, start, vocab, ACC, BLOCK)
         minima = tl.minimum(minima, tl.where((x.to(tl.float64) >= least) & (x > NEG_INF), x, float("inf")))
     tl.store(out_ptr + row, tl.min(minima, axis=0))
@@ -161,7 +165,13 @@ def sampler_threshold(logits, mask, temperature, top_k, top_p, log_min_p, joint,
     log_share = math.log((1 - top_p) / (2 * vocab)) if top_p < 1 else 0.0
     row_args = (inner, *strides(logits), vocab, number, top_k, top_p, log_min_p, log_share, mass_bits(vocab))
     rules = dict(TOP_K=top_k > 0, TOP_P=top_p < 1, JOINT=joint, ZEROS=TRAILING_ZEROS.get(logits.dtype, 0))
-    block = min(BLOCK, max(256, triton.next_power_of_2(vocab)))
-    shape = dict(ALIGN=align if starts_aligned(logits, align) else 1, BLOCK=block, num_warps=max(1, WARPS * block // BLOCK))
+    whole = TILE_BYTES // logits.element_size()
+    block = min(whole, max(256, triton.next_power_of_2(vocab)))
+    shape = dict(
+        ALIGN=align if starts_aligned(logits, align) else 1,
+        BLOCK=block,
+        STAGES=1 if gpu(logits.device).amd else 3,
+        num_warps=max(1, WARPS * block // whole),
+    )
     with device_of(logits):
         sampler_threshold_kernel[(outer * inner,)](logits, *pointers, out, *row_args, **options, **rules, **shape)
