@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,17 +43,16 @@ def nlpo_keep_set(
 
     Args:
         mask_logits: [..., V] of the mask policy, a copy of the actor refreshed now and then.
-        top_p: keep the smallest set of likeliest tokens whose mass exceeds top_p (RL4LMs: 0.9), and those tied
-            with the last of them.
-        top_k: keep the k likeliest, and those tied with the last of them. Give one of the two.
+        top_p: keep the smallest set of likeliest tokens whose mass exceeds top_p (RL4LMs: 0.9).
+        top_k: keep the k likeliest. Give one of the two. Those tied with the last that is kept stay too.
         min_tokens_to_keep: at least so many (RL4LMs keeps one more than this in its encoder-decoder path).
         always_keep: [n] integer ids in [0, V), such as end of sequence; on the logits' device or on a CPU.
         temperature: divides the logits first.
 
-    Tokens at -inf are never kept, and of a row that is no distribution none is but those of always_keep.
-    The set of top_p or top_k as one number a row is `sampler_threshold`. Raises TypeError, ValueError for other dtypes, shapes and options, and
-    IndexError for an id outside [0, V) in always_keep. On a GPU the check would wait for the device. Without
-    RLKERN_DEBUG=1 such an id has no effect there.
+    Tokens at -inf are never kept, and of a row that is no distribution only those of always_keep. Raises
+    TypeError, ValueError for other dtypes, shapes and options, and IndexError for an id outside [0, V) in
+    always_keep. On a GPU the check would wait for the device. Without RLKERN_DEBUG=1 such an id has no effect
+    there. The set without always_keep is one number a row: `sampler_threshold`.
     """
     check_logits(mask_logits, "mask_logits")
     if (top_p is None) == (top_k is None):
@@ -112,7 +111,7 @@ def nlpo_stats(
     check_flags(renorm=renorm)
     check_logits(logits)
     expect("keep", keep, "bool", "[..., V]", like=("logits", logits))
-    rows = {"temperature": temperature, "mask": mask, "ignore_index": ignore_index}
+    rows: dict[str, Any] = {"temperature": temperature, "mask": mask, "ignore_index": ignore_index}
     kept = token_stats(logits, targets, keep=Kept.mask(keep), outside="minus_inf", with_full=True, **rows)
     entropy, kept_logmass = kept.entropy, kept.logsumexp - kept.full_logsumexp
     if renorm:
