@@ -44,8 +44,9 @@ def _of_key(key, ACC: tl.constexpr, ZEROS: tl.constexpr):
 
 
 @triton.jit
-def _tile(row_ptr, start, vocab, ACC: tl.constexpr, BLOCK: tl.constexpr):
-    cols = start + tl.arange(0, BLOCK)
+def _tile(row_ptr, start, vocab, ACC: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """[BLOCK / LANES, LANES]: a thread has a row of it, 16 bytes, so sums of rows take one register."""
+    cols = start + tl.arange(0, BLOCK // LANES)[:, None] * LANES + tl.arange(0, LANES)[None, :]
     return tl.load(row_ptr + cols, mask=cols < vocab, other=NEG_INF).to(ACC)
 
 
@@ -57,7 +58,7 @@ def _masses(x, top, inv_t, unit):
 @triton.jit
 def _search(
     row_ptr, vocab, low, high, limit, inv_t, unit,  # low <= high, floats of the accumulation type
-    MASSES: tl.constexpr, ACC: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    MASSES: tl.constexpr, ACC: tl.constexpr, ZEROS: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The least number from about `low` on such that all logits above it weigh less than `limit`."""
     top = high.to(tl.float64)
@@ -70,18 +71,19 @@ def _search(
         first = _of_key(lo + step - 1, ACC, ZEROS)
         second = _of_key(lo + 2 * step - 1, ACC, ZEROS)
         third = _of_key(lo + 3 * step - 1, ACC, ZEROS)
-        of_first = tl.zeros((BLOCK,), tl.int64)
-        of_second = tl.zeros((BLOCK,), tl.int64)
-        of_third = tl.zeros((BLOCK,), tl.int64)
+        of_first = tl.zeros((BLOCK // LANES,), tl.int64)
+        of_second = tl.zeros((BLOCK // LANES,), tl.int64)
+        of_third = tl.zeros((BLOCK // LANES,), tl.int64)
         for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-            x = _tile(row_ptr, start, vocab, ACC, BLOCK)
+            x = _tile(row_ptr, start, vocab, ACC, BLOCK, LANES)
             between = (x > first) & (x <= end)
-            if tl.max(between.to(tl.int32), axis=0) > 0:
-                weights = _masses(x, top, inv_t, unit) if MASSES else tl.full((BLOCK,), 1, tl.int64)
-                weights = tl.where(between, weights, 0)
-                of_first += weights
-                of_second += tl.where(x > second, weights, 0)
-                of_third += tl.where(x > third, weights, 0)
+            if tl.max(tl.max(between.to(tl.int32), axis=1), axis=0) > 0:
+                weights = between.to(tl.int64)
+                if MASSES:
+                    weights = tl.where(between, _masses(x, top, inv_t, unit), 0)
+                of_first += tl.sum(weights, axis=1)
+                of_second += tl.sum(tl.where(x > second, weights, 0), axis=1)
+                of_third += tl.sum(tl.where(x > third, weights, 0), axis=1)
         of_first = above + tl.sum(of_first, axis=0)
         of_second = above + tl.sum(of_second, axis=0)
         of_third = above + tl.sum(of_third, axis=0)
@@ -100,7 +102,7 @@ def sampler_threshold_kernel(
     logits_ptr, mask_ptr, temperature_ptr, out_ptr,  # [A, B, V], [N], [N], [N]
     inner, stride_a, stride_b, vocab, temperature: tl.float64, top_k, top_p: tl.float64, log_min_p: tl.float64, log_share: tl.float64, bits,
     HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, JOINT: tl.constexpr,
-    ACC: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    ACC: tl.constexpr, ZEROS: tl.constexpr, ALIGN: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN)
@@ -111,14 +113,14 @@ def sampler_threshold_kernel(
             return
     t = tl.load(temperature_ptr + row).to(tl.float64) if ROW_TEMPERATURE else tl.full((), temperature, tl.float64)
 
-    maxima = tl.full((BLOCK,), NEG_INF, ACC)
-    finite = tl.zeros((BLOCK,), tl.int32)
-    strange = tl.zeros((BLOCK,), tl.int32)
+    maxima = tl.full((BLOCK // LANES,), NEG_INF, ACC)
+    finite = tl.zeros((BLOCK // LANES,), tl.int32)
+    strange = tl.zeros((BLOCK // LANES,), tl.int32)
     for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        x = _tile(row_ptr, start, vocab, ACC, BLOCK)
-        maxima = tl.maximum(maxima, x)
-        finite += (x > NEG_INF).to(tl.int32)
-        strange += (x != x).to(tl.int32)
+        x = _tile(row_ptr, start, vocab, ACC, BLOCK, LANES)
+        maxima = tl.maximum(maxima, tl.max(x, axis=1))
+        finite += tl.sum((x > NEG_INF).to(tl.int32), axis=1)
+        strange += tl.sum((x != x).to(tl.int32), axis=1)
     top = tl.max(maxima, axis=0)
     defined = (tl.sum(strange, axis=0) == 0) & (tl.abs(top) < float("inf")) & (t > 0)
     if not defined:
@@ -128,28 +130,28 @@ def sampler_threshold_kernel(
     least = tl.full((), log_min_p, tl.float64) * t + top.to(tl.float64)
     if TOP_K:
         wanted = tl.minimum(tl.sum(finite, axis=0), top_k).to(tl.int64)
-        found = _search(row_ptr, vocab, tl.full((), NEG_INF, ACC), top, wanted, 0.0, 0.0, False, ACC, ZEROS, BLOCK, STAGES)
+        found = _search(row_ptr, vocab, tl.full((), NEG_INF, ACC), top, wanted, 0.0, 0.0, False, ACC, ZEROS, BLOCK, LANES, STAGES)
         least = tl.maximum(least, found.to(tl.float64))
     if TOP_P:
         inv_t = 1.0 / t
         unit = (tl.full((), 1, tl.int64) << bits).to(tl.float64)
         from_ = tl.full((), NEG_INF, tl.float64) if JOINT else least
-        masses = tl.zeros((BLOCK,), tl.int64)
+        masses = tl.zeros((BLOCK // LANES,), tl.int64)
         for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-            x = _tile(row_ptr, start, vocab, ACC, BLOCK)
-            masses += tl.where(x.to(tl.float64) >= from_, _masses(x, top.to(tl.float64), inv_t, unit), 0)
+            x = _tile(row_ptr, start, vocab, ACC, BLOCK, LANES)
+            masses += tl.sum(tl.where(x.to(tl.float64) >= from_, _masses(x, top.to(tl.float64), inv_t, unit), 0), axis=1)
         total = tl.sum(masses, axis=0)
         limit = tl.full((), top_p, tl.float64) * total.to(tl.float64)
         limit = tl.minimum(tl.maximum(tl.ceil(limit).to(tl.int64), 1), total)
         # What is not greater than a kept token has more than 1 - top_p of the mass, and the token its share.
         low = tl.maximum(from_, tl.full((), log_share, tl.float64) * t + top.to(tl.float64)).to(ACC)
-        found = _search(row_ptr, vocab, tl.minimum(low, top), top, limit, inv_t, unit, True, ACC, ZEROS, BLOCK, STAGES)
+        found = _search(row_ptr, vocab, tl.minimum(low, top), top, limit, inv_t, unit, True, ACC, ZEROS, BLOCK, LANES, STAGES)
         least = tl.maximum(least, found.to(tl.float64))
 
-    minima = tl.full((BLOCK,), float("inf"), ACC)
+    minima = tl.full((BLOCK // LANES,), float("inf"), ACC)
     for start in tl.range(0, vocab, BLOCK, num_stages=STAGES):
-        x = _tile(row_ptr, start, vocab, ACC, BLOCK)
-        minima = tl.minimum(minima, tl.where((x.to(tl.float64) >= least) & (x > NEG_INF), x, float("inf")))
+        x = _tile(row_ptr, start, vocab, ACC, BLOCK, LANES)
+        minima = tl.minimum(minima, tl.min(tl.where((x.to(tl.float64) >= least) & (x > NEG_INF), x, float("inf")), axis=1))
     tl.store(out_ptr + row, tl.min(minima, axis=0))
 
 
@@ -170,6 +172,7 @@ def sampler_threshold(logits, mask, temperature, top_k, top_p, log_min_p, joint,
     shape = dict(
         ALIGN=align if starts_aligned(logits, align) else 1,
         BLOCK=block,
+        LANES=align,
         STAGES=1 if gpu(logits.device).amd else 3,
         num_warps=max(1, WARPS * block // whole),
     )
