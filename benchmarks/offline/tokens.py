@@ -1,8 +1,8 @@
 """The kernels over tokens (covariance, selection, ratios), kept ids and samplers' thresholds, judged by what
 they occupy alone.
 
-They move a few bytes a token or the rows of listed ids, a row of logits hundreds of thousands, and a threshold
-takes as many sweeps of a row as its values ask for: a bound on bandwidth would tell nothing.
+They move a few bytes a token or the rows of listed ids, a row of logits hundreds of thousands, and a
+threshold takes as many sweeps of a row as its values ask for: a bound on bandwidth would tell nothing.
 """
 
 import importlib
