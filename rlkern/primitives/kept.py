@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..checks import FINITE, check_count, check_flags, check_logits, check_number, check_positive, expect
 from ..operator import values_readable
+from .kept_sets import Kept
 from .sampler import sampler_threshold
-from .token_stats import token_stats
+from .token_stats import token_logprobs, token_stats
 
 _EQUAL = 1e-9  # masses of `sampler_threshold` that differ by less may be equal
 
@@ -102,7 +103,7 @@ def nlpo_stats(
 
     Args:
         logits: [..., V] of the actor; keep: bool [..., V] of `nlpo_keep_set`, at least one token a row.
-        targets, temperature, mask, ignore_index: as in `rlkern.token_stats`. The logits are copied once.
+        targets, temperature, mask, ignore_index: as in `rlkern.token_stats`.
 
     Raises:
         TypeError, ValueError, IndexError: as `rlkern.token_stats`, and for a keep of another dtype or shape.
@@ -110,10 +111,9 @@ def nlpo_stats(
     check_flags(renorm=renorm)
     check_logits(logits)
     expect("keep", keep, "bool", "[..., V]", like=("logits", logits))
-    plain, kept = (
-        token_stats(x, targets, temperature=temperature, mask=mask, ignore_index=ignore_index) for x in (logits, logits.masked_fill(~keep, -math.inf))
-    )
-    entropy, kept_logmass = kept.entropy, kept.logsumexp - plain.logsumexp
+    rows: dict[str, Any] = {"temperature": temperature, "mask": mask, "ignore_index": ignore_index}
+    kept = token_stats(logits, targets, keep=Kept.mask(keep), outside="minus_inf", with_full=True, **rows)
+    entropy, kept_logmass = kept.entropy, kept.logsumexp - kept.full_logsumexp
     if renorm:
         return NLPOStats(kept.logp, entropy, kept_logmass)
-    return NLPOStats(plain.logp, entropy - kept_logmass, kept_logmass)
+    return NLPOStats(token_logprobs(logits, targets, **rows), entropy - kept_logmass, kept_logmass)
