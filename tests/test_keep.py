@@ -135,7 +135,11 @@ def test_lists_without_entries(backend):
     ):
         stats = token_stats(z, y, keep=keep)
         assert torch.equal(stats.logp, plain.logp) and torch.equal(stats.entropy, plain.entropy) and stats.target_kept.all()
-    for keep in (Kept.ids(torch.full((4, 3), -1), empty="nothing"), Kept.mask(torch.zeros(4, 9, dtype=torch.bool)), Kept.at_least(torch.full((4,), INF))):
+    for keep in (
+        Kept.ids(torch.full((4, 3), -1), empty="nothing"),
+        Kept.mask(torch.zeros(4, 9, dtype=torch.bool)),
+        Kept.at_least(torch.full((4,), INF)),
+    ):
         leaf = z.clone().requires_grad_()
         stats = token_stats(leaf, y, keep=keep)
         (stats.logp.sum() + stats.entropy.sum()).backward()
@@ -182,14 +186,24 @@ def test_sequences_and_logprobs(backend):
     sets = torch.rand(2, 5, 11, generator=g) < 0.4
     sets[0, 3] = False
     sets.scatter_(-1, labels.clamp(min=0).unsqueeze(-1), True)
-    want = torch.stack([logits[:, t - 1].masked_fill(~sets[:, t], -INF).log_softmax(-1).gather(-1, labels[:, t : t + 1])[:, 0] for t in (2, 3, 4)]).sum(0)
+    want = torch.stack(
+        [logits[:, t - 1].masked_fill(~sets[:, t], -INF).log_softmax(-1).gather(-1, labels[:, t : t + 1])[:, 0] for t in (2, 3, 4)]
+    ).sum(0)
     flat = kept_as("csr", sets.view(10, 11), width=11)
-    beside = [Kept.mask(sets), Kept.bits(kept_as("bits", sets).entries), Kept(flat.entries, flat.begin, flat.end, torch.arange(10).view(2, 5), "everything")]
+    beside = [
+        Kept.mask(sets),
+        Kept.bits(kept_as("bits", sets).entries),
+        Kept(flat.entries, flat.begin, flat.end, torch.arange(10).view(2, 5), "everything"),
+    ]
     beside.append(Kept.ids(kept_as("ids", sets.view(10, 11), width=11).entries.view(2, 5, 11)))
     for keep in beside:
         torch.testing.assert_close(sequence_logps(logits, labels, keep=keep.next_tokens()), want)
     aligned = torch.cat([sets[:, 1:], sets[:, :1]], 1)
-    assert torch.equal(token_logprobs(logits, labels.clamp(min=0), keep=aligned), token_stats(logits, labels.clamp(min=0), keep=Kept.mask(aligned)).logp)
+    assert torch.equal(
+        token_logprobs(logits, labels.clamp(min=0), keep=aligned), token_stats(logits, labels.clamp(min=0), keep=Kept.mask(aligned)).logp
+    )
+    moved = flat.to("meta")
+    assert moved.entries.is_meta and moved.end.is_meta and moved.rows is None and moved.kind == "ids"
     threshold = Kept.at_least(torch.arange(6.0).view(2, 3)).next_tokens().entries
     assert threshold.tolist() == [[1, 2, -INF], [4, 5, -INF]]
     with pytest.raises(ValueError, match="give rows="):

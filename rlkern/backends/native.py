@@ -9,6 +9,7 @@ import torch  # before _cpu: both then share one OpenMP runtime
 from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
+from .contract import mass_bits
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 
@@ -131,6 +132,11 @@ def did_entropy_backward(logits, reference, mask, temperature, state, grad, out)
     own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference}
     own |= {"g_entropy": grad, "out": d_logits, "reference_out": d_reference}
     _cpu.did_entropy_backward(_rows(logits, None, mask, temperature, 0, state), own)
+
+
+def sampler_threshold(logits, mask, temperature, top_k, top_p, log_min_p, joint, out) -> None:
+    own = {"top_k": top_k, "top_p": top_p, "log_min_p": log_min_p, "joint": joint, "mass_bits": mass_bits(logits.shape[-1])}
+    _cpu.sampler_threshold(_rows(logits, None, mask, temperature, 0, out), own)
 
 
 def _kept(dtype, rows, width, vocab, ids, row) -> dict:

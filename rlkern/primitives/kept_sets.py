@@ -179,6 +179,12 @@ class Kept:
         expect("threshold", threshold, "float", "[...]", detached=True)
         return Kept(threshold, kind="at_least")
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Kept:
+        """The sets on another device."""
+        tensors = (self.entries, self.begin, self.end, self.rows)
+        entries, begin, end, rows = (None if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
+        return Kept(entries, begin, end, rows, self.empty, self.kind)  # type: ignore[arg-type]
+
     def next_tokens(self) -> Kept:
         """The sets moved one to the left along the rows' last dimension, as `rlkern.next_tokens` moves
         labels.
@@ -243,7 +249,7 @@ def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = 
     return keep
 
 
-def check_outside(outside: str, several: bool) -> None:
+def check_outside(outside: str, several: bool = False) -> None:
     """A word of `OUTSIDE`; several: whether a row may have many targets."""
     check_choice("outside", outside, OUTSIDE)
     if several and outside != "minus_inf":

@@ -9,7 +9,7 @@ the logits.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,10 @@ class RowStats:
     target_kept: Tensor | None
     tail_logmass: Tensor | None
     index: slice | Tensor
+
+    @classmethod
+    def of(cls, stats: TokenStats, index: slice | Tensor) -> RowStats:
+        return cls(*stats[: len(fields(cls)) - 1], index)  # type: ignore[call-arg]  # without what keep= adds
 
 
 class KnownLoss(NamedTuple):
@@ -155,8 +159,7 @@ def _slopes(computed: Results, o: Options, loss: KnownLoss, index: slice | Tenso
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in computed[:_DIFFERENTIABLE]]
         results: Any = (*leaves, computed.target_kept)
-        stats: Any = public_stats(o, *results)[: len(RowStats.__dataclass_fields__) - 1]
-        value = loss.of_rows(RowStats(*stats, index))  # type: ignore[call-arg]
+        value = loss.of_rows(RowStats.of(public_stats(o, *results), index))
         check_sum(value)
         if not value.requires_grad:
             return value, [None] * _DIFFERENTIABLE
