@@ -47,12 +47,12 @@ def draw(results: list[Ratios], path: Path) -> Path:
     for axis, result in zip(axes[0], results, strict=True):
         for name, ratio in result.by_softmax.items():
             label = f"softmax over the {name}: mean {ratio.mean():.3f}, {outside(ratio):.0%} outside"
-            axis.hist(ratio.clamp(0.55, 1.25).numpy(), bins=70, range=(0.55, 1.25), color=_COLOURS[name], alpha=0.65, label=label)
+            axis.hist(ratio.clamp(0.7, 1.2).numpy(), bins=50, range=(0.7, 1.2), color=_COLOURS[name], alpha=0.65, label=label)
         for edge in (0.9, 1.1):
             axis.axvline(edge, color="gray", linewidth=0.8, linestyle=":")
         axis.set(title=f"sampled with top_p = {result.top_p}", xlabel="importance ratio of a token", ylabel="tokens", yscale="log")
         axis.legend(loc="upper left", fontsize=8)
-        axis.margins(y=0.4)
+        axis.set_ylim(0.8, axis.get_ylim()[1] * 10)  # room for the legend
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

@@ -41,6 +41,4 @@ def generate(engine: nn.Module, prompts: Tensor, count: int, *, top_p: float, te
         sets.append(kept)
     logps, kept = torch.cat(logps, -1), torch.stack(sets, 1)  # [B, K], [B, K, V]
     ends = torch.nn.functional.pad(kept.sum(-1).cumsum(-1), (1, 0))
-    return [
-        Completion(ids[i, prompts.shape[1] :], logps[i], SamplingMask(kept[i].nonzero()[:, 1].int(), ends[i])) for i in range(len(prompts))
-    ]
+    return [Completion(ids[i, prompts.shape[1] :], logps[i], SamplingMask(kept[i].nonzero()[:, 1].int(), ends[i])) for i in range(len(prompts))]
