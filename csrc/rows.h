@@ -175,19 +175,20 @@ struct PlainRow {
     ::for_each_tile(x, vocab, f);
   }
   Acc<T> at(int64_t i) const { return load_one(x + i); }
+  int64_t size() const { return vocab; }
 };
 
 // tanh(x / cap) of a row.
-template <class T>
+template <class Row>
 struct CappedRow {
-  using Tile = Acc<T>;
-  const T* x;
-  int64_t vocab;
-  Acc<T> inverse_cap;
+  using Tile = Acc<typename Row::Tile>;
+  Row row;
+  Tile inverse_cap;
 
   template <class F>
   void for_each_tile(F f) const {
-    ::for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+    using T = typename Row::Tile;
+    row.for_each_tile([&](const T* tile, int64_t n) {
       Tile capped[kTile];
       for (int64_t i = 0; i < n; i += kLanes<T>) {
         prefetch_next_tile(tile + i);
@@ -196,7 +197,8 @@ struct CappedRow {
       f(static_cast<const Tile*>(capped), n);
     });
   }
-  Acc<T> at(int64_t i) const { return soft_cap(broadcast(load_one(x + i)), inverse_cap).value.v[0][0]; }
+  Tile at(int64_t i) const { return soft_cap(broadcast(row.at(i)), inverse_cap).value.v[0][0]; }
+  int64_t size() const { return row.size(); }
 };
 
 template <bool Squares, bool Entropy, class Row, class A>
