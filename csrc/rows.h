@@ -97,7 +97,8 @@ inline float tile_max(const Float16* x, int64_t n) {
 // The tile after the one that is being summed. Behind its arithmetic the processor would ask for it too late.
 template <class T>
 void prefetch_next_tile(const T* x) {
-  for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + kTile) + byte);
+  const uintptr_t next = reinterpret_cast<uintptr_t>(x) + kTile * sizeof(T);  // a number: there may be no such tile
+  for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(next + byte));
 }
 
 // With t = (x - top) log2(e) / T over some logits. Any NaN makes s0 and s1 NaN, even one the maximum missed.

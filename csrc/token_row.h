@@ -402,9 +402,7 @@ class BackwardRoom {
   Beside* beside() { return beside_.empty() ? nullptr : beside_.data(); }
 
  private:
-  static bool has_upstream(const Backward& call) {
-    return call.g_logp || (call.kept_kind == KeptKind::UNLISTED && call.g_kept_logmass);
-  }
+  static bool has_upstream(const Backward& call) { return call.g_logp || (call.kept_kind == KeptKind::UNLISTED && call.g_kept_logmass); }
   std::vector<Beside> beside_;  // one more than there are: never empty if it is needed
 };
 
