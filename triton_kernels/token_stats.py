@@ -9,6 +9,7 @@ import torch
 import triton
 
 from .constants import KEPT_UNLISTED
+from .keep import set_arguments
 from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, row_options, starts_aligned, strides, target_warps
 from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
 from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
@@ -23,14 +24,22 @@ def _common(logits, targets, mask, temperature, state, softcap):
     return (logits, logits if targets is None else targets, *pointers), temperature, 1.0 / softcap if softcap > 0 else 0.0, options
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
+def token_stats_forward(
+    logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None
+) -> None:
+    _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep, None if keep is None else keep_out[0])
+
+
+def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep=None, target_kept=None, zeros=True) -> None:
+    """zeros: rows that do not count become zeros; else they stay as they are"""
     *outputs, state = out
     if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
         outputs[1] = torch.empty_like(outputs[2])
     pointers, temperature, inverse_cap, options = _common(logits, targets, mask, temperature, state, softcap)
     with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
+    sets, set_strides, set_options = set_arguments(keep, logits)
     outer, inner, vocab = logits.shape
-    rows, row_args = outer * inner, (inner, *strides(logits), vocab, temperature, ignore_index, inverse_cap)
+    rows, row_args = outer * inner, (inner, *strides(logits), *set_strides, vocab, temperature, ignore_index, inverse_cap)
     align = 16 // logits.element_size()
     aligned = starts_aligned(logits, align)
     shifted = CAN_SHIFT and not aligned
@@ -39,22 +48,25 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
     # Blackwell pairs the arithmetic of two loads side by side; older cards only spend registers on it.
     side_by_side = 2 if card.capability >= (10, 0) else 1
     lanes = min(shape.block, side_by_side * shape.warps * card.warp_size * align)
+    options |= set_options
     tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=shifted, BLOCK=shape.block, LANES=lanes, num_warps=shape.warps)
     sums = dict(SUM_SQ=with_sum_sq, STAGES=shape.stages)
+    kept = (sets, logits if target_kept is None else target_kept)
     with device_of(logits):
         listed = logits
         if kept_kind == KEPT_UNLISTED.value:
             listed = targets.masked_fill(targets == ignore_index, torch.iinfo(torch.int64).max).sort(dim=-1).values
         if shape.splits == 1:
-            token_stats_forward_kernel[(rows,)](*pointers, listed, *outputs, state, *row_args, log_kept, **options, KEPT=kept_kind, **sums, **tile)
+            one = dict(ZEROS=zeros, KEPT=kept_kind, **options, **sums, **tile)
+            token_stats_forward_kernel[(rows,)](*pointers, listed, *kept, *outputs, state, *row_args, log_kept, **one)
             return
         parts = logits.new_empty((rows, 7, shape.splits), dtype=state.dtype)
         split = dict(SPLITS=shape.splits, **options)
-        token_stats_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, **split, **sums, **tile)
+        token_stats_part_kernel[(rows * shape.splits,)](*pointers, sets, parts, *row_args, **split, **sums, **tile)
         if kept_kind:
-            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, listed, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
-        split |= dict(SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
-        token_stats_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, log_kept, **split)
+            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, sets, parts, listed, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
+        split |= dict(ZEROS=zeros, SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
+        token_stats_merge_kernel[(rows,)](*pointers, *kept, parts, *outputs, state, *row_args, log_kept, **split)
 
 
 def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:

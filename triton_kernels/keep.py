@@ -1,0 +1,95 @@
+"""Which columns of a row are in its set: the sets of a `Keep` (rlkern/backends/contract.py) but for lists.
+
+Bits are read as bytes, one for eight columns that a thread holds. A row's set S' is S itself, all columns
+where the row is `whole`, and with OUTSIDE_INCLUDE one column more, `target`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_AT_LEAST, SET_BITS, SET_LISTS
+from .launch import starts_aligned, strides
+from .rows import NEG_INF
+
+
+@triton.jit
+def has_columns(set_row, col, valid, KEEP: tl.constexpr):
+    """Whether bits or a mask have the columns, False where these are not valid."""
+    if KEEP == SET_BITS:
+        return ((tl.load(set_row + (col >> 3), mask=valid, other=0).to(tl.int32) >> (col & 7).to(tl.int32)) & 1) != 0
+    return tl.load(set_row + col, mask=valid, other=0) != 0
+
+
+@triton.jit
+def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.constexpr, OUTSIDE: tl.constexpr, ACC: tl.constexpr):
+    counted, in_vocab = y != ignore_index, (y >= 0) & (y < vocab)
+    if KEEP == SET_AT_LEAST:
+        set_row = tl.load(sets_ptr + row)
+        whole = set_row != set_row
+        has = whole | (tl.load(at_y, mask=in_vocab, other=NEG_INF).to(ACC) >= set_row)
+    else:
+        set_row = sets_ptr + set_start
+        whole = row < 0
+        has = has_columns(set_row, y, in_vocab, KEEP)
+    target = tl.full((), -1, tl.int32)
+    if OUTSIDE == OUTSIDE_INCLUDE:
+        target += tl.sum(tl.where(counted & in_vocab, y + 1, 0), axis=0).to(tl.int32)
+    if OUTSIDE == OUTSIDE_EVERYTHING:
+        whole = whole | (tl.sum((counted & ~has).to(tl.int32), axis=0) > 0)
+    return set_row, whole, target, has, has | ~counted
+
+
+@triton.jit
+def row_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.constexpr, OUTSIDE: tl.constexpr, ACC: tl.constexpr):
+    """(where the row's set begins, or its threshold; whether the row is whole; the target that is added, or -1;
+    whether S has the targets y [K_BLOCK]; the same, but True for those that are ignored). at_y: pointers to the
+    logits at y."""
+    if KEEP is None:
+        return 0, False, -1, False, False
+    else:
+        return _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
+
+
+@triton.jit
+def _spread(bits):
+    """[L, C] bytes -> [L, 8 C], whether each of their bits is set."""
+    each = (bits[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(each, (bits.shape[0], 8 * bits.shape[1])) != 0
+
+
+@triton.jit
+def tile_in_set(x, i, lead, vocab, set_row, whole, target, KEEP: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """The tile at column i of `token_stats_forward.py`, of raw logits, with -inf outside S'."""
+    line = tl.arange(0, BLOCK // LANES)[:, None] * LANES
+    lane = tl.arange(0, LANES)[None, :]
+    if SHIFTED:  # a line is rotated
+        lane = (lane + LANES - lead) % LANES
+    if KEEP == SET_AT_LEAST:
+        kept = x >= set_row
+    elif KEEP == SET_BITS:
+        group = tl.arange(0, LANES // 8)[None, :]
+        at = (i >> 3) + line // 8 + group
+        bits = tl.load(set_row + at, mask=at * 8 < vocab, other=0).to(tl.int32)
+        if SHIFTED:
+            at = (i >> 3) + line // 8 + (group + LANES // 8 - 1) % (LANES // 8)
+            before = tl.load(set_row + at, mask=at * 8 < vocab, other=0).to(tl.int32)
+            bits = (bits << lead) | (before >> (8 - lead))
+        kept = _spread(bits)
+    else:
+        kept = tl.load(set_row + i + line + lane, mask=i + line + lane < vocab, other=0) != 0
+    inside = tl.where(kept | whole, x, NEG_INF)
+    if (target >= i) & (target < i + BLOCK):
+        inside = tl.where(line + lane == target - i, x, inside)
+    return inside
+
+
+def set_arguments(keep, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], dict]:
+    """(sets, their strides, specialisations) of kernels that read sets beside the logits; those of lists do not.
+    The logits stand for an absent tensor."""
+    if keep is None or keep.kind == SET_LISTS.value:
+        return logits, (0, 0), dict(KEEP=None, OUTSIDE=None, SETS_ALIGN=1)
+    by_row = keep.kind == SET_AT_LEAST.value
+    aligned = not by_row and starts_aligned(keep.sets, 16 // keep.sets.element_size())
+    options = dict(KEEP=keep.kind, OUTSIDE=keep.outside, SETS_ALIGN=16 if aligned else 1)
+    return keep.sets, (0, 0) if by_row else strides(keep.sets), options
