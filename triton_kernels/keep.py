@@ -1,7 +1,8 @@
 """Which columns of a row are in its set: the sets of a `Keep` (rlkern/backends/contract.py) but for lists.
 
-Bits are read as bytes, one for eight columns that a thread holds. A row's set S' is S itself, all columns
-where the row is `whole`, and with OUTSIDE_INCLUDE one column more, `target`.
+Bits are read as bytes, one for eight columns that a thread holds. A row's set S' is S, or all columns where
+the row is `whole`. With OUTSIDE_INCLUDE one column more may be in it: `target`, -1 for none. Sweeps leave it out
+of their tiles, which would take twice the registers with it, and add it at their end.
 """
 
 import torch
@@ -34,7 +35,7 @@ def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.c
         has = has_columns(set_row, y, in_vocab, KEEP)
     target = tl.full((), -1, tl.int32)
     if OUTSIDE == OUTSIDE_INCLUDE:
-        target += tl.sum(tl.where(counted & in_vocab, y + 1, 0), axis=0).to(tl.int32)
+        target += tl.sum(tl.where(counted & in_vocab & ~has, y + 1, 0), axis=0).to(tl.int32)
     if OUTSIDE == OUTSIDE_EVERYTHING:
         whole = whole | (tl.sum((counted & ~has).to(tl.int32), axis=0) > 0)
     return set_row, whole, target, has, has | ~counted
@@ -59,8 +60,9 @@ def _spread(bits):
 
 
 @triton.jit
-def tile_in_set(x, i, lead, vocab, set_row, whole, target, KEEP: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """The tile at column i of `token_stats_forward.py`, of raw logits, with -inf outside S'."""
+def tile_in_set(x, i, lead, vocab, set_row, whole, KEEP: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """The tile at column i of `token_stats_forward.py`, of raw logits, with -inf outside S but in whole
+    rows."""
     line = tl.arange(0, BLOCK // LANES)[:, None] * LANES
     lane = tl.arange(0, LANES)[None, :]
     if SHIFTED:  # a line is rotated
@@ -78,10 +80,7 @@ def tile_in_set(x, i, lead, vocab, set_row, whole, target, KEEP: tl.constexpr, S
         kept = _spread(bits)
     else:
         kept = tl.load(set_row + i + line + lane, mask=i + line + lane < vocab, other=0) != 0
-    inside = tl.where(kept | whole, x, NEG_INF)
-    if (target >= i) & (target < i + BLOCK):
-        inside = tl.where(line + lane == target - i, x, inside)
-    return inside
+    return tl.where(kept | whole, x, NEG_INF)
 
 
 def set_arguments(keep, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], dict]:

@@ -54,12 +54,14 @@ def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
 # pipeline stages do: they cost more programs than they are worth.
 
 
-def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> ForwardShape:
-    """aligned: every row starts on a 16-byte boundary"""
+def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True, sets: bool = False) -> ForwardShape:
+    """aligned: every row starts on a 16-byte boundary; sets: each is over the columns of a set"""
     hopper, blackwell = card.capability[0] == 9, card.capability >= (10, 0)
     # Parts of 64 KB and more. A part meets new maxima that the row does not: Blackwell lacks issue slots.
     splits, least = (2, 62) if blackwell else (4, 31)
     splits = splits if vocab * element_size > least * 8192 else 1
+    if hopper and aligned and sets:  # their registers leave room for as many bytes in flight in smaller tiles
+        return ForwardShape(*_fit(vocab, 8192 // element_size, 4), 4, splits)
     if hopper and aligned:
         return ForwardShape(*_fit(vocab, 16384 // element_size, 4), 3, splits)
     if hopper and element_size == 2:  # a shifted tile takes two buffers, one nearly empty: smaller ones fit better

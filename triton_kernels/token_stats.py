@@ -44,7 +44,7 @@ def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_ke
     aligned = starts_aligned(logits, align)
     shifted = CAN_SHIFT and not aligned
     card = gpu(logits.device)
-    shape = forward_shape(card, vocab, logits.element_size(), aligned)
+    shape = forward_shape(card, vocab, logits.element_size(), aligned, set_options["KEEP"] is not None)
     # Blackwell pairs the arithmetic of two loads side by side; older cards only spend registers on it.
     side_by_side = 2 if card.capability >= (10, 0) else 1
     lanes = min(shape.block, side_by_side * shape.warps * card.warp_size * align)

@@ -64,6 +64,30 @@ def add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
 
 
 @triton.jit
+def _add_entry(x, m, ties, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
+    """Takes one more entry into the sums of a row."""
+    if x > m:
+        d = tl.maximum((m - x) * scale, FLOOR)
+        shrink = tl.exp2(d)
+        s1 = shrink * (s1 + d * (s0 + ties))
+        s0 = shrink * (s0 + ties)
+        if SUM_SQ:
+            s2 = shrink * shrink * (s2 + ties)
+        m = x
+        ties = ties * 0.0 + 1.0
+    else:
+        top = (x == m) & (x > NEG_INF)
+        t = exponent(x, tl.where(m == NEG_INF, 0.0, m), scale)
+        e = tl.where(top, 0.0, tl.exp2(t))
+        ties += tl.where(top, 1.0, 0.0)
+        s0 += e
+        s1 += e * t
+        if SUM_SQ:
+            s2 += e * e
+    return m, ties, s0, s1, s2
+
+
+@triton.jit
 def _kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
     e = tl.exp2(exponent(x, m, scale))
     if KEPT == KEPT_UNLISTED:  # the others are not in x
@@ -170,26 +194,32 @@ def sweep(
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
         if KEEP is not None:
-            x = tile_in_set(x, i, lead, vocab, set_row, whole_row, target, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, i, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
         x = soft_cap(x, inverse_cap, SOFTCAP)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SHIFTED:
         if end - whole > BLOCK:
             x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
             if KEEP is not None:
-                x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, target, KEEP, SHIFTED, BLOCK, LANES)
+                x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
             x = soft_cap(x, inverse_cap, SOFTCAP)
             m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
             whole += BLOCK
     if whole < end:
         x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         if KEEP is not None:
-            x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, target, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
         x = soft_cap(x, inverse_cap, SOFTCAP)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
         r2 += sum_lanes(s2, lead, SHIFTED, LANES)
-    return m, ties, sum_lanes(s0, lead, SHIFTED, LANES) + r0, sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2
+    r0 += sum_lanes(s0, lead, SHIFTED, LANES)
+    r1 += sum_lanes(s1, lead, SHIFTED, LANES)
+    if KEEP is not None:
+        if (target >= begin) & (target < end):
+            x = soft_cap(tl.load(row_ptr + target).to(ACC), inverse_cap, SOFTCAP)
+            m, ties, r0, r1, r2 = _add_entry(x, m, ties, r0, r1, r2, scale, SUM_SQ)
+    return m, ties, r0, r1, r2
 
 
 @triton.jit
@@ -240,7 +270,7 @@ def kept_sweep(
     for i in range(begin, whole, BLOCK):
         x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
         if KEEP is not None:
-            x = tile_in_set(x, i, lead, vocab, set_row, whole_row, target, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, i, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
         x = soft_cap(x, inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
@@ -249,7 +279,7 @@ def kept_sweep(
         if end - whole > BLOCK:
             x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
             if KEEP is not None:
-                x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, target, KEEP, SHIFTED, BLOCK, LANES)
+                x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
             x = soft_cap(x, inverse_cap, SOFTCAP)
             if KEPT == KEPT_UNLISTED:
                 x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
@@ -258,12 +288,18 @@ def kept_sweep(
     if whole < end:
         x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         if KEEP is not None:
-            x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, target, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
         x = soft_cap(x, inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
         kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     kept, dropped = sum_lanes(kept, lead, SHIFTED, LANES), sum_lanes(dropped, lead, SHIFTED, LANES)
+    if KEEP is not None:
+        if (target >= begin) & (target < end):
+            x = soft_cap(tl.load(row_ptr + target).to(ACC), inverse_cap, SOFTCAP)
+            e = tl.exp2(exponent(x, m, scale))
+            kept += tl.where(x - m >= delta, e, 0.0)
+            dropped += tl.where(x - m >= delta, 0.0, e)
     return kept, (listed if KEPT == KEPT_UNLISTED else dropped)
 
 
