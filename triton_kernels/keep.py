@@ -83,6 +83,32 @@ def tile_in_set(x, i, lead, vocab, set_row, whole, KEEP: tl.constexpr, SHIFTED: 
     return tl.where(kept | whole, x, NEG_INF)
 
 
+@triton.jit
+def columns_in_set(x, col, valid, set_row, whole, KEEP: tl.constexpr):
+    """Whether columns are in S, or the row whole, one by one. x: their raw logits."""
+    if KEEP == SET_AT_LEAST:
+        kept = x >= set_row
+    else:
+        kept = has_columns(set_row, col, valid, KEEP)
+    return kept | whole
+
+
+@triton.jit
+def run_in_set(x, first, lead, vocab, set_row, whole, KEEP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """The same of BLOCK columns from first - lead on, first a multiple of 8; False outside the row. ALIGNED: no
+    lead."""
+    col = first - lead + tl.arange(0, BLOCK)
+    if KEEP != SET_BITS:
+        return columns_in_set(x, col, (col >= 0) & (col < vocab), set_row, whole, KEEP)
+    else:
+        at = (first >> 3) + tl.arange(0, BLOCK // 8)
+        bits = tl.load(set_row + at, mask=at * 8 < vocab, other=0).to(tl.int32)
+        if not ALIGNED:
+            before = tl.load(set_row + at - 1, mask=(at > 0) & (at * 8 < vocab + 8), other=0).to(tl.int32)
+            bits = (bits << lead) | (before >> (8 - lead))
+        return (tl.reshape((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1, (BLOCK,)) != 0) | whole
+
+
 def set_arguments(keep, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], dict]:
     """(sets, their strides, specialisations) of kernels that read sets beside the logits; those of lists do not.
     The logits stand for an absent tensor."""

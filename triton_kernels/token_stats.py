@@ -8,7 +8,7 @@ token_stats_backward.py    several programs a row, and one more for many targets
 import torch
 import triton
 
-from .constants import KEPT_UNLISTED
+from .constants import KEPT_UNLISTED, SET_AT_LEAST
 from .keep import set_arguments
 from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, row_options, starts_aligned, strides, target_warps
 from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
@@ -69,17 +69,25 @@ def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_ke
         token_stats_merge_kernel[(rows,)](*pointers, *kept, parts, *outputs, state, *row_args, log_kept, **split)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
+def token_stats_backward(
+    logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None
+) -> None:
     pointers, temperature, inverse_cap, options = _common(logits, targets, mask, temperature, state, softcap)
+    sets, set_strides, set_options = set_arguments(keep, logits)
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
     aligned = all(s % align == 0 for s in strides(logits) + strides(out))
     shape = backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
-    upstream = (state, *(logits if g is None else g for g in grads), out, inner)
+    upstream = (state, *(logits if g is None else g for g in grads), out, inner, *set_strides)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}
     options["HAS_TAIL"] = kept_kind == KEPT_UNLISTED.value and options["HAS_KEPT"]
     options["HAS_KEPT"] = options["HAS_KEPT"] and not options["HAS_TAIL"]
+    options |= set_options
+    has_full = full is not None and any(g is not None for g in full[1:])
+    if has_full:
+        full = tuple(full[0].new_zeros(outer * inner) if t is None else t for t in full)
+    options["HAS_FULL"], full = has_full, full if has_full else (logits,) * 3
     writes_targets = options["HAS_LOGP"] or options["HAS_TAIL"]
     at_targets = writes_targets and options["K"] <= FEW_TARGETS
     tile = dict(
@@ -91,13 +99,13 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
     )
     with device_of(logits):
-        at_y = logits
-        if writes_targets and not at_targets and softcap > 0:  # read before the gradient is written over them
-            at_y = logits.gather(-1, targets.clamp(0, vocab - 1).view(outer, inner, -1))
-        row_args = (*upstream, *strides(logits), *strides(out), vocab, groups, temperature, ignore_index, inverse_cap)
+        raw, late = logits, writes_targets and not at_targets
+        if options["KEEP"] == SET_AT_LEAST.value or (late and (softcap > 0 or has_full)):  # read before the gradient is written over them
+            raw = logits.gather(-1, targets.clamp(0, vocab - 1).view(outer, inner, -1))
+        row_args = (sets, raw, *full, *upstream, *strides(logits), *strides(out), vocab, groups, temperature, ignore_index, inverse_cap)
         token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)
-        if writes_targets and not at_targets:
+        if late:
             in_order, order = targets.sort(dim=-1, stable=True)
-            row_args = (*upstream, *strides(out), vocab, temperature, ignore_index, inverse_cap)
+            row_args = (sets, *full, *upstream, *strides(out), vocab, temperature, ignore_index, inverse_cap)
             options["num_warps"] = target_warps(options["K_BLOCK"])
-            token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, at_y, *pointers[1:], *row_args, **options)
+            token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, raw, *pointers[1:], *row_args, **options)
