@@ -10,8 +10,9 @@ from .kl import kl_estimate
 from .linear import linear_token_stats
 from .linear_divergence import linear_pair_stats, linear_token_divergence
 from .plans import LinearPlan, linear_plan
+from .row_stats import TokenStats
 from .sequence import next_tokens, sequence_logps
-from .token_stats import TokenStats, entropy_from_logits, token_logprobs, token_stats
+from .token_stats import entropy_from_logits, token_logprobs, token_stats
 from .topk import topk_divergence, topk_reverse_kl
 
 __all__ = [

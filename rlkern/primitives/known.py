@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import check_target_range, computing_dtype, shown
 from ..operator import once, values_readable
 from .projection import Chunks, GradientSums, Head, Rows, gathering, new_gradients
-from .token_stats import Options, Results, TokenStats, compute, mark_kept, new_results, public_stats, write_gradient
+from .row_stats import Options, Results, TokenStats, compute, mark_kept, new_results, public_stats, write_gradient
 
 _INSTEAD = "use linear_token_stats and the loss on what it returns"
 _DIFFERENTIABLE = 5  # of Results, the first
@@ -154,7 +154,9 @@ def _slopes(computed: Results, o: Options, loss: KnownLoss, index: slice | Tenso
     """The loss of some rows, and its gradient by each of their statistics."""
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in computed[:_DIFFERENTIABLE]]
-        value = loss.of_rows(RowStats(*public_stats(o, *leaves, computed.target_kept), index))  # type: ignore[call-arg]
+        results: Any = (*leaves, computed.target_kept)
+        stats: Any = public_stats(o, *results)[: len(RowStats.__dataclass_fields__) - 1]
+        value = loss.of_rows(RowStats(*stats, index))  # type: ignore[call-arg]
         check_sum(value)
         if not value.requires_grad:
             return value, [None] * _DIFFERENTIABLE
