@@ -129,6 +129,15 @@ def row_options(x: torch.Tensor, mask, temperature, acc: torch.dtype):
     return pointers, (1.0 if row_temperature else temperature), options
 
 
+def stats_options(logits, targets, mask, temperature, state, softcap):
+    """(pointers, temperature, 1 / softcap, specialisations) of row statistics. The logits stand for an absent
+    tensor."""
+    pointers, temperature, options = row_options(logits, mask, temperature, state.dtype)
+    n_targets = 0 if targets is None else targets.shape[1]
+    options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)), SOFTCAP=softcap > 0)
+    return (logits, logits if targets is None else targets, *pointers), temperature, 1.0 / softcap if softcap > 0 else 0.0, options
+
+
 def device_of(tensor: torch.Tensor):
     """Triton launches on the current device: make it the tensor's."""
     if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():

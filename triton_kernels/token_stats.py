@@ -8,26 +8,40 @@ token_stats_backward.py    several programs a row, and one more for many targets
 import torch
 import triton
 
-from .constants import KEPT_UNLISTED, SET_AT_LEAST
+from .constants import ELSEWHERE, KEPT_NONE, KEPT_UNLISTED, SET_AT_LEAST, SET_LISTS
 from .keep import set_arguments
-from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, row_options, starts_aligned, strides, target_warps
+from .kept_lists import listed_backward, listed_forward
+from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, starts_aligned, stats_options, strides, target_warps
 from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
 from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
 from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
 
 
-def _common(logits, targets, mask, temperature, state, softcap):
-    """(pointers, temperature, 1 / softcap, specialisations). The logits stand for an absent tensor."""
-    pointers, temperature, options = row_options(logits, mask, temperature, state.dtype)
-    n_targets = 0 if targets is None else targets.shape[1]
-    options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)), SOFTCAP=softcap > 0)
-    return (logits, logits if targets is None else targets, *pointers), temperature, 1.0 / softcap if softcap > 0 else 0.0, options
-
-
 def token_stats_forward(
     logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None
 ) -> None:
-    _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep, None if keep is None else keep_out[0])
+    of_row = (temperature, ignore_index, kept_kind, log_kept)
+    if keep is None:
+        _forward(logits, targets, mask, *of_row, out, softcap)
+        return
+    target_kept, *full_results, full_state = keep_out
+    logp, entropy, logsumexp, _, _, state = out
+    lists = keep.kind == SET_LISTS.value
+    if full_state is not None:  # lists: also the results of rows over all ids
+        whole = torch.empty_like(state)
+        results = (torch.empty_like(logp), *full_results, None, None, whole)
+        if lists:
+            results = (logp, torch.empty_like(logsumexp) if entropy is None else entropy, *out[2:])
+        _forward(logits, targets, mask, *of_row[:2], *(of_row[2:] if lists else (KEPT_NONE.value, 0.0)), results, softcap)
+        for to, value in zip((*full_results, full_state), (*results[1:3], results[5][..., :3]), strict=True):
+            if to is not value:
+                to.copy_(value.view(to.shape))
+    if lists:
+        whole_rows = listed_forward(logits, targets, mask, *of_row, out, softcap, keep, target_kept)
+        if full_state is None:
+            _forward(logits, targets, whole_rows, *of_row, out, softcap, zeros=False)
+    else:
+        _forward(logits, targets, mask, *of_row, out, softcap, keep, target_kept)
 
 
 def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep=None, target_kept=None, zeros=True) -> None:
@@ -35,7 +49,7 @@ def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_ke
     *outputs, state = out
     if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
         outputs[1] = torch.empty_like(outputs[2])
-    pointers, temperature, inverse_cap, options = _common(logits, targets, mask, temperature, state, softcap)
+    pointers, temperature, inverse_cap, options = stats_options(logits, targets, mask, temperature, state, softcap)
     with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
     sets, set_strides, set_options = set_arguments(keep, logits)
     outer, inner, vocab = logits.shape
@@ -72,7 +86,30 @@ def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_ke
 def token_stats_backward(
     logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None
 ) -> None:
-    pointers, temperature, inverse_cap, options = _common(logits, targets, mask, temperature, state, softcap)
+    if full is not None and all(g is None for g in full[1:]):
+        full = None
+    if full is not None:
+        full = tuple(full[0].new_zeros(full[0].shape[:-1]) if g is None else g for g in full)
+    if keep is None or keep.kind != SET_LISTS.value:
+        _backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap, keep, full)
+        return
+    of_row = (temperature, ignore_index, kept_kind)
+    listed = listed_backward(logits, targets, mask, *of_row, state, grads, softcap, keep, full)
+    if full is None:
+        _backward(logits, targets, listed.whole, *of_row, state, grads, out, softcap)
+    else:  # of the whole row, and of rows over all ids both
+        whole, n_targets = listed.whole.unsqueeze(-1), targets.shape[1]
+        g_logp, *others = (None if g is None else torch.where(whole, g.view(-1, g.numel() // len(whole)), 0) for g in grads)
+        g_entropy, g_lse = (b.view(-1, 1) if a is None else a + b.view(-1, 1) for a, b in zip(others[:2], full[1:], strict=True))
+        of_whole = torch.where(whole, state.view(len(whole), -1), 0)
+        of_whole[:, :3] = full[0].view(-1, 3)
+        targets = torch.where(whole | (targets == ignore_index), targets, ELSEWHERE.value)
+        _backward(logits, targets, mask, *of_row, of_whole, (g_logp, g_entropy, g_lse, *others[2:]), out, softcap)
+    listed.write(out)
+
+
+def _backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap, keep=None, full=None) -> None:
+    pointers, temperature, inverse_cap, options = stats_options(logits, targets, mask, temperature, state, softcap)
     sets, set_strides, set_options = set_arguments(keep, logits)
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
@@ -84,10 +121,7 @@ def token_stats_backward(
     options["HAS_TAIL"] = kept_kind == KEPT_UNLISTED.value and options["HAS_KEPT"]
     options["HAS_KEPT"] = options["HAS_KEPT"] and not options["HAS_TAIL"]
     options |= set_options
-    has_full = full is not None and any(g is not None for g in full[1:])
-    if has_full:
-        full = tuple(full[0].new_zeros(outer * inner) if t is None else t for t in full)
-    options["HAS_FULL"], full = has_full, full if has_full else (logits,) * 3
+    options["HAS_FULL"], full = full is not None, (logits,) * 3 if full is None else full
     writes_targets = options["HAS_LOGP"] or options["HAS_TAIL"]
     at_targets = writes_targets and options["K"] <= FEW_TARGETS
     tile = dict(
@@ -100,7 +134,7 @@ def token_stats_backward(
     )
     with device_of(logits):
         raw, late = logits, writes_targets and not at_targets
-        if options["KEEP"] == SET_AT_LEAST.value or (late and (softcap > 0 or has_full)):  # read before the gradient is written over them
+        if options["KEEP"] == SET_AT_LEAST.value or (late and (softcap > 0 or options["HAS_FULL"])):  # read before the gradient is written over them
             raw = logits.gather(-1, targets.clamp(0, vocab - 1).view(outer, inner, -1))
         row_args = (sets, raw, *full, *upstream, *strides(logits), *strides(out), vocab, groups, temperature, ignore_index, inverse_cap)
         token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)

@@ -28,7 +28,7 @@ from .constants import (
     STATE_TARGETS,
     STATE_THRESHOLD,
 )
-from .keep import columns_in_set, row_set, tile_in_set
+from .keep import row_set, tile_in_set
 from .math import log1p, soft_cap
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 
@@ -88,7 +88,7 @@ def _add_entry(x, m, ties, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
 
 
 @triton.jit
-def _kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
+def kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
     e = tl.exp2(exponent(x, m, scale))
     if KEPT == KEPT_UNLISTED:  # the others are not in x
         return kept + tl.sum(e, axis=0), dropped
@@ -224,17 +224,14 @@ def sweep(
 
 @triton.jit
 def _listed_mass(
-    row_ptr, listed_row, begin, end, vocab, m, scale, inverse_cap, set_row, whole_row,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    row_ptr, listed_row, begin, end, vocab, m, scale, inverse_cap,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """(S0 of the listed entries in [begin, end), each once; the place of the first of them)"""
     k = tl.arange(0, K_BLOCK)
     y = tl.load(listed_row + k, mask=k < K, other=vocab)
     following = tl.load(listed_row + k + 1, mask=k + 1 < K, other=vocab)
-    counted = (y >= begin) & (y < end) & (y != following)
-    x = tl.load(row_ptr + y, mask=counted, other=NEG_INF).to(ACC)
-    if OUTSIDE == OUTSIDE_MINUS_INF:
-        x = tl.where(columns_in_set(x, y, counted, set_row, whole_row, KEEP), x, NEG_INF)
+    x = tl.load(row_ptr + y, mask=(y >= begin) & (y < end) & (y != following), other=NEG_INF).to(ACC)
     x = soft_cap(x, inverse_cap, SOFTCAP)
     return tl.sum(tl.exp2(exponent(x, m, scale)), axis=0), tl.sum((y < begin).to(tl.int32), axis=0)
 
@@ -259,7 +256,7 @@ def _without_listed(x, i, lead, listed_row, place, K: tl.constexpr, SHIFTED: tl.
 @triton.jit
 def kept_sweep(
     row_ptr, begin, end, vocab, m, delta, scale, inverse_cap, listed_row, set_row, whole_row, target,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row:
@@ -268,9 +265,7 @@ def kept_sweep(
     kept = tl.zeros((LANES,), ACC)
     dropped = tl.zeros((LANES,), ACC)
     if KEPT == KEPT_UNLISTED:
-        listed, place = _listed_mass(
-            row_ptr, listed_row, begin, end, vocab, m, scale, inverse_cap, set_row, whole_row, K, K_BLOCK, KEEP, OUTSIDE, SOFTCAP, ACC
-        )
+        listed, place = _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, inverse_cap, K, K_BLOCK, SOFTCAP, ACC)
     whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in range(begin, whole, BLOCK):
         x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
@@ -279,7 +274,7 @@ def kept_sweep(
         x = soft_cap(x, inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
+        kept, dropped = kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     if SHIFTED:
         if end - whole > BLOCK:
             x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
@@ -288,7 +283,7 @@ def kept_sweep(
             x = soft_cap(x, inverse_cap, SOFTCAP)
             if KEPT == KEPT_UNLISTED:
                 x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
+            kept, dropped = kept_tile(x, m, delta, scale, kept, dropped, KEPT)
             whole += BLOCK
     if whole < end:
         x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
@@ -297,9 +292,9 @@ def kept_sweep(
         x = soft_cap(x, inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
+        kept, dropped = kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     kept, dropped = sum_lanes(kept, lead, SHIFTED, LANES), sum_lanes(dropped, lead, SHIFTED, LANES)
-    if KEEP is not None and KEPT != KEPT_UNLISTED:
+    if KEEP is not None:
         if (target >= begin) & (target < end):
             x = soft_cap(tl.load(row_ptr + target).to(ACC), inverse_cap, SOFTCAP)
             e = tl.exp2(exponent(x, m, scale))
@@ -447,7 +442,7 @@ def token_stats_forward_kernel(
         delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         kept, dropped = kept_sweep(
             row_ptr, 0, vocab, vocab, m, delta, scale, inverse_cap, listed_ptr + row * K, set_row, whole_row, target,
-            K, K_BLOCK, KEPT, KEEP, OUTSIDE, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
+            K, K_BLOCK, KEPT, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
         )  # fmt: skip
     write_row(
         row_ptr, row, y, has, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,

@@ -115,7 +115,7 @@ def token_stats_kept_part_kernel(
     delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
     kept, dropped = kept_sweep(
         row_ptr, begin, end, vocab, m, delta, scale, tl.full((), inverse_cap, ACC), listed_ptr + row * K, set_row, whole_row, target,
-        K, K_BLOCK, KEPT, KEEP, OUTSIDE, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
+        K, K_BLOCK, KEPT, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
     )  # fmt: skip
     tl.store(parts_row + 5 * SPLITS + part, kept)
     tl.store(parts_row + 6 * SPLITS + part, dropped)
