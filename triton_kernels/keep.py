@@ -27,8 +27,8 @@ def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.c
     counted, in_vocab = y != ignore_index, (y >= 0) & (y < vocab)
     if KEEP == SET_AT_LEAST:
         set_row = tl.load(sets_ptr + row)
-        whole = set_row != set_row
-        has = whole | (tl.load(at_y, mask=in_vocab, other=NEG_INF).to(ACC) >= set_row)
+        whole = tl.where(set_row != set_row, 1, 0) != 0  # else the interpreter makes it a float
+        has = (tl.load(at_y, mask=in_vocab, other=NEG_INF).to(ACC) >= set_row) | whole
     else:
         set_row = sets_ptr + set_start
         whole = row < 0

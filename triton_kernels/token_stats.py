@@ -17,9 +17,7 @@ from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
 from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
 
 
-def token_stats_forward(
-    logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None
-) -> None:
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None) -> None:
     of_row = (temperature, ignore_index, kept_kind, log_kept)
     if keep is None:
         _forward(logits, targets, mask, *of_row, out, softcap)
@@ -83,9 +81,7 @@ def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_ke
         token_stats_merge_kernel[(rows,)](*pointers, *kept, parts, *outputs, state, *row_args, log_kept, **split)
 
 
-def token_stats_backward(
-    logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None
-) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None) -> None:
     if full is not None and all(g is None for g in full[1:]):
         full = None
     if full is not None:

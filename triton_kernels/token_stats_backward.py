@@ -9,7 +9,18 @@ A few targets are set in the tile that holds them: each tile looks at each of th
 import triton
 import triton.language as tl
 
-from .constants import ELSEWHERE, OUTSIDE_INCLUDE, OUTSIDE_MINUS_INF, STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_SUM_SQ, STATE_TARGETS, STATE_THRESHOLD
+from .constants import (
+    ELSEWHERE,
+    OUTSIDE_INCLUDE,
+    OUTSIDE_MINUS_INF,
+    STATE_KEPT,
+    STATE_MAX,
+    STATE_MEAN_U,
+    STATE_REST,
+    STATE_SUM_SQ,
+    STATE_TARGETS,
+    STATE_THRESHOLD,
+)
 from .gradient import columns, edges, load_upstream, write_zeros
 from .keep import columns_in_set, row_set, run_in_set
 from .math import expm1, soft_cap, soft_cap_slope
@@ -93,9 +104,7 @@ def _gradient_tile(
                 at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
                 shifted_y = tl.load(state_row + STATE_TARGETS + j)
                 g_sum = tl.sum(g_logp, axis=0)
-                dz_y = at_target(
-                    shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT
-                )
+                dz_y = at_target(shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
                 if SOFTCAP:  # the thread that writes it reads it, no other one looks at it: also in place
                     dz_y *= soft_cap_slope(tl.load(x_ptr + y_j + lead).to(dz_y.dtype), inverse_cap)
                 if OUTSIDE == OUTSIDE_MINUS_INF:

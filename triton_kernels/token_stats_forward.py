@@ -424,9 +424,7 @@ def token_stats_forward_kernel(
                 K, K_BLOCK, SUM_SQ, KEPT, KEEP, ACC,
             )  # fmt: skip
         return
-    set_row, whole_row, target, has, target_kept = row_set(
-        row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC
-    )
+    set_row, whole_row, target, has, target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
     write_target_kept(row, target_kept, target_kept_ptr, KEEP, K, K_BLOCK)
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E

@@ -63,9 +63,7 @@ def token_stats_part_kernel(
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
         return
-    set_row, whole_row, target, _has, _target_kept = row_set(
-        row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC
-    )
+    set_row, whole_row, target, _has, _target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
     scale = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC) * LOG2E
     begin, end = part_of(vocab, part, BLOCK, SPLITS)
     m, ties, s0, s1, s2 = sweep(
@@ -103,9 +101,7 @@ def token_stats_kept_part_kernel(
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
         return
-    set_row, whole_row, target, _has, _target_kept = row_set(
-        row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC
-    )
+    set_row, whole_row, target, _has, _target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
     begin, end = part_of(vocab, part, BLOCK, SPLITS)
@@ -146,9 +142,7 @@ def token_stats_merge_kernel(
                 K, K_BLOCK, SUM_SQ, KEPT, KEEP, ACC,
             )  # fmt: skip
         return
-    _set, _whole, _target, has, target_kept = row_set(
-        row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC
-    )
+    _set, _whole, _target, has, target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
     write_target_kept(row, target_kept, target_kept_ptr, KEEP, K, K_BLOCK)
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     parts_row = parts_ptr + row * (7 * SPLITS)
