@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_AT_LEAST, SET_BITS, SET_LISTS
+from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_AT_LEAST, SET_BITS, SET_LISTS, SET_MASK
 from .launch import starts_aligned, strides
 from .rows import NEG_INF
 
@@ -60,27 +60,37 @@ def _spread(bits):
 
 
 @triton.jit
-def tile_in_set(x, i, lead, vocab, set_row, whole, KEEP: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """The tile at column i of `token_stats_forward.py`, of raw logits, with -inf outside S but in whole
-    rows."""
+def set_tile(i, lead, vocab, set_row, KEEP: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
+    """What S has of the tile at column i of `token_stats_forward.py`: bytes of bits, or a mask; or the threshold."""
     line = tl.arange(0, BLOCK // LANES)[:, None] * LANES
-    lane = tl.arange(0, LANES)[None, :]
-    if SHIFTED:  # a line is rotated
-        lane = (lane + LANES - lead) % LANES
-    if KEEP == SET_AT_LEAST:
-        kept = x >= set_row
-    elif KEEP == SET_BITS:
+    if KEEP == SET_BITS:
         group = tl.arange(0, LANES // 8)[None, :]
         at = (i >> 3) + line // 8 + group
-        bits = tl.load(set_row + at, mask=at * 8 < vocab, other=0).to(tl.int32)
-        if SHIFTED:
+        bits = tl.load(set_row + at, mask=at * 8 < vocab, other=0)
+        if SHIFTED:  # a line is rotated
             at = (i >> 3) + line // 8 + (group + LANES // 8 - 1) % (LANES // 8)
             before = tl.load(set_row + at, mask=at * 8 < vocab, other=0).to(tl.int32)
-            bits = (bits << lead) | (before >> (8 - lead))
-        kept = _spread(bits)
+            bits = ((bits.to(tl.int32) << lead) | (before >> (8 - lead))).to(tl.uint8)
+        return bits
+    elif KEEP == SET_MASK:
+        lane = tl.arange(0, LANES)[None, :]
+        if SHIFTED:
+            lane = (lane + LANES - lead) % LANES
+        return tl.load(set_row + i + line + lane, mask=i + line + lane < vocab, other=0)
     else:
-        kept = tl.load(set_row + i + line + lane, mask=i + line + lane < vocab, other=0) != 0
-    return tl.where(kept | whole, x, NEG_INF)
+        return set_row
+
+
+@triton.jit
+def tile_in_set(x, held, whole, KEEP: tl.constexpr):
+    """The tile x of raw logits with -inf outside S but in whole rows. held: its `set_tile`."""
+    if KEEP == SET_AT_LEAST:
+        kept = (x >= held) | whole
+    elif KEEP == SET_BITS:  # or whole, for eight columns at once
+        kept = _spread(held.to(tl.int32) | tl.where(whole, 255, 0))
+    else:
+        kept = (held != 0) | whole
+    return tl.where(kept, x, NEG_INF)
 
 
 @triton.jit
@@ -106,7 +116,8 @@ def run_in_set(x, first, lead, vocab, set_row, whole, KEEP: tl.constexpr, ALIGNE
         if not ALIGNED:
             before = tl.load(set_row + at - 1, mask=(at > 0) & (at * 8 < vocab + 8), other=0).to(tl.int32)
             bits = (bits << lead) | (before >> (8 - lead))
-        return (tl.reshape((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1, (BLOCK,)) != 0) | whole
+        bits |= tl.where(whole, 255, 0)
+        return tl.reshape((bits[:, None] >> tl.arange(0, 8)[None, :]) & 1, (BLOCK,)) != 0
 
 
 def set_arguments(keep, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], dict]:

@@ -20,6 +20,7 @@ from .constants import (
     KEPT_MIN_P,
     KEPT_UNLISTED,
     OUTSIDE_MINUS_INF,
+    SET_BITS,
     STATE_KEPT,
     STATE_MAX,
     STATE_MEAN_U,
@@ -28,7 +29,7 @@ from .constants import (
     STATE_TARGETS,
     STATE_THRESHOLD,
 )
-from .keep import row_set, tile_in_set
+from .keep import row_set, set_tile, tile_in_set
 from .math import log1p, soft_cap
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 
@@ -191,24 +192,30 @@ def sweep(
     s1 = tl.zeros((LANES,), ACC)
     s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
     whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
+    if KEEP == SET_BITS and not SHIFTED:
+        held = set_tile(begin, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
         x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
-        if KEEP is not None:
-            x = tile_in_set(x, i, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
+        if KEEP == SET_BITS and not SHIFTED:  # a tile ahead: loads of single bytes have no place in the pipeline
+            following = set_tile(i + BLOCK, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, held, whole_row, KEEP)
+            held = following
+        elif KEEP is not None:
+            x = tile_in_set(x, set_tile(i, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
         x = soft_cap(x, inverse_cap, SOFTCAP)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SHIFTED:
         if end - whole > BLOCK:
             x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
             if KEEP is not None:
-                x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
+                x = tile_in_set(x, set_tile(whole, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
             x = soft_cap(x, inverse_cap, SOFTCAP)
             m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
             whole += BLOCK
     if whole < end:
         x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         if KEEP is not None:
-            x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, set_tile(whole, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
         x = soft_cap(x, inverse_cap, SOFTCAP)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
@@ -270,7 +277,7 @@ def kept_sweep(
     for i in range(begin, whole, BLOCK):
         x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
         if KEEP is not None:
-            x = tile_in_set(x, i, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, set_tile(i, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
         x = soft_cap(x, inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
@@ -279,7 +286,7 @@ def kept_sweep(
         if end - whole > BLOCK:
             x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
             if KEEP is not None:
-                x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
+                x = tile_in_set(x, set_tile(whole, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
             x = soft_cap(x, inverse_cap, SOFTCAP)
             if KEPT == KEPT_UNLISTED:
                 x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
@@ -288,7 +295,7 @@ def kept_sweep(
     if whole < end:
         x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
         if KEEP is not None:
-            x = tile_in_set(x, whole, lead, vocab, set_row, whole_row, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, set_tile(whole, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
         x = soft_cap(x, inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
