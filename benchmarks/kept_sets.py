@@ -108,9 +108,8 @@ def main() -> None:
     logits = (2 * torch.randn(n, vocab, generator=g, device=args.device)).to(DTYPES[args.dtype]).requires_grad_()
     ids = torch.rand(n, vocab, generator=g, device=args.device).topk(args.ids, -1).indices
     info = machine()
-    print(
-        f"{args.dtype}, N x V = {args.shape}, {args.ids} ids a row; {info['gpu'] if args.device == 'cuda' else info['cpu']}, {info['threads']} threads"
-    )
+    where = info["gpu"] if args.device == "cuda" else f"{info['cpu']}, {info['threads']} threads"
+    print(f"{args.dtype}, N x V = {args.shape}, {args.ids} ids a row; {where}")
     found = {name: functools.partial(phases, forward, logits, ids[:, 0]) for name, forward in contenders(logits.detach(), ids).items()}
     results = summary(*interleaved(found, logits.detach(), args.rounds))
     print(table(results, PLAIN), flush=True)

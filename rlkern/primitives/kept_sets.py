@@ -182,8 +182,8 @@ class Kept:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Kept:
         """The sets on another device."""
         tensors = (self.entries, self.begin, self.end, self.rows)
-        moved: Any = (None if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
-        return Kept(*moved, empty=self.empty, kind=self.kind)
+        entries, begin, end, rows = (None if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
+        return Kept(entries, begin, end, rows, self.empty, self.kind)  # type: ignore[arg-type]
 
     def next_tokens(self) -> Kept:
         """The sets moved one to the left along the rows' last dimension, as `rlkern.next_tokens` moves
