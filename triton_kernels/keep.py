@@ -1,8 +1,8 @@
 """Which columns of a row are in its set: the sets of a `Keep` (rlkern/backends/contract.py) but for lists.
 
 Bits are read as bytes, one for eight columns that a thread holds. A row's set S' is S, or all columns where
-the row is `whole`. With OUTSIDE_INCLUDE one column more may be in it: `target`, -1 for none. Sweeps leave it out
-of their tiles, which would take twice the registers with it, and add it at their end.
+the row is `whole`. With OUTSIDE_INCLUDE one column more may be in it: `target`, -1 for none. Sweeps leave it
+out of their tiles, which would take twice the registers with it, and add it at their end.
 """
 
 import torch
@@ -28,7 +28,7 @@ def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.c
     if KEEP == SET_AT_LEAST:
         set_row = tl.load(sets_ptr + row)
         whole = tl.where(set_row != set_row, 1, 0) != 0  # else the interpreter makes it a float
-        has = (tl.load(at_y, mask=in_vocab, other=NEG_INF).to(ACC) >= set_row) | whole
+        has = (in_vocab & (tl.load(at_y, mask=in_vocab, other=NEG_INF).to(ACC) >= set_row)) | whole
     else:
         set_row = sets_ptr + set_start
         whole = row < 0
@@ -43,9 +43,9 @@ def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.c
 
 @triton.jit
 def row_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.constexpr, OUTSIDE: tl.constexpr, ACC: tl.constexpr):
-    """(where the row's set begins, or its threshold; whether the row is whole; the target that is added, or -1;
-    whether S has the targets y [K_BLOCK]; the same, but True for those that are ignored). at_y: pointers to the
-    logits at y."""
+    """(where the row's set begins, or its threshold; whether the row is whole; the target that is added, or
+    -1; whether S has the targets y [K_BLOCK]; the same, but True for those that are ignored). at_y: pointers to
+    the logits at y."""
     if KEEP is None:
         return 0, False, -1, False, False
     else:
@@ -61,7 +61,7 @@ def _spread(bits):
 
 @triton.jit
 def set_tile(i, lead, vocab, set_row, KEEP: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """What S has of the tile at column i of `token_stats_forward.py`: bytes of bits, or a mask; or the threshold."""
+    """What S has of the tile at column i of `token_stats_forward.py`: bytes of bits, a mask, or the threshold."""
     line = tl.arange(0, BLOCK // LANES)[:, None] * LANES
     if KEEP == SET_BITS:
         group = tl.arange(0, LANES // 8)[None, :]
@@ -105,8 +105,8 @@ def columns_in_set(x, col, valid, set_row, whole, KEEP: tl.constexpr):
 
 @triton.jit
 def run_in_set(x, first, lead, vocab, set_row, whole, KEEP: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """The same of BLOCK columns from first - lead on, first a multiple of 8; False outside the row. ALIGNED: no
-    lead."""
+    """The same of BLOCK columns from first - lead on, first a multiple of 8; False outside the row. ALIGNED:
+    no lead."""
     col = first - lead + tl.arange(0, BLOCK)
     if KEEP != SET_BITS:
         return columns_in_set(x, col, (col >= 0) & (col < vocab), set_row, whole, KEEP)
@@ -121,8 +121,8 @@ def run_in_set(x, first, lead, vocab, set_row, whole, KEEP: tl.constexpr, ALIGNE
 
 
 def set_arguments(keep, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int], dict]:
-    """(sets, their strides, specialisations) of kernels that read sets beside the logits; those of lists do not.
-    The logits stand for an absent tensor."""
+    """(sets, their strides, specialisations) of kernels that read sets beside the logits. Lists have kernels
+    of their own. The logits stand for an absent tensor."""
     if keep is None or keep.kind == SET_LISTS.value:
         return logits, (0, 0), dict(KEEP=None, OUTSIDE=None, SETS_ALIGN=1)
     by_row = keep.kind == SET_AT_LEAST.value

@@ -229,7 +229,7 @@ def token_stats_scatter_kernel(
     inner, out_stride_a, out_stride_b, lists, size, vocab,
     K: tl.constexpr, HAS_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Writes what the kernel above found. Of rows that share a list, NaN where `values` has no room for it."""
+    """Writes what the kernel above found. NaN where `values` had no room: only where rows share lists."""
     row = tl.program_id(0)
     row_ptr = out_ptr + row_start(row, inner, out_stride_a, out_stride_b)
     row = row.to(tl.int64)
@@ -253,7 +253,7 @@ def token_stats_scatter_kernel(
 
 
 class _Lists(NamedTuple):
-    """List j is ids[begin[j] : end[j]], without padding where that is known to be possible."""
+    """List j is ids[begin[j] : end[j]]."""
 
     ids: torch.Tensor
     begin: torch.Tensor
@@ -269,8 +269,8 @@ class _Lists(NamedTuple):
         return len(self.begin), len(self.ids)
 
     def place(self) -> torch.Tensor:
-        """[N], where a row's gradient stands in one tensor of all, for rows that name their lists. Two may name
-        the same."""
+        """[N], where a row's gradient stands in one tensor of all, for rows that name their lists. Two may
+        name the same."""
         if self.rows is None:
             return self.begin
         if len(self.begin) == 0:
@@ -296,7 +296,8 @@ def _launch(options: dict, keep) -> dict:
 
 
 def listed_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep, target_kept) -> torch.Tensor:
-    """The forward of rows with lists, and of those that do not count. Returns which others there are, bool [N]."""
+    """The forward of rows with lists, and of those that do not count. Returns the others, bool [N], over all
+    ids."""
     *outputs, state = out
     if outputs[1] is None:
         outputs[1] = torch.empty_like(outputs[2])

@@ -8,7 +8,7 @@ token_stats_backward.py    several programs a row, and one more for many targets
 import torch
 import triton
 
-from .constants import ELSEWHERE, KEPT_NONE, KEPT_UNLISTED, SET_AT_LEAST, SET_LISTS
+from .constants import ELSEWHERE, KEPT_NONE, KEPT_UNLISTED, OUTSIDE_EVERYTHING, SET_AT_LEAST, SET_LISTS
 from .keep import set_arguments
 from .kept_lists import listed_backward, listed_forward
 from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, starts_aligned, stats_options, strides, target_warps
@@ -18,28 +18,26 @@ from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_k
 
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None) -> None:
-    of_row = (temperature, ignore_index, kept_kind, log_kept)
+    rows, of_row = (logits, targets), (temperature, ignore_index, kept_kind, log_kept)
     if keep is None:
-        _forward(logits, targets, mask, *of_row, out, softcap)
+        _forward(*rows, mask, *of_row, out, softcap)
         return
-    target_kept, *full_results, full_state = keep_out
-    logp, entropy, logsumexp, _, _, state = out
+    target_kept, full_state = keep_out[0], keep_out[3]
     lists = keep.kind == SET_LISTS.value
-    if full_state is not None:  # lists: also the results of rows over all ids
-        whole = torch.empty_like(state)
-        results = (torch.empty_like(logp), *full_results, None, None, whole)
-        if lists:
-            results = (logp, torch.empty_like(logsumexp) if entropy is None else entropy, *out[2:])
-        _forward(logits, targets, mask, *of_row[:2], *(of_row[2:] if lists else (KEPT_NONE.value, 0.0)), results, softcap)
-        for to, value in zip((*full_results, full_state), (*results[1:3], results[5][..., :3]), strict=True):
+    if full_state is not None:
+        # Beside lists these are also the results of rows over all ids.
+        of_whole = out if lists else (torch.empty_like(out[0]), None, torch.empty_like(out[2]), None, None, torch.empty_like(out[5]))
+        of_whole = (of_whole[0], keep_out[1] if of_whole[1] is None else of_whole[1], *of_whole[2:])
+        _forward(*rows, mask, temperature, ignore_index, kept_kind if lists else KEPT_NONE.value, log_kept, of_whole, softcap)
+        for to, value in zip(keep_out[1:], (*of_whole[1:3], of_whole[5][..., :3]), strict=True):
             if to is not value:
                 to.copy_(value.view(to.shape))
-    if lists:
-        whole_rows = listed_forward(logits, targets, mask, *of_row, out, softcap, keep, target_kept)
-        if full_state is None:
-            _forward(logits, targets, whole_rows, *of_row, out, softcap, zeros=False)
-    else:
-        _forward(logits, targets, mask, *of_row, out, softcap, keep, target_kept)
+    if not lists:
+        _forward(*rows, mask, *of_row, out, softcap, keep, target_kept)
+        return
+    whole_rows = listed_forward(*rows, mask, *of_row, out, softcap, keep, target_kept)
+    if full_state is None and (keep.open_empty or keep.outside == OUTSIDE_EVERYTHING.value):
+        _forward(*rows, whole_rows, *of_row, out, softcap, zeros=False)
 
 
 def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep=None, target_kept=None, zeros=True) -> None:
@@ -94,7 +92,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
     if full is None:
         _backward(logits, targets, listed.whole, *of_row, state, grads, out, softcap)
     else:  # of the whole row, and of rows over all ids both
-        whole, n_targets = listed.whole.unsqueeze(-1), targets.shape[1]
+        whole = listed.whole.unsqueeze(-1)
         g_logp, *others = (None if g is None else torch.where(whole, g.view(-1, g.numel() // len(whole)), 0) for g in grads)
         g_entropy, g_lse = (b.view(-1, 1) if a is None else a + b.view(-1, 1) for a, b in zip(others[:2], full[1:], strict=True))
         of_whole = torch.where(whole, state.view(len(whole), -1), 0)

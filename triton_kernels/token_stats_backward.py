@@ -82,8 +82,8 @@ def _gradient_tile(
     K: tl.constexpr, K_BLOCK: tl.constexpr, AT_TARGETS: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr, OUTSIDE: tl.constexpr,
     HAS_FULL: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient at the `valid` of `cols`, all in [low, high), from their logits; no others. kept: which
-    are in the row's set. target, has: of `row_set`. full_m, f0, f1: of `full_coefficients`."""
+    """Writes the gradient at the `valid` of `cols`, all in [low, high), from their logits; no others. kept:
+    which are in the row's set. target, has: of `row_set`. full_m, f0, f1: of `full_coefficients`."""
     x = soft_cap(raw, inverse_cap, SOFTCAP)
     shifted = x - m
     t = shifted * scale
@@ -125,8 +125,8 @@ def upstream_of(
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr,
     HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(whether the row counts; whether anything flows back into it; its targets [K_BLOCK], upstream gradients: logp's [K_BLOCK],
-    each statistic's)"""
+    """(whether the row counts; whether anything flows back into it; its targets [K_BLOCK]; upstream
+    gradients: logp's [K_BLOCK], each statistic's)"""
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     g_entropy = load_upstream(g_entropy_ptr, row, HAS_ENTROPY, ACC)
     g_lse = load_upstream(g_lse_ptr, row, HAS_LSE, ACC)
@@ -189,7 +189,8 @@ def token_stats_backward_kernel(
     full_state_ptr, g_full_entropy_ptr, g_full_lse_ptr,  # of rows without their sets: [N, 3], [N], [N]
     state_ptr,  # [N, STATE_TARGETS + K]
     g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, out_ptr,  # [N, K], [N] four times, [A, B, V]
-    inner, sets_stride_a, sets_stride_b, stride_a, stride_b, out_stride_a, out_stride_b, vocab, groups, temperature, ignore_index, inverse_cap: tl.float64,
+    inner, sets_stride_a, sets_stride_b, stride_a, stride_b, out_stride_a, out_stride_b, vocab, groups,
+    temperature, ignore_index, inverse_cap: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
     KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SETS_ALIGN: tl.constexpr, HAS_FULL: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
