@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class SamplingMask(NamedTuple):
-    """The sets of one answer, as vLLM gives them: token j was drawn from token_ids[offsets[j] : offsets[j + 1]]."""
+    """As vLLM gives it for an answer: token j was drawn from token_ids[offsets[j] : offsets[j + 1]]."""
 
     token_ids: Tensor
     offsets: Tensor

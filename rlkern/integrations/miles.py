@@ -1,7 +1,7 @@
 """miles: log-probabilities over the sets that its rollouts send, by miles' names and arguments.
 
-As of miles' pull requests 2200 and 2596 (August 2026). Call these in place of miles' functions; its signatures
-still change, so nothing is patched. See docs/trainers/slime.md.
+As of miles' pull requests 2200 and 2596 (August 2026). Call these in place of miles' functions: its
+signatures still change, so nothing is patched. See docs/trainers/slime.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def build_local_sampling_mask(
     response_length: int,
     tp_rank: int,
 ) -> Kept:
-    """miles.backends.training_utils.sampling_mask.build_local_sampling_mask, as a `Kept` in place of a bool [R, V].
+    """miles.backends.training_utils.sampling_mask.build_local_sampling_mask: a `Kept`, no bool [R, V].
 
     Args:
         logits: [R, V], of which the number of rows and the device count.
@@ -65,8 +65,8 @@ def calculate_log_probs_and_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """miles.backends.training_utils.loss_hub.math_utils.calculate_log_probs_and_entropy.
 
-    logits [R, V], tokens [R] -> ([R, 1] log-probabilities over the sets, [R] entropy of the whole vocabulary or
-    None). As `slime.calculate_log_probs_and_entropy`, from which it differs in the order of arguments.
+    logits [R, V], tokens [R] -> ([R, 1] log-probabilities over the sets, [R] entropy of the whole vocabulary
+    or None). As `slime.calculate_log_probs_and_entropy`, with miles' order of arguments.
 
     Args:
         sampling_mask: bool [R, V], or a `Kept`.

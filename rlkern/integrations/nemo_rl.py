@@ -19,7 +19,7 @@ __all__ = ["ChunkedDistributedLogprobWithSampling", "DistributedLogprobWithSampl
 
 
 class DistributedLogprobWithSampling:
-    """nemo_rl.distributed.model_utils.DistributedLogprobWithSampling, for a tensor parallel group of one rank."""
+    """nemo_rl.distributed.model_utils.DistributedLogprobWithSampling, for a group of one rank."""
 
     @staticmethod
     def apply(
@@ -46,7 +46,7 @@ class DistributedLogprobWithSampling:
 
 
 class ChunkedDistributedLogprobWithSampling:
-    """nemo_rl.distributed.model_utils.ChunkedDistributedLogprobWithSampling; the chunks are not needed here."""
+    """nemo_rl.distributed.model_utils.ChunkedDistributedLogprobWithSampling; it needs no chunks here."""
 
     @staticmethod
     def apply(

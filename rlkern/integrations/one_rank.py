@@ -8,7 +8,7 @@ from torch import distributed
 
 
 def check_one_rank(group: Any, trainer: str) -> None:
-    """ValueError if logits are spread over the ranks of the group; None is the default group, if there is one."""
+    """ValueError if the group has several ranks. None is the default group, if there is one."""
     spread = distributed.is_available() and distributed.is_initialized() and distributed.get_world_size(group) > 1
     if spread or (group is not None and not distributed.is_initialized() and group.size() > 1):
         raise ValueError(

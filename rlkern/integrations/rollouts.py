@@ -27,7 +27,7 @@ _LENGTHS = ("lengths", "counts")
 
 
 def drawn_rows(drawn: Tensor) -> Tensor:
-    """Which list belongs to a token, where there is one for every drawn token, in order: `Kept.csr(rows=...)`.
+    """Which list belongs to a token, if every drawn token has one, in order: for `Kept.csr(rows=...)`.
 
     Args:
         drawn: [...] bool or number, not 0 at the tokens that have a list.

@@ -60,14 +60,13 @@ def sample_support_csr_scores(
     check_one_rank(tp_group, "SkyRL")
     vocab = (logits_or_hidden if lm_head_weight is None else lm_head_weight.T).shape[-1]
     if (vocab_start_index, vocab_end_index) != (0, vocab):
-        raise ValueError(
-            f"vocab_start_index and vocab_end_index must be those of the whole vocabulary, 0 and {vocab}, got {vocab_start_index} and {vocab_end_index}"
-        )
+        given = f"got {vocab_start_index} and {vocab_end_index}"
+        raise ValueError(f"vocab_start_index and vocab_end_index must be those of the whole vocabulary, 0 and {vocab}, {given}")
     lengths = support.row_lengths
     lists = row_ids.clamp(min=0).long()
     listed = lengths[lists] > 0 if len(lengths) else torch.zeros_like(row_ids, dtype=torch.bool)
     valid = (row_ids >= 0) & listed
-    options = {"mask": valid, "keep": Kept.counts(support.values, lengths, rows=row_ids), "with_entropy": compute_entropy}
+    options: dict[str, Any] = {"mask": valid, "keep": Kept.counts(support.values, lengths, rows=row_ids), "with_entropy": compute_entropy}
     if lm_head_weight is None:
         stats = primitives.token_stats(logits_or_hidden, sampled_ids, **options)
     else:

@@ -33,11 +33,11 @@ def calculate_log_probs_and_entropy(
     log_prob_keep_mask: Kept | Tensor | None = None,
     with_entropy_grad: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
-    """slime.utils.ppo_utils.calculate_log_probs_and_entropy: logits [R, V], tokens [R] -> ([R, 1], [R] or None).
+    """slime.utils.ppo_utils.calculate_log_probs_and_entropy: [R, V] and [R] -> ([R, 1], [R] or None).
 
     Args:
-        log_prob_keep_mask: the sets that log-probabilities are over: slime's bool [R, V], or a `Kept`. A token
-            outside of its set is added to it, as by slime. The entropy is that of the whole vocabulary.
+        log_prob_keep_mask: the sets that log-probabilities are over: slime's bool [R, V], or a `Kept`. A
+            token outside of its set is added to it, as by slime. The entropy is of the whole vocabulary.
         with_entropy_grad: False: the entropy has no gradient.
         chunk_size: slime's, not needed here.
         tp_group: of one rank.
@@ -104,12 +104,11 @@ def nucleus_sets(
     if len(all_rows) > length:
         raise ValueError(f"length must hold the {len(all_rows)} rows of the samples, got {length}")
     all_rows = F.pad(all_rows, (0, length - len(all_rows)), value=-1)
-    ids, edges = ([x.to(device) for x in part] for part in zip(*samples, strict=True))
-    return Kept.samples(ids, edges, all_rows.to(device))
+    return Kept.samples([ids.to(device) for ids, _ in samples], [edges.to(device) for _, edges in samples], all_rows.to(device))
 
 
 def patch() -> Patch:
-    """Has slime's loss take the sets of its rollouts' top-p as they are, and its log-probabilities from rlkern.
+    """Has slime's loss take the sets of its rollouts as they are, and log-probabilities from rlkern.
 
     It replaces calculate_log_probs_and_entropy wherever slime imports it, and _build_topp_keep_mask of
     slime.backends.megatron_utils.loss, until the `Patch` is undone.

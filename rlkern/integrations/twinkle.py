@@ -18,7 +18,7 @@ __all__ = ["replayed_selective_log_softmax"]
 
 
 def replayed_selective_log_softmax(logits: Tensor, labels: Tensor, loss_mask: Tensor, sampling_masks: Sequence[Any], temperature: float) -> Tensor:
-    """twinkle.utils.torch_utils.replayed_selective_log_softmax: logits [B, T, V], labels [B, T] -> [B, T] float32.
+    """twinkle.utils.torch_utils.replayed_selective_log_softmax: [B, T, V] and [B, T] -> [B, T] float32.
 
     Args:
         loss_mask: [B, T], not 0 at the tokens that have a set, in order. The others are 0.

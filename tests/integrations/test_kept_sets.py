@@ -1,7 +1,7 @@
 """Sets of kept ids from engines' outputs, and the functions of trainers that take them, against float64.
 
-The trainers' functions are those of public copies of their repositories in autumn 2026; none is on the package
-index. Their formulas are restated here.
+The trainers' functions are those of public copies of their repositories in autumn 2026. What they compute is
+restated here.
 """
 
 import math
