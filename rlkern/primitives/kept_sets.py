@@ -222,7 +222,7 @@ def _listed(ids: Tensor, begin: Tensor, end: Tensor, rows: Tensor | None, empty:
 def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = False) -> Kept:
     """keep is a `Kept`, or a bool tensor, for rows x [..., anything], called `of`, over `vocab` ids."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool and not lists_only:
-        keep = Kept.mask(keep)
+        keep = Kept(keep, kind="mask")
     constructors = "Kept.ids, Kept.csr, Kept.counts or Kept.samples"
     if not isinstance(keep, Kept):
         if isinstance(keep, Tensor) and keep.dtype in (torch.int32, torch.int64, torch.uint8) and not lists_only:
