@@ -44,7 +44,8 @@ class Kept:
     than they have room for.
 
     The order of a list changes a result in its last bits alone. An id that a list holds twice may count
-    twice, as two tokens of equal logits; samplers never send that.
+    twice, as two tokens of equal logits; samplers never send that, and RLKERN_DEBUG=1 checks it for rows of
+    logits.
 
     empty: what an empty list means, and a row without a list. "everything": the row's softmax is over the
         whole vocabulary. "nothing": no token is kept.
