@@ -7,6 +7,7 @@ restated here.
 import math
 import sys
 import types
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +131,17 @@ def test_a_trainers_step_from_the_engines_lists():
     of_bits = rlkern.token_stats(leaf, labels, mask=mask, keep=Kept.bits((packed << torch.arange(8)).sum(-1).to(torch.uint8)).next_tokens())
     torch.testing.assert_close(of_bits.logp, stats.logp)
     same((stats.logp[:, :-1][here], stats.entropy[:, :-1][here]), (logp[here], entropy[here]), leaf, exact)
+
+
+def test_part_of_a_batch():
+    """Its rows in another order, with the same lists."""
+    logits, _, ids = draw(3, 5)
+    whole, part = kept_from_lists(LISTS, DRAWN).to("cpu"), torch.tensor([2, 0])
+    expected = rlkern.token_logprobs(logits, ids, keep=whole)[part]
+    assert torch.equal(rlkern.token_logprobs(logits[part], ids[part], keep=replace(whole, rows=whole.rows[part])), expected)
+    meta = whole.to("meta", non_blocking=True)
+    assert meta.rows.device.type == meta.entries.device.type == meta.end.device.type == "meta" and meta.empty == whole.empty
+    assert Kept.ids(ids).to("meta").begin is None
 
 
 @pytest.mark.parametrize(
