@@ -223,7 +223,7 @@ NUCLEI = [arrays([[1, 2], [3], [0, 4, 5], [6, 1]]), arrays([[2], [9, 10]]), arra
 @pytest.mark.parametrize(("cp_size", "allgather"), [(1, False), (2, False), (3, False), (2, True)])
 def test_slimes_sets(cp_size, allgather):
     ids, offsets = [x[0] for x in NUCLEI], [x[2] for x in NUCLEI]
-    totals, responses = [7, 3, 9], [4, 2, 3]  # the third has no set for its last token
+    totals, responses = [7, 3, 9], [3, 2, 3]  # the first has a set more than tokens, the third one less
     length = {(1, False): 20, (2, False): 22, (3, False): 24, (2, True): 10}[cp_size, allgather]
     for rank in range(cp_size):
         keep = slime.nucleus_sets(ids, offsets, totals, responses, length=length, cp_rank=rank, cp_size=cp_size, allgather_cp=allgather)
@@ -232,7 +232,7 @@ def test_slimes_sets(cp_size, allgather):
     with pytest.raises(ValueError, match="length must hold the"):
         slime.nucleus_sets(ids, offsets, totals, responses, length=2)
     with pytest.raises(ValueError, match="response_lengths must be below total_lengths"):
-        slime.nucleus_sets(ids, offsets, [4, 3, 9], responses, length=20)
+        slime.nucleus_sets(ids, offsets, [3, 3, 9], responses, length=20)
 
 
 @pytest.mark.parametrize("trainer", [slime, miles])
