@@ -8,6 +8,7 @@
 Writes benchmarks/results/<machine>-<date>.json, case by case, and .png.
 """
 
+import gc
 import os
 import re
 import sys
@@ -67,6 +68,8 @@ def measure_all(cases, rounds, budget, log=print, on_case=lambda document: None,
     found, document["absent"] = contenders(cases[0].device, peers)
     for line in document["absent"]:
         log(f"absent: {line}")
+    gc.collect()
+    gc.freeze()  # garbage is collected after each contender: that passes over what is imported
     started = time.perf_counter()
     for i, case in enumerate(cases):
         spent = time.perf_counter() - started
