@@ -23,7 +23,7 @@ TARGETS = {
 NVIDIA_TOOLS = ("cuobjdump", "nvdisasm")
 
 _POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
-_POINTERS |= {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1"}
+_POINTERS |= {torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1", torch.uint8: "*u8", torch.int8: "*i8"}
 _DIVISIBLE = [["tt.divisibility", 16]]
 
 

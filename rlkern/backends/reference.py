@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..layout import row_chunks
 from .contract import ELSEWHERE, LARGEST_EXPONENT, KeptKind, KLKind, State
+from .reference_keep import Columns, columns
 from .reference_kept import kept_hidden_gradient as kept_hidden_gradient
 from .reference_kept import kept_logits as kept_logits
 from .reference_kept import kept_rows_backward as kept_rows_backward
@@ -19,6 +20,7 @@ from .reference_kept import kept_weight_gradient as kept_weight_gradient
 from .reference_pair import pair_backward as pair_backward
 from .reference_pair import pair_forward as pair_forward
 from .reference_rows import inverse_temperature, skipped_rows, soft_cap, soft_cap_slope
+from .reference_sampler import sampler_threshold as sampler_threshold
 
 CHECKS_TARGETS = False
 
@@ -30,14 +32,30 @@ def _listed(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
     return listed.scatter_(-1, targets.masked_fill(nowhere, vocab), True)[:, :vocab]
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
+def _masked(keep, x, a, rows, flat, targets, ignored) -> tuple[Tensor, Columns]:
+    """(rows x [R, V] at -inf outside their sets, NaN if those cannot be; the sets)"""
+    sets = columns(keep, x, a, rows, flat, targets, ignored)
+    return x.masked_fill(~sets.inside, -math.inf).masked_fill(sets.undefined, math.nan), sets
+
+
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None) -> None:
     logp_out, entropy_out, lse_out, sum_sq_out, kept_out, state_out = out
     state_out = state_out.view(-1, state_out.shape[-1])
     acc = state_out.dtype
     n, vocab = state_out.shape[0], logits.shape[-1]
     skipped = skipped_rows(n, targets, mask, ignore_index, logits.device)
+    if keep is not None and keep_out[3] is not None:
+        _, full_entropy, full_lse, full_state = keep_out
+        whole = state_out.new_empty(n, State.TARGETS)
+        results = (None, full_entropy, full_lse, None, None, whole)
+        token_stats_forward(logits, None, ~skipped, temperature, ignore_index, KeptKind.NONE, 0.0, results, softcap)
+        full_state.view(n, 3).copy_(whole[:, :3])
     for a, rows, flat in row_chunks(logits):
-        x = soft_cap(logits[a, rows].to(acc), softcap)
+        x = logits[a, rows].to(acc)
+        if keep is not None:
+            x, sets = _masked(keep, x, a, rows, flat, targets, skipped.unsqueeze(-1) | (targets == ignore_index))
+            keep_out[0].view(n, -1)[flat] = sets.target_kept
+        x = soft_cap(x, softcap)
         inv_t = inverse_temperature(temperature, flat, acc)
         m = x.amax(-1, keepdim=True)
         shifted = torch.where(torch.isneginf(x), x, x - m)  # -inf - -inf would be NaN in a row of -inf alone
@@ -100,7 +118,21 @@ def _sum_of_equals(columns: Tensor, values: Tensor, spare: int) -> tuple[Tensor,
     return columns.masked_fill(again, spare), sums
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
+def _full_gradient(raw, full, flat, inv_t, softcap):
+    """T times the gradient by rows [R, V] of the entropy and log-sum-exp without a set."""
+    state, g_entropy, g_lse = full
+    m, rest, mean_u = state.view(-1, 3)[flat].split(1, -1)
+    u = ((soft_cap(raw, softcap) - m) * inv_t).clamp_min(-1e4)
+    c = torch.zeros_like(m)
+    if g_lse is not None:
+        c = c + g_lse.view(-1, 1)[flat]
+    if g_entropy is not None:
+        c = c - g_entropy.view(-1, 1)[flat] * (u - mean_u)  # entropy + log p
+    dz = u.exp() / (1 + rest) * c
+    return dz * soft_cap_slope(raw, softcap) if softcap > 0 else dz
+
+
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None) -> None:
     state = state.view(-1, state.shape[-1])
     acc, n, vocab = state.dtype, state.shape[0], logits.shape[-1]
     g_logp, g_entropy, g_lse, g_sum_sq, g_kept = grads
@@ -114,7 +146,11 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
     for g in (None if g_logp is None else g_logp.ne(0).any(-1), *per_row):
         if g is not None:
             idle &= ~g if g.dtype == torch.bool else g == 0
-    skipped = skipped | idle
+    full_idle = torch.ones_like(skipped)
+    for g in full[1:] if full is not None else ():
+        if g is not None:
+            full_idle &= g.view(-1) == 0
+    skipped_here, skipped = skipped, skipped | (idle & full_idle)
 
     for a, rows, flat in row_chunks(logits):
         s = state[flat]
@@ -122,7 +158,9 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         gl = None if g_logp is None else g_logp[flat]
         g_h, g_z, g_s2, g_k = (None if g is None else g[flat].unsqueeze(-1) for g in per_row)
         inv_t = inverse_temperature(temperature, flat, acc)
-        raw = logits[a, rows].to(acc)
+        raw = whole = logits[a, rows].to(acc)
+        if keep is not None:
+            raw, sets = _masked(keep, raw, a, rows, flat, targets, skipped_here.unsqueeze(-1) | (targets == ignore_index))
         x = soft_cap(raw, softcap)
         shifted = x - m
         u = (shifted * inv_t).clamp_min(-1e4)
@@ -158,6 +196,10 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
             dz = spare.scatter(-1, columns, fixed)[:, :vocab]
         if softcap > 0:
             dz = dz * soft_cap_slope(raw, softcap)
+        if keep is not None:
+            dz = dz.masked_fill(~sets.inside | idle[flat].unsqueeze(-1), 0)
+        if full is not None:
+            dz = dz + _full_gradient(whole, full, flat, inv_t, softcap).masked_fill(full_idle[flat].unsqueeze(-1), 0)
         dz = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0)
         out[a, rows] = dz.to(out.dtype)
 

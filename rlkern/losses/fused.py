@@ -15,7 +15,7 @@ from ..primitives.known import KnownLoss, RowStats, check_sum, known_loss
 from ..primitives.linear import linear_token_stats
 from ..primitives.plans import check_logits_dtype, check_workspace, rows_at_once
 from ..primitives.projection import check_num_valid, gathering, whole_head
-from ..primitives.token_stats import TokenStats, row_options
+from ..primitives.row_stats import TokenStats, row_options
 from .aggregate import LossOutput, aggregate, aggregate_terms
 from .policy.cispo import cispo_loss
 from .policy.ppo import ppo_loss
@@ -102,8 +102,8 @@ class _CallersLoss:
 
     def of_all(self, stats: TokenStats) -> Tensor:
         n, lead = stats.logsumexp.numel(), stats.logsumexp.dim()
-        rows = (None if x is None else x.reshape(n, *x.shape[lead:]) for x in stats)
-        value = self.of_rows(RowStats(*rows, slice(0, n)))  # type: ignore[arg-type, call-arg]
+        rows: Any = (None if x is None else x.reshape(n, *x.shape[lead:]) for x in stats)
+        value = self.of_rows(RowStats.of(TokenStats(*rows), slice(0, n)))
         check_sum(value)
         return value
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..checks import check_target_range, computing_dtype, shown
 from ..operator import once, values_readable
 from .projection import Chunks, GradientSums, Head, Rows, gathering, new_gradients
-from .token_stats import Options, Results, TokenStats, compute, mark_kept, new_results, public_stats, write_gradient
+from .row_stats import Options, Results, TokenStats, compute, mark_kept, new_results, public_stats, write_gradient
 
 _INSTEAD = "use linear_token_stats and the loss on what it returns"
 _DIFFERENTIABLE = 5  # of Results, the first
@@ -37,6 +37,10 @@ class RowStats:
     target_kept: Tensor | None
     tail_logmass: Tensor | None
     index: slice | Tensor
+
+    @classmethod
+    def of(cls, stats: TokenStats, index: slice | Tensor) -> RowStats:
+        return cls(*stats[:7], index)  # type: ignore[call-arg]  # without what keep= adds
 
 
 class KnownLoss(NamedTuple):
@@ -154,7 +158,8 @@ def _slopes(computed: Results, o: Options, loss: KnownLoss, index: slice | Tenso
     """The loss of some rows, and its gradient by each of their statistics."""
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in computed[:_DIFFERENTIABLE]]
-        value = loss.of_rows(RowStats(*public_stats(o, *leaves, computed.target_kept), index))  # type: ignore[call-arg]
+        results: Any = (*leaves, computed.target_kept)
+        value = loss.of_rows(RowStats.of(public_stats(o, *results), index))
         check_sum(value)
         if not value.requires_grad:
             return value, [None] * _DIFFERENTIABLE

@@ -17,12 +17,12 @@ from ..backends.contract import KeptKind
 from ..checks import check_count, check_flags, check_number, check_target_range, computing_dtype, expect, shown
 from ..layout import counted_rows
 from ..operator import Operator, differentiable, values_readable
-from .kept_sets import Kept, check_kept
-from .linear_kept import check_kept_options, linear_kept_stats
+from .kept_sets import Kept, check_kept, check_outside
+from .linear_kept import linear_kept_stats
 from .parts import IGNORED, finish, merge, part_of, targets_in_part
 from .plans import check_logits_dtype, check_workspace, cut
 from .projection import GradientSums, Head, Rows, add_product, autocast, blocks, check_num_valid, gathering, new_gradients, whole_head
-from .token_stats import (
+from .row_stats import (
     GRADIENTS,
     OPTIONS,
     RESULTS,
@@ -383,7 +383,8 @@ def linear_token_stats(
         how = _How(*sizes, dtype != hidden.dtype, num_valid if keep is None else None, weight_grad_out)
         check_flags(round_logits=round_logits)
         several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
-        check_kept_options(outside, max_dense_rows, several and keep is not None)
+        check_outside(outside, several and keep is not None)
+        check_count("max_dense_rows", max_dense_rows)
         if keep is None and (outside != "include" or max_dense_rows or round_logits):
             given = f"{outside!r}, {max_dense_rows} and {round_logits}"
             raise ValueError(f"outside, max_dense_rows and round_logits go with keep: expected 'include', 0 and False without it, got {given}")
@@ -394,7 +395,7 @@ def linear_token_stats(
             if lora is not None or weight_grad_out is not None:
                 given = f"{shown(lora)} and {shown(weight_grad_out)}"
                 raise ValueError(f"keep takes no lora or weight_grad_out: expected None and None, got {given}")
-            keep = check_kept(keep, hidden, "hidden")
+            keep = check_kept(keep, hidden, "hidden", weight.shape[0], lists_only=True)
 
             def dense(hidden, *of_rows):
                 return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o, around=gathered)

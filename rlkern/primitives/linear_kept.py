@@ -16,14 +16,11 @@ from .. import backends
 from ..backends.contract import State
 from ..backends.gradient_memory import empty
 from ..backends.reference_rows import soft_cap, soft_cap_slope
-from ..checks import check_choice, check_count, computing_dtype
+from ..checks import computing_dtype
 from ..layout import as_rows, counted_rows
 from ..operator import Operator, differentiable, values_readable
 from .kept_sets import Kept
-from .token_stats import Options, Results, TokenStats
-
-OUTSIDE = ("include", "everything", "minus_inf")
-
+from .row_stats import Options, Results, TokenStats
 
 # --- pairs --------------------------------------------------------------------------------------------------
 
@@ -296,13 +293,6 @@ _capped = differentiable(  # autograd's derivative of a tanh is 0 where that rou
 
 
 # --- together -----------------------------------------------------------------------------------------------
-
-
-def check_kept_options(outside: str, max_dense_rows: int, several: bool) -> None:
-    check_choice("outside", outside, OUTSIDE)
-    check_count("max_dense_rows", max_dense_rows)
-    if several and outside != "minus_inf":
-        raise ValueError(f"outside must be 'minus_inf' for several targets a row, which ask about the set, got {outside!r}")
 
 
 def linear_kept_stats(

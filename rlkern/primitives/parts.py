@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backends.contract import ELSEWHERE, State
 from ..backends.reference_rows import inverse_temperature
 from ..layout import counted_rows
-from .token_stats import Options, Results
+from .row_stats import Options, Results
 
 IGNORED, INVALID = -2, -1  # in place of targets in a part; an IGNORED entry is that part's ignore_index
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_flags, expect, shown
+from .kept_sets import Kept
 from .token_stats import token_logprobs
 
 
@@ -46,6 +47,8 @@ def sequence_logps(
     ignore_index: int = -100,
     temperature: float | Tensor = 1.0,
     inplace_backward: bool = False,
+    keep: Kept | Tensor | None = None,
+    outside: str = "include",
 ) -> Tensor:
     """Log-probability of each sequence, the sum of its tokens': `_get_batch_logps` of the original DPO code.
 
@@ -54,7 +57,9 @@ def sequence_logps(
         labels: [B, T] integer, `ignore_index` where a token does not count (prompt, padding).
         average: divide by the number of tokens. A sequence without tokens gives 0 either way.
         shift: logits at t predict the label at t + 1 (a causal model). False: labels are already aligned.
-        temperature, inplace_backward: as in `rlkern.token_stats`.
+        temperature, inplace_backward, outside: as in `rlkern.token_stats`.
+        keep: as there, for the rows of logits. Sets that stand beside the labels: with shift,
+            `keep.next_tokens()`.
 
     Returns:
         [B], float32 (float64 for float64 logits), differentiable.
@@ -65,5 +70,6 @@ def sequence_logps(
     check_flags(average=average, shift=shift)
     check_labels(labels, logits)
     targets = next_tokens(labels, ignore_index) if shift else labels
-    logps = token_logprobs(logits, targets, temperature=temperature, ignore_index=ignore_index, inplace_backward=inplace_backward).sum(-1)
+    options = dict(temperature=temperature, ignore_index=ignore_index, inplace_backward=inplace_backward, keep=keep, outside=outside)
+    logps = token_logprobs(logits, targets, **options).sum(-1)
     return logps / (targets != ignore_index).sum(-1).clamp(min=1) if average else logps

@@ -13,7 +13,8 @@ from trl import GRPOTrainer as _GRPOTrainer
 from ...losses import LossOutput
 from ...metrics.merge import merge_metrics
 from ...primitives.reductions import sequence_mean
-from ...primitives.token_stats import check_kept, token_stats
+from ...primitives.row_stats import check_kept_mass
+from ...primitives.token_stats import token_stats
 from ..patching import Patch
 from ..registry import REGISTRY, TOKENS, check_effect, check_offered, check_options, dry_run
 from .versions import known_replacements
@@ -271,7 +272,7 @@ def _check_loss(name: str, options: dict[str, Any], min_p: float | None) -> None
     loss = REGISTRY[name]
     more = ("min_p",) * (name == "lp_reg") + ("aggregation",) * loss.averages_sequences
     check_options(f"policy_loss {name!r}", loss.function, options, _GIVEN, *more)
-    check_kept(min_p, None)
+    check_kept_mass(min_p, None)
     if name == "nft" and options.get("ratio_type") == "sequence":
         raise ValueError("policy_loss 'nft' averages over tokens here, as loss_type in GRPOConfig says: ratio_type must be 'token', got 'sequence'")
     kept = {"kept_logmass": torch.zeros(2, 2)} if options.get("kl_term") == "full" else {}
