@@ -52,7 +52,8 @@ def kept_from_lists(samples: Sequence[Any], drawn: Tensor, *, empty: str = "ever
     Args:
         samples: the batch's samples in order. Of each either a list of lists; or an object with token_ids (or
             ids) and offsets, list j being token_ids[offsets[j] : offsets[j + 1]]; or with lengths (or counts)
-            in place of offsets; or with token_ids alone, a list of lists. In turn: HTTP answers and SGLang;
+            in place of offsets; or with token_ids alone, a list of lists. A dict with these keys does, too,
+            as a rollout comes back from a JSON file. In turn: HTTP answers and SGLang;
             vLLM, twinkle and miles; SGLang's chunks and prime-rl's bytes; the first vLLM that returned sets.
         drawn: [B, T] bool or number, not 0 at the tokens that the engine drew, on the device that the sets
             shall be on. Samples may be packed: any shape with their tokens in order.
@@ -105,22 +106,25 @@ def kept_from_sglang(outputs: Iterable[Any], drawn: Tensor) -> Kept:
 
 
 def _field(output: Any, name: str, needs: str) -> Any:
-    value = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
+    value = _attribute(output, (name,))
     if value is None:
         raise ValueError(f"outputs: one has no {name}. {needs}")
     return value
 
 
 def _attribute(x: Any, names: Sequence[str]) -> Any:
-    return next((value for value in (getattr(x, name, None) for name in names) if value is not None), None)
+    """The first of the attributes, or of a mapping's entries, that is there."""
+    values = (x.get(name) if isinstance(x, Mapping) else getattr(x, name, None) for name in names)
+    return next((value for value in values if value is not None), None)
 
 
 def _integers(x: Any, name: str) -> Tensor:
     """[M] int32 or int64, of anything that holds integers; bytes are int32."""
-    if isinstance(x, bytes):
-        return torch.frombuffer(bytearray(x), dtype=torch.int32) if x else torch.empty(0, dtype=torch.int32)
     try:
-        made = torch.as_tensor(x) if len(x) > 0 else torch.empty(0, dtype=torch.int32)
+        if len(x) == 0:
+            made = torch.empty(0, dtype=torch.int32)
+        else:
+            made = torch.frombuffer(bytearray(x), dtype=torch.int32) if isinstance(x, bytes) else torch.as_tensor(x)
     except (TypeError, ValueError, RuntimeError, OverflowError):
         made = None
     if made is None or made.dim() != 1 or made.dtype not in (torch.int32, torch.int64):
