@@ -43,5 +43,8 @@ def test_ignore_index_and_empty_time():
     assert_close(by_label, sequence_logps(logits, labels.masked_fill(labels == 7, -100)))
     assert sequence_logps(torch.zeros(2, 0, 5), torch.zeros(2, 0, dtype=torch.long)).tolist() == [0, 0]
     assert next_tokens(torch.tensor([[1, 2, 3]]), -7).tolist() == [[2, 3, -7]]
+    assert next_tokens(torch.tensor([[True, True]]), False).tolist() == [[True, False]]
     with pytest.raises(ValueError, match=r"labels must be \[\.\.\., T\]"):
         next_tokens(torch.tensor(1))
+    with pytest.raises(ValueError, match="ignore_index must be False or True for labels of torch.bool"):
+        next_tokens(torch.tensor([[True, True]]))

@@ -31,6 +31,8 @@ def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
         raise ValueError(f"labels must be [..., T], got shape {tuple(labels.shape)}")
     if not isinstance(ignore_index, (int, float)):
         raise TypeError(f"ignore_index must be a number, got {shown(ignore_index)}")
+    if labels.dtype == torch.bool and ignore_index not in (0, 1):
+        raise ValueError(f"ignore_index must be False or True for labels of torch.bool, such as a mask, got {ignore_index}")
     if not (labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool):
         least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max
         if not isinstance(ignore_index, int) or not least <= ignore_index <= most:
