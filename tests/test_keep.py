@@ -298,8 +298,11 @@ def test_errors(backend, keep, error, message):
         (lambda: token_stats(LOGITS, IDS, keep=LOGITS == 0), ValueError, "outside must be 'minus_inf' for several targets a row"),
         (lambda: token_stats(LOGITS, TARGETS + 40, keep=LOGITS == 0), IndexError, "target 40 of row 0 is out of range"),
         (lambda: rlkern.linear_token_stats(LOGITS, torch.zeros(40, 40), TARGETS, keep=Kept.mask(LOGITS == 0)), TypeError, "got Kept.mask"),
+        (lambda: token_stats(LOGITS, TARGETS, keep=Kept.counts(IDS[0], TARGETS.view(1, -1))), ValueError, "its rows must be"),
+        (lambda: Kept.at_least(torch.tensor(0.5)).next_tokens(), ValueError, "a single row have no dimension to move along"),
+        (lambda: Kept.ids(IDS).to(torch.float32), TypeError, "device"),
     ],
-    ids=range(9),
+    ids=range(12),
 )
 def test_errors_of_sets_and_options(call, error, message):
     with pytest.raises(error, match=message):

@@ -43,9 +43,9 @@ class Kept:
     on the rows' device. The tensors are not copied: a CUDA graph may refill them, lists also with fewer ids
     than they have room for.
 
-    The order of a list changes a result in its last bits alone. An id that a list holds twice may count
-    twice, as two tokens of equal logits; samplers never send that, and RLKERN_DEBUG=1 checks it for rows of
-    logits.
+    The order of a list changes a result in its last bits alone. No list may hold an id twice: it may count
+    twice, and its gradient is then wrong. Samplers never send that, and `outside="include"` adds a missing
+    target itself. RLKERN_DEBUG=1 checks it for rows of logits.
 
     empty: what an empty list means, and a row without a list. "everything": the row's softmax is over the
         whole vocabulary. "nothing": no token is kept.
@@ -112,6 +112,8 @@ class Kept:
         _check_ids("counts", counts, "[...]")
         if counts.device != ids.device:
             raise ValueError(f"counts must be on the device of ids {ids.device}, got {counts.device}")
+        if rows is None and counts.dim() > 1:  # the shape of the rows
+            rows = torch.arange(counts.numel(), device=counts.device).view(counts.shape)
         end = counts.flatten().cumsum(0)
         return _listed(ids, end - counts.flatten(), end, rows, empty, "counts")
 
@@ -183,7 +185,7 @@ class Kept:
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Kept:
         """The sets on another device."""
         tensors = (self.entries, self.begin, self.end, self.rows)
-        entries, begin, end, rows = (None if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
+        entries, begin, end, rows = (None if x is None else x.to(device=device, non_blocking=non_blocking) for x in tensors)
         return Kept(entries, begin, end, rows, self.empty, self.kind)  # type: ignore[arg-type]
 
     def next_tokens(self) -> Kept:
@@ -194,8 +196,12 @@ class Kept:
         token is one before. The last row gets no list, or one of everything.
 
         Raises:
-            ValueError: for lists whose rows have no shape: `Kept.csr` and its like need rows=.
+            ValueError: for lists whose rows have no shape: `Kept.csr` and its like need rows=. For a single
+                row.
         """
+        of_rows = self.entries if self.kind == "at_least" else self.rows
+        if of_rows is not None and of_rows.dim() == 0:
+            raise ValueError("the sets of a single row have no dimension to move along: expected rows [..., T], got shape ()")
         if self.kind == "at_least":
             return Kept(F.pad(self.entries, (0, 1), value=-math.inf)[..., 1:], kind=self.kind)
         if self.rows is not None:
