@@ -44,8 +44,8 @@ def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.c
 @triton.jit
 def row_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.constexpr, OUTSIDE: tl.constexpr, ACC: tl.constexpr):
     """(where the row's set begins, or its threshold; whether the row is whole; the target that is added, or
-    -1; whether S has the targets y [K_BLOCK]; the same, but True for those that are ignored). at_y: pointers to
-    the logits at y."""
+    -1; whether S has the targets y [K_BLOCK]; the same, but True for those that are ignored). at_y: pointers
+    to the logits at y."""
     if KEEP is None:
         return 0, False, -1, False, False
     else:
@@ -61,7 +61,8 @@ def _spread(bits):
 
 @triton.jit
 def set_tile(i, lead, vocab, set_row, KEEP: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """What S has of the tile at column i of `token_stats_forward.py`: bytes of bits, a mask, or the threshold."""
+    """What S has of the tile at column i of token_stats_forward.py: bytes of bits, a mask, or the
+    threshold."""
     line = tl.arange(0, BLOCK // LANES)[:, None] * LANES
     if KEEP == SET_BITS:
         group = tl.arange(0, LANES // 8)[None, :]
