@@ -122,14 +122,34 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", &available_isas);
   m.def("use_isa", &use_isa);
 
-  define_rows_of<Forward, py::dict>(m, "token_stats_forward", &token_stats_forward, [](const py::dict& from, Forward& call) {
+  const auto read_forward = [](const py::dict& from, Forward& call) {
     fill(from, FIELD(softcap), FIELD(kept_kind), FIELD(log_kept), FIELD(logp), FIELD(entropy), FIELD(logsumexp), FIELD(sum_sq_prob),
          FIELD(kept_logmass));
-  });
-  define_rows_of<Backward, py::dict>(m, "token_stats_backward", &token_stats_backward, [](const py::dict& from, Backward& call) {
+  };
+  const auto read_backward = [](const py::dict& from, Backward& call) {
     fill(from, FIELD(softcap), FIELD(kept_kind), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq_prob),
          FIELD(g_kept_logmass), FIELD(out));
-  });
+  };
+  const auto read_sets = [](const py::dict& from, Sets& call) {
+    fill(from, FIELD(kind), FIELD(outside), FIELD(open_empty), FIELD(ids), FIELD(wide), FIELD(n_ids), FIELD(lists), FIELD(begin),
+         FIELD(end), FIELD(list), FIELD(entries), FIELD(least));
+  };
+  define_rows_of<Forward, py::dict>(m, "token_stats_forward", &token_stats_forward, read_forward);
+  define_rows_of<Backward, py::dict>(m, "token_stats_backward", &token_stats_backward, read_backward);
+  define_rows_of<ForwardInSets, py::dict, py::dict, py::dict>(
+      m, "token_stats_in_sets_forward", &token_stats_in_sets_forward,
+      [=](const py::dict& own, const py::dict& keep, const py::dict& from, ForwardInSets& call) {
+        read_forward(own, call);
+        read_sets(keep, call.keep);
+        fill(from, FIELD(target_kept), FIELD(full_entropy), FIELD(full_logsumexp), FIELD(full_state));
+      });
+  define_rows_of<BackwardInSets, py::dict, py::dict, py::dict>(
+      m, "token_stats_in_sets_backward", &token_stats_in_sets_backward,
+      [=](const py::dict& own, const py::dict& keep, const py::dict& from, BackwardInSets& call) {
+        read_backward(own, call);
+        read_sets(keep, call.keep);
+        fill(from, FIELD(full_state), FIELD(g_full_entropy), FIELD(g_full_logsumexp));
+      });
   const auto read_pair = [](const py::dict& from, Pair& call) {
     fill(from, FIELD(other_dtype), FIELD(other), FIELD(other_temperature), FIELD(other_temperatures), FIELD(softcap), FIELD(other_softcap),
          FIELD(kind), FIELD(beta));
@@ -156,6 +176,9 @@ PYBIND11_MODULE(_cpu, m) {
   });
   define_rows_of<DidBackward, py::dict>(m, "did_entropy_backward", &did_entropy_backward, [](const py::dict& from, DidBackward& call) {
     fill(from, FIELD(reference_dtype), FIELD(reference), FIELD(g_entropy), FIELD(out), FIELD(reference_out));
+  });
+  define_rows_of<Sampler, py::dict>(m, "sampler_threshold", &sampler_threshold, [](const py::dict& from, Sampler& call) {
+    fill(from, FIELD(top_k), FIELD(top_p), FIELD(log_min_p), FIELD(joint), FIELD(mass_bits));
   });
   define_kept<KeptLogits>(m, "kept_logits", &kept_logits, [](const py::dict& from, KeptLogits& call) {
     fill(from, FIELD(hidden), FIELD(weight), FIELD(inner), FIELD(pairs), FIELD(bias), FIELD(out));

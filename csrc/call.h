@@ -44,6 +44,31 @@ struct Backward : Rows {
   bool stream;  // past the caches; the schedule sets it
 };
 
+// The ids that the softmax of each row is over.
+struct Sets {
+  int kind, outside;  // a SetKind, an Outside
+  bool open_empty;    // an empty list stands for all ids
+  // LISTS: list j is ids[begin[j] : end[j]]; without them, ids are `lists` lists of equal length
+  const void* ids;  // [n_ids]
+  bool wide;        // int64, else int32
+  int64_t n_ids, lists;
+  const int64_t *begin, *end;
+  const int64_t* list;  // [rows], that of each row, negative for none; null: in order
+  Matrix entries;       // BITS and MASK: bytes
+  const void* least;    // AT_LEAST: Acc [rows]
+};
+
+struct ForwardInSets : Forward {
+  Sets keep;
+  bool* target_kept;                                 // [rows, n_targets]
+  void *full_entropy, *full_logsumexp, *full_state;  // Acc, [rows, 3] the last; all null, or none
+};
+
+struct BackwardInSets : Backward {
+  Sets keep;
+  const void *full_state, *g_full_entropy, *g_full_logsumexp;  // Acc, each may be null
+};
+
 // What both halves need of two rows at once.
 struct Pair : Rows {  // n_targets is 0 or 1; state: Acc [rows, PairState::WIDTH]
   int other_dtype;    // as dtype, or another one if neither is float64
@@ -90,6 +115,14 @@ struct DidBackward : Rows {
   bool stream, stream_reference;
 };
 
+struct Sampler : Rows {  // state: Acc [rows], the thresholds
+  int64_t top_k;         // 0: off
+  double top_p;          // 1: off
+  double log_min_p;      // -inf: off
+  bool joint;
+  int mass_bits;
+};
+
 // The output matrix at listed ids: pairs (row, id). An id of `vocab` is outside, a row of `rows` no pair.
 struct Kept {
   int dtype;  // of hidden, weight, bias and the gradients
@@ -124,17 +157,20 @@ struct KeptWeight : Kept {  // the pairs are sorted by id
 
 // The kernels that are compiled once for every instruction set, and what a call of each is. They compute the
 // rows [begin, end) on the calling thread; of kept ids, pairs, rows and tasks.
-#define RLKERN_KERNELS(F)                  \
-  F(token_stats_forward, Forward)          \
-  F(token_stats_backward, Backward)        \
-  F(pair_forward, PairForward)             \
-  F(pair_backward, PairBackward)           \
-  F(row_moments_forward, MomentsForward)   \
-  F(row_moments_backward, MomentsBackward) \
-  F(did_entropy_forward, DidForward)       \
-  F(did_entropy_backward, DidBackward)     \
-  F(kept_logits, KeptLogits)               \
-  F(kept_hidden_gradient, KeptHidden)      \
+#define RLKERN_KERNELS(F)                         \
+  F(token_stats_forward, Forward)                 \
+  F(token_stats_backward, Backward)               \
+  F(token_stats_in_sets_forward, ForwardInSets)   \
+  F(token_stats_in_sets_backward, BackwardInSets) \
+  F(pair_forward, PairForward)                    \
+  F(pair_backward, PairBackward)                  \
+  F(row_moments_forward, MomentsForward)          \
+  F(row_moments_backward, MomentsBackward)        \
+  F(did_entropy_forward, DidForward)              \
+  F(did_entropy_backward, DidBackward)            \
+  F(sampler_threshold, Sampler)                   \
+  F(kept_logits, KeptLogits)                      \
+  F(kept_hidden_gradient, KeptHidden)             \
   F(kept_weight_gradient, KeptWeight)
 
 struct Kernels {  // those for one instruction set
@@ -150,6 +186,17 @@ static inline bool is_skipped(const Rows& call, int64_t row) {
   for (int64_t k = 0; k < call.n_targets; ++k)
     if (call.targets[row * call.n_targets + k] != call.ignore_index) return false;
   return true;
+}
+
+struct List {
+  int64_t begin, end;
+};
+static inline List list_of(const Sets& keep, int64_t row) {
+  const int64_t j = keep.list ? keep.list[row] : row;
+  if (j < 0 || j >= keep.lists) return {0, 0};
+  if (!keep.begin) return {keep.n_ids / keep.lists * j, keep.n_ids / keep.lists * (j + 1)};
+  const auto in_bounds = [&](int64_t i) { return i < 0 ? 0 : i > keep.n_ids ? keep.n_ids : i; };
+  return {in_bounds(keep.begin[j]), in_bounds(keep.end[j])};
 }
 
 }  // namespace rlkern

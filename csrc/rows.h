@@ -97,7 +97,8 @@ inline float tile_max(const Float16* x, int64_t n) {
 // The tile after the one that is being summed. Behind its arithmetic the processor would ask for it too late.
 template <class T>
 void prefetch_next_tile(const T* x) {
-  for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const char*>(x + kTile) + byte);
+  const uintptr_t next = reinterpret_cast<uintptr_t>(x) + kTile * sizeof(T);  // a number: there may be no such tile
+  for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(next + byte));
 }
 
 // With t = (x - top) log2(e) / T over some logits. Any NaN makes s0 and s1 NaN, even one the maximum missed.
@@ -175,19 +176,20 @@ struct PlainRow {
     ::for_each_tile(x, vocab, f);
   }
   Acc<T> at(int64_t i) const { return load_one(x + i); }
+  int64_t size() const { return vocab; }
 };
 
 // tanh(x / cap) of a row.
-template <class T>
+template <class Row>
 struct CappedRow {
-  using Tile = Acc<T>;
-  const T* x;
-  int64_t vocab;
-  Acc<T> inverse_cap;
+  using Tile = Acc<typename Row::Tile>;
+  Row row;
+  Tile inverse_cap;
 
   template <class F>
   void for_each_tile(F f) const {
-    ::for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+    using T = typename Row::Tile;
+    row.for_each_tile([&](const T* tile, int64_t n) {
       Tile capped[kTile];
       for (int64_t i = 0; i < n; i += kLanes<T>) {
         prefetch_next_tile(tile + i);
@@ -196,7 +198,8 @@ struct CappedRow {
       f(static_cast<const Tile*>(capped), n);
     });
   }
-  Acc<T> at(int64_t i) const { return soft_cap(broadcast(load_one(x + i)), inverse_cap).value.v[0][0]; }
+  Tile at(int64_t i) const { return soft_cap(broadcast(row.at(i)), inverse_cap).value.v[0][0]; }
+  int64_t size() const { return row.size(); }
 };
 
 template <bool Squares, bool Entropy, class Row, class A>

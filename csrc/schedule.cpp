@@ -24,6 +24,35 @@ void check_targets(const Rows& call) {
     }
 }
 
+template <class Id>
+void check_ids(const Id* ids, const List& list, int64_t row, int64_t vocab) {
+  Id largest = -1;
+  for (int64_t i = list.begin; i < list.end; ++i) largest = std::max(largest, ids[i]);
+  if (largest < vocab) return;
+  throw std::out_of_range("keep holds the id " + std::to_string(largest) + " for row " + std::to_string(row) + ", out of range for " +
+                          std::to_string(vocab) + " logits");
+}
+
+// As check_targets, of lists of kept ids. How many logits a row costs as much as, on average.
+int64_t check_sets(const Rows& call, const Sets& keep) {
+  constexpr int64_t a_list = 1000;  // logits that cost as much as a list's own overhead
+  if (keep.kind != SetKind::LISTS) return call.vocab;
+  int64_t total = 0;
+  for (int64_t row = 0; row < call.rows; ++row) {
+    if (is_skipped(call, row)) continue;
+    if (keep.list && keep.list[row] >= keep.lists)
+      throw std::out_of_range("keep names the list " + std::to_string(keep.list[row]) + " for row " + std::to_string(row) +
+                              ", out of range for " + std::to_string(keep.lists) + " lists");
+    const List list = list_of(keep, row);
+    if (keep.wide)
+      check_ids(static_cast<const int64_t*>(keep.ids), list, row, call.vocab);
+    else
+      check_ids(static_cast<const int32_t*>(keep.ids), list, row, call.vocab);
+    total += list.begin < list.end ? a_list + 8 * (list.end - list.begin) : call.vocab;
+  }
+  return call.rows ? total / call.rows : 0;
+}
+
 // Hands ranges of rows to the threads as they become free: masked rows cost next to nothing and come in runs.
 // A row is computed by one thread, in one way: neither the ranges nor the threads can change a result.
 template <class Call>
@@ -82,6 +111,17 @@ void token_stats_forward(const Forward& call) {
 }
 void token_stats_backward(const Backward& call) { run_gradient(active_kernels().token_stats_backward, call, call.n_targets); }
 
+void token_stats_in_sets_forward(const ForwardInSets& call) {
+  check_targets(call);
+  const int64_t width = check_sets(call, call.keep);
+  run(active_kernels().token_stats_in_sets_forward, call, call.rows, call.full_state ? call.vocab : width);
+}
+void token_stats_in_sets_backward(const BackwardInSets& call) {
+  // Listed ids are written once more, as targets are.
+  const int64_t listed = call.keep.kind == SetKind::LISTS && call.rows ? call.keep.n_ids / call.rows : 0;
+  run_gradient(active_kernels().token_stats_in_sets_backward, call, call.n_targets + listed);
+}
+
 void pair_forward(const PairForward& call) {
   check_targets(call);
   run(active_kernels().pair_forward, call);
@@ -100,6 +140,8 @@ void did_entropy_backward(const DidBackward& given) {
   call.stream_reference = prepare(call, call.reference_out, call.reference_dtype, 0);
   run_gradient(active_kernels().did_entropy_backward, call, 0);
 }
+
+void sampler_threshold(const Sampler& call) { run(active_kernels().sampler_threshold, call); }
 
 void kept_logits(const KeptLogits& call) { run(active_kernels().kept_logits, call, call.pairs, call.width); }
 void kept_hidden_gradient(const KeptHidden& call) { run(active_kernels().kept_hidden_gradient, call, call.rows, 8 * call.width); }

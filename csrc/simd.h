@@ -261,6 +261,65 @@ RLKERN_INLINE Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T
   return each<Pack<T>>([&](int i) { return mask.v[i] ? a.v[i] : b.v[i]; });
 }
 
+// --- bits: one for each lane of a pack, or for each of 64 bytes; the first is the lowest ------------------------
+
+template <class T>
+RLKERN_INLINE uint64_t bits_of(const Mask<T>& mask) {
+  uint64_t bits = 0;
+  constexpr int lanes = kVectorBytes / sizeof(T);
+  for (int i = 0; i < kPackVectors; ++i) {
+#if defined(__AVX512DQ__)
+    const __m512i v = bit_cast<__m512i>(mask.v[i]);
+    bits |= uint64_t(sizeof(T) == 4 ? _mm512_movepi32_mask(v) : _mm512_movepi64_mask(v)) << (i * lanes);
+#elif defined(__AVX2__)
+    const __m256i v = bit_cast<__m256i>(mask.v[i]);
+    bits |= uint64_t(sizeof(T) == 4 ? _mm256_movemask_ps(bit_cast<__m256>(v)) : _mm256_movemask_pd(bit_cast<__m256d>(v))) << (i * lanes);
+#elif defined(__SSE2__)
+    const __m128i v = bit_cast<__m128i>(mask.v[i]);
+    bits |= uint64_t(sizeof(T) == 4 ? _mm_movemask_ps(bit_cast<__m128>(v)) : _mm_movemask_pd(bit_cast<__m128d>(v))) << (i * lanes);
+#else
+    for (int j = 0; j < lanes; ++j) bits |= uint64_t(mask.v[i][j] != 0) << (i * lanes + j);
+#endif
+  }
+  return bits;
+}
+
+inline uint64_t bits_of_nonzero(const unsigned char* bytes) {
+  using V = Vec<unsigned char>;
+  uint64_t bits = 0;
+  for (int i = 0; i < 64; i += kVectorBytes) {
+    const auto zero = load_raw<V>(bytes + i) == 0;
+#if defined(__AVX512BW__)
+    bits = _mm512_movepi8_mask(bit_cast<__m512i>(zero));
+#elif defined(__AVX2__)
+    bits |= uint64_t(uint32_t(_mm256_movemask_epi8(bit_cast<__m256i>(zero)))) << i;
+#elif defined(__SSE2__)
+    bits |= uint64_t(uint32_t(_mm_movemask_epi8(bit_cast<__m128i>(zero)))) << i;
+#else
+    for (int j = 0; j < kVectorBytes; ++j) bits |= uint64_t(zero[j] != 0) << (i + j);
+#endif
+  }
+  return ~bits;
+}
+
+// A vector's lanes where their bits are set, and `other` in place of the rest. As numbers: of any size.
+template <class U>
+RLKERN_INLINE Vec<U> select_bits(uint64_t bits, const Vec<U>& v, U other) {
+  constexpr int lanes = kVectorBytes / sizeof(U);
+#if defined(__AVX512BW__)
+  if constexpr (sizeof(U) == 2)
+    return bit_cast<Vec<U>>(_mm512_mask_mov_epi16(_mm512_set1_epi16(int16_t(other)), __mmask32(bits), bit_cast<__m512i>(v)));
+  if constexpr (sizeof(U) == 4)
+    return bit_cast<Vec<U>>(_mm512_mask_mov_epi32(_mm512_set1_epi32(int32_t(other)), __mmask16(bits), bit_cast<__m512i>(v)));
+  if constexpr (sizeof(U) == 8)
+    return bit_cast<Vec<U>>(_mm512_mask_mov_epi64(_mm512_set1_epi64(int64_t(other)), __mmask8(bits), bit_cast<__m512i>(v)));
+#endif
+  static_assert(lanes <= 8 * int(sizeof(U)) || kVectorBytes == 64, "a lane has room for all bits");
+  Vec<U> bit_of_lane;
+  for (int j = 0; j < lanes; ++j) bit_of_lane[j] = U(U(1) << (j % (8 * sizeof(U))));
+  return ((Vec<U>{} + U(bits)) & bit_of_lane) != 0 ? v : Vec<U>{} + other;
+}
+
 // The larger or the smaller of the two, and `b` where either is NaN, as the hardware's own instructions have it.
 inline Vec<float> max_or_second(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)

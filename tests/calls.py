@@ -156,6 +156,8 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.losses.kd_coefficient, {"step": 3}, ()),
         (rlkern.losses.reward_guided_mask, {"correct": rewards, "groups": groups, "level": "group"}, ()),
         (rlkern.kl_estimate, {"logp": logp, "reference_logp": logp + 0.1 * normal(B, T), "kind": "k3", "clamp": 10.0}, ("logp",)),
+        (rlkern.sampler_threshold, {"logits": logits, "top_k": 3, "top_p": 0.9, "min_p": 0.05, "temperature": per_row, "order": "joint",
+                                    "mask": mask}, ()),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_p": 0.9, "always_keep": ids(2)}, ()),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_k": 2, "min_tokens_to_keep": 2, "temperature": 0.7}, ()),
         *((rlkern.nlpo_stats, {"logits": logits, "targets": targets, "keep": keep, "renorm": renorm, "mask": mask}, ("logits",))

@@ -24,6 +24,7 @@ FLOORS = (
 BACKENDS = {  # what each file of backends may import, of rlkern
     "contract": set(),
     "reference": {"layout", "backends"},
+    "reference_keep": {"backends"},
     "reference_kept": {"layout", "backends"},
     "reference_pair": {"layout", "backends"},
     "reference_rows": set(),

@@ -9,6 +9,7 @@ import torch  # before _cpu: both then share one OpenMP runtime
 from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
+from .contract import Keep, SetKind, mass_bits
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 
@@ -43,10 +44,31 @@ def _rows(logits, targets, mask, temperature, ignore_index, state) -> dict:
     }
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
+def _sets(keep: Keep, n: int) -> dict:
+    of_lists, of_entries = keep.kind == SetKind.LISTS, keep.kind in (SetKind.BITS, SetKind.MASK)
+    return {
+        "kind": keep.kind,
+        "outside": keep.outside,
+        "open_empty": keep.open_empty,
+        "ids": keep.sets if of_lists else None,
+        "wide": keep.sets.dtype == torch.int64,
+        "n_ids": keep.sets.numel() if of_lists else 0,
+        "lists": n if keep.begin is None else keep.begin.numel(),
+        "begin": keep.begin,
+        "end": keep.end,
+        "list": keep.rows,
+        "entries": keep.sets if of_entries else None,
+        "least": keep.sets if keep.kind == SetKind.AT_LEAST else None,
+    }
+
+
+def token_stats_forward(
+    logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None
+) -> None:
     """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not
-    ignore_index."""
+    ignore_index. Also for a listed id or a list out of range, in a row that is not skipped."""
     logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state = out
+    rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     own = {
         "softcap": softcap,
         "kept_kind": kept_kind,
@@ -57,11 +79,17 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         "sum_sq_prob": sum_sq_prob,
         "kept_logmass": kept_logmass,
     }
-    _cpu.token_stats_forward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
+    if keep is None:
+        return _cpu.token_stats_forward(rows, own)
+    names = ("target_kept", "full_entropy", "full_logsumexp", "full_state")
+    _cpu.token_stats_in_sets_forward(rows, own, _sets(keep, rows["rows"]), dict(zip(names, keep_out, strict=True)))
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
+def token_stats_backward(
+    logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None
+) -> None:
     g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
+    rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     own = {
         "softcap": softcap,
         "kept_kind": kept_kind,
@@ -72,7 +100,10 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         "g_kept_logmass": g_kept_logmass,
         "out": out,
     }
-    _cpu.token_stats_backward(_rows(logits, targets, mask, temperature, ignore_index, state), own)
+    if keep is None:
+        return _cpu.token_stats_backward(rows, own)
+    of_full = dict(zip(("full_state", "g_full_entropy", "g_full_logsumexp"), full or (None, None, None), strict=True))
+    _cpu.token_stats_in_sets_backward(rows, own, _sets(keep, rows["rows"]), of_full)
 
 
 def _pair(other, other_temperature, kind, beta, softcap, other_softcap) -> dict:
@@ -131,6 +162,11 @@ def did_entropy_backward(logits, reference, mask, temperature, state, grad, out)
     own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference}
     own |= {"g_entropy": grad, "out": d_logits, "reference_out": d_reference}
     _cpu.did_entropy_backward(_rows(logits, None, mask, temperature, 0, state), own)
+
+
+def sampler_threshold(logits, mask, temperature, top_k, top_p, log_min_p, joint, out) -> None:
+    own = {"top_k": top_k, "top_p": top_p, "log_min_p": log_min_p, "joint": joint, "mass_bits": mass_bits(logits.shape[-1])}
+    _cpu.sampler_threshold(_rows(logits, None, mask, temperature, 0, out), own)
 
 
 def _kept(dtype, rows, width, vocab, ids, row) -> dict:

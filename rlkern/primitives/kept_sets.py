@@ -249,7 +249,7 @@ def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = 
     return keep
 
 
-def check_outside(outside: str, several: bool) -> None:
+def check_outside(outside: str, several: bool = False) -> None:
     """A word of `OUTSIDE`; several: whether a row may have many targets."""
     check_choice("outside", outside, OUTSIDE)
     if several and outside != "minus_inf":
