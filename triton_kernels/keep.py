@@ -127,6 +127,7 @@ def set_arguments(keep, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[int, 
     if keep is None or keep.kind == SET_LISTS.value:
         return logits, (0, 0), dict(KEEP=None, OUTSIDE=None, SETS_ALIGN=1)
     by_row = keep.kind == SET_AT_LEAST.value
-    aligned = not by_row and starts_aligned(keep.sets, 16 // keep.sets.element_size())
-    options = dict(KEEP=keep.kind, OUTSIDE=keep.outside, SETS_ALIGN=16 if aligned else 1)
+    # As many columns to a load as of logits, and one byte of bits: then a thread holds the set of its own logits.
+    align = 16 // logits.element_size() if keep.kind == SET_MASK.value else 1
+    options = dict(KEEP=keep.kind, OUTSIDE=keep.outside, SETS_ALIGN=align if not by_row and starts_aligned(keep.sets, align) else 1)
     return keep.sets, (0, 0) if by_row else strides(keep.sets), options
