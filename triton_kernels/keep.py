@@ -35,10 +35,10 @@ def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.c
         has = has_columns(set_row, y, in_vocab, KEEP)
     target = tl.full((), -1, tl.int32)
     if OUTSIDE == OUTSIDE_INCLUDE:
-        target += tl.sum(tl.where(counted & in_vocab & ~has, y + 1, 0), axis=0).to(tl.int32)
+        target += tl.sum(tl.where(has, 0, tl.where(counted & in_vocab, y + 1, 0)), axis=0).to(tl.int32)
     if OUTSIDE == OUTSIDE_EVERYTHING:
-        whole = whole | (tl.sum((counted & ~has).to(tl.int32), axis=0) > 0)
-    return set_row, whole, target, has, has | ~counted
+        whole = whole | (tl.sum(tl.where(has, 0, counted.to(tl.int32)), axis=0) > 0)
+    return set_row, whole, target, has, has | (y == ignore_index)
 
 
 @triton.jit
@@ -127,7 +127,7 @@ def set_arguments(keep, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[int, 
     if keep is None or keep.kind == SET_LISTS.value:
         return logits, (0, 0), dict(KEEP=None, OUTSIDE=None, SETS_ALIGN=1)
     by_row = keep.kind == SET_AT_LEAST.value
-    # As many columns to a load as of logits, and one byte of bits: then a thread holds the set of its own logits.
+    # As many columns to a load as of logits, and one byte of bits: a thread then holds the set of its logits.
     align = 16 // logits.element_size() if keep.kind == SET_MASK.value else 1
     options = dict(KEEP=keep.kind, OUTSIDE=keep.outside, SETS_ALIGN=align if not by_row and starts_aligned(keep.sets, align) else 1)
     return keep.sets, (0, 0) if by_row else strides(keep.sets), options

@@ -67,13 +67,16 @@ def _read_list(
     has = (has != 0) & (y >= 0) & (y < vocab)
     largest = tl.max(largest, axis=0)
     impossible = (number >= lists) | (largest >= vocab)
-    whole = (largest < 0) & ~impossible & OPEN_EMPTY
+    whole = row < 0
+    if OPEN_EMPTY:
+        whole = (largest < 0) & (number < lists)
     has = has | whole
     added = tl.zeros((), tl.int32)
     if OUTSIDE == OUTSIDE_INCLUDE:
-        added = tl.sum((counted & ~has & (y >= 0) & (y < vocab)).to(tl.int32), axis=0)
+        added = tl.sum(tl.where(has, 0, (counted & (y >= 0) & (y < vocab)).to(tl.int32)), axis=0)
     if OUTSIDE == OUTSIDE_EVERYTHING:
-        whole = whole | (~impossible & (tl.sum((counted & ~has).to(tl.int32), axis=0) > 0))
+        outside = tl.sum(tl.where(has, 0, counted.to(tl.int32)), axis=0)
+        whole = whole | ((outside > 0) & (number < lists) & (largest < vocab))
     return begin, end, added, impossible, whole, has
 
 
@@ -109,7 +112,7 @@ def token_stats_listed_kernel(
     row = row.to(tl.int64)
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
-        tl.store(whole_ptr + row, False)
+        tl.store(whole_ptr + row, active)
         write_zeros(row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, 0, ACC)
         return
     begin, end, added, impossible, whole, has = _read_list(
@@ -180,7 +183,7 @@ def token_stats_listed_backward_kernel(
         K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, False, ACC,
     )  # fmt: skip
     if not flows:
-        tl.store(whole_ptr + row, False)
+        tl.store(whole_ptr + row, flows)
         tl.store(entries_ptr + row, -1)
         return
     begin, end, added, _impossible, whole, _has = _read_list(

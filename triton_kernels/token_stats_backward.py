@@ -108,7 +108,7 @@ def _gradient_tile(
                 if SOFTCAP:  # the thread that writes it reads it, no other one looks at it: also in place
                     dz_y *= soft_cap_slope(tl.load(x_ptr + y_j + lead).to(dz_y.dtype), inverse_cap)
                 if OUTSIDE == OUTSIDE_MINUS_INF:
-                    has_j = tl.sum(tl.where(tl.arange(0, K_BLOCK) == j, has, False).to(tl.int32), axis=0) > 0
+                    has_j = tl.sum(((tl.arange(0, K_BLOCK) == j) & has).to(tl.int32), axis=0) > 0
                     dz_y = tl.where(has_j, dz_y, 0.0)
                 dz = tl.where(cols == (y_j + lead).to(tl.int32), dz_y, dz)
     if HAS_FULL:
