@@ -90,9 +90,8 @@ def _entries(ids_ptr, start, end, added, y, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather(row_ptr, token, vocab, ACC: tl.constexpr):
-    """The raw logits of ids: -inf at padding, NaN at those beyond the row."""
-    x = tl.load(row_ptr + token, mask=(token >= 0) & (token < vocab), other=NEG_INF).to(ACC)
-    return tl.where(token >= vocab, float("nan"), x)
+    """The raw logits of ids: -inf at padding and at ids beyond the row, which make it NaN elsewhere."""
+    return tl.load(row_ptr + token, mask=(token >= 0) & (token < vocab), other=NEG_INF).to(ACC)
 
 
 @triton.jit(do_not_specialize=LIST_SHAPE)
