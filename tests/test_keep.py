@@ -306,6 +306,15 @@ def test_errors_of_sets_and_options(call, error, message):
         call()
 
 
+def test_debug_finds_ids_listed_twice(backend, monkeypatch):
+    monkeypatch.setattr("rlkern.primitives.kept_stats.DEBUG", True)
+    ids = torch.tensor([[7, 7, -1], [-1, 3, -1], [4, 5, 4]])
+    targets = torch.tensor([-100, 1, 2])  # of the first row nothing counts
+    with pytest.raises(ValueError, match="keep holds the id 4 twice for row 2"):
+        token_stats(LOGITS, targets, keep=Kept.ids(ids))
+    assert token_stats(LOGITS[:2], targets[:2], keep=Kept.ids(ids[:2])).logp.isfinite().all()
+
+
 def test_skipped_rows_may_have_any_list(backend):
     keep = Kept.csr(torch.tensor([1, 10**6]), torch.tensor([0, 1, 2]), rows=torch.tensor([0, 1, -1]))
     stats = token_stats(LOGITS, torch.tensor([1, -100, 2]), keep=keep)

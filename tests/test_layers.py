@@ -28,6 +28,7 @@ BACKENDS = {  # what each file of backends may import, of rlkern
     "reference_kept": {"layout", "backends"},
     "reference_pair": {"layout", "backends"},
     "reference_rows": set(),
+    "reference_sampler": {"layout", "backends"},
     "native": {"backends", "_cpu"},
     "gradient_memory": set(),
     "__init__": {"backends", "triton_kernels", "rlkern"},  # the package itself for its version

@@ -62,9 +62,7 @@ def _sets(keep: Keep, n: int) -> dict:
     }
 
 
-def token_stats_forward(
-    logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None
-) -> None:
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None) -> None:
     """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not
     ignore_index. Also for a listed id or a list out of range, in a row that is not skipped."""
     logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state = out
@@ -85,9 +83,7 @@ def token_stats_forward(
     _cpu.token_stats_in_sets_forward(rows, own, _sets(keep, rows["rows"]), dict(zip(names, keep_out, strict=True)))
 
 
-def token_stats_backward(
-    logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None
-) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None) -> None:
     g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     own = {

@@ -44,7 +44,8 @@ class Kept:
     than they have room for.
 
     The order of a list changes a result in its last bits alone. An id that a list holds twice may count
-    twice, as two tokens of equal logits; samplers never send that.
+    twice, as two tokens of equal logits; samplers never send that, and RLKERN_DEBUG=1 checks it for rows of
+    logits.
 
     empty: what an empty list means, and a row without a list. "everything": the row's softmax is over the
         whole vocabulary. "nothing": no token is kept.
@@ -222,7 +223,7 @@ def _listed(ids: Tensor, begin: Tensor, end: Tensor, rows: Tensor | None, empty:
 def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = False) -> Kept:
     """keep is a `Kept`, or a bool tensor, for rows x [..., anything], called `of`, over `vocab` ids."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool and not lists_only:
-        keep = Kept.mask(keep)
+        keep = Kept(keep, kind="mask")
     constructors = "Kept.ids, Kept.csr, Kept.counts or Kept.samples"
     if not isinstance(keep, Kept):
         if isinstance(keep, Tensor) and keep.dtype in (torch.int32, torch.int64, torch.uint8) and not lists_only:
