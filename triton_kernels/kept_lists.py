@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, STATE_MAX, STATE_TARGETS
+from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_LISTS, STATE_MAX, STATE_TARGETS
 from .launch import device_of, stats_options, strides, target_warps
 from .math import soft_cap, soft_cap_slope
 from .rows import BATCH_SHAPE, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
@@ -112,13 +112,13 @@ def token_stats_listed_kernel(
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
         tl.store(whole_ptr + row, active)
-        write_zeros(row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, 0, ACC)
+        write_zeros(row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, SET_LISTS, ACC)
         return
     begin, end, added, impossible, whole, has = _read_list(
         row, y, ids_ptr, begin_ptr, end_ptr, rows_ptr, lists, size, vocab, ignore_index, K_BLOCK, HAS_ROWS, OPEN_EMPTY, OUTSIDE, BLOCK
     )
     tl.store(whole_ptr + row, whole)
-    write_target_kept(row, has | (y == ignore_index), target_kept_ptr, 0, K, K_BLOCK)
+    write_target_kept(row, has | (y == ignore_index), target_kept_ptr, SET_LISTS, K, K_BLOCK)
     if whole:
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)

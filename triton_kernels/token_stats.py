@@ -3,6 +3,8 @@
 token_stats_forward.py     one program a row
 token_stats_split.py       several programs a row, for long rows
 token_stats_backward.py    several programs a row, and one more for many targets
+keep.py                    sets of kept columns that the kernels above read beside the logits
+kept_lists.py              kept sets that are lists: their logits are gathered
 """
 
 import torch
