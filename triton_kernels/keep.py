@@ -73,11 +73,14 @@ def set_tile(i, lead, vocab, set_row, KEEP: tl.constexpr, SHIFTED: tl.constexpr,
             before = tl.load(set_row + at, mask=at * 8 < vocab, other=0).to(tl.int32)
             bits = ((bits.to(tl.int32) << lead) | (before >> (8 - lead))).to(tl.uint8)
         return bits
-    elif KEEP == SET_MASK:
+    elif KEEP == SET_MASK:  # both loads contiguous along a line, as in last_tile
         lane = tl.arange(0, LANES)[None, :]
+        at = i + line + lane - lead
+        held = tl.load(set_row + at, mask=(lane >= lead) & (at < vocab), other=0)
         if SHIFTED:
-            lane = (lane + LANES - lead) % LANES
-        return tl.load(set_row + i + line + lane, mask=i + line + lane < vocab, other=0)
+            following = tl.load(set_row + at + LANES, mask=(lane < lead) & (at + LANES < vocab), other=0)
+            held = tl.where(lane < lead, following, held)
+        return held
     else:
         return set_row
 
