@@ -12,6 +12,7 @@ namespace {
 template <int64_t Size, class T, class F>
 inline int64_t for_each_part(const T* x, int64_t n, F f) {
   int64_t i = 0;
+#pragma GCC unroll 4
   for (; i + Size <= n; i += Size) f(x + i, i);
   if (i == n) return n;
   T last[Size] = {};
