@@ -28,7 +28,7 @@ BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help setup quickstart lab diffusion test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab diffusion test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench-bgpo: $(VENV)/.built  ## one Monte-Carlo draw of BGPO from logits to gradi
 
 bench-head: $(VENV)/.built  ## from hidden states to gradients: the linear head's plans, eager, compiled, PyTorch's and TRL's functions
 	$(PY) benchmarks/linear_head.py $(ARGS)
+
+bench-keep: $(VENV)/.built  ## rows over kept ids by format, against eager PyTorch; sampler_threshold against sorting
+	$(PY) benchmarks/kept_sets.py $(ARGS)
 
 report: $(VENV)/.built  ## compile every GPU kernel offline and tabulate what the compiler made of it; needs no GPU
 	$(PY) benchmarks/report.py $(ARGS)

@@ -177,6 +177,9 @@ PYBIND11_MODULE(_cpu, m) {
   define_rows_of<DidBackward, py::dict>(m, "did_entropy_backward", &did_entropy_backward, [](const py::dict& from, DidBackward& call) {
     fill(from, FIELD(reference_dtype), FIELD(reference), FIELD(g_entropy), FIELD(out), FIELD(reference_out));
   });
+  define_rows_of<Sampler, py::dict>(m, "sampler_threshold", &sampler_threshold, [](const py::dict& from, Sampler& call) {
+    fill(from, FIELD(top_k), FIELD(top_p), FIELD(log_min_p), FIELD(joint), FIELD(mass_bits));
+  });
   define_kept<KeptLogits>(m, "kept_logits", &kept_logits, [](const py::dict& from, KeptLogits& call) {
     fill(from, FIELD(hidden), FIELD(weight), FIELD(inner), FIELD(pairs), FIELD(bias), FIELD(out));
   });

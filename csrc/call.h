@@ -115,6 +115,14 @@ struct DidBackward : Rows {
   bool stream, stream_reference;
 };
 
+struct Sampler : Rows {  // state: Acc [rows], the thresholds
+  int64_t top_k;         // 0: off
+  double top_p;          // 1: off
+  double log_min_p;      // -inf: off
+  bool joint;
+  int mass_bits;
+};
+
 // The output matrix at listed ids: pairs (row, id). An id of `vocab` is outside, a row of `rows` no pair.
 struct Kept {
   int dtype;  // of hidden, weight, bias and the gradients
@@ -160,6 +168,7 @@ struct KeptWeight : Kept {  // the pairs are sorted by id
   F(row_moments_backward, MomentsBackward)        \
   F(did_entropy_forward, DidForward)              \
   F(did_entropy_backward, DidBackward)            \
+  F(sampler_threshold, Sampler)                   \
   F(kept_logits, KeptLogits)                      \
   F(kept_hidden_gradient, KeptHidden)             \
   F(kept_weight_gradient, KeptWeight)

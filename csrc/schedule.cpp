@@ -141,6 +141,8 @@ void did_entropy_backward(const DidBackward& given) {
   run_gradient(active_kernels().did_entropy_backward, call, 0);
 }
 
+void sampler_threshold(const Sampler& call) { run(active_kernels().sampler_threshold, call); }
+
 void kept_logits(const KeptLogits& call) { run(active_kernels().kept_logits, call, call.pairs, call.width); }
 void kept_hidden_gradient(const KeptHidden& call) { run(active_kernels().kept_hidden_gradient, call, call.rows, 8 * call.width); }
 void kept_weight_gradient(const KeptWeight& call) {

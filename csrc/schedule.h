@@ -17,6 +17,7 @@ void row_moments_forward(const MomentsForward& call);
 void row_moments_backward(const MomentsBackward& call);
 void did_entropy_forward(const DidForward& call);
 void did_entropy_backward(const DidBackward& call);
+void sampler_threshold(const Sampler& call);
 void kept_logits(const KeptLogits& call);
 void kept_hidden_gradient(const KeptHidden& call);
 void kept_weight_gradient(const KeptWeight& call);

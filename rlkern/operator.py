@@ -61,7 +61,7 @@ def _without_none(x: Tensor, results: Any) -> Any:
 
 
 def _with_none(results: Any) -> Any:
-    if isinstance(results, tuple):
+    if isinstance(results, (tuple, list)):
         return tuple(None if r.shape == _ABSENT else r for r in results)
     return results
 
@@ -207,6 +207,8 @@ def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tupl
     n, (_, options, in_place, _) = rule.forward.tensors, ctx.call
     kept, backward = saved[n:], rule.backward
     compiling = _is_compiling()
+    if compiling:
+        kept = _with_none(kept)
     batched = not compiling and _is_batched(_first(grads))  # type: ignore[arg-type]  # one is there
     if rule.consume is not None and not compiling:
         last = None if ctx.consumed else kept[-1]

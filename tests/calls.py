@@ -99,6 +99,9 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.token_stats, {"logits": logits, "targets": targets, "min_p": 0.1, **everything}, ("logits",)),
         (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "min_prob": 0.1, "mask": mask, "temperature": 0.7,
                               "logit_scale": 1.5, "softcap": 2.0}, ("logits",)),
+        (rlkern.token_stats, {"logits": logits, "targets": targets, "keep": rlkern.Kept.ids(ids(B, T, K) - 1), "outside": "everything",
+                              "with_full": True, "min_p": 0.1, "mask": mask, "temperature": per_row}, ("logits",)),
+        (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "keep": keep, "outside": "minus_inf", "softcap": 2.0}, ("logits",)),
         (rlkern.token_logprobs, {"logits": logits, "targets": targets, "mask": mask}, ("logits",)),
         (rlkern.entropy_from_logits, {"logits": logits, "temperature": 0.7, "mask": mask, "softcap": 2.0}, ("logits",)),
         (rlkern.linear_token_stats, {"hidden": normal(B, T, 3), "weight": normal(V, 3), "targets": targets, "bias": normal(V),
@@ -153,6 +156,8 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.losses.kd_coefficient, {"step": 3}, ()),
         (rlkern.losses.reward_guided_mask, {"correct": rewards, "groups": groups, "level": "group"}, ()),
         (rlkern.kl_estimate, {"logp": logp, "reference_logp": logp + 0.1 * normal(B, T), "kind": "k3", "clamp": 10.0}, ("logp",)),
+        (rlkern.sampler_threshold, {"logits": logits, "top_k": 3, "top_p": 0.9, "min_p": 0.05, "temperature": per_row, "order": "joint",
+                                    "mask": mask}, ()),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_p": 0.9, "always_keep": ids(2)}, ()),
         (rlkern.nlpo_keep_set, {"mask_logits": logits, "top_k": 2, "min_tokens_to_keep": 2, "temperature": 0.7}, ()),
         *((rlkern.nlpo_stats, {"logits": logits, "targets": targets, "keep": keep, "renorm": renorm, "mask": mask}, ("logits",))

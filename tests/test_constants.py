@@ -50,5 +50,12 @@ def test_the_largest_exponent(cpp, triton):
     assert cpp["LARGEST_EXPONENT"] == triton["LARGEST_EXPONENT"] == contract.LARGEST_EXPONENT
 
 
+def test_the_unit_of_masses():
+    sampler = pytest.importorskip("rlkern.triton_kernels.sampler")
+    sizes = [1, 2, 2048, 4096, 4097, 32_768, 32_769, 151_936, 262_144, 262_145, 10**7]
+    assert [sampler.mass_bits(n) for n in sizes] == [contract.mass_bits(n) for n in sizes]
+    assert all(n << contract.mass_bits(n) <= 1 << 62 for n in sizes)
+
+
 def test_the_target_in_other_columns(cpp, triton):
     assert cpp["ELSEWHERE"] == triton["ELSEWHERE"] == contract.ELSEWHERE

@@ -21,6 +21,7 @@ CALLS = {
     "token_stats of several": (lambda x, y: rlkern.token_stats(x, y), (*ROWS, V), SEVERAL),
     "token_logprobs": (lambda x, y: (rlkern.token_logprobs(x, y, temperature=0.7),), (*ROWS, V), TOKENS),
     "entropy": (lambda x, y: (rlkern.entropy_from_logits(x),), (*ROWS, V), TOKENS),
+    "sampler": (lambda x, y: (rlkern.sampler_threshold(x, top_p=0.9, min_p=0.1, mask=y == 0),), (*ROWS, V), TOKENS),
     "linear": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y, **EVERYTHING), (*ROWS, H), TOKENS),
     "linear of several": (lambda h, y: rlkern.linear_token_stats(h, h.detach().new_ones(V, H), y), (*ROWS, H), SEVERAL),
     "linear kept": (

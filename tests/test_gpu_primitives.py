@@ -10,6 +10,7 @@ import pytest
 import torch
 from test_diffusion_masks import SAMPLERS
 from test_gpu import check_entries, check_gradient, no_wait, random_logits, random_targets, upstream
+from test_sampler_threshold import RULES, check
 
 import rlkern
 from rlkern import advantages, reference
@@ -563,6 +564,19 @@ def test_token_did_entropy(dtype, of_reference, vocab):
     # The exponent of e^-50 is rounded fifty times as coarsely as that of e^-1.
     check_entries(d_x[mask][:, ~forbidden], gradient, 2e-5 * terms)
     check_entries(d_r[mask][:, ~forbidden], -gradient, 2e-5 * terms)
+
+
+@pytest.mark.parametrize("name", ["all", "all joint", "top_p"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_sampler_threshold(dtype, name):
+    x = random_logits(16, VOCAB, dtype=dtype)
+    x[:4] *= 4
+    x[4, ::3] = 5.0
+    (threshold,) = twice(lambda x: (rlkern.sampler_threshold(x, **RULES[name]),), x)
+    check(x.cpu(), "cuda", **RULES[name])
+    with no_wait():
+        alone = rlkern.sampler_threshold(x[2:3], **RULES[name])
+    assert torch.equal(alone, threshold[2:3])
 
 
 def test_nlpo_keep_sets():

@@ -24,9 +24,11 @@ FLOORS = (
 BACKENDS = {  # what each file of backends may import, of rlkern
     "contract": set(),
     "reference": {"layout", "backends"},
+    "reference_keep": {"backends"},
     "reference_kept": {"layout", "backends"},
     "reference_pair": {"layout", "backends"},
     "reference_rows": set(),
+    "reference_sampler": {"layout", "backends"},
     "native": {"backends", "_cpu"},
     "gradient_memory": set(),
     "__init__": {"backends", "triton_kernels", "rlkern"},  # the package itself for its version

@@ -6,6 +6,7 @@ from .kept import kept_hidden_gradient, kept_logits, kept_rows_backward, kept_ro
 from .moments import row_moments_backward, row_moments_forward
 from .pair import pair_backward, pair_forward
 from .ratio import kl_terms, ratio_terms
+from .sampler import sampler_threshold
 from .selection import select_bottom, select_fraction, selected_means
 from .token_stats import token_stats_backward, token_stats_forward
 
@@ -27,6 +28,7 @@ __all__ = [
     "ratio_terms",
     "row_moments_backward",
     "row_moments_forward",
+    "sampler_threshold",
     "select_bottom",
     "select_fraction",
     "selected_means",

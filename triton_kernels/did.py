@@ -175,9 +175,9 @@ def did_entropy_forward(logits, reference, mask, temperature, out) -> None:
             logits, reference, *pointers, parts, inner, *strides(logits), *strides(reference), vocab, temperature, **split, **tile
         )  # fmt: skip
         token_stats_merge_kernel[(rows,)](
-            logits, logits, *pointers, parts, logits, entropy, logsumexp, logits, logits, state,
-            inner, *strides(logits), vocab, temperature, 0, 0.0, 0.0, **split,
-            K=0, K_BLOCK=1, SOFTCAP=False, SUM_SQ=False, KEPT=0, num_warps=target_warps(1),
+            logits, logits, *pointers, logits, logits, parts, logits, entropy, logsumexp, logits, logits, state,
+            inner, *strides(logits), 0, 0, vocab, temperature, 0, 0.0, 0.0, **split,
+            K=0, K_BLOCK=1, SOFTCAP=False, KEEP=None, OUTSIDE=None, SETS_ALIGN=1, ZEROS=True, SUM_SQ=False, KEPT=0, num_warps=target_warps(1),
         )  # fmt: skip
 
 

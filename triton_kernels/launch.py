@@ -54,12 +54,14 @@ def _fit(vocab: int, block: int, warps: int) -> tuple[int, int]:
 # pipeline stages do: they cost more programs than they are worth.
 
 
-def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True) -> ForwardShape:
-    """aligned: every row starts on a 16-byte boundary"""
+def forward_shape(card: Gpu, vocab: int, element_size: int, aligned: bool = True, sets: bool = False) -> ForwardShape:
+    """aligned: every row starts on a 16-byte boundary; sets: each is over the columns of a set"""
     hopper, blackwell = card.capability[0] == 9, card.capability >= (10, 0)
     # Parts of 64 KB and more. A part meets new maxima that the row does not: Blackwell lacks issue slots.
     splits, least = (2, 62) if blackwell else (4, 31)
     splits = splits if vocab * element_size > least * 8192 else 1
+    if hopper and aligned and sets:  # their registers leave room for as many bytes in flight in smaller tiles
+        return ForwardShape(*_fit(vocab, 8192 // element_size, 4), 4, splits)
     if hopper and aligned:
         return ForwardShape(*_fit(vocab, 16384 // element_size, 4), 3, splits)
     if hopper and element_size == 2:  # a shifted tile takes two buffers, one nearly empty: smaller ones fit better
@@ -125,6 +127,15 @@ def row_options(x: torch.Tensor, mask, temperature, acc: torch.dtype):
     pointers = (x if mask is None else mask, temperature if row_temperature else x)
     options = dict(HAS_MASK=mask is not None, ROW_TEMPERATURE=row_temperature, ACC=tl.float64 if acc == torch.float64 else tl.float32)
     return pointers, (1.0 if row_temperature else temperature), options
+
+
+def stats_options(logits, targets, mask, temperature, state, softcap):
+    """(pointers, temperature, 1 / softcap, specialisations) of row statistics. The logits stand for an absent
+    tensor."""
+    pointers, temperature, options = row_options(logits, mask, temperature, state.dtype)
+    n_targets = 0 if targets is None else targets.shape[1]
+    options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)), SOFTCAP=softcap > 0)
+    return (logits, logits if targets is None else targets, *pointers), temperature, 1.0 / softcap if softcap > 0 else 0.0, options
 
 
 def device_of(tensor: torch.Tensor):

@@ -10,7 +10,7 @@ FLOOR = tl.constexpr(-2000.0)  # 2^FLOOR is 0 in float32 and float64, and unlike
 
 # Arguments that change with the batch. Code that depends on one being 1, or a multiple of 16, would be
 # compiled again in the middle of a run.
-BATCH_SHAPE = ("inner", "stride_a", "out_stride_a")
+BATCH_SHAPE = ("inner", "stride_a", "out_stride_a", "sets_stride_a")
 
 
 @triton.jit

@@ -8,66 +8,114 @@ token_stats_backward.py    several programs a row, and one more for many targets
 import torch
 import triton
 
-from .constants import KEPT_UNLISTED
-from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, row_options, starts_aligned, strides, target_warps
+from .constants import ELSEWHERE, KEPT_NONE, KEPT_UNLISTED, OUTSIDE_EVERYTHING, SET_AT_LEAST, SET_LISTS
+from .keep import set_arguments
+from .kept_lists import listed_backward, listed_forward
+from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, starts_aligned, stats_options, strides, target_warps
 from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
 from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
 from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
 
 
-def _common(logits, targets, mask, temperature, state, softcap):
-    """(pointers, temperature, 1 / softcap, specialisations). The logits stand for an absent tensor."""
-    pointers, temperature, options = row_options(logits, mask, temperature, state.dtype)
-    n_targets = 0 if targets is None else targets.shape[1]
-    options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)), SOFTCAP=softcap > 0)
-    return (logits, logits if targets is None else targets, *pointers), temperature, 1.0 / softcap if softcap > 0 else 0.0, options
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None) -> None:
+    rows, of_row = (logits, targets), (temperature, ignore_index, kept_kind, log_kept)
+    if keep is None:
+        _forward(*rows, mask, *of_row, out, softcap)
+        return
+    target_kept, full_state = keep_out[0], keep_out[3]
+    lists = keep.kind == SET_LISTS.value
+    if full_state is not None:
+        # Beside lists these are also the results of rows over all ids.
+        of_whole = out if lists else (torch.empty_like(out[0]), None, torch.empty_like(out[2]), None, None, torch.empty_like(out[5]))
+        of_whole = (of_whole[0], keep_out[1] if of_whole[1] is None else of_whole[1], *of_whole[2:])
+        _forward(*rows, mask, temperature, ignore_index, kept_kind if lists else KEPT_NONE.value, log_kept, of_whole, softcap)
+        for to, value in zip(keep_out[1:], (*of_whole[1:3], of_whole[5][..., :3]), strict=True):
+            if to is not value:
+                to.copy_(value.view(to.shape))
+    if not lists:
+        _forward(*rows, mask, *of_row, out, softcap, keep, target_kept)
+        return
+    whole_rows = listed_forward(*rows, mask, *of_row, out, softcap, keep, target_kept)
+    if full_state is None and (keep.open_empty or keep.outside == OUTSIDE_EVERYTHING.value):
+        _forward(*rows, whole_rows, *of_row, out, softcap, zeros=False)
 
 
-def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0) -> None:
+def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep=None, target_kept=None, zeros=True) -> None:
+    """zeros: rows that do not count become zeros; else they stay as they are"""
     *outputs, state = out
     if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
         outputs[1] = torch.empty_like(outputs[2])
-    pointers, temperature, inverse_cap, options = _common(logits, targets, mask, temperature, state, softcap)
+    pointers, temperature, inverse_cap, options = stats_options(logits, targets, mask, temperature, state, softcap)
     with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
+    sets, set_strides, set_options = set_arguments(keep, logits)
     outer, inner, vocab = logits.shape
-    rows, row_args = outer * inner, (inner, *strides(logits), vocab, temperature, ignore_index, inverse_cap)
+    rows, row_args = outer * inner, (inner, *strides(logits), *set_strides, vocab, temperature, ignore_index, inverse_cap)
     align = 16 // logits.element_size()
     aligned = starts_aligned(logits, align)
     shifted = CAN_SHIFT and not aligned
     card = gpu(logits.device)
-    shape = forward_shape(card, vocab, logits.element_size(), aligned)
+    shape = forward_shape(card, vocab, logits.element_size(), aligned, set_options["KEEP"] is not None)
     # Blackwell pairs the arithmetic of two loads side by side; older cards only spend registers on it.
     side_by_side = 2 if card.capability >= (10, 0) else 1
     lanes = min(shape.block, side_by_side * shape.warps * card.warp_size * align)
+    options |= set_options
     tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=shifted, BLOCK=shape.block, LANES=lanes, num_warps=shape.warps)
     sums = dict(SUM_SQ=with_sum_sq, STAGES=shape.stages)
+    kept = (sets, logits if target_kept is None else target_kept)
     with device_of(logits):
         listed = logits
         if kept_kind == KEPT_UNLISTED.value:
             listed = targets.masked_fill(targets == ignore_index, torch.iinfo(torch.int64).max).sort(dim=-1).values
         if shape.splits == 1:
-            token_stats_forward_kernel[(rows,)](*pointers, listed, *outputs, state, *row_args, log_kept, **options, KEPT=kept_kind, **sums, **tile)
+            one = dict(ZEROS=zeros, KEPT=kept_kind, **options, **sums, **tile)
+            token_stats_forward_kernel[(rows,)](*pointers, listed, *kept, *outputs, state, *row_args, log_kept, **one)
             return
         parts = logits.new_empty((rows, 7, shape.splits), dtype=state.dtype)
         split = dict(SPLITS=shape.splits, **options)
-        token_stats_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, **split, **sums, **tile)
+        token_stats_part_kernel[(rows * shape.splits,)](*pointers, sets, parts, *row_args, **split, **sums, **tile)
         if kept_kind:
-            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, parts, listed, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
-        split |= dict(SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
-        token_stats_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, log_kept, **split)
+            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, sets, parts, listed, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
+        split |= dict(ZEROS=zeros, SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
+        token_stats_merge_kernel[(rows,)](*pointers, *kept, parts, *outputs, state, *row_args, log_kept, **split)
 
 
-def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0) -> None:
-    pointers, temperature, inverse_cap, options = _common(logits, targets, mask, temperature, state, softcap)
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None) -> None:
+    if full is not None and all(g is None for g in full[1:]):
+        full = None
+    if full is not None:
+        full = tuple(full[0].new_zeros(full[0].shape[:-1]) if g is None else g for g in full)
+    if keep is None or keep.kind != SET_LISTS.value:
+        _backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap, keep, full)
+        return
+    of_row = (temperature, ignore_index, kept_kind)
+    listed = listed_backward(logits, targets, mask, *of_row, state, grads, softcap, keep, full)
+    if full is None:
+        _backward(logits, targets, listed.whole, *of_row, state, grads, out, softcap)
+    else:  # of the whole row, and of rows over all ids both
+        whole = listed.whole.unsqueeze(-1)
+        g_logp, *others = (None if g is None else torch.where(whole, g.view(-1, g.numel() // len(whole)), 0) for g in grads)
+        g_entropy, g_lse = (b.view(-1, 1) if a is None else a + b.view(-1, 1) for a, b in zip(others[:2], full[1:], strict=True))
+        of_whole = torch.where(whole, state.view(len(whole), -1), 0)
+        of_whole[:, :3] = full[0].view(-1, 3)
+        targets = torch.where(whole | (targets == ignore_index), targets, ELSEWHERE.value)
+        _backward(logits, targets, mask, *of_row, of_whole, (g_logp, g_entropy, g_lse, *others[2:]), out, softcap)
+    listed.write(out)
+
+
+def _backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap, keep=None, full=None) -> None:
+    pointers, temperature, inverse_cap, options = stats_options(logits, targets, mask, temperature, state, softcap)
+    sets, set_strides, set_options = set_arguments(keep, logits)
     outer, inner, vocab = logits.shape
     align = 16 // logits.element_size()
     aligned = all(s % align == 0 for s in strides(logits) + strides(out))
     shape = backward_shape(gpu(logits.device), vocab, logits.element_size(), aligned)
     groups = triton.cdiv(vocab + (0 if aligned else align - 1), shape.tiles * shape.block)
-    upstream = (state, *(logits if g is None else g for g in grads), out, inner)
+    upstream = (state, *(logits if g is None else g for g in grads), out, inner, *set_strides)
     options |= {f"HAS_{name}": g is not None for name, g in zip(("LOGP", "ENTROPY", "LSE", "SUM_SQ", "KEPT"), grads, strict=True)}
     options["HAS_TAIL"] = kept_kind == KEPT_UNLISTED.value and options["HAS_KEPT"]
     options["HAS_KEPT"] = options["HAS_KEPT"] and not options["HAS_TAIL"]
+    options |= set_options
+    options["HAS_FULL"], full = full is not None, (logits,) * 3 if full is None else full
     writes_targets = options["HAS_LOGP"] or options["HAS_TAIL"]
     at_targets = writes_targets and options["K"] <= FEW_TARGETS
     tile = dict(
@@ -79,13 +127,13 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
         **dict(BLOCK=shape.block, TILES=shape.tiles, STAGES=shape.stages, num_warps=shape.warps),
     )
     with device_of(logits):
-        at_y = logits
-        if writes_targets and not at_targets and softcap > 0:  # read before the gradient is written over them
-            at_y = logits.gather(-1, targets.clamp(0, vocab - 1).view(outer, inner, -1))
-        row_args = (*upstream, *strides(logits), *strides(out), vocab, groups, temperature, ignore_index, inverse_cap)
+        raw, late = logits, writes_targets and not at_targets
+        if options["KEEP"] == SET_AT_LEAST.value or (late and (softcap > 0 or options["HAS_FULL"])):  # read before the gradient is written over them
+            raw = logits.gather(-1, targets.clamp(0, vocab - 1).view(outer, inner, -1))
+        row_args = (sets, raw, *full, *upstream, *strides(logits), *strides(out), vocab, groups, temperature, ignore_index, inverse_cap)
         token_stats_backward_kernel[(outer * inner * groups,)](*pointers, *row_args, **options, **tile)
-        if writes_targets and not at_targets:
+        if late:
             in_order, order = targets.sort(dim=-1, stable=True)
-            row_args = (*upstream, *strides(out), vocab, temperature, ignore_index, inverse_cap)
+            row_args = (sets, *full, *upstream, *strides(out), vocab, temperature, ignore_index, inverse_cap)
             options["num_warps"] = target_warps(options["K_BLOCK"])
-            token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, at_y, *pointers[1:], *row_args, **options)
+            token_stats_backward_targets_kernel[(outer * inner,)](in_order, order, raw, *pointers[1:], *row_args, **options)

@@ -9,8 +9,20 @@ A few targets are set in the tile that holds them: each tile looks at each of th
 import triton
 import triton.language as tl
 
-from .constants import ELSEWHERE, STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_SUM_SQ, STATE_TARGETS, STATE_THRESHOLD
+from .constants import (
+    ELSEWHERE,
+    OUTSIDE_INCLUDE,
+    OUTSIDE_MINUS_INF,
+    STATE_KEPT,
+    STATE_MAX,
+    STATE_MEAN_U,
+    STATE_REST,
+    STATE_SUM_SQ,
+    STATE_TARGETS,
+    STATE_THRESHOLD,
+)
 from .gradient import columns, edges, load_upstream, write_zeros
+from .keep import columns_in_set, row_set, run_in_set
 from .math import expm1, soft_cap, soft_cap_slope
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
 
@@ -29,7 +41,7 @@ def _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY: tl.const
 
 
 @triton.jit
-def _at_target(
+def at_target(
     shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta,
     HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
@@ -46,13 +58,34 @@ def _at_target(
 
 
 @triton.jit
+def full_gradient(x, full_m, f0, f1, scale):
+    """What the statistics of the whole row send to a column, whatever the row's set."""
+    t = tl.maximum((x - full_m) * scale, FLOOR, propagate_nan=tl.PropagateNan.ALL)
+    return tl.exp2(t) * (f0 + f1 * t)
+
+
+@triton.jit
+def full_coefficients(row, full_state_ptr, g_full_entropy_ptr, g_full_lse_ptr, inv_t, HAS_FULL: tl.constexpr, ACC: tl.constexpr):
+    """(whether anything flows back into the whole row, m, f0, f1 of `full_gradient`)"""
+    g_entropy = load_upstream(g_full_entropy_ptr, row, HAS_FULL, ACC)
+    g_lse = load_upstream(g_full_lse_ptr, row, HAS_FULL, ACC)
+    m = load_upstream(full_state_ptr, 3 * row + STATE_MAX, HAS_FULL, ACC)
+    weight = inv_t / (1.0 + load_upstream(full_state_ptr, 3 * row + STATE_REST, HAS_FULL, ACC))
+    mean_u = load_upstream(full_state_ptr, 3 * row + STATE_MEAN_U, HAS_FULL, ACC)
+    return (g_entropy != 0) | (g_lse != 0), m, (g_lse + g_entropy * mean_u) * weight, -g_entropy * LN2 * weight
+
+
+@triton.jit
 def _gradient_tile(
     raw, x_ptr, z_ptr, cols, valid, low, high, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta, y, g_logp,
-    targets_ptr, state_row, ignore_index,
-    K: tl.constexpr, AT_TARGETS: tl.constexpr, SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
+    kept, target, has, flows, full_m, f0, f1, full_flows, targets_ptr, state_row, ignore_index,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, AT_TARGETS: tl.constexpr, SOFTCAP: tl.constexpr, KEEP: tl.constexpr, OUTSIDE: tl.constexpr,
+    HAS_FULL: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient at the `valid` of `cols`, all in [low, high), from their logits; no others."""
-    shifted = soft_cap(raw, inverse_cap, SOFTCAP) - m
+    """Writes the gradient at the `valid` of `cols`, all in [low, high), from their logits; no others. kept:
+    which are in the row's set. target, has: of `row_set`. full_m, f0, f1: of `full_coefficients`."""
+    x = soft_cap(raw, inverse_cap, SOFTCAP)
+    shifted = x - m
     t = shifted * scale
     if HAS_ENTROPY:  # the one term that multiplies by t
         t = tl.maximum(t, FLOOR, propagate_nan=tl.PropagateNan.ALL)
@@ -60,6 +93,10 @@ def _gradient_tile(
     dz = e * _coefficient(t, e, shifted, c0, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
     if SOFTCAP:
         dz *= soft_cap_slope(raw, inverse_cap)
+    if KEEP is not None:
+        if OUTSIDE == OUTSIDE_INCLUDE and not AT_TARGETS:
+            kept = kept | (cols == target + lead)
+        dz = tl.where(kept, dz, 0.0)
     if AT_TARGETS:
         for j in range(K):
             y_j = tl.sum(y, axis=0) if K == 1 else tl.load(targets_ptr + row * K + j)
@@ -67,23 +104,29 @@ def _gradient_tile(
                 at_y = tl.sum(tl.where(y == y_j, g_logp, 0.0), axis=0)
                 shifted_y = tl.load(state_row + STATE_TARGETS + j)
                 g_sum = tl.sum(g_logp, axis=0)
-                dz_y = _at_target(
-                    shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT
-                )
+                dz_y = at_target(shifted_y, at_y, g_sum, rest, scale, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
                 if SOFTCAP:  # the thread that writes it reads it, no other one looks at it: also in place
                     dz_y *= soft_cap_slope(tl.load(x_ptr + y_j + lead).to(dz_y.dtype), inverse_cap)
+                if OUTSIDE == OUTSIDE_MINUS_INF:
+                    has_j = tl.sum(tl.where(tl.arange(0, K_BLOCK) == j, has, False).to(tl.int32), axis=0) > 0
+                    dz_y = tl.where(has_j, dz_y, 0.0)
                 dz = tl.where(cols == (y_j + lead).to(tl.int32), dz_y, dz)
+    if HAS_FULL:
+        full = full_gradient(x, full_m, f0, f1, scale)
+        if SOFTCAP:
+            full *= soft_cap_slope(raw, inverse_cap)
+        dz = tl.where(flows, dz, 0.0) + tl.where(full_flows, full, 0.0)
     tl.store(z_ptr + cols, dz.to(z_ptr.dtype.element_ty), mask=valid)
 
 
 @triton.jit
-def _upstream(
+def upstream_of(
     row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr,
     HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr, HAS_TAIL: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """(whether anything flows back into the row, its targets [K_BLOCK], upstream gradients: logp's [K_BLOCK],
-    each statistic's)"""
+    """(whether the row counts; whether anything flows back into it; its targets [K_BLOCK]; upstream
+    gradients: logp's [K_BLOCK], each statistic's)"""
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     g_entropy = load_upstream(g_entropy_ptr, row, HAS_ENTROPY, ACC)
     g_lse = load_upstream(g_lse_ptr, row, HAS_LSE, ACC)
@@ -95,11 +138,11 @@ def _upstream(
         k = tl.arange(0, K_BLOCK)
         g_logp = tl.where(y != ignore_index, tl.load(g_logp_ptr + row * K + k, mask=k < K, other=0.0), 0.0)
         flows = flows | (tl.sum((g_logp != 0).to(tl.int32), axis=0) > 0)
-    return active & flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept
+    return active, active & flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept
 
 
 @triton.jit
-def _row_coefficients(
+def row_coefficients(
     state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_SUM_SQ: tl.constexpr,
     HAS_KEPT: tl.constexpr, HAS_TAIL: tl.constexpr, ACC: tl.constexpr,
@@ -142,10 +185,14 @@ def _row_coefficients(
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_backward_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
+    sets_ptr, raw_ptr,  # a `Keep`'s; for SET_AT_LEAST [N, K], the logits at the targets
+    full_state_ptr, g_full_entropy_ptr, g_full_lse_ptr,  # of rows without their sets: [N, 3], [N], [N]
     state_ptr,  # [N, STATE_TARGETS + K]
     g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, out_ptr,  # [N, K], [N] four times, [A, B, V]
-    inner, stride_a, stride_b, out_stride_a, out_stride_b, vocab, groups, temperature, ignore_index, inverse_cap: tl.float64,
+    inner, sets_stride_a, sets_stride_b, stride_a, stride_b, out_stride_a, out_stride_b, vocab, groups,
+    temperature, ignore_index, inverse_cap: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SETS_ALIGN: tl.constexpr, HAS_FULL: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
     HAS_TAIL: tl.constexpr,  # g_kept_ptr is of the mass of the ids that are not targets
     ACC: tl.constexpr,
@@ -161,6 +208,7 @@ def token_stats_backward_kernel(
     first = (pid - row * groups) * (TILES * BLOCK)
     start = row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
     out_start = row_start(row, inner, out_stride_a, out_stride_b, ALIGN if ALIGNED else 1)
+    set_start = row_start(row, inner, sets_stride_a, sets_stride_b, SETS_ALIGN)
     row = row.to(tl.int64)
     state_row = state_ptr + row * (STATE_TARGETS + K)
     lead, body, body_end, end, last = columns(out_start, first, vocab, ALIGN, ALIGNED, BLOCK, TILES)
@@ -169,17 +217,23 @@ def token_stats_backward_kernel(
     cols = tl.arange(0, BLOCK)
     edge, in_row = edges(lead, body, body_end, end, ALIGN)
 
-    flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
+    active, flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = upstream_of(
         row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
         K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
-    if not flows:
+    inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
+    full_flows, full_m, f0, f1 = full_coefficients(row, full_state_ptr, g_full_entropy_ptr, g_full_lse_ptr, inv_t, HAS_FULL, ACC)
+    full_flows = full_flows & active
+    if not (flows | full_flows):
         write_zeros(z_ptr, first, last, edge, in_row, body, body_end, EDGES, BLOCK)
         return
 
-    inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     m = tl.load(state_row + STATE_MAX)
-    rest, weight, others, c0, c1, c2, inside, delta = _row_coefficients(
+    k = tl.arange(0, K_BLOCK)
+    set_row, whole_row, target, has, _target_kept = row_set(
+        row, y, raw_ptr + row * K + k, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC
+    )
+    rest, weight, others, c0, c1, c2, inside, delta = row_coefficients(
         state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
         K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
@@ -188,16 +242,24 @@ def token_stats_backward_kernel(
     if EDGES:
         if first == 0:
             x = tl.load(x_ptr + edge, mask=in_row).to(ACC)
+            kept = True
+            if KEEP is not None:
+                kept = columns_in_set(x, edge - lead, in_row, set_row, whole_row, KEEP)
             _gradient_tile(
                 x, x_ptr, z_ptr, edge, in_row, 0, end, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others, c0, c1, c2, inside, delta,
-                y, g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
+                y, g_logp, kept, target, has, flows, full_m, f0, f1, full_flows, targets_ptr, state_row, ignore_index,
+                K, K_BLOCK, AT_TARGETS, SOFTCAP, KEEP, OUTSIDE, HAS_FULL, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
             )  # fmt: skip
     for tile in tl.range(first, last, BLOCK, num_stages=STAGES):
         in_body = (tile + cols >= body) & (tile + cols < body_end)
         x = tl.load(x_ptr + tile + cols, mask=in_body).to(ACC)
+        kept = True
+        if KEEP is not None:
+            kept = run_in_set(x, tile, lead, vocab, set_row, whole_row, KEEP, ALIGNED, BLOCK)
         _gradient_tile(
             x, x_ptr, z_ptr, tile + cols, in_body, tile, tile + BLOCK, lead, row, m, rest, scale, inv_t, inverse_cap, weight, others,
-            c0, c1, c2, inside, delta, y, g_logp, targets_ptr, state_row, ignore_index, K, AT_TARGETS, SOFTCAP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
+            c0, c1, c2, inside, delta, y, g_logp, kept, target, has, flows, full_m, f0, f1, full_flows, targets_ptr, state_row, ignore_index,
+            K, K_BLOCK, AT_TARGETS, SOFTCAP, KEEP, OUTSIDE, HAS_FULL, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT,
         )  # fmt: skip
 
 
@@ -209,12 +271,14 @@ def _add_equals(y_a, g_a, y_b, g_b):
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_backward_targets_kernel(
     sorted_ptr, order_ptr,  # [N, K], the targets of each row, sorted; where each of them stands in targets
-    raw_ptr,  # [N, K], for SOFTCAP: the logits at the targets, over which the gradient may be written by now
+    raw_ptr,  # [N, K], where used: the logits at the targets, over which the gradient may be written by now
     targets_ptr, mask_ptr, temperature_ptr,  # [N, K], [N], [N]
+    sets_ptr, full_state_ptr, g_full_entropy_ptr, g_full_lse_ptr,  # as above
     state_ptr,  # [N, STATE_TARGETS + K]
     g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, out_ptr,  # [N, K], [N] four times, [A, B, V]
-    inner, out_stride_a, out_stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64,
+    inner, sets_stride_a, sets_stride_b, out_stride_a, out_stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SETS_ALIGN: tl.constexpr, HAS_FULL: tl.constexpr,
     HAS_LOGP: tl.constexpr, HAS_ENTROPY: tl.constexpr, HAS_LSE: tl.constexpr, HAS_SUM_SQ: tl.constexpr, HAS_KEPT: tl.constexpr,
     HAS_TAIL: tl.constexpr,  # g_kept_ptr is of the mass of the ids that are not targets
     ACC: tl.constexpr,
@@ -222,8 +286,9 @@ def token_stats_backward_targets_kernel(
     """Writes the gradient at a row's targets. Equal ones stand side by side; the last of them has the sum."""
     row = tl.program_id(0)
     out_start = row_start(row, inner, out_stride_a, out_stride_b)
+    set_start = row_start(row, inner, sets_stride_a, sets_stride_b, SETS_ALIGN)
     row = row.to(tl.int64)
-    flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = _upstream(
+    _active, flows, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept = upstream_of(
         row, targets_ptr, mask_ptr, g_logp_ptr, g_entropy_ptr, g_lse_ptr, g_sum_sq_ptr, g_kept_ptr, ignore_index,
         K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
@@ -231,7 +296,7 @@ def token_stats_backward_targets_kernel(
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     state_row = state_ptr + row * (STATE_TARGETS + K)
-    rest, weight, others, _c0, c1, c2, inside, delta = _row_coefficients(
+    rest, weight, others, _c0, c1, c2, inside, delta = row_coefficients(
         state_row, y, g_logp, g_entropy, g_lse, g_sum_sq, g_kept, inv_t, vocab, ignore_index,
         K, K_BLOCK, HAS_LOGP, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT, HAS_TAIL, ACC,
     )  # fmt: skip
@@ -246,7 +311,16 @@ def token_stats_backward_targets_kernel(
     # The sum of all in the same order: of targets that are all the same their difference is 0.
     _y, running = tl.associative_scan((tl.zeros_like(y), g), 0, _add_equals)
     g_sum = tl.sum(tl.where(k == K - 1, running, 0.0), axis=0)
-    dz = _at_target(shifted_y, at_y, g_sum, rest, inv_t * LOG2E, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    dz = at_target(shifted_y, at_y, g_sum, rest, inv_t * LOG2E, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
+    at_y = raw_ptr + row * K + at
+    raw = tl.load(at_y, mask=in_vocab, other=0.0).to(ACC) if SOFTCAP or HAS_FULL else shifted_y
+    if OUTSIDE == OUTSIDE_MINUS_INF:
+        _set, _whole, _target, has, _target_kept = row_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
+        dz = tl.where(has, dz, 0.0)
+    inverse_cap = tl.full((), inverse_cap, ACC)
+    full_flows, full_m, f0, f1 = full_coefficients(row, full_state_ptr, g_full_entropy_ptr, g_full_lse_ptr, inv_t, HAS_FULL, ACC)
+    if HAS_FULL:
+        dz += tl.where(full_flows, full_gradient(soft_cap(raw, inverse_cap, SOFTCAP), full_m, f0, f1, inv_t * LOG2E), 0.0)
     if SOFTCAP:
-        dz *= soft_cap_slope(tl.load(raw_ptr + row * K + at, mask=in_vocab, other=0.0).to(ACC), tl.full((), inverse_cap, ACC))
+        dz *= soft_cap_slope(raw, inverse_cap)
     tl.store(out_ptr + out_start + y, dz.to(out_ptr.dtype.element_ty), mask=in_vocab & (y != following))

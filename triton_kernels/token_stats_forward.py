@@ -19,6 +19,8 @@ import triton.language as tl
 from .constants import (
     KEPT_MIN_P,
     KEPT_UNLISTED,
+    OUTSIDE_MINUS_INF,
+    SET_BITS,
     STATE_KEPT,
     STATE_MAX,
     STATE_MEAN_U,
@@ -27,6 +29,7 @@ from .constants import (
     STATE_TARGETS,
     STATE_THRESHOLD,
 )
+from .keep import row_set, set_tile, tile_in_set
 from .math import log1p, soft_cap
 from .rows import BATCH_SHAPE, FLOOR, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
 
@@ -62,7 +65,31 @@ def add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
 
 
 @triton.jit
-def _kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
+def _add_entry(x, m, ties, s0, s1, s2, scale, SUM_SQ: tl.constexpr):
+    """Takes one more entry into the sums of a row."""
+    if x > m:
+        d = tl.maximum((m - x) * scale, FLOOR)
+        shrink = tl.exp2(d)
+        s1 = shrink * (s1 + d * (s0 + ties))
+        s0 = shrink * (s0 + ties)
+        if SUM_SQ:
+            s2 = shrink * shrink * (s2 + ties)
+        m = x
+        ties = ties * 0.0 + 1.0
+    else:
+        top = (x == m) & (x > NEG_INF)
+        t = exponent(x, tl.where(m == NEG_INF, 0.0, m), scale)
+        e = tl.where(top, 0.0, tl.exp2(t))
+        ties += tl.where(top, 1.0, 0.0)
+        s0 += e
+        s1 += e * t
+        if SUM_SQ:
+            s2 += e * e
+    return m, ties, s0, s1, s2
+
+
+@triton.jit
+def kept_tile(x, m, delta, scale, kept, dropped, KEPT: tl.constexpr):
     e = tl.exp2(exponent(x, m, scale))
     if KEPT == KEPT_UNLISTED:  # the others are not in x
         return kept + tl.sum(e, axis=0), dropped
@@ -149,12 +176,12 @@ def sum_lanes(s, lead, SHIFTED: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def sweep(
-    row_ptr, begin, end, vocab, scale, inverse_cap,
-    SUM_SQ: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    row_ptr, begin, end, vocab, scale, inverse_cap, set_row, whole_row, target,
+    SUM_SQ: tl.constexpr, KEEP: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Sums over the columns [begin, end), begin a whole number of tiles: (m, how many are equal to m, S0, S1,
-    S2 of the others)."""
+    S2 of the others). set_row, whole_row, target: of `row_set`, if KEEP."""
     boundary, lead = row_boundary(row_ptr, ALIGN, SHIFTED)
     m = tl.full((), NEG_INF, ACC)
     ties = tl.zeros((), ACC)
@@ -165,20 +192,41 @@ def sweep(
     s1 = tl.zeros((LANES,), ACC)
     s2 = tl.zeros((LANES,), ACC) if SUM_SQ else tl.zeros((), ACC)
     whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
+    if KEEP == SET_BITS and not SHIFTED:
+        held = set_tile(begin, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES)
     for i in tl.range(begin, whole, BLOCK, num_stages=STAGES):
-        x = soft_cap(whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
+        x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        if KEEP == SET_BITS and not SHIFTED:  # a tile ahead: loads of single bytes have no place in the pipeline
+            following = set_tile(i + BLOCK, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES)
+            x = tile_in_set(x, held, whole_row, KEEP)
+            held = following
+        elif KEEP is not None:
+            x = tile_in_set(x, set_tile(i, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
+        x = soft_cap(x, inverse_cap, SOFTCAP)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SHIFTED:
         if end - whole > BLOCK:
-            x = soft_cap(last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
+            x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            if KEEP is not None:
+                x = tile_in_set(x, set_tile(whole, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
+            x = soft_cap(x, inverse_cap, SOFTCAP)
             m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
             whole += BLOCK
     if whole < end:
-        x = soft_cap(last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
+        x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+        if KEEP is not None:
+            x = tile_in_set(x, set_tile(whole, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
+        x = soft_cap(x, inverse_cap, SOFTCAP)
         m, ties, r0, r1, r2, s0, s1, s2 = add_tile(x, m, ties, r0, r1, r2, s0, s1, s2, scale, SUM_SQ)
     if SUM_SQ:
         r2 += sum_lanes(s2, lead, SHIFTED, LANES)
-    return m, ties, sum_lanes(s0, lead, SHIFTED, LANES) + r0, sum_lanes(s1, lead, SHIFTED, LANES) + r1, r2
+    r0 += sum_lanes(s0, lead, SHIFTED, LANES)
+    r1 += sum_lanes(s1, lead, SHIFTED, LANES)
+    if KEEP is not None:
+        if (target >= begin) & (target < end):
+            x = soft_cap(tl.load(row_ptr + target).to(ACC), inverse_cap, SOFTCAP)
+            m, ties, r0, r1, r2 = _add_entry(x, m, ties, r0, r1, r2, scale, SUM_SQ)
+    return m, ties, r0, r1, r2
 
 
 @triton.jit
@@ -214,8 +262,8 @@ def _without_listed(x, i, lead, listed_row, place, K: tl.constexpr, SHIFTED: tl.
 
 @triton.jit
 def kept_sweep(
-    row_ptr, begin, end, vocab, m, delta, scale, inverse_cap, listed_row,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    row_ptr, begin, end, vocab, m, delta, scale, inverse_cap, listed_row, set_row, whole_row, target,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """(S0 of the kept entries, S0 of the others) over the columns [begin, end), as in `sweep`. listed_row:
@@ -227,23 +275,38 @@ def kept_sweep(
         listed, place = _listed_mass(row_ptr, listed_row, begin, end, vocab, m, scale, inverse_cap, K, K_BLOCK, SOFTCAP, ACC)
     whole = end_of_whole_tiles(begin, end, vocab, ALIGN, SHIFTED, BLOCK)
     for i in range(begin, whole, BLOCK):
-        x = soft_cap(whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
+        x = whole_tile(boundary, i, lead, ALIGN, SHIFTED, BLOCK, LANES).to(ACC)
+        if KEEP is not None:
+            x = tile_in_set(x, set_tile(i, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
+        x = soft_cap(x, inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, i, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
+        kept, dropped = kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     if SHIFTED:
         if end - whole > BLOCK:
-            x = soft_cap(last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
+            x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+            if KEEP is not None:
+                x = tile_in_set(x, set_tile(whole, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
+            x = soft_cap(x, inverse_cap, SOFTCAP)
             if KEPT == KEPT_UNLISTED:
                 x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-            kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
+            kept, dropped = kept_tile(x, m, delta, scale, kept, dropped, KEPT)
             whole += BLOCK
     if whole < end:
-        x = soft_cap(last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC), inverse_cap, SOFTCAP)
+        x = last_tile(boundary, whole, lead, end, SHIFTED, BLOCK, LANES).to(ACC)
+        if KEEP is not None:
+            x = tile_in_set(x, set_tile(whole, lead, vocab, set_row, KEEP, SHIFTED, BLOCK, LANES), whole_row, KEEP)
+        x = soft_cap(x, inverse_cap, SOFTCAP)
         if KEPT == KEPT_UNLISTED:
             x, place = _without_listed(x, whole, lead, listed_row, place, K, SHIFTED, BLOCK, LANES)
-        kept, dropped = _kept_tile(x, m, delta, scale, kept, dropped, KEPT)
+        kept, dropped = kept_tile(x, m, delta, scale, kept, dropped, KEPT)
     kept, dropped = sum_lanes(kept, lead, SHIFTED, LANES), sum_lanes(dropped, lead, SHIFTED, LANES)
+    if KEEP is not None:
+        if (target >= begin) & (target < end):
+            x = soft_cap(tl.load(row_ptr + target).to(ACC), inverse_cap, SOFTCAP)
+            e = tl.exp2(exponent(x, m, scale))
+            kept += tl.where(x - m >= delta, e, 0.0)
+            dropped += tl.where(x - m >= delta, 0.0, e)
     return kept, (listed if KEPT == KEPT_UNLISTED else dropped)
 
 
@@ -268,10 +331,12 @@ def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def write_row(
-    row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
+    row_ptr, row, y, has, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
     logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, OUTSIDE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """has: whether the row's set has the targets, for OUTSIDE_MINUS_INF."""
     rest, log_s0, nothing = log_total(m, ties, s0)
     mean_u = LN2 * s1 / (1.0 + rest)
     entropy = log_s0 - mean_u
@@ -301,6 +366,8 @@ def write_row(
         k = tl.arange(0, K_BLOCK)
         in_vocab = (k < K) & (y >= 0) & (y < vocab)
         x_y = soft_cap(tl.load(row_ptr + y, mask=in_vocab, other=float("nan")).to(ACC), inverse_cap, SOFTCAP)
+        if OUTSIDE == OUTSIDE_MINUS_INF:
+            x_y = tl.where(in_vocab & ~has, NEG_INF, x_y)
         shifted = x_y - m
         logp = tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0)
         tl.store(logp_ptr + row * K + k, logp, mask=k < K)
@@ -308,10 +375,18 @@ def write_row(
 
 
 @triton.jit
+def write_target_kept(row, target_kept, target_kept_ptr, KEEP: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr):
+    if KEEP is not None:
+        k = tl.arange(0, K_BLOCK)
+        tl.store(target_kept_ptr + row * K + k, target_kept, mask=k < K)
+
+
+@triton.jit
 def write_zeros(
-    row, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr,
+    row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    write_target_kept(row, tl.full((K_BLOCK,), 1, tl.int1), target_kept_ptr, KEEP, K, K_BLOCK)
     zero = tl.zeros((), ACC)
     state_row = state_ptr + row * (STATE_TARGETS + K)
     tl.store(entropy_ptr + row, zero)
@@ -332,9 +407,12 @@ def write_zeros(
 def token_stats_forward_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
     listed_ptr,  # [N, K], for KEPT_UNLISTED: the targets of each row that are not ignored, in order
+    sets_ptr, target_kept_ptr,  # a `Keep`'s, [N, K]
     logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,  # [N, K], [N] four times, [N, STATE_TARGETS + K]
-    inner, stride_a, stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
+    inner, stride_a, stride_b, sets_stride_a, sets_stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SETS_ALIGN: tl.constexpr,
+    ZEROS: tl.constexpr,  # rows that do not count become zeros; else they stay as they are
     SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr, ALIGN: tl.constexpr,
     ALIGNED: tl.constexpr,  # every row starts on a 16-byte boundary
     SHIFTED: tl.constexpr,  # rows start anywhere, and are loaded from the boundary before them
@@ -343,25 +421,36 @@ def token_stats_forward_kernel(
     """One row a program."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
+    set_start = row_start(row, inner, sets_stride_a, sets_stride_b, SETS_ALIGN)
     row = row.to(tl.int64)
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
-        write_zeros(row, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, ACC)
+        if ZEROS:
+            write_zeros(
+                row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,
+                K, K_BLOCK, SUM_SQ, KEPT, KEEP, ACC,
+            )  # fmt: skip
         return
+    set_row, whole_row, target, has, target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
+    write_target_kept(row, target_kept, target_kept_ptr, KEEP, K, K_BLOCK)
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
     inverse_cap = tl.full((), inverse_cap, ACC)
-    m, ties, s0, s1, s2 = sweep(row_ptr, 0, vocab, vocab, scale, inverse_cap, SUM_SQ, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES)
+    m, ties, s0, s1, s2 = sweep(
+        row_ptr, 0, vocab, vocab, scale, inverse_cap, set_row, whole_row, target,
+        SUM_SQ, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES,
+    )  # fmt: skip
     kept = tl.zeros((), ACC)
     dropped = tl.zeros((), ACC)
     if KEPT:
         _rest, log_s0, _nothing = log_total(m, ties, s0)
         delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         kept, dropped = kept_sweep(
-            row_ptr, 0, vocab, vocab, m, delta, scale, inverse_cap, listed_ptr + row * K,
-            K, K_BLOCK, KEPT, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
+            row_ptr, 0, vocab, vocab, m, delta, scale, inverse_cap, listed_ptr + row * K, set_row, whole_row, target,
+            K, K_BLOCK, KEPT, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
         )  # fmt: skip
     write_row(
-        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
-        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, SOFTCAP, ACC,
+        row_ptr, row, y, has, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
+        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
+        K, K_BLOCK, SUM_SQ, KEPT, OUTSIDE, SOFTCAP, ACC,
     )  # fmt: skip

@@ -11,9 +11,10 @@ of the others, S0 of the kept entries and of the others.
 import triton
 import triton.language as tl
 
+from .keep import row_set
 from .math import sum_scaled
 from .rows import BATCH_SHAPE, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start, row_targets
-from .token_stats_forward import kept_sweep, kept_threshold, log_total, sweep, write_row, write_zeros
+from .token_stats_forward import kept_sweep, kept_threshold, log_total, sweep, write_row, write_target_kept, write_zeros
 
 
 @triton.jit
@@ -44,9 +45,11 @@ def _merge(parts_row, scale, SUM_SQ: tl.constexpr, SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_part_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
+    sets_ptr,  # a `Keep`'s
     parts_ptr,  # [N, 7, SPLITS]
-    inner, stride_a, stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64,
+    inner, stride_a, stride_b, sets_stride_a, sets_stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SETS_ALIGN: tl.constexpr,
     SUM_SQ: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
@@ -55,15 +58,18 @@ def token_stats_part_kernel(
     row = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
+    set_start = row_start(row, inner, sets_stride_a, sets_stride_b, SETS_ALIGN)
     row = row.to(tl.int64)
-    active, _y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
+    active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
         return
+    set_row, whole_row, target, _has, _target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
     scale = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC) * LOG2E
     begin, end = part_of(vocab, part, BLOCK, SPLITS)
     m, ties, s0, s1, s2 = sweep(
-        row_ptr, begin, end, vocab, scale, tl.full((), inverse_cap, ACC), SUM_SQ, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES
-    )
+        row_ptr, begin, end, vocab, scale, tl.full((), inverse_cap, ACC), set_row, whole_row, target,
+        SUM_SQ, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES,
+    )  # fmt: skip
     out = parts_ptr + row * (7 * SPLITS) + part
     tl.store(out, m)
     tl.store(out + SPLITS, ties)
@@ -76,10 +82,12 @@ def token_stats_part_kernel(
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_kept_part_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
+    sets_ptr,  # a `Keep`'s
     parts_ptr,  # [N, 7, SPLITS]
     listed_ptr,  # [N, K], for KEPT_UNLISTED: the targets of each row that are not ignored, in order
-    inner, stride_a, stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
+    inner, stride_a, stride_b, sets_stride_a, sets_stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SETS_ALIGN: tl.constexpr,
     KEPT: tl.constexpr,
     ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr,
@@ -88,10 +96,12 @@ def token_stats_kept_part_kernel(
     row = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
+    set_start = row_start(row, inner, sets_stride_a, sets_stride_b, SETS_ALIGN)
     row = row.to(tl.int64)
-    active, _y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
+    active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
         return
+    set_row, whole_row, target, _has, _target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     scale = inv_t * LOG2E
     begin, end = part_of(vocab, part, BLOCK, SPLITS)
@@ -100,8 +110,8 @@ def token_stats_kept_part_kernel(
     _rest, log_s0, _nothing = log_total(m, ties, s0)
     delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
     kept, dropped = kept_sweep(
-        row_ptr, begin, end, vocab, m, delta, scale, tl.full((), inverse_cap, ACC), listed_ptr + row * K,
-        K, K_BLOCK, KEPT, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
+        row_ptr, begin, end, vocab, m, delta, scale, tl.full((), inverse_cap, ACC), listed_ptr + row * K, set_row, whole_row, target,
+        K, K_BLOCK, KEPT, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
     )  # fmt: skip
     tl.store(parts_row + 5 * SPLITS + part, kept)
     tl.store(parts_row + 6 * SPLITS + part, dropped)
@@ -110,20 +120,30 @@ def token_stats_kept_part_kernel(
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_merge_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
+    sets_ptr, target_kept_ptr,  # a `Keep`'s, [N, K]
     parts_ptr,  # [N, 7, SPLITS]
     logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,  # [N, K], [N] four times, [N, STATE_TARGETS + K]
-    inner, stride_a, stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
+    inner, stride_a, stride_b, sets_stride_a, sets_stride_b, vocab, temperature, ignore_index, inverse_cap: tl.float64, log_kept: tl.float64,
     K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr,
+    KEEP: tl.constexpr, OUTSIDE: tl.constexpr, SETS_ALIGN: tl.constexpr,
+    ZEROS: tl.constexpr,  # rows that do not count become zeros; else they stay as they are
     SUM_SQ: tl.constexpr, KEPT: tl.constexpr, ACC: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Outputs and state of one row, from its parts."""
     row = tl.program_id(0)
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b)
+    set_start = row_start(row, inner, sets_stride_a, sets_stride_b, SETS_ALIGN)
     row = row.to(tl.int64)
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
-        write_zeros(row, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, ACC)
+        if ZEROS:
+            write_zeros(
+                row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,
+                K, K_BLOCK, SUM_SQ, KEPT, KEEP, ACC,
+            )  # fmt: skip
         return
+    _set, _whole, _target, has, target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
+    write_target_kept(row, target_kept, target_kept_ptr, KEEP, K, K_BLOCK)
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
     parts_row = parts_ptr + row * (7 * SPLITS)
     m, ties, s0, s1, s2 = _merge(parts_row, inv_t * LOG2E, SUM_SQ, SPLITS)
@@ -133,6 +153,7 @@ def token_stats_merge_kernel(
         kept = tl.sum(tl.load(parts_row + 5 * SPLITS + tl.arange(0, SPLITS)), axis=0)
         dropped = tl.sum(tl.load(parts_row + 6 * SPLITS + tl.arange(0, SPLITS)), axis=0)
     write_row(
-        row_ptr, row, y, m, ties, s0, s1, s2, kept, dropped, inv_t, tl.full((), inverse_cap, ACC),
-        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept, K, K_BLOCK, SUM_SQ, KEPT, SOFTCAP, ACC,
+        row_ptr, row, y, has, m, ties, s0, s1, s2, kept, dropped, inv_t, tl.full((), inverse_cap, ACC),
+        logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
+        K, K_BLOCK, SUM_SQ, KEPT, OUTSIDE, SOFTCAP, ACC,
     )  # fmt: skip

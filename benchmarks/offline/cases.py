@@ -8,7 +8,7 @@ from unittest import mock
 
 import torch
 
-from rlkern.backends.contract import KeptKind, PairKind, PairState, State
+from rlkern.backends.contract import Keep, KeptKind, Outside, PairKind, PairState, SetKind, State
 from rlkern.backends.gradient_memory import new_gradient
 
 BATCH, TIME = 8, 1024  # rows come as [8, 1024, V], the shape in which trainers hold them
@@ -22,6 +22,7 @@ LAYOUTS |= {"V=50257": (50257, 50257), "V=262144 odd stride": (262144, 262145)}
 
 FORWARD = {"forward": {}, "forward +sum_sq": {"sum_sq": True}, "forward +kept": {"kept": 1}, "forward K=8": {"targets": 8}}
 FORWARD |= {"forward K=128 +tail": {"targets": 128, "kept": KeptKind.UNLISTED}}
+FORWARD |= {"forward +bits": {"keep": SetKind.BITS}, "forward +mask": {"keep": SetKind.MASK}, "forward +at_least": {"keep": SetKind.AT_LEAST}}
 FORWARD |= {"moments": {"of": "moments"}, "DID": {"of": "did", "reads": 2}}
 _PAIR = {"of": "pair", "reads": 2}
 PAIR_FORWARD = {
@@ -39,6 +40,8 @@ BACKWARD = {
     "backward all": {"grads": ("logp", "entropy", "logsumexp", "sum_sq", "kept")},
     "backward K=128": {"grads": ("logp", "entropy"), "targets": 128},
     "backward K=128 +tail": {"grads": ("logp", "kept"), "targets": 128, "kept": KeptKind.UNLISTED},
+    "backward +bits": {"grads": ("logp", "entropy"), "keep": SetKind.BITS},
+    "backward +bits full": {"grads": ("logp", "entropy"), "keep": SetKind.BITS, "full": True},
     "moments backward": {"of": "moments"},
     "DID backward": {"of": "did", "reads": 2},
     "DID backward both": {"of": "did", "reads": 2, "writes": 2},
@@ -181,20 +184,35 @@ def record(case: Case, gpu) -> list[Launch]:
     return launches
 
 
+def _keep(kind: int | None, logits, rows: int) -> Keep | None:
+    if kind is None:
+        return None
+    a, b, vocab = logits.shape
+    sets = {
+        SetKind.BITS: lambda: _meta(a, b, -(-vocab // 32) * 4, dtype=torch.uint8),  # of int32 words
+        SetKind.MASK: lambda: _meta(a, b, vocab, dtype=torch.bool),
+        SetKind.AT_LEAST: lambda: _meta(rows),
+    }
+    return Keep(kind, sets[kind](), Outside.INCLUDE)
+
+
 def _launch_token_stats(module, case: Case, rows: int, logits, other, mask) -> None:
     options = case.options
     n_targets = options.get("targets", 1)
     targets, softcap = _meta(rows, n_targets, dtype=torch.int64), options.get("softcap", 0.0)
+    keep = _keep(options.get("keep"), logits, rows)
     if case.backward:
         wanted = options["grads"]
         grads = tuple((_meta(rows, n_targets) if name == "logp" else _meta(rows)) if name in wanted else None for name in GRADS)
         kind, state = options.get("kept", 0), _meta(rows, State.TARGETS + n_targets)
-        module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits), softcap)
+        full = (_meta(rows, 3), _meta(rows), _meta(rows)) if options.get("full") else None
+        module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits), softcap, keep, full)
     else:
         sum_sq = _meta(rows) if options.get("sum_sq") else None
         kept = _meta(rows) if options.get("kept") else None
         out = (_meta(rows, n_targets), _meta(rows), _meta(rows), sum_sq, kept, _meta(rows, State.TARGETS + n_targets))
-        module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out, softcap)
+        keep_out = None if keep is None else (_meta(rows, n_targets, dtype=torch.bool), None, None, None)
+        module.token_stats_forward(logits, targets, mask, TEMPERATURE, IGNORE, options.get("kept", 0), LOG_KEPT, out, softcap, keep, keep_out)
 
 
 def _launch_moments(module, case: Case, rows: int, logits, other, mask) -> None:

@@ -37,14 +37,18 @@ class Program:
 
     def shortest(self, start: int, goals: set[int], within: set[int] | None = None, avoid: int | None = None) -> list[int] | None:
         """The shortest way from `start` to one of `goals`, both included, through `within`, not `avoid`."""
-        paths, queue = {start: [start]}, deque([] if start == avoid else [start])
+        before: dict[int, int | None] = {start: None}
+        queue = deque([] if start == avoid else [start])
         while queue:
             i = queue.popleft()
             if i in goals:
-                return paths[i]
+                way = [i]
+                while (i := before[i]) is not None:
+                    way.append(i)
+                return way[::-1]
             for j in self.successors(i):
-                if j != avoid and (within is None or j in within) and j not in paths:
-                    paths[j] = [*paths[i], j]
+                if j != avoid and (within is None or j in within) and j not in before:
+                    before[j] = i
                     queue.append(j)
         return None
 

@@ -1,7 +1,8 @@
-"""The kernels over tokens (covariance, selection, ratios) and kept ids, judged by what they occupy alone.
+"""The kernels over tokens (covariance, selection, ratios), kept ids and samplers' thresholds, judged by what
+they occupy alone.
 
-They move a few bytes a token or the rows of listed ids, a row of logits hundreds of thousands: a bound on
-bandwidth would tell nothing.
+They move a few bytes a token or the rows of listed ids, a row of logits hundreds of thousands, and a
+threshold takes as many sweeps of a row as its values ask for: a bound on bandwidth would tell nothing.
 """
 
 import importlib
@@ -9,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from rlkern.backends.contract import State
+from rlkern.backends.contract import Keep, KeptKind, Outside, SetKind, State
 
 from .build import build, target
 from .cases import Launch, _meta, _recording
@@ -47,7 +48,7 @@ def record(dtype: torch.dtype, gpu) -> list[Launch]:
         selection.selected_means(values, mask, mask, values)
         ratio.ratio_terms(values, values, values, mask, mask, bounds, (values, mask, values))
         ratio.kl_terms(values, values, mask, 3, False, 10.0, values)
-    return means + selections + ratios + _record_kept(dtype)
+    return means + selections + ratios + _record_kept(dtype) + _record_lists(dtype) + _record_sampler(dtype)
 
 
 def _record_kept(dtype: torch.dtype) -> list[Launch]:
@@ -64,6 +65,30 @@ def _record_kept(dtype: torch.dtype) -> list[Launch]:
         kept.kept_weight_gradient(hidden, tokens, row, values, weight[0])
         kept.kept_rows_forward(values, tokens, row, offsets, targets, counted, of_rows, (of_rows, of_rows, of_rows, of_rows, state, targets))
         kept.kept_rows_backward(values, row, offsets, targets, of_rows, state, (of_rows,) * 4, values)
+    return launches
+
+
+def _record_sampler(dtype: torch.dtype) -> list[Launch]:
+    """Of logits in bfloat16 where sums are float32."""
+    sampler = importlib.import_module("rlkern.triton_kernels.sampler")
+    n, held = TOKENS // 32, torch.bfloat16 if dtype == torch.float32 else dtype
+    with _recording(sampler) as launches:
+        logits, thresholds = _meta(8, n // 8, 151_936, dtype=held), _meta(n, dtype=dtype)
+        sampler.sampler_threshold(logits, _meta(n, dtype=torch.bool), 0.7, 50, 0.9, -3.0, False, thresholds)
+    return launches
+
+
+def _record_lists(dtype: torch.dtype) -> list[Launch]:
+    """Row statistics over padded lists, of logits in bfloat16 where sums are float32."""
+    kept_lists = importlib.import_module("rlkern.triton_kernels.kept_lists")
+    n, vocab, held = TOKENS // 32, 151_936, torch.bfloat16 if dtype == torch.float32 else dtype
+    logits, targets, counted = _meta(1, n, vocab, dtype=held), _meta(n, 1, dtype=torch.int64), _meta(n, dtype=torch.bool)
+    of_rows, state, full_state = _meta(n, dtype=dtype), _meta(n, State.TARGETS + 1, dtype=dtype), _meta(n, 3, dtype=dtype)
+    keep = Keep(SetKind.LISTS, _meta(n * 64, dtype=torch.int32), Outside.INCLUDE, open_empty=True)
+    of_row = (logits, targets, counted, of_rows, -100, KeptKind.MIN_P)
+    with _recording(kept_lists) as launches:
+        kept_lists.listed_forward(*of_row, -3.0, (of_rows,) * 5 + (state,), 0.0, keep, counted)
+        kept_lists.listed_backward(*of_row, state, (of_rows,) * 5, 0.0, keep, (full_state, of_rows, of_rows)).write(logits)
     return launches
 
 

@@ -121,6 +121,22 @@ The output matrix at listed ids, and statistics of each row's:
 Dot products along H and sums over pairs are in the accumulation dtype, in an order that depends on H, on the
 row's list or on the id's pairs alone.
 
+What a sampler's rules keep of each row, as its smallest logit:
+
+    sampler_threshold(logits, mask, temperature, top_k, top_p, log_min_p, joint, out)
+
+    logits, mask, temperature   as above
+    top_k        0: off; at most V
+    top_p        1: off
+    log_min_p    -inf: off
+    joint        top_p is of the whole row's mass, else of the mass that the other two left
+    out          [N] in the accumulation dtype: the smallest logit that all rules keep, -inf in skipped rows,
+                 NaN in undefined ones
+
+No rule keeps -inf. With u = (x - m) / T in float64: min_p keeps x >= m + log_min_p T; top_k keeps x >= the
+top_k-th largest; top_p keeps x if the masses of the greater ones add up to less than top_p times the total,
+a mass being e^u 2^mass_bits(V), rounded to an integer. Integers have one sum in any order.
+
 One number a token, over all tokens of a batch:
 
     covariance_sums(logp, advantages, mask) -> sums
@@ -260,3 +276,8 @@ SUMMARY = (
 
 ELSEWHERE = -(1 << 62) - 1  # in place of a target
 LARGEST_EXPONENT = 80.0  # exp of it is finite in float32, with room for a product
+
+
+def mass_bits(vocab: int) -> int:
+    """Of the unit of sampler_threshold's masses: a row's total fits int64, one mass a float64 with room."""
+    return min(50, 62 - (vocab - 1).bit_length())

@@ -9,7 +9,7 @@ import torch  # before _cpu: both then share one OpenMP runtime
 from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
-from .contract import Keep, SetKind
+from .contract import Keep, SetKind, mass_bits
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 
@@ -62,9 +62,7 @@ def _sets(keep: Keep, n: int) -> dict:
     }
 
 
-def token_stats_forward(
-    logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None
-) -> None:
+def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None) -> None:
     """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not
     ignore_index. Also for a listed id or a list out of range, in a row that is not skipped."""
     logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state = out
@@ -85,9 +83,7 @@ def token_stats_forward(
     _cpu.token_stats_in_sets_forward(rows, own, _sets(keep, rows["rows"]), dict(zip(names, keep_out, strict=True)))
 
 
-def token_stats_backward(
-    logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None
-) -> None:
+def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None) -> None:
     g_logp, g_entropy, g_logsumexp, g_sum_sq_prob, g_kept_logmass = grads
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     own = {
@@ -162,6 +158,11 @@ def did_entropy_backward(logits, reference, mask, temperature, state, grad, out)
     own = {"reference_dtype": _DTYPES[reference.dtype], "reference": reference}
     own |= {"g_entropy": grad, "out": d_logits, "reference_out": d_reference}
     _cpu.did_entropy_backward(_rows(logits, None, mask, temperature, 0, state), own)
+
+
+def sampler_threshold(logits, mask, temperature, top_k, top_p, log_min_p, joint, out) -> None:
+    own = {"top_k": top_k, "top_p": top_p, "log_min_p": log_min_p, "joint": joint, "mass_bits": mass_bits(logits.shape[-1])}
+    _cpu.sampler_threshold(_rows(logits, None, mask, temperature, 0, out), own)
 
 
 def _kept(dtype, rows, width, vocab, ids, row) -> dict:

@@ -20,6 +20,7 @@ from .reference_kept import kept_weight_gradient as kept_weight_gradient
 from .reference_pair import pair_backward as pair_backward
 from .reference_pair import pair_forward as pair_forward
 from .reference_rows import inverse_temperature, skipped_rows, soft_cap, soft_cap_slope
+from .reference_sampler import sampler_threshold as sampler_threshold
 
 CHECKS_TARGETS = False
 

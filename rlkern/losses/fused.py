@@ -102,8 +102,8 @@ class _CallersLoss:
 
     def of_all(self, stats: TokenStats) -> Tensor:
         n, lead = stats.logsumexp.numel(), stats.logsumexp.dim()
-        rows = (None if x is None else x.reshape(n, *x.shape[lead:]) for x in stats)
-        value = self.of_rows(RowStats(*rows, slice(0, n)))  # type: ignore[arg-type, call-arg]
+        rows: Any = (None if x is None else x.reshape(n, *x.shape[lead:]) for x in stats)
+        value = self.of_rows(RowStats.of(TokenStats(*rows), slice(0, n)))
         check_sum(value)
         return value
 

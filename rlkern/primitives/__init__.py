@@ -11,6 +11,7 @@ from .linear import linear_token_stats
 from .linear_divergence import linear_pair_stats, linear_token_divergence
 from .plans import LinearPlan, linear_plan
 from .row_stats import TokenStats
+from .sampler import sampler_threshold
 from .sequence import next_tokens, sequence_logps
 from .token_stats import entropy_from_logits, token_logprobs, token_stats
 from .topk import topk_divergence, topk_reverse_kl
@@ -33,6 +34,7 @@ __all__ = [
     "nlpo_keep_set",
     "nlpo_stats",
     "pair_stats",
+    "sampler_threshold",
     "sequence_logps",
     "token_covariance",
     "token_did_entropy",

@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import FINITE, check_count, check_flags, check_logits, check_number, check_positive, computing_dtype, expect
-from ..layout import as_rows, row_chunks
+from ..checks import FINITE, check_count, check_flags, check_logits, check_number, check_positive, expect
 from ..operator import values_readable
-from .token_stats import token_stats
+from .kept_sets import Kept
+from .sampler import sampler_threshold
+from .token_stats import token_logprobs, token_stats
 
-
-def _keep_rows(x: Tensor, top_p: float | None, top_k: int | None, min_tokens_to_keep: int) -> Tensor:
-    """[R, V] -> bool [R, V]"""
-    if top_k is not None:
-        threshold = x.topk(min(max(top_k, min_tokens_to_keep), x.shape[-1]), -1).values[:, -1:]
-        return (x >= threshold) & (x > -math.inf)
-    ordered, order = x.sort(dim=-1, descending=True, stable=True)
-    p = (ordered.softmax(-1) * 2.0**52).long()  # on a GPU sums of floats may vary between runs
-    before = p.cumsum(-1) - p
-    kept = before <= int((top_p or 0) * 2**52)
-    kept[:, :min_tokens_to_keep] = True
-    return torch.empty_like(kept).scatter_(-1, order, kept) & (x > -math.inf)
+_EQUAL = 1e-9  # masses of `sampler_threshold` that differ by less may be equal
 
 
 def _ids(name: str, ids: Tensor, rows: Tensor) -> Tensor:
@@ -54,14 +44,15 @@ def nlpo_keep_set(
     Args:
         mask_logits: [..., V] of the mask policy, a copy of the actor refreshed now and then.
         top_p: keep the smallest set of likeliest tokens whose mass exceeds top_p (RL4LMs: 0.9).
-        top_k: keep the k likeliest, and those tied with the last of them. Give one of the two.
+        top_k: keep the k likeliest. Give one of the two. Those tied with the last that is kept stay too.
         min_tokens_to_keep: at least so many (RL4LMs keeps one more than this in its encoder-decoder path).
         always_keep: [n] integer ids in [0, V), such as end of sequence; on the logits' device or on a CPU.
         temperature: divides the logits first.
 
-    Tokens at -inf are never kept. Raises TypeError, ValueError for other dtypes, shapes and options, and
-    IndexError for an id outside [0, V) in always_keep. On a GPU the check would wait for the device. Without
-    RLKERN_DEBUG=1 such an id has no effect there.
+    Tokens at -inf are never kept, and of a row that is no distribution only those of always_keep. Raises
+    TypeError, ValueError for other dtypes, shapes and options, and IndexError for an id outside [0, V) in
+    always_keep. On a GPU the check would wait for the device. Without RLKERN_DEBUG=1 such an id has no effect
+    there. The set without always_keep is one number a row: `sampler_threshold`.
     """
     check_logits(mask_logits, "mask_logits")
     if (top_p is None) == (top_k is None):
@@ -72,20 +63,18 @@ def nlpo_keep_set(
         check_count("top_k", top_k, 1)
     check_count("min_tokens_to_keep", min_tokens_to_keep, 1)
     check_positive("temperature", temperature, FINITE)
-    rows = as_rows(mask_logits)
-    vocab = rows.shape[-1]
-    out = torch.empty(rows.shape, dtype=torch.bool, device=rows.device)
-    for a, b, _ in row_chunks(rows):
-        x = rows[a, b].to(computing_dtype(rows)) / temperature
-        out[a, b] = _keep_rows(x, top_p, top_k, min_tokens_to_keep)
+    vocab = mask_logits.shape[-1]
+    least = sampler_threshold(mask_logits, top_k=max(top_k or 1, min_tokens_to_keep))
+    if top_p is not None:
+        least = torch.minimum(least, sampler_threshold(mask_logits, top_p=min(1.0, top_p + _EQUAL), temperature=temperature))
+    out = mask_logits >= least.unsqueeze(-1)
     if always_keep is not None:
-        ids = _ids("always_keep", always_keep, rows)
+        ids = _ids("always_keep", always_keep, mask_logits)
         # One entry more for ids out of range: no write out of bounds, no assertion on the device.
-        kept = torch.zeros(vocab + 1, dtype=torch.bool, device=rows.device)
+        kept = torch.zeros(vocab + 1, dtype=torch.bool, device=mask_logits.device)
         kept.index_fill_(0, torch.where((ids >= 0) & (ids < vocab), ids, vocab), True)
         out |= kept[:vocab]
-        out &= rows > -math.inf
-    return out.view(mask_logits.shape)
+    return out.logical_and_(mask_logits > -math.inf)
 
 
 class NLPOStats(NamedTuple):
@@ -114,7 +103,7 @@ def nlpo_stats(
 
     Args:
         logits: [..., V] of the actor; keep: bool [..., V] of `nlpo_keep_set`, at least one token a row.
-        targets, temperature, mask, ignore_index: as in `rlkern.token_stats`. The logits are copied once.
+        targets, temperature, mask, ignore_index: as in `rlkern.token_stats`.
 
     Raises:
         TypeError, ValueError, IndexError: as `rlkern.token_stats`, and for a keep of another dtype or shape.
@@ -122,10 +111,9 @@ def nlpo_stats(
     check_flags(renorm=renorm)
     check_logits(logits)
     expect("keep", keep, "bool", "[..., V]", like=("logits", logits))
-    plain, kept = (
-        token_stats(x, targets, temperature=temperature, mask=mask, ignore_index=ignore_index) for x in (logits, logits.masked_fill(~keep, -math.inf))
-    )
-    entropy, kept_logmass = kept.entropy, kept.logsumexp - plain.logsumexp
+    rows: dict[str, Any] = {"temperature": temperature, "mask": mask, "ignore_index": ignore_index}
+    kept = token_stats(logits, targets, keep=Kept.mask(keep), outside="minus_inf", with_full=True, **rows)
+    entropy, kept_logmass = kept.entropy, kept.logsumexp - kept.full_logsumexp
     if renorm:
         return NLPOStats(kept.logp, entropy, kept_logmass)
-    return NLPOStats(plain.logp, entropy - kept_logmass, kept_logmass)
+    return NLPOStats(token_logprobs(logits, targets, **rows), entropy - kept_logmass, kept_logmass)

@@ -44,7 +44,8 @@ class Kept:
     than they have room for.
 
     The order of a list changes a result in its last bits alone. An id that a list holds twice may count
-    twice, as two tokens of equal logits; samplers never send that.
+    twice, as two tokens of equal logits; samplers never send that, and RLKERN_DEBUG=1 checks it for rows of
+    logits.
 
     empty: what an empty list means, and a row without a list. "everything": the row's softmax is over the
         whole vocabulary. "nothing": no token is kept.
@@ -179,6 +180,12 @@ class Kept:
         expect("threshold", threshold, "float", "[...]", detached=True)
         return Kept(threshold, kind="at_least")
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Kept:
+        """The sets on another device."""
+        tensors = (self.entries, self.begin, self.end, self.rows)
+        entries, begin, end, rows = (None if x is None else x.to(device, non_blocking=non_blocking) for x in tensors)
+        return Kept(entries, begin, end, rows, self.empty, self.kind)  # type: ignore[arg-type]
+
     def next_tokens(self) -> Kept:
         """The sets moved one to the left along the rows' last dimension, as `rlkern.next_tokens` moves
         labels.
@@ -216,10 +223,10 @@ def _listed(ids: Tensor, begin: Tensor, end: Tensor, rows: Tensor | None, empty:
 def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = False) -> Kept:
     """keep is a `Kept`, or a bool tensor, for rows x [..., anything], called `of`, over `vocab` ids."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool and not lists_only:
-        keep = Kept.mask(keep)
+        keep = Kept(keep, kind="mask")
     constructors = "Kept.ids, Kept.csr, Kept.counts or Kept.samples"
     if not isinstance(keep, Kept):
-        if isinstance(keep, Tensor) and keep.dtype in (torch.int32, torch.int64, torch.uint8):
+        if isinstance(keep, Tensor) and keep.dtype in (torch.int32, torch.int64, torch.uint8) and not lists_only:
             raise TypeError(f"keep: a tensor of {keep.dtype} may be ids or bits, say which by Kept.ids(keep) or Kept.bits(keep)")
         given = f"a tensor of {keep.dtype}" if isinstance(keep, Tensor) else shown(keep)
         raise TypeError(f"keep must be made by {constructors if lists_only else 'a constructor of Kept, or be a bool tensor'}, got {given}")
@@ -243,7 +250,7 @@ def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = 
     return keep
 
 
-def check_outside(outside: str, several: bool) -> None:
+def check_outside(outside: str, several: bool = False) -> None:
     """A word of `OUTSIDE`; several: whether a row may have many targets."""
     check_choice("outside", outside, OUTSIDE)
     if several and outside != "minus_inf":
@@ -251,11 +258,18 @@ def check_outside(outside: str, several: bool) -> None:
 
 
 _TENSORS = ("entries", "begin", "end", "rows")
+
+
+def _words(kept: Kept) -> str:
+    return f"{kept.empty} {kept.kind}"  # one string: torch.export writes it as JSON
+
+
 register_pytree_flatten_spec(Kept, lambda kept, spec: [getattr(kept, name) for name in _TENSORS])  # torch.export of torch 2.6
 _pytree.register_pytree_node(
     Kept,
-    lambda kept: ([getattr(kept, name) for name in _TENSORS], (kept.empty, kept.kind)),
-    lambda leaves, words: Kept(*leaves, *words),  # type: ignore[misc]
-    flatten_with_keys_fn=lambda kept: ([(_pytree.GetAttrKey(name), getattr(kept, name)) for name in _TENSORS], (kept.empty, kept.kind)),
+    lambda kept: ([getattr(kept, name) for name in _TENSORS], _words(kept)),
+    lambda leaves, words: Kept(*leaves, *words.split()),  # type: ignore[misc]
+    flatten_with_keys_fn=lambda kept: ([(_pytree.GetAttrKey(name), getattr(kept, name)) for name in _TENSORS], _words(kept)),
     serialized_type_name="rlkern.Kept",
 )
+torch.serialization.add_safe_globals([Kept])  # torch.load of a rollout

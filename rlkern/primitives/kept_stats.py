@@ -17,7 +17,7 @@ from ..backends.gradient_memory import new_gradient
 from ..backends.reference_keep import padded_lists
 from ..checks import check_target_range, computing_dtype
 from ..layout import as_rows, counted_rows
-from ..operator import Operator, differentiable, values_readable
+from ..operator import DEBUG, Operator, differentiable, values_readable
 from .kept_sets import OUTSIDE, Kept
 from .row_stats import OPTIONS, TENSORS, Options, Results, TokenStats, for_backend, mark_kept, new_results
 
@@ -85,7 +85,7 @@ def _forward(logits, targets, mask, row_temperature, entries, begin, end, rows, 
     backend = backends.select(logits.device)
     y, mask, temperature = for_backend(logits, targets, mask, row_temperature, o.temperature)
     keep = _keep(logits, entries, begin, end, rows, sets)
-    if not backend.CHECKS_TARGETS and values_readable(logits):
+    if (DEBUG or not backend.CHECKS_TARGETS) and values_readable(logits):
         check_target_range(y, mask, o.ignore_index, logits.shape[-1])
         _check_lists(keep, y, mask, o.ignore_index, logits.shape[-1])
     of_backend, of_sets = (*results[:5], results.state), (out.target_kept, out.full_entropy, out.full_logsumexp, out.full_state)
@@ -99,7 +99,8 @@ def _forward(logits, targets, mask, row_temperature, entries, begin, end, rows, 
 
 
 def _check_lists(keep: Keep, targets: Tensor, mask: Tensor | None, ignore_index: int, vocab: int) -> None:
-    """IndexError for an id or a list out of range, in a row that counts. Reads values."""
+    """IndexError for an id or a list out of range, in a row that counts; with RLKERN_DEBUG=1 also ValueError
+    for an id listed twice. Reads values."""
     if keep.kind != SetKind.LISTS:
         return
     counted: Any = counted_rows(targets, mask, ignore_index, 1)
@@ -113,6 +114,12 @@ def _check_lists(keep: Keep, targets: Tensor, mask: Tensor | None, ignore_index:
     if bad.any():
         r, k = bad.nonzero()[0].tolist()
         raise IndexError(f"keep holds the id {ids[r, k].item()} for row {r}, out of range for {vocab} logits")
+    if DEBUG:
+        ids = ids.sort(-1).values[counted]
+        twice = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] >= 0)
+        if twice.any():
+            r, k = twice.nonzero()[0].tolist()
+            raise ValueError(f"keep holds the id {ids[r, k].item()} twice for row {counted.nonzero()[r].item()}")
 
 
 def _write_gradient(out, logits, targets, mask, row_temperature, entries, begin, end, rows, *args) -> None:

@@ -38,6 +38,10 @@ class RowStats:
     tail_logmass: Tensor | None
     index: slice | Tensor
 
+    @classmethod
+    def of(cls, stats: TokenStats, index: slice | Tensor) -> RowStats:
+        return cls(*stats[:7], index)  # type: ignore[call-arg]  # without what keep= adds
+
 
 class KnownLoss(NamedTuple):
     """A loss of rows, and how it goes through the head."""
@@ -155,8 +159,7 @@ def _slopes(computed: Results, o: Options, loss: KnownLoss, index: slice | Tenso
     with torch.enable_grad():
         leaves = [None if x is None else x.detach().requires_grad_() for x in computed[:_DIFFERENTIABLE]]
         results: Any = (*leaves, computed.target_kept)
-        stats: Any = public_stats(o, *results)[: len(RowStats.__dataclass_fields__) - 1]
-        value = loss.of_rows(RowStats(*stats, index))  # type: ignore[call-arg]
+        value = loss.of_rows(RowStats.of(public_stats(o, *results), index))
         check_sum(value)
         if not value.requires_grad:
             return value, [None] * _DIFFERENTIABLE

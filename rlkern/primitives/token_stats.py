@@ -108,10 +108,11 @@ def token_stats(
         logit_scale=logit_scale,
         softcap=softcap,
     )
-    check_outside(outside, keep is not None and targets.dim() == logits.dim() and targets.shape[-1] > 1)
     if keep is not None:
         keep = check_kept(keep, logits, "logits", logits.shape[-1])
+        check_outside(outside, several=targets.dim() == logits.dim() and targets.shape[-1] > 1)
         return kept_stats(logits, y, counted, row_temperature, o, keep, outside, bool(with_full), bool(inplace_backward))
+    check_outside(outside)
     stats = public_stats(o, *row_stats(logits, y, counted, row_temperature, *o, in_place=bool(inplace_backward)))
     if not with_full:
         return stats
