@@ -97,30 +97,38 @@ struct SetRow {
 
   // The ids of a tile. Returns whether there are any.
   bool find(int64_t start, int64_t n, Bits& bits) const {
-    const bool has_included = included >= start && included < start + n;
-    bits.bytes = reinterpret_cast<const unsigned char*>(bits.words);
-    if (kind == SetKind::BITS && n == kTile && !has_included) {
+    if (kind == SetKind::BITS && n == kTile && !(included >= start && included < start + n)) {
       bits.bytes = bytes + start / 8;
-    } else {
-      std::memset(bits.words, 0, sizeof bits.words);
-      collect(start, n, bits.words);
-      if (n % 64 != 0) bits.words[n / 64] &= (uint64_t(1) << n % 64) - 1;
-      if (has_included) bits.words[(included - start) / 64] |= uint64_t(1) << (included - start) % 64;
+      using V = Vec<uint64_t>;
+      V any{};
+      for (int64_t i = 0; i < kTile / 8; i += sizeof any) any |= load_raw<V>(bits.bytes + i);
+      return fold<uint64_t, kVectorBytes>(any, [](auto a, auto b) { return a | b; }) != 0;
     }
-    using V = Vec<uint64_t>;
-    V any{};
-    for (int64_t i = 0; i < kTile / 8; i += sizeof any) any |= load_raw<V>(bits.bytes + i);
-    return fold<uint64_t, kVectorBytes>(any, [](auto a, auto b) { return a | b; }) != 0;
+    bits.bytes = reinterpret_cast<const unsigned char*>(bits.words);
+    uint64_t any = 0;
+    for_each_word(start, n, [&](int64_t i, uint64_t word) {
+      if (n - i < 64) word &= (uint64_t(1) << (n - i)) - 1;
+      const int64_t at = included - start - i;
+      if (included >= 0 && at >= 0 && at < 64) word |= uint64_t(1) << at;
+      any |= word;
+      bits.words[i / 64] = word;
+    });
+    return any != 0;
   }
 
-  void collect(int64_t start, int64_t n, uint64_t* words) const {
+  // Calls f(i, bits) for each 64 ids of a tile. Beyond its end they mean nothing.
+  template <class F>
+  void for_each_word(int64_t start, int64_t n, F f) const {
     if (kind == SetKind::BITS)
-      std::memcpy(words, bytes + start / 8, (n + 7) / 8);
+      for_each_part<8>(bytes + start / 8, (n + 7) / 8, [&](const unsigned char* part, int64_t i) { f(8 * i, load_raw<uint64_t>(part)); });
     else if (kind == SetKind::MASK)
-      for_each_part<64>(bytes + start, n, [&](const unsigned char* part, int64_t i) { words[i / 64] = bits_of_nonzero(part); });
+      for_each_part<64>(bytes + start, n, [&](const unsigned char* part, int64_t i) { f(i, bits_of_nonzero(part)); });
     else
-      for_each_part<kLanes<T>>(x + start, n,
-                               [&](const T* pack, int64_t i) { words[i / 64] |= bits_of(load_in_order(pack) >= least) << i % 64; });
+      for_each_part<64>(x + start, n, [&](const T* part, int64_t i) {
+        uint64_t word = 0;
+        for (int64_t j = 0; j < 64; j += kLanes<T>) word |= bits_at_least(load_in_order(part + j), least) << j;
+        f(i, word);
+      });
   }
 
   // The tile's logits, padded. Returns their number.
@@ -145,7 +153,7 @@ void write_row(const SetRow<T>& row, bool stream, bool careful, T* out, F f, G f
   constexpr bool with_full = !std::is_same_v<G, NotFull>;
   int64_t done = 0;
   row.for_each_kept([&](int64_t start, int64_t n, const typename SetRow<T>::Bits& bits, uintptr_t next) {
-    write_dropped(row.x + done, stream, out + done, start - done, full);
+    if (done < start) write_dropped(row.x + done, stream, out + done, start - done, full);
     done = start + n;
     T tile[kTile];
     row.fill(start, n, bits, tile);
@@ -170,7 +178,7 @@ void write_row(const SetRow<T>& row, bool stream, bool careful, T* out, F f, G f
     });
     write_gradient(stream, sum, out + start, n, [](auto g) { return g; });
   });
-  write_dropped(row.x + done, stream, out + done, row.vocab - done, full);
+  if (done < row.vocab) write_dropped(row.x + done, stream, out + done, row.vocab - done, full);
 }
 
 // --- lists ----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The C++ kernels over sets of kept ids, on every instruction set here, against the reference in float64.
 
-The reference sees finite logits where the kernels see anything. Rows are longer than two tiles of 2048 logits.
+The reference sees finite logits where the kernels see anything. Rows are longer than two tiles of 2048.
 """
 
 import math
