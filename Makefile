@@ -28,7 +28,7 @@ BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
 TESTS ?= tests
 WORKERS ?= 2
 
-.PHONY: help setup quickstart lab diffusion test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab diffusion kept-sets test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ lab: $(VENV)/.built  ## entropy and reward under five policy losses: reinforceme
 
 diffusion: $(VENV)/.built  ## BGPO on a small diffusion model: memory and reward against the number of draws (ARGS="--quick")
 	$(PY) examples/diffusion_rl.py $(ARGS)
+
+kept-sets: $(VENV)/.built  ## importance ratios of tokens sampled with top-p, with and without the sampler's sets (ARGS="--top-p 0.95")
+	$(PY) examples/kept_sets.py $(ARGS)
 
 test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_operator.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)

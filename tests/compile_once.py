@@ -2,8 +2,8 @@
 
     compile_once.py FOLDER c++ -O3 ... -o object -c .../csrc/source.cpp
 
-The folder keeps the objects. Options are all arguments without a path. Nothing is optimised: that is most of a
-compiler's time, and the build that the other tests run on does it.
+The folder keeps the objects. Options are all arguments without a path. Nothing is optimised: that takes most
+of the time, and the build that the other tests run on does it.
 """
 
 import hashlib

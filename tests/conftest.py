@@ -34,6 +34,11 @@ from rlkern import backends  # noqa: E402
 BACKENDS = ("reference", "native", "triton")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests come first: one that begins last lets the other workers wait for it."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 def pytest_collection_finish() -> None:
     """Garbage collections pass over what thousands of tests hold: each took a second."""
     gc.collect()

@@ -37,14 +37,14 @@ def wrong_values(original):
 FUNCTION = {(rlkern.linear_fused_loss, "loss")}
 
 # What the adapters call otherwise, in the words of the function behind them.
-BEHIND = {"labels": "targets", "index": "targets", "topk_ids": "targets", "shifted_logits": "logits"}
+BEHIND = {"labels": "targets", "index": "targets", "topk_ids": "targets", "shifted_logits": "logits", "kept_tokens": "(keep|ids)"}
 
 
 def names(error: BaseException, name: str) -> bool:
     """Whether the message names the argument, and a raise statement of rlkern's stands behind it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     ours = "rlkern" in frame.filename and linecache.getline(frame.filename, frame.lineno).strip().startswith("raise")
-    target = isinstance(error, IndexError) and re.match(r"target -?\d+ ", str(error))  # ids, under whatever name; also from C++
+    target = isinstance(error, IndexError) and re.match(r"target -?\d+ |keep holds ", str(error))  # ids, under whatever name; also from C++
     return bool(target) or (ours and re.search(rf"\b{name}\b", str(error)) is not None)
 
 

@@ -1,5 +1,6 @@
 """benchmarks/losses.py compares like with like: its eager losses and gradients are rlkern's."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def test_both_sides_compute_the_same(name, options):
 
 
 def test_figures_and_table():
+    gc.collect()
+    gc.freeze()  # each measurement collects garbage: of what the tests before left that takes most of a second
     entries = losses.run(16, 40, "bf16", "cpu", rounds=2)
     assert [(e["loss"], e["contender"]) for e in entries] == [(loss, c) for loss in losses.LOSSES for c in ("eager", "rlkern", "rlkern, in place")]
     for e in entries:

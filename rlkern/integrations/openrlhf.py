@@ -32,13 +32,15 @@ _RELEASES = Releases("OpenRLHF", lambda: metadata.version("openrlhf"), _USER, SU
 _LARGEST_LOG_RATIO = 20.0  # OpenRLHF's, of "ppo"
 
 
-def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+def log_probs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0, *, keep: primitives.Kept | Tensor | None = None) -> Tensor:
     """openrlhf.models.utils.log_probs_from_logits: logits [..., V], labels [...] -> [...].
 
     The result is float32, whatever the dtype of the logits. OpenRLHF's divides the logits by the temperature
     in place; this leaves them as they are.
+
+    keep: not OpenRLHF's: the sets that the softmax is over, see docs/kept_sets.md.
     """
-    return primitives.token_logprobs(logits, labels, temperature=temperature)
+    return primitives.token_logprobs(logits, labels, temperature=temperature, keep=keep)
 
 
 def compute_entropy(logits: Tensor) -> Tensor:

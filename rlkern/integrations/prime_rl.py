@@ -29,7 +29,10 @@ from .patching import Patch
 from .registry import REGISTRY, check_offered, dry_run
 from .versions import other_arguments
 
-__all__ = ["LOSSES", "check_loss", "compute_entropy", "patch", "policy_loss", "selective_log_softmax", "selective_topk_log_softmax"]
+__all__ = [
+    *("LOSSES", "check_loss", "compute_entropy", "patch", "policy_loss", "selective_log_softmax", "selective_log_softmax_with_kept"),
+    "selective_topk_log_softmax",
+]
 
 # All that need no more than a sequence; "grpo" is "ppo" and a KL term, which needs a reference.
 LOSSES = tuple(name for name, loss in REGISTRY.items() if not (loss.needs or loss.compares_sequences or name == "grpo"))
@@ -51,6 +54,15 @@ def selective_topk_log_softmax(logits: Tensor, topk_ids: Tensor) -> Tensor:
     The result is float32, and 0 at ids of -1.
     """
     return primitives.token_logprobs(logits, topk_ids, ignore_index=-1)
+
+
+def selective_log_softmax_with_kept(logits: Tensor, index: Tensor, kept_tokens: Tensor) -> Tensor:
+    """prime_rl.trainer.rl.loss.selective_log_softmax_with_kept: [B, T, V], [B, T] and [B, T, K] -> [B, T].
+
+    A row's softmax is over its kept ids, int32 or int64, of which negative ones are padding. It is over the
+    whole vocabulary if there are none, or if the token is not among them. The result is float32.
+    """
+    return primitives.token_logprobs(logits, index, keep=primitives.Kept.ids(kept_tokens), outside="everything")
 
 
 @torch.no_grad()
@@ -112,9 +124,10 @@ def check_loss(*, loss: str, **options: Any) -> None:
 
 
 def patch() -> Patch:
-    """Replaces prime-rl's selective_log_softmax, compute_entropy and, if there, selective_topk_log_softmax.
+    """Replaces prime-rl's selective_log_softmax and compute_entropy.
 
-    They are replaced wherever prime-rl imports them, now or later, until the `Patch` is undone.
+    Where there, selective_topk_log_softmax and selective_log_softmax_with_kept too. They are replaced
+    wherever prime-rl imports them, now or later, until the `Patch` is undone.
 
     Raises:
         ImportError: prime-rl is not there, or a function is missing or takes other arguments than known here.
@@ -128,8 +141,9 @@ def patch() -> Patch:
             "rlkern.integrations.prime_rl.patch needs prime-rl with prime_rl.trainer.rl.loss (github.com/PrimeIntellect-ai/prime-rl)"
         ) from None
     replacements = {"selective_log_softmax": selective_log_softmax, "compute_entropy": compute_entropy}
-    if hasattr(module, "selective_topk_log_softmax"):
-        replacements["selective_topk_log_softmax"] = selective_topk_log_softmax
+    for function in (selective_topk_log_softmax, selective_log_softmax_with_kept):
+        if hasattr(module, function.__name__):
+            replacements[function.__name__] = function
     for name, found, expected in other_arguments(module, replacements):
         raise ImportError(
             f"this prime-rl's {name} takes {found}, expected {expected}: rlkern does not know this version of prime-rl; "

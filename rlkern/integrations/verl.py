@@ -303,17 +303,18 @@ def unregister() -> None:
 # --- log-probabilities and entropy --------------------------------------------------------------------------
 
 
-def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:
+def logprobs_from_logits(logits: Tensor, labels: Tensor, inplace_backward: bool = True, *, keep: primitives.Kept | Tensor | None = None) -> Tensor:
     """verl.utils.torch_functional.logprobs_from_logits: logits [..., V], labels [...] -> [...].
 
     The result is float32, whatever the dtype of the logits.
 
     inplace_backward: verl's argument. It is not followed, since verl's engines pass True without knowing who
         else saved the logits. See `patch`.
+    keep: not verl's: the sets that the softmax is over, see docs/kept_sets.md.
     """
     check_logits(logits)
     check_flags(inplace_backward=inplace_backward)
-    return primitives.token_logprobs(logits, labels)
+    return primitives.token_logprobs(logits, labels, keep=keep)
 
 
 def _logprobs_in_place(logits: Tensor, labels: Tensor, inplace_backward: bool = True) -> Tensor:

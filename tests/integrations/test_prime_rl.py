@@ -237,6 +237,15 @@ def test_patch(prime_rl):
     assert prime_rl.loss.selective_log_softmax is original["selective_log_softmax"]
 
 
+def test_patch_of_a_version_that_replays_sets(prime_rl):
+    def selective_log_softmax_with_kept(logits, index, kept_tokens): ...
+
+    prime_rl.loss.selective_log_softmax_with_kept = prime_rl.train.selective_log_softmax_with_kept = selective_log_softmax_with_kept
+    with rlkern_prime.patch():
+        assert prime_rl.train.selective_log_softmax_with_kept is rlkern_prime.selective_log_softmax_with_kept
+    assert prime_rl.train.selective_log_softmax_with_kept is selective_log_softmax_with_kept
+
+
 def test_patch_refuses_another_signature(prime_rl):
     def selective_log_softmax(logits, index, temperature=1.0): ...
 

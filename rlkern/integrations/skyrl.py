@@ -1,0 +1,75 @@
+"""SkyRL: scores over the sets that its sampler recorded, by SkyRL's name and arguments.
+
+As of SkyRL's stack of pull requests 2237 to 2241, which is in review: call this in place of its function;
+nothing is patched. See docs/kept_sets.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import primitives
+from ..primitives import Kept
+from .one_rank import check_one_rank
+
+__all__ = ["SampleSupportScores", "sample_support_csr_scores"]
+
+
+class SampleSupportScores(NamedTuple):
+    """SkyRL's, all of the sampled tokens' shape; 0 where valid_mask is not set."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    valid_mask: Tensor
+
+
+def sample_support_csr_scores(
+    logits_or_hidden: Tensor,
+    sampled_ids: Tensor,
+    support: Any,
+    row_ids: Tensor,
+    *,
+    vocab_start_index: int,
+    vocab_end_index: int,
+    tp_group: Any,
+    compute_entropy: bool,
+    entropy_requires_grad: bool,
+    lm_head_weight: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk_size: int | None = None,
+) -> SampleSupportScores:
+    """skyrl.backends.skyrl_train.utils.sample_support_replay.sample_support_csr_scores.
+
+    Args:
+        logits_or_hidden: [..., V], or with lm_head_weight [V, H] hidden states [..., H].
+        sampled_ids, row_ids: [...], and the list of each token, -1 for none.
+        support: SkyRL's PackedRaggedTensor, of which the values [M] and the row_lengths [R] count.
+        vocab_start_index, vocab_end_index: 0 and V.
+        tp_group: None, or of one rank.
+        compute_entropy, entropy_requires_grad: the entropy is over the set.
+        temperature: of the head's logits, as in SkyRL: logits come divided.
+        chunk_size: SkyRL's, not needed here.
+
+    Raises:
+        ValueError: a part of the vocabulary, or a group of several ranks.
+        TypeError, ValueError, IndexError: as `rlkern.token_stats` and `rlkern.linear_token_stats`.
+    """
+    check_one_rank(tp_group, "SkyRL")
+    vocab = (logits_or_hidden if lm_head_weight is None else lm_head_weight.T).shape[-1]
+    if (vocab_start_index, vocab_end_index) != (0, vocab):
+        given = f"got {vocab_start_index} and {vocab_end_index}"
+        raise ValueError(f"vocab_start_index and vocab_end_index must be those of the whole vocabulary, 0 and {vocab}, {given}")
+    lengths = support.row_lengths
+    lists = row_ids.clamp(min=0).long()
+    listed = lengths[lists] > 0 if len(lengths) else torch.zeros_like(row_ids, dtype=torch.bool)
+    valid = (row_ids >= 0) & listed
+    options: dict[str, Any] = {"mask": valid, "keep": Kept.counts(support.values, lengths, rows=row_ids), "with_entropy": compute_entropy}
+    if lm_head_weight is None:
+        stats = primitives.token_stats(logits_or_hidden, sampled_ids, **options)
+    else:
+        stats = primitives.linear_token_stats(logits_or_hidden, lm_head_weight, sampled_ids, temperature=temperature, **options)
+    entropy = stats.entropy if entropy_requires_grad or not compute_entropy else stats.entropy.detach()
+    return SampleSupportScores(stats.logp, entropy, valid)

@@ -1,0 +1,148 @@
+"""slime: log-probabilities over the nucleus that its rollouts send, by slime's names and arguments.
+
+    patch = rlkern.integrations.slime.patch()     # in every process that trains; tensor parallel size 1
+    patch.undo()                                  # or: with rlkern.integrations.slime.patch(): ...
+
+slime has no releases to go by: `patch` checks the signatures that it replaces. See docs/trainers/slime.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import primitives
+from ..primitives import Kept
+from .one_rank import check_one_rank
+from .patching import Patch
+from .versions import other_arguments
+
+__all__ = ["calculate_log_probs_and_entropy", "nucleus_sets", "patch"]
+
+
+def calculate_log_probs_and_entropy(
+    logits: Tensor,
+    tokens: Tensor,
+    tp_group: Any,
+    with_entropy: bool = False,
+    chunk_size: int = -1,
+    log_prob_keep_mask: Kept | Tensor | None = None,
+    with_entropy_grad: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """slime.utils.ppo_utils.calculate_log_probs_and_entropy: [R, V] and [R] -> ([R, 1], [R] or None).
+
+    Args:
+        log_prob_keep_mask: the sets that log-probabilities are over: slime's bool [R, V], or a `Kept`. A
+            token outside of its set is added to it, as by slime. The entropy is of the whole vocabulary.
+        with_entropy_grad: False: the entropy has no gradient.
+        chunk_size: slime's, not needed here.
+        tp_group: of one rank.
+
+    Raises:
+        ValueError: tp_group has several ranks.
+        TypeError, ValueError, IndexError: as `rlkern.token_stats`.
+    """
+    check_one_rank(tp_group, "slime")
+    keep = log_prob_keep_mask
+    full = bool(with_entropy) and keep is not None
+    stats = primitives.token_stats(logits, tokens, with_entropy=bool(with_entropy) and not full, keep=keep, with_full=full)
+    entropy = stats.full_entropy if full else stats.entropy
+    logp = stats.logp.unsqueeze(-1) if len(logits) > 0 else stats.logp  # slime's shape
+    return logp, entropy if with_entropy_grad or entropy is None else entropy.detach()
+
+
+def nucleus_sets(
+    token_ids: Sequence[Any],
+    offsets: Sequence[Any],
+    total_lengths: Sequence[int],
+    response_lengths: Sequence[int],
+    *,
+    length: int,
+    device: torch.device | str = "cpu",
+    cp_rank: int = 0,
+    cp_size: int = 1,
+    allgather_cp: bool = False,
+) -> Kept:
+    """slime's top-p token ids and offsets of a micro-batch -> the sets of its rows of logits.
+
+    It stands for slime's _build_topp_keep_mask, whose mask has a number for every logit. Rows that predict no
+    response token are over everything. So are those whose set is empty, which slime has only for tokens that
+    its loss mask leaves out.
+
+    Args:
+        token_ids, offsets: of each sample lists or tensors: the ids of response token r are
+            ids[offsets[r] : offsets[r + 1]].
+        total_lengths, response_lengths: tokens of each sample; a prompt has at least one.
+        length: rows of logits on this rank.
+        cp_rank, cp_size, allgather_cp: slime's context parallelism: zigzag, or contiguous with allgather_cp.
+
+    Raises:
+        TypeError, ValueError: as `Kept.samples`; for samples that do not fit into `length`.
+    """
+    if any(response >= total for total, response in zip(total_lengths, response_lengths, strict=True)):
+        raise ValueError(f"response_lengths must be below total_lengths, got {list(response_lengths)} and {list(total_lengths)}")
+    samples = [(torch.as_tensor(i, dtype=torch.int32), torch.as_tensor(o)) for i, o in zip(token_ids, offsets, strict=True)]
+    rows, lists = [], 0
+    for (_, edges), total, response in zip(samples, total_lengths, response_lengths, strict=True):
+        count = min(len(edges) - 1, response)
+        row = torch.full((total,), -1, dtype=torch.int32)
+        first = total - response - 1  # the row before the response predicts its first token
+        row[first : first + count] = torch.arange(lists, lists + count, dtype=torch.int32)
+        lists += len(edges) - 1
+        if cp_size > 1 and not allgather_cp:
+            chunk = -(-total // (2 * cp_size))
+            chunks = F.pad(row, (0, 2 * cp_size * chunk - total), value=-1).view(2 * cp_size, chunk)
+            row = torch.cat([chunks[cp_rank], chunks[2 * cp_size - 1 - cp_rank]])
+        rows.append(row)
+    all_rows = torch.cat(rows)
+    if allgather_cp:
+        all_rows = all_rows[cp_rank * length : (cp_rank + 1) * length]
+    if len(all_rows) > length:
+        raise ValueError(f"length must hold the {len(all_rows)} rows of the samples, got {length}")
+    all_rows = F.pad(all_rows, (0, length - len(all_rows)), value=-1)
+    return Kept.samples([ids.to(device) for ids, _ in samples], [edges.to(device) for _, edges in samples], all_rows.to(device))
+
+
+def patch() -> Patch:
+    """Has slime's loss take the sets of its rollouts as they are, and log-probabilities from rlkern.
+
+    It replaces calculate_log_probs_and_entropy wherever slime imports it, and _build_topp_keep_mask of
+    slime.backends.megatron_utils.loss, until the `Patch` is undone.
+
+    Raises:
+        ImportError: slime is not there, or a function is missing or takes other arguments than known here.
+    """
+    try:
+        from megatron.core import mpu
+        from slime.backends.megatron_utils import loss
+        from slime.utils import ppo_utils
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in ("slime", "megatron"):
+            raise
+        raise ImportError(f"rlkern.integrations.slime.patch needs slime and Megatron (github.com/THUDM/slime): no module {error.name}") from None
+
+    def _build_topp_keep_mask(
+        T: int,  # noqa: N803
+        vocab_local: int,
+        device: torch.device,
+        top_p_token_ids: list,
+        top_p_token_offsets: list,
+        total_lengths: list[int],
+        response_lengths: list[int],
+        allgather_cp: bool,
+    ) -> Kept:
+        cp = {"cp_rank": mpu.get_context_parallel_rank(), "cp_size": mpu.get_context_parallel_world_size(), "allgather_cp": allgather_cp}
+        return nucleus_sets(top_p_token_ids, top_p_token_offsets, total_lengths, response_lengths, length=T, device=device, **cp)
+
+    replacements = [(ppo_utils, calculate_log_probs_and_entropy), (loss, _build_topp_keep_mask)]
+    for module, new in replacements:
+        for name, found, expected in other_arguments(module, {new.__name__: new}):
+            raise ImportError(
+                f"this slime's {name} takes {found}, expected {expected}: rlkern does not know this version of slime; "
+                "use a newer rlkern, or leave out patch()"
+            )
+    return Patch.everywhere("slime", [(module, new.__name__, new) for module, new in replacements])
