@@ -86,7 +86,9 @@ struct SetRow {
     int64_t start = find_from(0, both[0]);
     for (int at = 0; start < vocab; at = 1 - at) {
       const int64_t next = find_from(start + kTile, both[1 - at]);
-      f(start, std::min(kTile, vocab - start), both[at], reinterpret_cast<uintptr_t>(x + std::min(next, vocab)));
+      // A threshold's next tile is read already.
+      const int64_t ahead = std::min(kind == SetKind::AT_LEAST ? next + kTile : next, vocab);
+      f(start, std::min(kTile, vocab - start), both[at], reinterpret_cast<uintptr_t>(x + ahead));
       start = next;
     }
   }
