@@ -17,6 +17,7 @@ second (400 seconds at most; no CPU kernels, which it does not need):
     bench      again, with torch.compile, as far as there is time for it, and the peers
     suite      the Triton half of the ordinary tests, on the card; beside it
     memcheck, racecheck   compute-sanitizer over every kernel variant, side by side
+    keep       rows over kept ids, by format, against all ids and eager PyTorch
     ncu        Nsight Compute on one launch of each direction
 
 Each step has its own time limit and runs whatever became of the others. Results are written as they come, to
@@ -47,7 +48,7 @@ USERS = ("operator", "elbo", "bgpo_options", "kinks", "metrics", "default_dtype"
 SUITE = tuple(f"tests/test_{name}.py" for name in (*KERNELS, *SECOND_ROWS, *USERS))
 DRAWN = "drawn_inputs"  # dozens of kernels one after the other in one worker
 REHEARSED = ("tests/test_triton_token_stats.py",), ("-k", "every_type or skipped")
-CHOICE = ("tests", "variants", "compile", "bench", "suite", "memcheck", "racecheck", "ncu")
+CHOICE = ("tests", "variants", "compile", "bench", "suite", "memcheck", "racecheck", "keep", "ncu")
 START_AND_END = 25  # seconds that a script needs before it begins its first case, and for the last one that it has begun
 
 ASK = """
@@ -97,6 +98,11 @@ class Plan:
         env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
         memcheck = Step("memcheck", 150, lambda limit: [*sanitizer, "--tool", "memcheck", "--report-api-errors", "no", *script], env)
         racecheck = Step("racecheck", 150, lambda limit: [*sanitizer, "--tool", "racecheck", *script], env)
+        keep = [
+            sys.executable,
+            BENCHMARKS / "kept_sets.py",
+            *(["--shape", "2x64"] if self.rehearse else ["--device", "cuda", "--shape", "4096x151936"]),
+        ]
         ncu = [self.tool("ncu"), "--set", "full", "--clock-control", "none", "--profile-from-start", "off", "--page", "details"]
         ncu += ["--log-file", self.session.out / FILES["second"]["ncu"], sys.executable, BENCHMARKS / "one_launch.py"]
         ncu += ["--device", "cpu", "--shape", "4x300"] if self.rehearse else []
@@ -105,8 +111,9 @@ class Plan:
         ncu = ["sh", "-c", shown, self.session.out / FILES["second"]["ncu"], *ncu]
         return [
             [[self.card(70)], [peers, compiled]],
-            [[self.bench(105, *(["--no-compile"] if self.rehearse else []))._replace(elastic=False)]],
-            [[self.pytest("suite", 165, SUITE, "-k", f"(triton or launch_shapes) and not {DRAWN}")], [memcheck], [racecheck]],
+            [[self.bench(95, *(["--no-compile"] if self.rehearse else []))._replace(elastic=False)]],
+            [[self.pytest("suite", 160, SUITE, "-k", f"(triton or launch_shapes) and not {DRAWN}")], [memcheck], [racecheck]],
+            [[Step("keep", 15, lambda limit: [*keep, "--rounds", 5, "--out", self.session.out / FILES["second"]["keep"]], elastic=True)]],
             [[Step("ncu", 30, lambda limit: ncu)]],
         ]
 

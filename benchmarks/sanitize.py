@@ -12,11 +12,14 @@ import subprocess
 import sys
 
 import torch
+from kept_sets import packed
 
 import rlkern
 from rlkern import reference
 from rlkern.primitives.moments import row_moments
 
+SETS = ("ids", "csr", "bits", "mask", "at_least")
+OUTSIDE = ("include", "everything", "minus_inf")
 KL_AND_MIXTURE = ("reverse_kl", "jsd")  # the two families of kernels for pairs
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 
@@ -45,7 +48,13 @@ def variants():
 
 
 def others():
-    """The same of the kernels over two rows, of moments and of kept ids: `of` names the function."""
+    """The same of the kernels over two rows, of moments, kept ids and kept sets: `of` names the function."""
+    for i, (keep, with_full) in enumerate([*((keep, False) for keep in SETS), ("ids", True), ("bits", True)]):
+        for j, (dtype, vocab, layout) in enumerate(
+            ((torch.bfloat16, 5000, "rows"), (torch.float32, 9001, "odd stride"), (torch.bfloat16, 9001, "in place"))
+        ):
+            yield dtype, vocab, layout, {"of": "sets", "keep": keep, "outside": OUTSIDE[(i + j) % 3], "with_full": with_full}
+        yield torch.bfloat16, 262_147, "rows", {"of": "sets", "keep": keep, "outside": "include", "with_full": with_full, "targets": 1}
     for of in (*KL_AND_MIXTURE, "moments", "did"):
         for dtype in (torch.bfloat16, torch.float32):
             for vocab, layout in ((7, "rows"), (5000, "slice"), (9001, "odd stride")):
@@ -155,7 +164,49 @@ def _check_kept(dtype, vocab, device, rows=300, width=70) -> str | None:
     return _wrong(compared | {f"gradient {i}": (got, want, tolerance * max(1.0, want.abs().max().item())) for i, (got, want) in enumerate(pairs)})
 
 
-def _check_other(dtype, vocab, layout, device, of, mask=False, row_temperature=False) -> str | None:
+def _check_sets(dtype, vocab, layout, device, keep, outside, with_full, targets=12) -> str | None:
+    """Rows over 9 ids; NaN stands around the rows. With "minus_inf" some targets of a row."""
+    generator = torch.Generator().manual_seed(vocab)
+    storage, x = _logits(dtype, vocab, layout, generator)
+    rows = x.shape[:-1]
+    ids = torch.rand(*rows, vocab, generator=generator).argsort(-1)[..., :9]
+    kept = torch.zeros(*rows, vocab, dtype=torch.bool).scatter_(-1, ids, True)
+    threshold = x.float().topk(9).values[..., -1:]
+    kept = x.float() >= threshold if keep == "at_least" else kept
+    made = {
+        "ids": lambda: rlkern.Kept.ids(torch.nn.functional.pad(ids, (2, 3), value=-1).int()),
+        "csr": lambda: rlkern.Kept.csr(ids.flatten(), torch.arange(0, ids.numel() + 1, ids.shape[-1])),
+        "bits": lambda: rlkern.Kept.bits(packed(kept.flatten(0, 1)).unflatten(0, rows)),
+        "mask": lambda: rlkern.Kept.mask(kept),
+        "at_least": lambda: rlkern.Kept.at_least(threshold.squeeze(-1)),
+    }
+    y = torch.randint(vocab, (*rows, targets if outside == "minus_inf" else 1), generator=generator)
+    y[..., 0] = torch.where(torch.rand(rows, generator=generator) < 0.5, kept.int().argmax(-1), y[..., 0])
+    found = kept.gather(-1, y)
+    inside = {"include": kept.scatter(-1, y, True), "everything": kept | ~found, "minus_inf": kept}[outside] if y.shape[-1] == 1 else kept
+    weights = [torch.randn(rows, generator=generator, dtype=torch.float64) for _ in range(2)]
+    g_logp = torch.randn(y.shape, generator=generator, dtype=torch.float64).masked_fill(~found if outside == "minus_inf" else torch.tensor(False), 0)
+
+    def gradient(logp, entropy, full_entropy, leaf):
+        values = [(logp, g_logp), (entropy, weights[0]), *([(full_entropy, weights[1])] if with_full else [])]
+        loss = sum((torch.where(w.to(v) == 0, 0, v) * w.to(v)).sum() for v, w in values)
+        return torch.autograd.grad(loss, leaf)[0]
+
+    leaf = storage.to(device, copy=True).as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_()
+    options = {"outside": outside, "with_full": with_full, "inplace_backward": layout == "in place"}
+    stats = rlkern.token_stats(leaf, y.to(device), keep=made[keep]().to(device), **options)
+    exact_x = x.double().requires_grad_()
+    exact, full = (reference.token_stats(z, y) for z in (exact_x.masked_fill(~inside, -math.inf), exact_x))
+    compared = {"entropy": (stats.entropy, exact.entropy, 1e-5), "logp": (stats.logp.exp(), exact.logp.exp(), 1e-5)}
+    if with_full:
+        compared["full entropy"] = (stats.full_entropy, full.entropy, 1e-5)
+    got = gradient(stats.logp, stats.entropy, stats.full_entropy, leaf)
+    return _wrong(compared | {"gradient": (got, gradient(exact.logp, exact.entropy, full.entropy, exact_x), _TOLERANCE[dtype])})
+
+
+def _check_other(dtype, vocab, layout, device, of, mask=False, row_temperature=False, **options) -> str | None:
+    if of == "sets":
+        return _check_sets(dtype, vocab, layout, device, **options)
     if of == "kept":
         return _check_kept(dtype, vocab, device)
     generator = torch.Generator().manual_seed(vocab)

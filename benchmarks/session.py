@@ -23,7 +23,7 @@ TOTALS = {"first": 330, "second": 400}  # seconds
 # What a stage leaves beside its results, which are two files more.
 FILES = {
     "first": {"bench": "bench-first.json", "variants": "variants.json", "log": "log-first.txt"},
-    "second": {"bench": "bench-second.json", "ncu": "ncu.txt", "log": "log-second.txt"},
+    "second": {"bench": "bench-second.json", "keep": "keep.json", "ncu": "ncu.txt", "log": "log-second.txt"},
 }
 CAUSE = re.compile(r"error|exception|invalid|race reported", re.IGNORECASE)
 CLOSING = 5  # seconds at the end of a stage, to write what it found

@@ -42,7 +42,7 @@ void forward_row(const DidForward& call, int64_t row) {
   for (int64_t start = 0; start < call.vocab; start += kTile) {
     A tile[kTile];
     const int64_t n = difference(x + start, r + start, std::min(kTile, call.vocab - start), tile);
-    of_row.template add<false, true>(tile, n, scale);
+    of_row.template add<false, true>(tile, n, scale, tile_after(tile));
   }
   const double s0 = of_row.sums.s0;
   const bool undefined = std::isinf(of_row.top) || std::isnan(s0);

@@ -12,6 +12,7 @@ namespace {
 template <int64_t Size, class T, class F>
 inline int64_t for_each_part(const T* x, int64_t n, F f) {
   int64_t i = 0;
+#pragma GCC unroll 4
   for (; i + Size <= n; i += Size) f(x + i, i);
   if (i == n) return n;
   T last[Size] = {};
@@ -30,6 +31,15 @@ void write_zeros(bool stream, T* out, int64_t n) {
 
 // --- bits, bools and thresholds -------------------------------------------------------------------------------
 
+// One pack, at -inf where its bits are not set.
+template <class T>
+RLKERN_INLINE void keep_bits(uint64_t bits, const T* from, T* to) {
+  using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  constexpr int64_t lanes = kVectorBytes / sizeof(T);
+  const U dropped = bit_cast<U>(Element<T>::minus_infinity());
+  for (int64_t i = 0; i < kLanes<T>; i += lanes) store_raw<false>(to + i, select_bits(bits >> i, load_raw<Vec<U>>(from + i), dropped));
+}
+
 template <class T>
 struct SetRow {
   using Tile = T;
@@ -40,9 +50,16 @@ struct SetRow {
   Acc<T> least;                // of AT_LEAST
   int64_t included;            // an id beside them, or -1
 
-  struct Bits {  // of a tile
+  struct Bits {                  // of a tile
+    const unsigned char* bytes;  // the row's own, or these:
     uint64_t words[kTile / 64];
-    uint64_t of_pack(int64_t i) const { return words[i / 64] >> i % 64; }
+
+    uint64_t of_pack(int64_t i) const {
+      using Word = std::conditional_t<kLanes<T> == 32, uint32_t, std::conditional_t<kLanes<T> == 16, uint16_t, unsigned char>>;
+      const auto word = load_raw<Word>(bytes + i / 8);
+      return kLanes<T> < 8 ? word >> i % 8 : word;
+    }
+    bool has(int64_t i) const { return bytes[i / 8] >> i % 8 & 1; }
   };
 
   int64_t size() const { return vocab; }
@@ -52,82 +69,118 @@ struct SetRow {
   }
   Acc<T> at(int64_t id) const { return id == included || lists(id) ? load_one(x + id) : Acc<T>(-kInfinity); }
 
+  // Tiles without a kept id are left out.
   template <class F>
   void for_each_tile(F f) const {
-    for (int64_t start = 0; start < vocab; start += kTile) {
-      const int64_t n = std::min(kTile, vocab - start);
+    for_each_kept([&](int64_t start, int64_t n, const Bits& bits, uintptr_t next) {
       T tile[kTile];
-      Bits bits;
-      if (find(start, n, bits)) {
-        f(static_cast<const T*>(tile), fill(start, n, bits, tile));
-      } else {
-        for (int64_t i = 0; i < kLanes<T>; ++i) tile[i] = Element<T>::minus_infinity();
-        f(static_cast<const T*>(tile), int64_t(kLanes<T>));
-      }
+      const int64_t whole = fill(start, n, bits, tile);
+      f(static_cast<const T*>(tile), whole, Place{start, next});
+    });
+  }
+
+  // Calls f(start, count, bits, address of the next one) for tiles with a kept id.
+  template <class F>
+  void for_each_kept(F f) const {
+    Bits both[2];
+    int64_t start = find_from(0, both[0]);
+    for (int at = 0; start < vocab; at = 1 - at) {
+      const int64_t next = find_from(start + kTile, both[1 - at]);
+      // A threshold's next tile is read already.
+      const int64_t ahead = std::min(kind == SetKind::AT_LEAST ? next + kTile : next, vocab);
+      f(start, std::min(kTile, vocab - start), both[at], reinterpret_cast<uintptr_t>(x + ahead));
+      start = next;
     }
+  }
+  int64_t find_from(int64_t start, Bits& bits) const {
+    while (start < vocab && !find(start, std::min(kTile, vocab - start), bits)) start += kTile;
+    return start;
   }
 
   // The ids of a tile. Returns whether there are any.
   bool find(int64_t start, int64_t n, Bits& bits) const {
-    const int64_t words = (n + 63) / 64;
-    if (kind == SetKind::BITS) {
-      const int64_t size = (n + 7) / 8;
-      bits.words[words - 1] = 0;
-      std::memcpy(bits.words, bytes + start / 8, size);
-    } else if (kind == SetKind::MASK) {
-      for_each_part<64>(bytes + start, n, [&](const unsigned char* part, int64_t i) { bits.words[i / 64] = bits_of_nonzero(part); });
-    } else {
-      std::memset(bits.words, 0, words * sizeof(uint64_t));
-      for_each_part<kLanes<T>>(x + start, n,
-                               [&](const T* pack, int64_t i) { bits.words[i / 64] |= bits_of(load_in_order(pack) >= least) << i % 64; });
+    if (kind == SetKind::BITS && n == kTile && !(included >= start && included < start + n)) {
+      bits.bytes = bytes + start / 8;
+      using V = Vec<uint64_t>;
+      V any{};
+      for (int64_t i = 0; i < kTile / 8; i += sizeof any) any |= load_raw<V>(bits.bytes + i);
+      return fold<uint64_t, kVectorBytes>(any, [](auto a, auto b) { return a | b; }) != 0;
     }
-    if (n % 64 != 0) bits.words[words - 1] &= (uint64_t(1) << n % 64) - 1;
-    if (included >= start && included < start + n) bits.words[(included - start) / 64] |= uint64_t(1) << (included - start) % 64;
+    bits.bytes = reinterpret_cast<const unsigned char*>(bits.words);
     uint64_t any = 0;
-    for (int64_t i = 0; i < words; ++i) any |= bits.words[i];
+    for_each_word(start, n, [&](int64_t i, uint64_t word) {
+      if (n - i < 64) word &= (uint64_t(1) << (n - i)) - 1;
+      const int64_t at = included - start - i;
+      if (included >= 0 && at >= 0 && at < 64) word |= uint64_t(1) << at;
+      any |= word;
+      bits.words[i / 64] = word;
+    });
     return any != 0;
+  }
+
+  // Calls f(i, bits) for each 64 ids of a tile. Beyond its end they mean nothing.
+  template <class F>
+  void for_each_word(int64_t start, int64_t n, F f) const {
+    if (kind == SetKind::BITS)
+      for_each_part<8>(bytes + start / 8, (n + 7) / 8, [&](const unsigned char* part, int64_t i) { f(8 * i, load_raw<uint64_t>(part)); });
+    else if (kind == SetKind::MASK)
+      for_each_part<64>(bytes + start, n, [&](const unsigned char* part, int64_t i) { f(i, bits_of_nonzero(part)); });
+    else
+      for_each_part<64>(x + start, n, [&](const T* part, int64_t i) {
+        uint64_t word = 0;
+        for (int64_t j = 0; j < 64; j += kLanes<T>) word |= bits_at_least(load_in_order(part + j), least) << j;
+        f(i, word);
+      });
   }
 
   // The tile's logits, padded. Returns their number.
   int64_t fill(int64_t start, int64_t n, const Bits& bits, T* tile) const {
-    using U = std::conditional_t<sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
-    const U dropped = bit_cast<U>(Element<T>::minus_infinity());
-    return for_each_part<kLanes<T>>(x + start, n, [&](const T* pack, int64_t i) {
-      prefetch_next_tile(x + start + i);
-      constexpr int64_t lanes = kVectorBytes / sizeof(T);
-      const uint64_t kept = bits.of_pack(i);
-      for (int64_t j = 0; j < kLanes<T>; j += lanes)
-        store_raw<false>(tile + i + j, select_bits(kept >> j, load_raw<Vec<U>>(pack + j), dropped));
-    });
+    return for_each_part<kLanes<T>>(x + start, n, [&](const T* pack, int64_t i) { keep_bits(bits.of_pack(i), pack, tile + i); });
   }
 };
 
+// Where no id is kept.
+template <class T>
+void write_dropped(const T*, bool stream, T* out, int64_t n, NotFull) {
+  write_zeros(stream, out, n);
+}
+template <class T, class G>
+void write_dropped(const T* x, bool stream, T* out, int64_t n, G full) {
+  write_gradient(stream, x, out, n, full);
+}
+
+// Careful: the gradient of what is dropped is set to 0, where 0 times a number of the row would not be.
 template <class T, class F, class G>
-void write_row(const SetRow<T>& row, bool stream, bool undefined, T* out, F f, G full) {
+void write_row(const SetRow<T>& row, bool stream, bool careful, T* out, F f, G full) {
   constexpr bool with_full = !std::is_same_v<G, NotFull>;
-  const auto inside = [&](auto x) { return select(x == Acc<T>(-kInfinity), AccPack<T>{}, f(x)); };
-  for (int64_t start = 0; start < row.vocab; start += kTile) {
-    const int64_t n = std::min(kTile, row.vocab - start);
+  int64_t done = 0;
+  row.for_each_kept([&](int64_t start, int64_t n, const typename SetRow<T>::Bits& bits, uintptr_t next) {
+    if (done < start) write_dropped(row.x + done, stream, out + done, start - done, full);
+    done = start + n;
     T tile[kTile];
-    typename SetRow<T>::Bits bits;
-    const bool any = row.find(start, n, bits);
-    if (any) row.fill(start, n, bits, tile);
-    if (any && undefined)  // NaN, also at an id at -inf
-      for (int64_t i = 0; i < n; ++i)
-        if (bits.of_pack(i) & 1) store_one(tile + i, kNaN);
-    if constexpr (with_full) {
-      T sum[kTile];
-      for_each_part<kLanes<T>>(row.x + start, n, [&](const T* x, int64_t i) {
-        const AccPack<T> g = full(load(x));
-        store(sum + i, any ? inside(load(tile + i)) + g : g);
+    row.fill(start, n, bits, tile);
+    if (!with_full && !careful)
+      return write_gradient(stream, tile, out + start, n, [&](auto x) {
+        prefetch_pack<T>(next);
+        next += kLanes<T> * sizeof(T);
+        return f(x);
       });
-      write_gradient(stream, sum, out + start, n, [](auto g) { return g; });
-    } else if (any) {
-      write_gradient(stream, tile, out + start, n, inside);
-    } else {
-      write_zeros(stream, out + start, n);
-    }
-  }
+    const T zeros[kLanes<T>] = {};
+    T sum[kTile];
+    for_each_part<kLanes<T>>(row.x + start, n, [&](const T* x, int64_t i) {
+      prefetch_pack<T>(next + i * sizeof(T));
+      AccPack<T> g = f(load(tile + i));
+      if (careful) {
+        T marks[kLanes<T>];
+        keep_bits(bits.of_pack(i), zeros, marks);
+        g = select(load(marks) == Acc<T>(0), g, AccPack<T>{});
+      }
+      if constexpr (with_full) g = g + full(load(x));
+      store(sum + i, g);
+    });
+    write_gradient(stream, sum, out + start, n, [](auto g) { return g; });
+  });
+  if (done < row.vocab) write_dropped(row.x + done, stream, out + done, row.vocab - done, full);
 }
 
 // --- lists ----------------------------------------------------------------------------------------------------

@@ -416,8 +416,9 @@ void pair_forward_row(const PairForward& call, int64_t row, const Frame<Acc<T>>&
   }
   if (!call.other_logsumexp) return;
   RowSums<A> other;
-  for_each_pair<T>(call, row,
-                   [&](const T*, const T* w, int64_t n) { other.template add<false, true>(w, n, A(kLog2E * frame.other_inv_t)); });
+  for_each_pair<T>(call, row, [&](const T*, const T* w, int64_t n) {
+    other.template add<false, true>(w, n, A(kLog2E * frame.other_inv_t), tile_after(w));
+  });
   const SideStats<A> others(other, frame.other_inv_t);
   state[PairState::OTHER_MAX] = others.top;
   state[PairState::OTHER_REST] = A(others.rest);

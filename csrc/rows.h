@@ -94,12 +94,25 @@ inline float tile_max(const Float16* x, int64_t n) {
   return tile_max_by_bits(x, n);
 }
 
-// The tile after the one that is being summed. Behind its arithmetic the processor would ask for it too late.
+// What the next tile is made of. Behind this one's arithmetic the processor would ask for it too late.
 template <class T>
-void prefetch_next_tile(const T* x) {
-  const uintptr_t next = reinterpret_cast<uintptr_t>(x) + kTile * sizeof(T);  // a number: there may be no such tile
+RLKERN_INLINE void prefetch_pack(uintptr_t next) {
   for (size_t byte = 0; byte < kLanes<T> * sizeof(T); byte += 64) __builtin_prefetch(reinterpret_cast<const void*>(next + byte));
 }
+template <class T>
+uintptr_t tile_after(const T* x) {
+  return reinterpret_cast<uintptr_t>(x) + kTile * sizeof(T);
+}
+template <class T>
+void prefetch_next_tile(const T* x) {
+  prefetch_pack<T>(tile_after(x));
+}
+
+// Where a tile lies in its row, and the address of what the next one is made of.
+struct Place {
+  int64_t start;
+  uintptr_t next;
+};
 
 // With t = (x - top) log2(e) / T over some logits. Any NaN makes s0 and s1 NaN, even one the maximum missed.
 struct Sums {
@@ -108,12 +121,12 @@ struct Sums {
 };
 
 template <class T, bool ExcludeMax, bool Squares, bool Entropy>
-Sums tile_sums(const T* x, int64_t n, Acc<T> top, Acc<T> scale) {
+Sums tile_sums(const T* x, int64_t n, uintptr_t next, Acc<T> top, Acc<T> scale) {
   using A = Acc<T>;
   AccPack<T> s0{}, s1{}, s2{};
   Mask<A> ties{};
   for (int64_t i = 0; i < n; i += kLanes<T>) {
-    prefetch_next_tile(x + i);
+    prefetch_pack<T>(next + i * sizeof(T));
     const AccPack<T> v = load(x + i), t = (v - top) * scale, e = power_of_two<sizeof(T) == 2>(t);
     const Mask<A> at_max = v == top;
     const auto add = [&](const AccPack<T>& sum, const AccPack<T>& term) {
@@ -154,17 +167,17 @@ struct RowSums {
   }
 
   template <bool Squares, bool Entropy, class T>
-  void add(const T* tile, int64_t n, A scale) {
+  void add(const T* tile, int64_t n, A scale, uintptr_t next) {
     const A highest = tile_max(tile, n);
     const bool raised = raise(highest, scale);
     // While there is nothing but -inf any finite number stands for the maximum: every term is 0.
-    take(highest > -kInfinity && highest == top ? tile_sums<T, true, Squares, Entropy>(tile, n, top, scale)
-                                                : tile_sums<T, false, Squares, Entropy>(tile, n, top > -kInfinity ? top : 0, scale),
+    take(highest > -kInfinity && highest == top ? tile_sums<T, true, Squares, Entropy>(tile, n, next, top, scale)
+                                                : tile_sums<T, false, Squares, Entropy>(tile, n, next, top > -kInfinity ? top : 0, scale),
          raised);
   }
 };
 
-// A row of logits as its statistics see it.
+// A row of logits as its statistics see it. for_each_tile calls f(tile, count, place).
 template <class T>
 struct PlainRow {
   using Tile = T;  // a pointer to these is what tiles are
@@ -173,7 +186,11 @@ struct PlainRow {
 
   template <class F>
   void for_each_tile(F f) const {
-    ::for_each_tile(x, vocab, f);
+    int64_t start = 0;
+    ::for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
+      f(tile, n, Place{start, tile_after(x + start)});
+      start += kTile;
+    });
   }
   Acc<T> at(int64_t i) const { return load_one(x + i); }
   int64_t size() const { return vocab; }
@@ -189,13 +206,13 @@ struct CappedRow {
   template <class F>
   void for_each_tile(F f) const {
     using T = typename Row::Tile;
-    row.for_each_tile([&](const T* tile, int64_t n) {
+    row.for_each_tile([&](const T* tile, int64_t n, Place place) {
       Tile capped[kTile];
       for (int64_t i = 0; i < n; i += kLanes<T>) {
-        prefetch_next_tile(tile + i);
+        prefetch_pack<T>(place.next + i * sizeof(T));
         store(capped + i, soft_cap(load_in_order(tile + i), inverse_cap).value);
       }
-      f(static_cast<const Tile*>(capped), n);
+      f(static_cast<const Tile*>(capped), n, Place{place.start, reinterpret_cast<uintptr_t>(capped)});
     });
   }
   Tile at(int64_t i) const { return soft_cap(broadcast(row.at(i)), inverse_cap).value.v[0][0]; }
@@ -205,7 +222,7 @@ struct CappedRow {
 template <bool Squares, bool Entropy, class Row, class A>
 RowSums<A> row_sums(const Row& row, A scale) {
   RowSums<A> sums;
-  row.for_each_tile([&](const auto* tile, int64_t n) { sums.template add<Squares, Entropy>(tile, n, scale); });
+  row.for_each_tile([&](const auto* tile, int64_t n, Place place) { sums.template add<Squares, Entropy>(tile, n, scale, place.next); });
   return sums;
 }
 

@@ -264,21 +264,23 @@ RLKERN_INLINE Pack<T> select(const Mask<T>& mask, const Pack<T>& a, const Pack<T
 // --- bits: one for each lane of a pack, or for each of 64 bytes; the first is the lowest ------------------------
 
 template <class T>
-RLKERN_INLINE uint64_t bits_of(const Mask<T>& mask) {
+RLKERN_INLINE uint64_t bits_at_least(const Pack<T>& a, T least) {
   uint64_t bits = 0;
   constexpr int lanes = kVectorBytes / sizeof(T);
   for (int i = 0; i < kPackVectors; ++i) {
-#if defined(__AVX512DQ__)
-    const __m512i v = bit_cast<__m512i>(mask.v[i]);
-    bits |= uint64_t(sizeof(T) == 4 ? _mm512_movepi32_mask(v) : _mm512_movepi64_mask(v)) << (i * lanes);
+#if defined(__AVX512F__)  // compilers would make vectors of the masks
+    if constexpr (sizeof(T) == 4)
+      bits |= uint64_t(_mm512_cmp_ps_mask(bit_cast<__m512>(a.v[i]), _mm512_set1_ps(least), _CMP_GE_OQ)) << (i * lanes);
+    else
+      bits |= uint64_t(_mm512_cmp_pd_mask(bit_cast<__m512d>(a.v[i]), _mm512_set1_pd(least), _CMP_GE_OQ)) << (i * lanes);
 #elif defined(__AVX2__)
-    const __m256i v = bit_cast<__m256i>(mask.v[i]);
-    bits |= uint64_t(sizeof(T) == 4 ? _mm256_movemask_ps(bit_cast<__m256>(v)) : _mm256_movemask_pd(bit_cast<__m256d>(v))) << (i * lanes);
+    const auto is = a.v[i] >= least;
+    bits |= uint64_t(sizeof(T) == 4 ? _mm256_movemask_ps(bit_cast<__m256>(is)) : _mm256_movemask_pd(bit_cast<__m256d>(is))) << (i * lanes);
 #elif defined(__SSE2__)
-    const __m128i v = bit_cast<__m128i>(mask.v[i]);
-    bits |= uint64_t(sizeof(T) == 4 ? _mm_movemask_ps(bit_cast<__m128>(v)) : _mm_movemask_pd(bit_cast<__m128d>(v))) << (i * lanes);
+    const auto is = a.v[i] >= least;
+    bits |= uint64_t(sizeof(T) == 4 ? _mm_movemask_ps(bit_cast<__m128>(is)) : _mm_movemask_pd(bit_cast<__m128d>(is))) << (i * lanes);
 #else
-    for (int j = 0; j < lanes; ++j) bits |= uint64_t(mask.v[i][j] != 0) << (i * lanes + j);
+    for (int j = 0; j < lanes; ++j) bits |= uint64_t(a.v[i][j] >= least) << (i * lanes + j);
 #endif
   }
   return bits;

@@ -21,7 +21,7 @@ template <class Row, class A>
 double kept_logmass(const Row& row, A top, A scale, A threshold) {
   using T = typename Row::Tile;
   double kept = 0, dropped = 0;
-  row.for_each_tile([&](const T* tile, int64_t n) {
+  row.for_each_tile([&](const T* tile, int64_t n, Place) {
     AccPack<T> outside{}, inside{};
     for (int64_t i = 0; i < n; i += kLanes<T>) {
       const AccPack<T> shifted = load(tile + i) - top;
@@ -40,12 +40,11 @@ double kept_logmass(const Row& row, A top, A scale, A threshold) {
 class Listed {
  public:
   Listed(int64_t vocab, int64_t most) : last_((vocab + kTile - 1) / kTile) { ids_.reserve(most); }
-  template <class Row>
-  void take(const Row& x, const RowTargets& y) {
+  void take(const RowTargets& y) {
     std::memset(last_.data(), 0, last_.size() * sizeof(Place));
     ids_.clear();
     for (int64_t k = 0; k < y.n; ++k) {
-      if (y.ids[k] == y.ignored || x.at(y.ids[k]) == -kInfinity) continue;  // one at -inf has no mass to take away
+      if (y.ids[k] == y.ignored) continue;
       Place& last = last_[y.ids[k] / kTile];
       ids_.push_back({y.ids[k] % kTile, last.place});
       last.place = ids_.size();
@@ -75,20 +74,19 @@ template <class Row, class A>
 [[gnu::noinline]] double tail_logmass(const Row& row, A top, A scale, const Listed& listed) {
   using T = typename Row::Tile;
   double inside = 0, outside = 0;
-  int64_t number = 0;
-  row.for_each_tile([&](const T* tile, int64_t n) {
+  row.for_each_tile([&](const T* tile, int64_t n, Place place) {
     T rest[kTile], taken[kTile];
     int64_t count = 0;
-    listed.for_each_in(number++, [&](int64_t at) {
+    listed.for_each_in(place.start / kTile, [&](int64_t at) {
       if (count == 0) std::memcpy(rest, tile, n * sizeof(T));
       if (load_one(rest + at) == -kInfinity) return;  // nothing, or taken before
       taken[count++] = rest[at];
       rest[at] = Element<T>::minus_infinity();
     });
-    outside += tile_sums<T, false, false, false>(count == 0 ? tile : rest, n, top, scale).s0;
+    outside += tile_sums<T, false, false, false>(count == 0 ? tile : rest, n, place.next, top, scale).s0;
     if (count == 0) return;
     for (; count % kLanes<T> != 0; ++count) taken[count] = Element<T>::minus_infinity();
-    inside += tile_sums<T, false, false, false>(taken, count, top, scale).s0;
+    inside += tile_sums<T, false, false, false>(taken, count, place.next, top, scale).s0;
   });
   // Where A does not hold this there is no tail, as in the other backends: its slopes would not be finite.
   const double ratio = inside / outside;
@@ -132,7 +130,7 @@ Distribution<A> forward_row(const Forward& call, int64_t row, const Row& x, cons
   put<A>(call.logsumexp, row, d.logsumexp(inv_t));
   put<A>(call.sum_sq_prob, row, d.sum_sq);
   if (call.kept_kind == KeptKind::UNLISTED) {
-    listed.take(x, y);
+    listed.take(y);
     const double tail = undefined ? kNaN : tail_logmass(x, top, scale, listed);
     state[State::KEPT] = A(tail);
     state[State::THRESHOLD] = A(-kInfinity);
@@ -348,7 +346,7 @@ void backward_row(const Backward& call, int64_t row, const Row& x, const RowTarg
   c.square = A(2 * weight * g_s2 / (1 + rest));
   c.inside = A(weight * inside);
   c.threshold = state[State::THRESHOLD];
-  const bool capped = call.softcap > 0, undefined = std::isnan(weight) || std::isnan(common);
+  const bool capped = call.softcap > 0, careful = !std::isfinite(c.constant + c.linear + c.square + c.inside) || std::isnan(c.scale);
   const A inverse_cap = capped ? A(1 / call.softcap) : A(0);
   if (beside && at_targets)  // now: the gradient may be written over the logits
     for (int64_t k = 0; k < y.n; ++k)
@@ -361,11 +359,11 @@ void backward_row(const Backward& call, int64_t row, const Row& x, const RowTarg
   const auto write = [&](auto gradient) {
     if constexpr (with_full) {
       const auto of_full = gradient_by<T>(full);
-      if (!capped) return write_row(x, call.stream, undefined, out, gradient, of_full);
-      write_row(x, call.stream, undefined, out, by_logits(gradient, inverse_cap), by_logits(of_full, inverse_cap));
+      if (!capped) return write_row(x, call.stream, careful, out, gradient, of_full);
+      write_row(x, call.stream, careful, out, by_logits(gradient, inverse_cap), by_logits(of_full, inverse_cap));
     } else {
-      if (!capped) return write_row(x, call.stream, undefined, out, gradient, full);
-      write_row(x, call.stream, undefined, out, by_logits(gradient, inverse_cap), full);
+      if (!capped) return write_row(x, call.stream, careful, out, gradient, full);
+      write_row(x, call.stream, careful, out, by_logits(gradient, inverse_cap), full);
     }
   };
   if (with_full || g_s2 != 0 || (g_k != 0 && !tail)) {

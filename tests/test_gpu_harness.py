@@ -60,6 +60,7 @@ SECOND = {
     "suite": Command(60, lines=PASSED),
     "memcheck": Command(30),
     "racecheck": Command(30),
+    "keep": Command(20),
     "ncu": Command(20, file="ncu.txt", content="a profile"),
 }
 COMMANDS = {"first": FIRST, "second": SECOND}
@@ -98,7 +99,15 @@ class Machine:
     def name_of(command: list[str]) -> str:
         text = " ".join(command)
         marks = {"is_available": "gpu", " pip install": "install", "test_gpu.py": "tests", "-k (triton": "suite", "variants.py": "variants"}
-        marks |= {"run.py": "bench", "peers.py": "peers", "--jobs": "compile", "memcheck": "memcheck", "racecheck": "racecheck", "ncu ": "ncu"}
+        marks |= {
+            "run.py": "bench",
+            "peers.py": "peers",
+            "--jobs": "compile",
+            "memcheck": "memcheck",
+            "racecheck": "racecheck",
+            "kept_sets.py": "keep",
+            "ncu ": "ncu",
+        }
         (name,) = (name for mark, name in marks.items() if mark in text)
         return name
 

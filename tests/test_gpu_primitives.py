@@ -9,7 +9,7 @@ import pair_oracle
 import pytest
 import torch
 from test_diffusion_masks import SAMPLERS
-from test_gpu import check_entries, check_gradient, no_wait, random_logits, random_targets, upstream
+from test_gpu import captured, check_entries, check_gradient, no_wait, random_logits, random_targets, upstream
 from test_sampler_threshold import RULES, check
 
 import rlkern
@@ -691,3 +691,88 @@ def test_masks_have_the_bits_of_the_cpu(name):
     if name.startswith("bernoulli"):
         for p in (0.3, 1 / 3, torch.rand(16, 2 if pairs else 4, generator=g).clamp_min(1e-3)):
             check_masks(sampler, response, 4, seed=3, p=p)
+
+
+def drawn_sets(rows, vocab, most, seed=3):
+    """(lists [rows, most] padded with -1 anywhere, the same sets as bool [rows, V]). Half of the rows keep
+    one id, one has no list."""
+    ids = (drawn(rows, most, seed=seed) * (vocab // most)).long() + torch.arange(most, device="cuda") * (vocab // most)
+    counts = torch.where(drawn(rows, 1, seed=seed + 1) < 0.5, 1, (drawn(rows, 1, seed=seed + 2) * most).long() + 1)
+    ids = ids.masked_fill(drawn(rows, most, seed=seed + 4).argsort(-1).argsort(-1) >= counts, -1)
+    ids[5] = -1
+    sets = torch.zeros(rows, vocab + 1, dtype=torch.bool, device="cuda").scatter_(-1, ids % (vocab + 1), True)[:, :vocab]
+    sets[5] = True
+    return ids, sets
+
+
+def kept_formats(ids, sets):
+    """name -> the same sets"""
+    bits = torch.nn.functional.pad(sets, (0, -sets.shape[-1] % 32)).view(len(sets), -1, 32).long()
+    words = (bits << torch.arange(32, device="cuda")).sum(-1).to(torch.int32)
+    flat = torch.cat([ids[ids >= 0], torch.tensor([7, 10**6], device="cuda")]).int()
+    lists = {"ids": rlkern.Kept.ids(ids.int()), "csr": rlkern.Kept.counts(flat, (ids >= 0).sum(-1))}
+    return lists | {"bits": rlkern.Kept.bits(words), "mask": rlkern.Kept.mask(sets)}
+
+
+def check_sets(x, y, keep, sets, outside, with_full):
+    """Values and the gradient of all of them against float64 logits at -inf outside; returns them."""
+    found = sets.gather(-1, y.unsqueeze(-1))
+    inside = {"include": sets.scatter(-1, y.unsqueeze(-1), True), "everything": sets | ~found, "minus_inf": sets}[outside]
+    grads = [upstream(len(y), seed=i) for i in range(5 if with_full else 3)]
+    grads[0] = torch.where(found[:, 0] | (outside != "minus_inf"), grads[0], 0)
+
+    def fused(x, **options):
+        stats = rlkern.token_stats(x, y, temperature=0.7, keep=keep, outside=outside, with_full=with_full, **options)
+        return (stats.logp, stats.entropy, stats.logsumexp, stats.full_entropy, stats.full_logsumexp)[: len(grads)]
+
+    def written_out(x):
+        stats, full = (reference.token_stats(z, y.unsqueeze(-1), 0.7) for z in (x.masked_fill(~inside, -math.inf), x))
+        return (stats.logp.squeeze(-1), stats.entropy, stats.logsumexp, full.entropy, full.logsumexp)[: len(grads)]
+
+    *fields, d_x = results = twice(differentiated, fused, x, grads)
+    *wanted, gradient = differentiated(written_out, x.double(), grads)
+    assert_close(fields, wanted)
+    assert_close([d_x], [gradient], rtol=2**-7 if x.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+    assert with_full or (d_x[~inside] == 0).all()
+    leaf = x.detach().clone().requires_grad_()
+    in_place = leaf * 1
+    with no_wait():
+        torch.autograd.backward(fused(in_place, inplace_backward=True), grads)
+    assert torch.equal(leaf.grad, d_x)
+    return results
+
+
+@pytest.mark.parametrize("outside", ["include", "everything", "minus_inf"])
+@pytest.mark.parametrize(("vocab", "dtype"), [(VOCAB, torch.bfloat16), (SMALL_VOCAB, torch.bfloat16), (VOCAB, torch.float32)], ids=str)
+def test_kept_sets(vocab, dtype, outside):
+    rows = 64
+    x, y = random_logits(rows, vocab, dtype=dtype), random_targets(vocab, rows)
+    ids, sets = drawn_sets(rows, vocab, 300)
+    y = torch.where(torch.arange(rows, device="cuda") % 3 == 0, y, sets.int().argmax(-1))
+    for with_full in (False, True):
+        of = {name: check_sets(x, y, keep, sets, outside, with_full) for name, keep in kept_formats(ids, sets).items()}
+        for a, b in (("ids", "csr"), ("bits", "mask")):
+            assert all(torch.equal(u, v) for u, v in zip(of[a], of[b], strict=True)), f"{a} and {b} differ"
+        threshold = x.float().topk(50, -1).values[:, -1]
+        check_sets(x, y, rlkern.Kept.at_least(threshold), x.float() >= threshold.unsqueeze(-1), outside, with_full)
+
+
+def test_kept_lists_are_refilled_in_a_graph():
+    """With fewer ids than they have room for."""
+    rows, room = 256, 4096
+    x, y = random_logits(rows, VOCAB), random_targets(VOCAB, rows)
+    ids, offsets = torch.zeros(room, dtype=torch.int32, device="cuda"), torch.zeros(rows + 1, dtype=torch.int64, device="cuda")
+
+    def step():
+        leaf = x.detach().requires_grad_()
+        stats = rlkern.token_stats(leaf, y, keep=rlkern.Kept.csr(ids, offsets))
+        return stats.logp, stats.entropy, *torch.autograd.grad(stats.logp.sum() + stats.entropy.sum(), leaf)
+
+    graph, results = captured(step)
+    for seed, most in ((1, 15), (2, 3)):
+        counts = (drawn(rows, seed=seed) * most).long()
+        offsets[1:] = counts.cumsum(0)
+        ids.copy_((drawn(room, seed=seed + 5) * VOCAB).int())
+        graph.replay()
+        for got, want in zip(results, step(), strict=True):
+            assert torch.equal(got, want)

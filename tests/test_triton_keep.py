@@ -51,6 +51,7 @@ def test_targets_in_many_tiles(shape, kind, k, with_full):
     """More than eight are written by a kernel of their own."""
     shape(SPLIT, GROUPS)
     case = some_sets(2 * BLOCK + 5, 0.3, n=2, k=k)
+    case.options.update({"softcap": 3.0})
     if kind == "at_least":
         threshold = case.logits.quantile(0.7, -1)
         sets = case.logits >= threshold.unsqueeze(-1)
@@ -76,6 +77,21 @@ def test_lists_of_many_blocks():
         found.append(torch.cat([*(x.flatten().double() for x in stats if x is not None), leaf.grad.flatten().double()]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     check(case._replace(keep=Kept.ids(padded)), with_full=True, garbage=NAN)
+    case = some_sets(300, 0.5, n=2, k=3)
+    check(case._replace(keep=Kept.ids(lists_of(case.sets, 200))), with_full=True, garbage=NAN)
+
+
+@pytest.mark.parametrize("top", [-1.0, 9.0])
+def test_a_target_that_is_added(shape, top):
+    """Alone in its tile and part, outside of min_p's set or the maximum itself."""
+    shape(SPLIT, GROUPS)
+    case = some_sets(3 * BLOCK, 0.3, n=2)
+    case.sets[:, BLOCK : 2 * BLOCK] = False
+    case.targets.copy_(torch.tensor([BLOCK, 2 * BLOCK - 1]))
+    case.logits[:, BLOCK : 2 * BLOCK] = top
+    case = case._replace(inside=case.sets.scatter(-1, case.targets.unsqueeze(-1), True), target_kept=torch.tensor([False, False]))
+    case.options.update({"min_p": 0.1})
+    check(case, with_full=False, garbage=None)
 
 
 @pytest.mark.parametrize(

@@ -35,17 +35,17 @@ def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.c
         has = has_columns(set_row, y, in_vocab, KEEP)
     target = tl.full((), -1, tl.int32)
     if OUTSIDE == OUTSIDE_INCLUDE:
-        target += tl.sum(tl.where(counted & in_vocab & ~has, y + 1, 0), axis=0).to(tl.int32)
+        target += tl.sum(tl.where(has, 0, tl.where(counted & in_vocab, y + 1, 0)), axis=0).to(tl.int32)
     if OUTSIDE == OUTSIDE_EVERYTHING:
-        whole = whole | (tl.sum((counted & ~has).to(tl.int32), axis=0) > 0)
-    return set_row, whole, target, has, has | ~counted
+        whole = whole | (tl.sum(tl.where(has, 0, counted.to(tl.int32)), axis=0) > 0)
+    return set_row, whole, target, has, has | (y == ignore_index)
 
 
 @triton.jit
 def row_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.constexpr, OUTSIDE: tl.constexpr, ACC: tl.constexpr):
     """(where the row's set begins, or its threshold; whether the row is whole; the target that is added, or
-    -1; whether S has the targets y [K_BLOCK]; the same, but True for those that are ignored). at_y: pointers to
-    the logits at y."""
+    -1; whether S has the targets y [K_BLOCK]; the same, but True for those that are ignored). at_y: pointers
+    to the logits at y."""
     if KEEP is None:
         return 0, False, -1, False, False
     else:
@@ -61,7 +61,8 @@ def _spread(bits):
 
 @triton.jit
 def set_tile(i, lead, vocab, set_row, KEEP: tl.constexpr, SHIFTED: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """What S has of the tile at column i of `token_stats_forward.py`: bytes of bits, a mask, or the threshold."""
+    """What S has of the tile at column i of token_stats_forward.py: bytes of bits, a mask, or the
+    threshold."""
     line = tl.arange(0, BLOCK // LANES)[:, None] * LANES
     if KEEP == SET_BITS:
         group = tl.arange(0, LANES // 8)[None, :]
@@ -72,11 +73,14 @@ def set_tile(i, lead, vocab, set_row, KEEP: tl.constexpr, SHIFTED: tl.constexpr,
             before = tl.load(set_row + at, mask=at * 8 < vocab, other=0).to(tl.int32)
             bits = ((bits.to(tl.int32) << lead) | (before >> (8 - lead))).to(tl.uint8)
         return bits
-    elif KEEP == SET_MASK:
+    elif KEEP == SET_MASK:  # both loads contiguous along a line, as in last_tile
         lane = tl.arange(0, LANES)[None, :]
+        at = i + line + lane - lead
+        held = tl.load(set_row + at, mask=(lane >= lead) & (at < vocab), other=0)
         if SHIFTED:
-            lane = (lane + LANES - lead) % LANES
-        return tl.load(set_row + i + line + lane, mask=i + line + lane < vocab, other=0)
+            following = tl.load(set_row + at + LANES, mask=(lane < lead) & (at + LANES < vocab), other=0)
+            held = tl.where(lane < lead, following, held)
+        return held
     else:
         return set_row
 
@@ -126,6 +130,7 @@ def set_arguments(keep, logits: torch.Tensor) -> tuple[torch.Tensor, tuple[int, 
     if keep is None or keep.kind == SET_LISTS.value:
         return logits, (0, 0), dict(KEEP=None, OUTSIDE=None, SETS_ALIGN=1)
     by_row = keep.kind == SET_AT_LEAST.value
-    aligned = not by_row and starts_aligned(keep.sets, 16 // keep.sets.element_size())
-    options = dict(KEEP=keep.kind, OUTSIDE=keep.outside, SETS_ALIGN=16 if aligned else 1)
+    # As many columns to a load as of logits, and one byte of bits: a thread then holds the set of its logits.
+    align = 16 // logits.element_size() if keep.kind == SET_MASK.value else 1
+    options = dict(KEEP=keep.kind, OUTSIDE=keep.outside, SETS_ALIGN=align if not by_row and starts_aligned(keep.sets, align) else 1)
     return keep.sets, (0, 0) if by_row else strides(keep.sets), options

@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, STATE_MAX, STATE_TARGETS
+from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_LISTS, STATE_MAX, STATE_TARGETS
 from .launch import device_of, stats_options, strides, target_warps
 from .math import soft_cap, soft_cap_slope
 from .rows import BATCH_SHAPE, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
@@ -67,13 +67,16 @@ def _read_list(
     has = (has != 0) & (y >= 0) & (y < vocab)
     largest = tl.max(largest, axis=0)
     impossible = (number >= lists) | (largest >= vocab)
-    whole = (largest < 0) & ~impossible & OPEN_EMPTY
+    whole = row < 0
+    if OPEN_EMPTY:
+        whole = (largest < 0) & (number < lists)
     has = has | whole
     added = tl.zeros((), tl.int32)
     if OUTSIDE == OUTSIDE_INCLUDE:
-        added = tl.sum((counted & ~has & (y >= 0) & (y < vocab)).to(tl.int32), axis=0)
+        added = tl.sum(tl.where(has, 0, (counted & (y >= 0) & (y < vocab)).to(tl.int32)), axis=0)
     if OUTSIDE == OUTSIDE_EVERYTHING:
-        whole = whole | (~impossible & (tl.sum((counted & ~has).to(tl.int32), axis=0) > 0))
+        outside = tl.sum(tl.where(has, 0, counted.to(tl.int32)), axis=0)
+        whole = whole | ((outside > 0) & (number < lists) & (largest < vocab))
     return begin, end, added, impossible, whole, has
 
 
@@ -87,9 +90,8 @@ def _entries(ids_ptr, start, end, added, y, BLOCK: tl.constexpr):
 
 @triton.jit
 def _gather(row_ptr, token, vocab, ACC: tl.constexpr):
-    """The raw logits of ids: -inf at padding, NaN at those beyond the row."""
-    x = tl.load(row_ptr + token, mask=(token >= 0) & (token < vocab), other=NEG_INF).to(ACC)
-    return tl.where(token >= vocab, float("nan"), x)
+    """The raw logits of ids: -inf at padding and at ids beyond the row, which make it NaN elsewhere."""
+    return tl.load(row_ptr + token, mask=(token >= 0) & (token < vocab), other=NEG_INF).to(ACC)
 
 
 @triton.jit(do_not_specialize=LIST_SHAPE)
@@ -109,14 +111,14 @@ def token_stats_listed_kernel(
     row = row.to(tl.int64)
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
     if not active:
-        tl.store(whole_ptr + row, False)
-        write_zeros(row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, 0, ACC)
+        tl.store(whole_ptr + row, active)
+        write_zeros(row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, K, K_BLOCK, SUM_SQ, KEPT, SET_LISTS, ACC)
         return
     begin, end, added, impossible, whole, has = _read_list(
         row, y, ids_ptr, begin_ptr, end_ptr, rows_ptr, lists, size, vocab, ignore_index, K_BLOCK, HAS_ROWS, OPEN_EMPTY, OUTSIDE, BLOCK
     )
     tl.store(whole_ptr + row, whole)
-    write_target_kept(row, has | (y == ignore_index), target_kept_ptr, 0, K, K_BLOCK)
+    write_target_kept(row, has | (y == ignore_index), target_kept_ptr, SET_LISTS, K, K_BLOCK)
     if whole:
         return
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
@@ -180,7 +182,7 @@ def token_stats_listed_backward_kernel(
         K, K_BLOCK, HAS_MASK, HAS_LOGP, HAS_ENTROPY, HAS_LSE, HAS_SUM_SQ, HAS_KEPT, False, ACC,
     )  # fmt: skip
     if not flows:
-        tl.store(whole_ptr + row, False)
+        tl.store(whole_ptr + row, flows)
         tl.store(entries_ptr + row, -1)
         return
     begin, end, added, _impossible, whole, _has = _read_list(

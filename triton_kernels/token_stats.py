@@ -3,6 +3,8 @@
 token_stats_forward.py     one program a row
 token_stats_split.py       several programs a row, for long rows
 token_stats_backward.py    several programs a row, and one more for many targets
+keep.py                    sets of kept columns that the kernels above read beside the logits
+kept_lists.py              kept sets that are lists: their logits are gathered
 """
 
 import torch
@@ -117,7 +119,8 @@ def _backward(logits, targets, mask, temperature, ignore_index, kept_kind, state
     options |= set_options
     options["HAS_FULL"], full = full is not None, (logits,) * 3 if full is None else full
     writes_targets = options["HAS_LOGP"] or options["HAS_TAIL"]
-    at_targets = writes_targets and options["K"] <= FEW_TARGETS
+    # A look at the targets holds the tile once more: with two softmaxes that would be too many registers.
+    at_targets = writes_targets and options["K"] <= FEW_TARGETS and not options["HAS_FULL"]
     tile = dict(
         AT_TARGETS=at_targets,
         ALIGN=align,

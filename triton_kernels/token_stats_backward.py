@@ -108,7 +108,7 @@ def _gradient_tile(
                 if SOFTCAP:  # the thread that writes it reads it, no other one looks at it: also in place
                     dz_y *= soft_cap_slope(tl.load(x_ptr + y_j + lead).to(dz_y.dtype), inverse_cap)
                 if OUTSIDE == OUTSIDE_MINUS_INF:
-                    has_j = tl.sum(tl.where(tl.arange(0, K_BLOCK) == j, has, False).to(tl.int32), axis=0) > 0
+                    has_j = tl.sum(((tl.arange(0, K_BLOCK) == j) & has).to(tl.int32), axis=0) > 0
                     dz_y = tl.where(has_j, dz_y, 0.0)
                 dz = tl.where(cols == (y_j + lead).to(tl.int32), dz_y, dz)
     if HAS_FULL:
@@ -313,14 +313,14 @@ def token_stats_backward_targets_kernel(
     g_sum = tl.sum(tl.where(k == K - 1, running, 0.0), axis=0)
     dz = at_target(shifted_y, at_y, g_sum, rest, inv_t * LOG2E, inv_t, weight, others, c1, c2, inside, delta, HAS_ENTROPY, HAS_SUM_SQ, HAS_KEPT)
     at_y = raw_ptr + row * K + at
+    inverse_cap = tl.full((), inverse_cap, ACC)
     raw = tl.load(at_y, mask=in_vocab, other=0.0).to(ACC) if SOFTCAP or HAS_FULL else shifted_y
+    slope = soft_cap_slope(raw, inverse_cap) if SOFTCAP else 1.0
+    dz *= slope
     if OUTSIDE == OUTSIDE_MINUS_INF:
         _set, _whole, _target, has, _target_kept = row_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
         dz = tl.where(has, dz, 0.0)
-    inverse_cap = tl.full((), inverse_cap, ACC)
     full_flows, full_m, f0, f1 = full_coefficients(row, full_state_ptr, g_full_entropy_ptr, g_full_lse_ptr, inv_t, HAS_FULL, ACC)
     if HAS_FULL:
-        dz += tl.where(full_flows, full_gradient(soft_cap(raw, inverse_cap, SOFTCAP), full_m, f0, f1, inv_t * LOG2E), 0.0)
-    if SOFTCAP:
-        dz *= soft_cap_slope(raw, inverse_cap)
+        dz += tl.where(full_flows, full_gradient(soft_cap(raw, inverse_cap, SOFTCAP), full_m, f0, f1, inv_t * LOG2E) * slope, 0.0)
     tl.store(out_ptr + out_start + y, dz.to(out_ptr.dtype.element_ty), mask=in_vocab & (y != following))

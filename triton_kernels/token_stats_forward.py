@@ -367,7 +367,7 @@ def write_row(
         in_vocab = (k < K) & (y >= 0) & (y < vocab)
         x_y = soft_cap(tl.load(row_ptr + y, mask=in_vocab, other=float("nan")).to(ACC), inverse_cap, SOFTCAP)
         if OUTSIDE == OUTSIDE_MINUS_INF:
-            x_y = tl.where(in_vocab & ~has, NEG_INF, x_y)
+            x_y = tl.where(has, x_y, tl.where(in_vocab, NEG_INF, x_y))
         shifted = x_y - m
         logp = tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0)
         tl.store(logp_ptr + row * K + k, logp, mask=k < K)
@@ -386,7 +386,7 @@ def write_zeros(
     row, target_kept_ptr, logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr,
     K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, KEEP: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    write_target_kept(row, tl.full((K_BLOCK,), 1, tl.int1), target_kept_ptr, KEEP, K, K_BLOCK)
+    write_target_kept(row, tl.arange(0, K_BLOCK) < K, target_kept_ptr, KEEP, K, K_BLOCK)
     zero = tl.zeros((), ACC)
     state_row = state_ptr + row * (STATE_TARGETS + K)
     tl.store(entropy_ptr + row, zero)
