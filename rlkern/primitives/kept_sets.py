@@ -83,8 +83,8 @@ class Kept:
 
         Args:
             ids: [M]; more than offsets[-1] is spare room. offsets: [R + 1], never decreasing.
-            rows: [...] of the rows' shape, the list of each row, -1 for none. Two rows may not share a list.
-                None: R rows, in order.
+            rows: [...] of the rows' shape, the list of each row, -1 for none. Two rows may not share a list:
+                on a GPU their gradients may be NaN, and `linear_token_stats` raises. None: R rows, in order.
             empty: see `Kept`.
 
         Raises:
