@@ -55,6 +55,10 @@ def calculate_log_probs_and_entropy(
     return logp, entropy if with_entropy_grad or entropy is None else entropy.detach()
 
 
+def _loaded(x: Any) -> Any:
+    return x.load() if hasattr(x, "load") else x  # a TensorRef
+
+
 def nucleus_sets(
     token_ids: Sequence[Any],
     offsets: Sequence[Any],
@@ -74,8 +78,8 @@ def nucleus_sets(
     its loss mask leaves out.
 
     Args:
-        token_ids, offsets: of each sample lists or tensors: the ids of response token r are
-            ids[offsets[r] : offsets[r + 1]].
+        token_ids, offsets: of each sample lists, tensors or slime's TensorRefs: the ids of response token r
+            are ids[offsets[r] : offsets[r + 1]]. Without offsets a sample has no sets.
         total_lengths, response_lengths: tokens of each sample; a prompt has at least one.
         length: rows of logits on this rank.
         cp_rank, cp_size, allgather_cp: slime's context parallelism: zigzag, or contiguous with allgather_cp.
@@ -85,7 +89,8 @@ def nucleus_sets(
     """
     if any(response >= total for total, response in zip(total_lengths, response_lengths, strict=True)):
         raise ValueError(f"response_lengths must be below total_lengths, got {list(response_lengths)} and {list(total_lengths)}")
-    samples = [(torch.as_tensor(i, dtype=torch.int32), torch.as_tensor(o)) for i, o in zip(token_ids, offsets, strict=True)]
+    given = [(_loaded(ids), _loaded(edges)) for ids, edges in zip(token_ids, offsets, strict=True)]
+    samples = [(torch.as_tensor(ids, dtype=torch.int32), torch.as_tensor(edges if len(edges) else [0])) for ids, edges in given]
     rows, lists = [], 0
     for (_, edges), total, response in zip(samples, total_lengths, response_lengths, strict=True):
         count = min(len(edges) - 1, response)

@@ -231,6 +231,10 @@ def test_slimes_sets(cp_size, allgather):
         keep = slime.nucleus_sets(ids, offsets, totals, responses, length=length, cp_rank=rank, cp_size=cp_size, allgather_cp=allgather)
         expected = keep_mask(ids, offsets, totals, responses, length, rank, cp_size, allgather)
         assert torch.equal(sets_of(keep), expected) and not expected.all()
+    lazy = [SimpleNamespace(load=lambda x=x: x) for x in (ids[0], offsets[0])]  # a TensorRef
+    assert torch.equal(slime.nucleus_sets([lazy[0]], [lazy[1]], [7], [4], length=7).rows, torch.tensor([-1, -1, 0, 1, 2, 3, -1], dtype=torch.int32))
+    without = slime.nucleus_sets([[], ids[1]], [[], offsets[1]], [3, 3], [2, 2], length=6)
+    assert without.rows.tolist() == [-1, -1, -1, 0, 1, -1]
     with pytest.raises(ValueError, match="length must hold the"):
         slime.nucleus_sets(ids, offsets, totals, responses, length=2)
     with pytest.raises(ValueError, match="response_lengths must be below total_lengths"):
