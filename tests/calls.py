@@ -186,6 +186,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (openrlhf.PolicyLoss, {"dual_clip": 3.0, "is_correction_level": "seq", "is_correction_threshold": (0.5, 2.0)}, ()),
         (prime_rl.selective_log_softmax, {"logits": logits, "index": targets}, ("logits",)),
         (prime_rl.selective_log_softmax_with_kept, {"logits": logits, "index": targets, "kept_tokens": ids(B, T, K)}, ("logits",)),
+        (prime_rl.selective_log_softmax_with_sampling_mask, {"logits": logits, "index": targets, "sampling_mask": ids(B, T, K)}, ("logits",)),
         (prime_rl.compute_entropy, {"shifted_logits": logits}, ()),
         (prime_rl.check_loss, {"loss": "ppo"}, ()),
         (verl.logprobs_from_logits, {"logits": logits, "labels": targets}, ("logits",)),

@@ -37,7 +37,14 @@ def wrong_values(original):
 FUNCTION = {(rlkern.linear_fused_loss, "loss")}
 
 # What the adapters call otherwise, in the words of the function behind them.
-BEHIND = {"labels": "targets", "index": "targets", "topk_ids": "targets", "shifted_logits": "logits", "kept_tokens": "(keep|ids)"}
+BEHIND = {
+    "labels": "targets",
+    "index": "targets",
+    "topk_ids": "targets",
+    "shifted_logits": "logits",
+    "kept_tokens": "(keep|ids)",
+    "sampling_mask": "(keep|ids)",
+}
 
 
 def names(error: BaseException, name: str) -> bool:

@@ -31,7 +31,7 @@ from .versions import other_arguments
 
 __all__ = [
     *("LOSSES", "check_loss", "compute_entropy", "patch", "policy_loss", "selective_log_softmax", "selective_log_softmax_with_kept"),
-    "selective_topk_log_softmax",
+    *("selective_log_softmax_with_sampling_mask", "selective_topk_log_softmax"),
 ]
 
 # All that need no more than a sequence; "grpo" is "ppo" and a KL term, which needs a reference.
@@ -56,13 +56,19 @@ def selective_topk_log_softmax(logits: Tensor, topk_ids: Tensor) -> Tensor:
     return primitives.token_logprobs(logits, topk_ids, ignore_index=-1)
 
 
-def selective_log_softmax_with_kept(logits: Tensor, index: Tensor, kept_tokens: Tensor) -> Tensor:
-    """prime_rl.trainer.rl.loss.selective_log_softmax_with_kept: [B, T, V], [B, T] and [B, T, K] -> [B, T].
+def selective_log_softmax_with_sampling_mask(logits: Tensor, index: Tensor, sampling_mask: Tensor) -> Tensor:
+    """prime_rl.trainer.rl.loss.selective_log_softmax_with_sampling_mask.
 
-    A row's softmax is over its kept ids, int32 or int64, of which negative ones are padding. It is over the
-    whole vocabulary if there are none, or if the token is not among them. The result is float32.
+    logits [B, T, V], index [B, T], sampling_mask [B, T, K] -> [B, T] float32. A row's softmax is over the ids
+    of its sampling_mask, int32 or int64, of which negative ones are padding. It is over the whole vocabulary
+    if there are none, or if the token is not among them.
     """
-    return primitives.token_logprobs(logits, index, keep=primitives.Kept.ids(kept_tokens), outside="everything")
+    return primitives.token_logprobs(logits, index, keep=primitives.Kept.ids(sampling_mask), outside="everything")
+
+
+def selective_log_softmax_with_kept(logits: Tensor, index: Tensor, kept_tokens: Tensor) -> Tensor:
+    """`selective_log_softmax_with_sampling_mask` by its name before prime-rl's pull request 3431."""
+    return selective_log_softmax_with_sampling_mask(logits, index, kept_tokens)
 
 
 @torch.no_grad()
@@ -126,8 +132,8 @@ def check_loss(*, loss: str, **options: Any) -> None:
 def patch() -> Patch:
     """Replaces prime-rl's selective_log_softmax and compute_entropy.
 
-    Where there, selective_topk_log_softmax and selective_log_softmax_with_kept too. They are replaced
-    wherever prime-rl imports them, now or later, until the `Patch` is undone.
+    Where there, selective_topk_log_softmax and selective_log_softmax_with_sampling_mask too. They are
+    replaced wherever prime-rl imports them, now or later, until the `Patch` is undone.
 
     Raises:
         ImportError: prime-rl is not there, or a function is missing or takes other arguments than known here.
@@ -141,7 +147,7 @@ def patch() -> Patch:
             "rlkern.integrations.prime_rl.patch needs prime-rl with prime_rl.trainer.rl.loss (github.com/PrimeIntellect-ai/prime-rl)"
         ) from None
     replacements = {"selective_log_softmax": selective_log_softmax, "compute_entropy": compute_entropy}
-    for function in (selective_topk_log_softmax, selective_log_softmax_with_kept):
+    for function in (selective_topk_log_softmax, selective_log_softmax_with_sampling_mask, selective_log_softmax_with_kept):
         if hasattr(module, function.__name__):
             replacements[function.__name__] = function
     for name, found, expected in other_arguments(module, replacements):

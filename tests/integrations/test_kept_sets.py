@@ -195,7 +195,10 @@ def test_prime_rl():
     replay = sets.gather(-1, index.unsqueeze(-1))
     logp, _ = over(exact, sets | ~replay, index)
     assert 0 < replay.sum() < 12
-    same([prime_rl.selective_log_softmax_with_kept(leaf, index, kept)], [logp], leaf, exact)
+    assert torch.equal(
+        prime_rl.selective_log_softmax_with_kept(leaf, index, kept), prime_rl.selective_log_softmax_with_sampling_mask(leaf, index, kept)
+    )
+    same([prime_rl.selective_log_softmax_with_sampling_mask(leaf, index, kept)], [logp], leaf, exact)
 
 
 def keep_mask(ids, offsets, totals, responses, length, cp_rank, cp_size, allgather):

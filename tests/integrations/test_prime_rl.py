@@ -237,13 +237,19 @@ def test_patch(prime_rl):
     assert prime_rl.loss.selective_log_softmax is original["selective_log_softmax"]
 
 
-def test_patch_of_a_version_that_replays_sets(prime_rl):
-    def selective_log_softmax_with_kept(logits, index, kept_tokens): ...
+@pytest.mark.parametrize("name", ["selective_log_softmax_with_kept", "selective_log_softmax_with_sampling_mask"])
+def test_patch_of_a_version_that_replays_sets(prime_rl, name):
+    """The second is its name since pull request 3431."""
 
-    prime_rl.loss.selective_log_softmax_with_kept = prime_rl.train.selective_log_softmax_with_kept = selective_log_softmax_with_kept
+    def with_kept(logits, index, kept_tokens): ...
+    def with_sampling_mask(logits, index, sampling_mask): ...
+
+    before = with_kept if name.endswith("kept") else with_sampling_mask
+    for module in (prime_rl.loss, prime_rl.train):
+        setattr(module, name, before)
     with rlkern_prime.patch():
-        assert prime_rl.train.selective_log_softmax_with_kept is rlkern_prime.selective_log_softmax_with_kept
-    assert prime_rl.train.selective_log_softmax_with_kept is selective_log_softmax_with_kept
+        assert getattr(prime_rl.train, name) is getattr(rlkern_prime, name)
+    assert getattr(prime_rl.train, name) is before
 
 
 def test_patch_refuses_another_signature(prime_rl):
