@@ -36,7 +36,7 @@ def calls(monkeypatch) -> list[int]:
 
         return counting
 
-    for module, name in ((ops, "_token_stats"), (linear, "_linear_token_stats")):
+    for module, name in ((ops, "row_stats"), (linear, "_linear_token_stats")):
         monkeypatch.setattr(module, name, counted(getattr(module, name)))
     return seen
 
