@@ -13,7 +13,7 @@ import rlkern
 from rlkern import Kept, sequence_logps, token_logprobs, token_stats
 
 INF, NAN = math.inf, math.nan
-CASES = {"reference": 120, "native": 250, "triton": 60}
+CASES = {"reference": 120, "native": 250, "triton": 40}
 
 
 @every_isa
@@ -48,8 +48,11 @@ def some_sets(n=6, vocab=70, dtype=torch.bfloat16, least=1):
 def test_formats_agree(backend, with_full):
     """Lists bit for bit, with padding anywhere; so do bits and masks, and both kinds to rounding."""
     case = some_sets()
-    of = {kind: results(case, kept_as(kind, case.sets), with_full=with_full) for kind in KINDS if kind != "at_least"}
-    for kinds in (("ids", "csr", "counts", "samples"), ("bits", "bytes", "mask")):
+    groups = (("ids", "csr", "counts", "samples"), ("bits", "bytes", "mask"))
+    if backend == "triton":  # the others come to the same arguments
+        groups = (("ids", "csr"), ("bits", "mask"))
+    of = {kind: results(case, kept_as(kind, case.sets), with_full=with_full) for kinds in groups for kind in kinds}
+    for kinds in groups:
         for kind in kinds[1:]:
             assert all(torch.equal(a, b) for a, b in zip(of[kinds[0]], of[kind], strict=True)), kind
     for a, b in zip(of["ids"], of["bits"], strict=True):
