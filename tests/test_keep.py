@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from isas import every_isa
-from kept_oracle import KINDS, OUTSIDE, Case, check, draw_case, kept_as, run
+from kept_oracle import OUTSIDE, Case, check, draw_case, kept_as, run
 from oracle import FIELDS
 from torch._dynamo.testing import CompileCounter
 
