@@ -85,7 +85,7 @@ def kept_from_vllm(outputs: Iterable[Any], drawn: Tensor) -> Kept:
     Raises:
         TypeError, ValueError: as `kept_from_lists`; for a completion without sets.
     """
-    completions = chain.from_iterable(getattr(output, "outputs", (output,)) for output in outputs)
+    completions = chain.from_iterable(getattr(output, "outputs", (output,)) for output in _several(outputs))
     needs = "vLLM's outputs have a sampling_mask if the engine is told return_sampling_mask=True"
     return kept_from_lists([_field(completion, "sampling_mask", needs) for completion in completions], drawn)
 
@@ -100,9 +100,15 @@ def kept_from_sglang(outputs: Iterable[Any], drawn: Tensor) -> Kept:
     Raises:
         TypeError, ValueError: as `kept_from_lists`; for an output without sets.
     """
-    infos = [output.get("meta_info", output) if isinstance(output, Mapping) else output for output in outputs]
+    infos = [output.get("meta_info", output) if isinstance(output, Mapping) else output for output in _several(outputs)]
     needs = "SGLang's meta_info has an output_token_sampling_mask for requests with return_sampling_mask"
     return kept_from_lists([_field(info, "output_token_sampling_mask", needs) for info in infos], drawn)
+
+
+def _several(outputs: Any) -> Iterable[Any]:
+    if isinstance(outputs, Mapping) or not isinstance(outputs, Iterable):
+        raise TypeError(f"outputs must be a list with the output of every sample, got {shown(outputs)}")
+    return outputs
 
 
 def _field(output: Any, name: str, needs: str) -> Any:

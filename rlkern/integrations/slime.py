@@ -87,6 +87,8 @@ def nucleus_sets(
     Raises:
         TypeError, ValueError: as `Kept.samples`; for samples that do not fit into `length`.
     """
+    if len(total_lengths) == 0:
+        raise ValueError("total_lengths must have a sample, got none")
     if any(response >= total for total, response in zip(total_lengths, response_lengths, strict=True)):
         raise ValueError(f"response_lengths must be below total_lengths, got {list(response_lengths)} and {list(total_lengths)}")
     given = [(_loaded(ids), _loaded(edges)) for ids, edges in zip(token_ids, offsets, strict=True)]

@@ -131,7 +131,8 @@ class Kept:
         """
         for name, x in (("ids", ids), ("offsets", offsets)):
             if not isinstance(x, (list, tuple)) or len(x) == 0:
-                raise TypeError(f"{name} must be a list of tensors, one a sample, got {shown(x)}")
+                given = shown(x) if not isinstance(x, (list, tuple)) else "no sample"
+                raise TypeError(f"{name} must be a list of tensors, one a sample, got {given}")
         if len(ids) != len(offsets):
             raise ValueError(f"ids and offsets must have one tensor a sample, got {len(ids)} and {len(offsets)}")
         begin, end, shift = [], [], 0

@@ -63,7 +63,8 @@ def sampler_threshold(
     logits are kept or dropped together. An engine that cuts ties by their place in a sort keeps fewer.
 
     Args:
-        logits: [..., V] float; used detached.
+        logits: [..., V] float, as the sampler has them but for its temperature; used detached. A logit_scale
+            divides the temperature instead. Sets of softcapped logits need these.
         top_k, top_p, min_p: an integer >= 1, a number in (0, 1], one in (0, 1]. None is off; so are a top_k
             of V and more and a top_p of 1. Engines' own 0 or -1 for off are errors.
         temperature: divides the logits, as in `token_stats`.

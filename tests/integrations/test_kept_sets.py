@@ -162,6 +162,9 @@ def test_part_of_a_batch():
         (lambda: kept_from_lists([a, b], DRAWN.view(1, -1)), ValueError, "samples have sets for 4 tokens, and drawn marks 7"),
         (lambda: kept_from_vllm([SimpleNamespace(sampling_mask=None)], DRAWN), ValueError, "no sampling_mask.*return_sampling_mask=True"),
         (lambda: kept_from_sglang([{"meta_info": {}}], DRAWN), ValueError, "no output_token_sampling_mask.*return_sampling_mask"),
+        (lambda: kept_from_sglang({"meta_info": {}}, DRAWN), TypeError, "outputs must be a list with the output of every sample, got dict"),
+        (lambda: kept_from_vllm(SimpleNamespace(outputs=[]), DRAWN), TypeError, "outputs must be a list .* got SimpleNamespace"),
+        (lambda: Kept.samples([], [], DRAWN), TypeError, "ids must be a list of tensors, one a sample, got no sample"),
     ],
 )
 def test_refusals(call, error, message):
