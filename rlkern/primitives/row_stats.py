@@ -41,7 +41,7 @@ class TokenStats(NamedTuple):
     kept_logmass: Tensor = None  # type: ignore[assignment]
     target_kept: Tensor = None  # type: ignore[assignment]  # bool: in the set of keep=, else of min_p= or min_prob=
     tail_logmass: Tensor = None  # type: ignore[assignment]
-    full_entropy: Tensor = None  # type: ignore[assignment]  # these two without keep=
+    full_entropy: Tensor = None  # type: ignore[assignment]  # this and the next: of the whole vocabulary, not of the set of keep=
     full_logsumexp: Tensor = None  # type: ignore[assignment]
     target_in_proxy: Tensor = None  # type: ignore[assignment]  # bool: in the set of min_p= or min_prob=
 
