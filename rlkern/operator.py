@@ -103,6 +103,34 @@ class Operator:
             return _with_none(self.op(x, *args))
 
 
+class Steps:
+    """Operators with collectives between them, in place of one operator.
+
+    Args:
+        name: what no operator has.
+        steps: steps(call, *arguments), where call(operator, *arguments) runs one. Traced, that gives the
+            operator's own results, with a tensor in place of a None.
+        operators: all that it may call.
+    """
+
+    def __init__(self, name: str, steps: Callable, *operators: Operator):
+        self.name, self.steps, self.operators, self.tensors = name, steps, operators, operators[0].tensors
+
+    def run(self, *args: Any) -> Any:
+        return self.steps(_directly, *args)
+
+    def op(self, *args: Any) -> Any:
+        return self.steps(_dispatched, *args)
+
+
+def _directly(operator: Operator, *args: Any) -> Any:
+    return operator.run(*args)
+
+
+def _dispatched(operator: Operator, *args: Any) -> Any:
+    return operator.op(*args)
+
+
 class _Once(torch.autograd.Function):
     """Identity on a gradient that must not be differentiated again."""
 
@@ -132,20 +160,21 @@ def _refuse_torch_func(operator: Operator) -> None:
 class _Rule(NamedTuple):
     """What `differentiable` was told."""
 
-    forward: Operator
-    backward: Operator
-    overwrite: Operator | None
-    consume: Operator | None
+    forward: Operator | Steps
+    backward: Operator | Steps
+    overwrite: Operator | Steps | None
+    consume: Operator | Steps | None
     outputs: int
     shown: int  # outputs and constants
     wrt: int
     instead: str
 
 
+_refusing: set[str] = set()
 _rules: dict[str, _Rule] = {}  # by the forward's name: Dynamo of torch 2.6 follows a global, and not a closure
 
 
-def _run(operator: Operator, args: Sequence, batched: bool = False) -> Any:
+def _run(operator: Operator | Steps, args: Sequence, batched: bool = False) -> Any:
     if not batched and not watched(args[0]):
         return operator.run(*args)
     results = operator.op(*args)
@@ -243,15 +272,15 @@ def _derivative(rule: _Rule, ctx: Any, saved: Sequence, grads: Sequence) -> tupl
 
 
 def differentiable(
-    forward: Operator,
-    backward: Operator,
+    forward: Operator | Steps,
+    backward: Operator | Steps,
     *,
     outputs: int = 1,
     constants: int = 0,
     wrt: int = 1,
     instead: str,
-    overwrite: Operator | None = None,
-    consume: Operator | None = None,
+    overwrite: Operator | Steps | None = None,
+    consume: Operator | Steps | None = None,
 ) -> Callable:
     """The forward as a function with gradients, which the backward computes.
 
@@ -271,8 +300,11 @@ def differentiable(
         consume: the backward that may write over the last kept result, and over tensors among the options. It
             runs where nothing is compiled. From the second time on (retain_graph=True) that result is None.
     """
-    for operator in (forward, backward):
-        _refuse_torch_func(operator)
+    for part in (forward, backward):
+        for operator in part.operators if isinstance(part, Steps) else (part,):
+            if operator.name not in _refusing:
+                _refusing.add(operator.name)
+                _refuse_torch_func(operator)
     n, name, shown = forward.tensors, forward.name, outputs + constants
     _rules[name] = _Rule(forward, backward, overwrite, consume, outputs, shown, wrt, instead)
 

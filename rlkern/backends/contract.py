@@ -32,8 +32,20 @@ a row that is not skipped has logp 0 and no gradient. A row whose upstream gradi
 gradient without being read.
 
 The logits may be some columns of a row. The forward's state is then that of a part of the row, NaN at a
-target that is ELSEWHERE; primitives/parts.py merges parts. The backward takes the state of the whole row. A
-target ELSEWHERE counts in what its logp sends to all columns. It is not counted as ignored.
+target that is ELSEWHERE. The backward takes the state of the whole row. A target ELSEWHERE counts in what
+its logp sends to all columns. It is not counted as ignored. Of whole rows from their parts:
+
+    token_stats_merge(parts, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
+    token_stats_kept_masses(logits, targets, mask, temperature, ignore_index, kept_kind, state, out, softcap=0.0)
+
+    parts        [P, N, State.TARGETS + K], P >= 1, the forward's state of each part, any strides over P and N,
+                 last stride 1; KEPT and THRESHOLD are not used. In a part with MAX -inf only the targets count
+    targets      token_stats_merge: of the whole rows. They only say which entries are ignored
+    out          token_stats_merge: as of token_stats_forward, with kept_logmass None. Parts are added in their
+                 order. A target that is NaN in all parts is NaN. THRESHOLD as kept_kind asks, KEPT 0
+                 token_stats_kept_masses: [N, 2] contiguous: the sums of e^((x - MAX) / T) over the columns of
+                 the part that are kept and over the others; zeros in skipped rows
+    state        that of the whole rows. kept_logmass is -log1p(sum of the others / sum of the kept)
 
 With `keep`, a `Keep`, each row's softmax is over a set S' of ids: its set S, and what `outside` says. All of
 the above, also `state` and the sets of kept_kind, is then that of a row at -inf outside S'. But nothing that

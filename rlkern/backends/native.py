@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from .contract import Keep, SetKind, mass_bits
+from .reference_parts import token_stats_kept_masses as token_stats_kept_masses
+from .reference_parts import token_stats_merge as token_stats_merge
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 

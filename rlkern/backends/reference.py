@@ -19,17 +19,12 @@ from .reference_kept import kept_rows_forward as kept_rows_forward
 from .reference_kept import kept_weight_gradient as kept_weight_gradient
 from .reference_pair import pair_backward as pair_backward
 from .reference_pair import pair_forward as pair_forward
-from .reference_rows import inverse_temperature, skipped_rows, soft_cap, soft_cap_slope
+from .reference_parts import token_stats_kept_masses as token_stats_kept_masses
+from .reference_parts import token_stats_merge as token_stats_merge
+from .reference_rows import inverse_temperature, listed_columns, skipped_rows, soft_cap, soft_cap_slope
 from .reference_sampler import sampler_threshold as sampler_threshold
 
 CHECKS_TARGETS = False
-
-
-def _listed(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
-    """[R, V]: which ids are among the targets [R, K]."""
-    nowhere = (targets == ignore_index) | (targets < 0) | (targets >= vocab)
-    listed = torch.zeros(targets.shape[0], vocab + 1, dtype=torch.bool, device=targets.device)
-    return listed.scatter_(-1, targets.masked_fill(nowhere, vocab), True)[:, :vocab]
 
 
 def _masked(keep, x, a, rows, flat, targets, ignored) -> tuple[Tensor, Columns]:
@@ -78,7 +73,7 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
             sum_sq_out.view(-1)[flat] = state[:, State.SUM_SQ].masked_fill(skipped[flat], 0)
         if kept_kind != KeptKind.NONE:
             if kept_kind == KeptKind.UNLISTED:
-                delta, inside = torch.full_like(m, -math.inf), ~_listed(targets[flat], ignore_index, vocab)
+                delta, inside = torch.full_like(m, -math.inf), ~listed_columns(targets[flat], ignore_index, vocab)
             else:
                 inv = inv_t if isinstance(inv_t, Tensor) else torch.full_like(m, inv_t)
                 delta = (log_kept if kept_kind == KeptKind.MIN_P else log_kept + log_s0) / inv
@@ -181,7 +176,7 @@ def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_
             g_k = torch.where(torch.isneginf(log_kept_mass), 0, g_k)  # an empty kept set is a constant
             if kept_kind == KeptKind.UNLISTED:
                 elsewhere = torch.where(g_k != 0, torch.expm1(-log_kept_mass), 0)
-                c = c + g_k * torch.where(_listed(targets[flat], ignore_index, vocab), -1, elsewhere)
+                c = c + g_k * torch.where(listed_columns(targets[flat], ignore_index, vocab), -1, elsewhere)
             else:
                 inside = torch.where(g_k != 0, (-log_kept_mass).exp(), 0)
                 c = c + g_k * (torch.where(shifted >= delta, inside, 0) - 1)

@@ -14,6 +14,13 @@ def skipped_rows(n: int, targets: Tensor | None, mask: Tensor | None, ignore_ind
     return skipped if targets is None else skipped | (targets == ignore_index).all(-1)
 
 
+def listed_columns(targets: Tensor, ignore_index: int, vocab: int) -> Tensor:
+    """[R, V]: which ids are among the targets [R, K]."""
+    nowhere = (targets == ignore_index) | (targets < 0) | (targets >= vocab)
+    listed = torch.zeros(targets.shape[0], vocab + 1, dtype=torch.bool, device=targets.device)
+    return listed.scatter_(-1, targets.masked_fill(nowhere, vocab), True)[:, :vocab]
+
+
 def inverse_temperature(temperature: float | Tensor, rows: slice, acc: torch.dtype) -> float | Tensor:
     """1/T, a float or [R, 1]; a temperature that is not positive makes the row NaN."""
     if not isinstance(temperature, Tensor):

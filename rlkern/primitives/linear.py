@@ -19,7 +19,7 @@ from ..layout import counted_rows
 from ..operator import Operator, differentiable, values_readable
 from .kept_sets import Kept, check_kept, check_outside
 from .linear_kept import linear_kept_stats
-from .parts import IGNORED, finish, merge, part_of, targets_in_part
+from .parts import merge, parts_of
 from .plans import check_logits_dtype, check_workspace, cut
 from .projection import GradientSums, Head, Rows, add_product, autocast, blocks, check_num_valid, gathering, new_gradients, whole_head
 from .row_stats import (
@@ -98,13 +98,11 @@ def _new_stats(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, ro
 
 def _in_tiles(heads: Sequence[Head], tile: int, o: Options, rows: slice, buffer: Tensor, targets, mask, row_temperature) -> Results:
     """The statistics of some rows from their parts."""
-    in_part, vocab = o._replace(ignore_index=IGNORED), len(heads[0].weight)
-    parts = []
+    parts, of_rows = [], (targets, mask, row_temperature)
     for of_tile, columns in _tiles(heads, tile):
-        y = targets_in_part(targets, columns.start, columns.stop, vocab, o.ignore_index)
-        parts.append(part_of(compute(_logits(of_tile, rows, buffer), y, mask, row_temperature, *in_part), y))
-    temperature = o.temperature if row_temperature is None else row_temperature
-    return finish(merge(torch.stack(parts), temperature), targets, mask, temperature, o)
+        in_tile = o._replace(vocab_start=columns.start, vocab_size=len(heads[0].weight))
+        parts.append(parts_of(_logits(of_tile, rows, buffer), *of_rows, *in_tile, 0))
+    return merge(torch.cat(parts), *of_rows, *o)
 
 
 def _forward(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args) -> tuple:
@@ -184,13 +182,10 @@ def _backward(overwrite, hidden, weight, bias, lora_hidden, lora_weight, targets
         for part in kept_pieces:
             for of_head in sums:
                 of_head.add(part, d_logits[part, columns])
-        y, in_part = targets, o
-        if tile:
-            y = targets_in_part(targets, columns.start, columns.stop, vocab, o.ignore_index)
-            in_part = o._replace(ignore_index=IGNORED)
+        in_tile = o._replace(vocab_start=columns.start, vocab_size=vocab)
         for part in other_pieces:
             piece = _logits(of_tile, part, buffer)
-            write(piece, piece, part, y, in_part)
+            write(piece, piece, part, targets, in_tile)
             for of_head in sums:
                 of_head.add(part, piece)
     for of_head in sums:

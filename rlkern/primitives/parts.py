@@ -1,102 +1,137 @@
-"""A row in parts: statistics of some of its columns at a time, and of the whole row from those.
+"""Statistics of rows in parts: of some of their columns, and of whole rows from those.
 
-A part is what a backend's `token_stats_forward` leaves of some columns, in the columns of `State`. It is
-relative to its own maximum, and REST leaves out that maximum's own 1. So a confident row keeps its relative
-accuracy: the 1 is left out once, for the maximum of the row. Parts may be tiles of a matrix or shards of a
-vocabulary.
+The parts may be tiles of a matrix, or shards of a vocabulary on the ranks of a group.
+
+A part is the state that a backend's forward leaves of its columns. What parts add up to, in their order, is
+the state of the row.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import ELSEWHERE, State
-from ..backends.reference_rows import inverse_temperature
-from ..layout import counted_rows
-from .row_stats import Options, Results
+from .. import backends
+from ..backends.contract import KeptKind, State
+from ..checks import check_target_range, computing_dtype
+from ..layout import as_rows, counted_rows
+from ..operator import Operator, values_readable
+from .row_stats import IGNORED, OPTIONS, RESULTS, TENSORS, Options, Results, compute, for_backend, new_results, real_columns, targets_in_part
 
-IGNORED, INVALID = -2, -1  # in place of targets in a part; an IGNORED entry is that part's ignore_index
-
-
-def targets_in_part(targets: Tensor | None, start: int, stop: int, vocab: int, ignore_index: int) -> Tensor | None:
-    """The targets of whole rows as those of the columns [start, stop), counted from `start`."""
-    if targets is None:
-        return None
-    here = torch.where((targets >= start) & (targets < stop), targets - start, ELSEWHERE)
-    here = here.masked_fill((targets < 0) | (targets >= vocab), INVALID)
-    return here.masked_fill(targets == ignore_index, IGNORED)
+_N = len(Options._fields)
 
 
-def part_of(stats: Results, targets: Tensor | None) -> Tensor:
-    """[n, State.TARGETS + K] from the statistics of some columns and the targets in them, [n] or [n, K].
-
-    Columns that are all -inf have REST -1, hence no mass.
-    """
-    part = stats.state
-    nothing = torch.isneginf(stats.logsumexp)
-    part[:, State.REST].masked_fill_(nothing, -1)
-    part[:, State.MEAN_U : State.SUM_SQ + 1].masked_fill_(nothing.unsqueeze(-1), 0)
-    if targets is not None:  # -inf less a maximum of -inf
-        part[:, State.TARGETS :].masked_fill_(nothing.unsqueeze(-1) & (targets.view(len(part), -1) >= 0), -math.inf)
-    return part
+# --- of columns ---------------------------------------------------------------------------------------------
 
 
-def merge(parts: Tensor, temperature: float | Tensor) -> Tensor:
-    """The state [n, W] of whole rows from those of their parts [P, n, W], added in their order.
+def _pieces(columns: int, o: Options, segments: int) -> Iterator[tuple[int, int]]:
+    """[from, to) of each part among the columns here, without padding; an empty one may be (a, a)."""
+    real, size = real_columns(columns, o), columns // max(segments, 1)
+    for i in range(max(segments, 1)):
+        yield min(i * size, real), min((i + 1) * size, real)
 
-    temperature: a float, or [n]. Of rows that were skipped the result means nothing.
-    """
-    m_part, rest, mean_u, sum_sq = (parts[..., i] for i in (State.MAX, State.REST, State.MEAN_U, State.SUM_SQ))
-    inv_t = inverse_temperature(temperature, slice(None), parts.dtype)
-    inv_t = inv_t.squeeze(-1) if isinstance(inv_t, Tensor) else inv_t
-    m = m_part.amax(0)
-    below = torch.where(m_part == m, 0, m_part - m)  # also where both are -inf
-    d = (below * inv_t).clamp_min(-1e4)  # e^d is 0, and unlike -inf it can be multiplied by 0
-    weight = d.exp()
-    mass = weight * (1 + rest)
-    first = (m_part == m).to(torch.uint8).argmax(0, keepdim=True)
-    less_one = mass.scatter(0, first, rest.gather(0, first))  # the maximum's own 1 is left out, once
-    terms = torch.stack([less_one, mass * (mean_u + d), mass.square() * sum_sq])
-    sums = terms[:, 0]
-    for i in range(1, len(parts)):
-        sums = sums + terms[:, i]
-    total_rest, weighted_u, squares = sums
-    undefined = m.isinf()  # a row of -inf alone, or one with +inf
-    total_rest = total_rest.masked_fill(undefined, math.nan)
-    total = 1 + total_rest
-    state = torch.zeros_like(parts[0])
-    state[:, State.MAX], state[:, State.REST] = m, total_rest
-    state[:, State.MEAN_U], state[:, State.SUM_SQ] = weighted_u / total, squares / total.square()
-    at_target = parts[..., State.TARGETS :] + below.unsqueeze(-1)
-    absent = at_target.isnan()
-    found = at_target.masked_fill(absent, -math.inf).amax(0)
-    state[:, State.TARGETS :] = found.masked_fill(absent.all(0), math.nan)
+
+def state_of_nothing(rows: torch.Size, targets: Tensor | None, like: Tensor, single: bool) -> Tensor:
+    """The state of no columns."""
+    n_targets = 0 if targets is None else 1 if single else targets.shape[-1]
+    state = like.new_zeros(*rows, State.TARGETS + n_targets, dtype=computing_dtype(like))
+    state[..., State.MAX] = -math.inf
+    state[..., State.TARGETS :] = math.nan
     return state
 
 
-def finish(state: Tensor, targets: Tensor | None, mask: Tensor | None, temperature: float | Tensor, options: Options) -> Results:
-    """The statistics of whole rows from their state [n, W]; targets [n] or [n, K], temperature as in `merge`.
+def parts_of(logits, targets, mask, row_temperature, *args) -> Tensor:
+    """[P, ..., W]: of each segment of the columns, or of all of them."""
+    o, segments, parts = Options(*args[:_N]), args[_N], []
+    if targets is not None and values_readable(logits):
+        single = targets.dim() < logits.dim()
+        y = targets.reshape(-1, 1 if single else targets.shape[-1])
+        check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, o.vocab_size)
+    in_part = o._replace(ignore_index=IGNORED, kept_kind=KeptKind.NONE, vocab_start=0, vocab_size=0)
+    for start, stop in _pieces(logits.shape[-1], o, segments):
+        if start == stop:
+            parts.append(state_of_nothing(logits.shape[:-1], targets, logits, targets is not None and targets.dim() < logits.dim()))
+            continue
+        y = targets_in_part(targets, o.vocab_start + start, o.vocab_start + stop, o.vocab_size, o.ignore_index)
+        parts.append(compute(logits[..., start:stop], y, mask, row_temperature, *in_part).state)
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
 
-    Rows that do not count get zeros.
-    """
-    counted = counted_rows(targets, mask, options.ignore_index, 1)
+
+def _new_parts(logits, targets, mask, row_temperature, *args) -> Tensor:
+    results = new_results(logits, targets, Options(*args[:_N]))
+    return results.state.new_empty(max(args[_N], 1), *results.state.shape)
+
+
+def _kept_masses(logits, targets, mask, row_temperature, *args) -> Tensor:
+    """[P, ..., 2]: the mass that is kept of each part and that of its other columns, from the rows' state."""
+    o, segments, state = Options(*args[:_N]), args[_N], args[_N + 1]
+    out = _new_masses(logits, targets, mask, row_temperature, *args)
+    if state.numel() == 0:
+        return out
+    _, counted, temperature = for_backend(logits, None, mask, row_temperature, o.temperature)
+    rows, backend = as_rows(logits), backends.select(logits.device)
+    for i, (start, stop) in enumerate(_pieces(logits.shape[-1], o, segments)):
+        if start == stop:
+            out[i].zero_()
+            continue
+        y = targets_in_part(targets, o.vocab_start + start, o.vocab_start + stop, o.vocab_size, o.ignore_index)
+        y, *_ = for_backend(logits, y, None, None, 1.0)
+        of_part = (rows[..., start:stop], y, counted, temperature, IGNORED, o.kept_kind, state, out[i].view(-1, 2))
+        backend.token_stats_kept_masses(*of_part, o.softcap)
+    return out
+
+
+def _new_masses(logits, targets, mask, row_temperature, *args) -> Tensor:
+    return logits.new_empty(max(args[_N], 1), *logits.shape[:-1], 2, dtype=computing_dtype(logits))
+
+
+token_stats_parts = Operator(f"token_stats_parts(Tensor logits, {TENSORS}, {OPTIONS}, int segments) -> Tensor", parts_of, _new_parts)
+token_stats_kept_masses = Operator(
+    f"token_stats_kept_masses(Tensor logits, {TENSORS}, {OPTIONS}, int segments, Tensor state) -> Tensor", _kept_masses, _new_masses
+)
+
+
+# --- of whole rows ------------------------------------------------------------------------------------------
+
+
+def merge(parts, targets, mask, row_temperature, *options) -> Results:
+    """Of whole rows from their parts [P, ..., W]. What is kept is missing: `with_kept` adds it."""
+    o = Options(*options)
+    out = new_results(parts[0], targets, o._replace(kept_kind=KeptKind.NONE))
+    if out.logsumexp.numel() == 0:
+        return out
+    y, mask, temperature = for_backend(parts[0], targets, mask, row_temperature, o.temperature)
+    backend = backends.select(parts.device)
+    rows = parts.flatten(1, -2) if parts.dim() > 2 else parts.unsqueeze(1)
+    of_backend = (*out[:5], out.state)
+    backend.token_stats_merge(rows, y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, of_backend)
+    return out
+
+
+token_stats_merge = Operator(
+    f"token_stats_merge(Tensor parts, {TENSORS}, {OPTIONS}) -> {RESULTS}",
+    run=merge,
+    fake=lambda parts, targets, mask, row_temperature, *options: new_results(parts[0], targets, Options(*options)._replace(kept_kind=KeptKind.NONE)),
+)
+
+
+def with_kept(results: Results, masses: Tensor, targets: Tensor | None, mask: Tensor | None, options: Options) -> Results:
+    """The results of a merge with what is kept, from the masses [P, ..., 2] of the parts, added in their order."""
+    state = results.state
+    total = masses[0]
+    for i in range(1, len(masses)):
+        total = total + masses[i]
+    logmass = -(total[..., 1] / total[..., 0]).log1p()
+    logmass = torch.where(state[..., State.REST].isnan(), math.nan, logmass)
+    counted = counted_rows(targets, mask, options.ignore_index, logmass.dim())
     if counted is not None:
-        state = state.masked_fill(~counted.unsqueeze(-1), 0)
-    inv_t = inverse_temperature(temperature, slice(None), state.dtype)
-    m, rest, mean_u, sum_sq = (state[:, i : i + 1] for i in (State.MAX, State.REST, State.MEAN_U, State.SUM_SQ))
-    log_s0 = rest.log1p()
-    logsumexp = torch.where(torch.isneginf(m), m, m * inv_t + log_s0)
-    by_row = [log_s0 - mean_u, logsumexp, sum_sq]
-    if counted is not None:
-        by_row = [x.masked_fill(~counted.unsqueeze(-1), 0) for x in by_row]
-    entropy, logsumexp, sum_sq = (x.squeeze(-1) for x in by_row)
-    logp = None
-    if targets is not None:
-        y = targets.view(len(state), -1)
-        dropped = y == options.ignore_index
-        dropped = dropped if counted is None else dropped | ~counted.unsqueeze(-1)
-        logp = (state[:, State.TARGETS :] * inv_t - log_s0).masked_fill(dropped, 0).view(targets.shape)
-    return Results(logp, entropy if options.with_entropy else None, logsumexp, sum_sq if options.with_sum_sq else None, None, None, state)
+        logmass = torch.where(counted, logmass, 0)
+    before, after = state[..., : State.KEPT], state[..., State.THRESHOLD :]
+    state = torch.cat([before, logmass.unsqueeze(-1), after], -1)
+    target_kept = None
+    if options.kept_kind != KeptKind.UNLISTED and targets is not None:
+        target_kept = (state[..., State.TARGETS :] >= state[..., State.THRESHOLD : State.TARGETS]).view(targets.shape)
+    return results._replace(kept_logmass=logmass, target_kept=target_kept, state=state)

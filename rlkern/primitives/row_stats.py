@@ -1,4 +1,4 @@
-"""The operator behind `token_stats`: statistics of rows of logits, and their gradient."""
+"""The operator behind `token_stats`: statistics of rows of logits, and their gradient, whole or by columns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.contract import KeptKind, State
+from ..backends.contract import ELSEWHERE, KeptKind, State
 from ..backends.gradient_memory import new_gradient
 from ..checks import (
     check_ignore_index,
@@ -26,9 +26,11 @@ from ..operator import Operator, differentiable, values_readable
 
 TENSORS = "Tensor? targets, Tensor? mask, Tensor? row_temperature"
 OPTIONS = "float temperature, int ignore_index, int kept_kind, float log_kept, bool with_sum_sq, bool with_entropy, float softcap"
+OPTIONS += ", SymInt vocab_start, SymInt vocab_size"
 RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
 GRADIENTS = "Tensor state, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp, Tensor? g_sum_sq_prob, "
 GRADIENTS += "Tensor? g_kept_logmass"
+IGNORED, INVALID = -2, -1  # in place of targets in some columns of a row; an IGNORED entry is their ignore_index
 
 
 class TokenStats(NamedTuple):
@@ -64,6 +66,8 @@ class Options(NamedTuple):
     with_sum_sq: bool
     with_entropy: bool
     softcap: float = 0.0  # as in contract.py
+    vocab_start: int = 0  # the id of the first column
+    vocab_size: int = 0  # columns from this id on are padding: not read, gradient 0; 0: no padding
 
 
 class Results(NamedTuple):
@@ -109,18 +113,34 @@ def for_backend(logits, targets, mask, row_temperature, temperature):
     return targets, mask, temperature
 
 
+def real_columns(columns: int, options: Options) -> int:
+    """How many of the columns are no padding."""
+    return min(columns, max(0, options.vocab_size - options.vocab_start)) if options.vocab_size else columns
+
+
+def targets_in_part(targets: Tensor | None, start: int, stop: int, vocab: int, ignore_index: int) -> Tensor | None:
+    """The targets of whole rows as those of the columns [start, stop), counted from `start`."""
+    if targets is None:
+        return None
+    here = torch.where((targets >= start) & (targets < stop), targets - start, ELSEWHERE)
+    here = here.masked_fill((targets < 0) | (targets >= vocab), INVALID)
+    return here.masked_fill(targets == ignore_index, IGNORED)
+
+
 def compute(logits, targets, mask, row_temperature, *options) -> Results:
-    """The forward; see `Options`."""
+    """The forward of whole rows; see `Options`."""
     o = Options(*options)
     out = new_results(logits, targets, o)
     if out.logsumexp.numel() == 0:
         return out
     backend = backends.select(logits.device)
     y, mask, temperature = for_backend(logits, targets, mask, row_temperature, o.temperature)
+    vocab = real_columns(logits.shape[-1], o)
     if y is not None and not backend.CHECKS_TARGETS and values_readable(logits):
-        check_target_range(y, mask, o.ignore_index, logits.shape[-1])
+        check_target_range(y, mask, o.ignore_index, vocab)
     of_backend = (*out[:5], out.state)
-    backend.token_stats_forward(as_rows(logits), y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, of_backend, o.softcap)
+    rows = as_rows(logits)[..., :vocab]
+    backend.token_stats_forward(rows, y, mask, temperature, o.ignore_index, o.kept_kind, o.log_kept, of_backend, o.softcap)
     if out.target_kept is not None:
         mark_kept(out)
     return out
@@ -133,18 +153,27 @@ def mark_kept(results: Results) -> None:
         torch.ge(shifted, threshold, out=results.target_kept.view(shifted.shape))
 
 
-def write_gradient(
-    out, logits, targets, mask, row_temperature, temperature, ignore_index, kept_kind, log_kept, sum_sq, entropy, softcap, state, *grads
-) -> None:
-    """The backward, into out, which may be the logits. It needs only four of the options."""
+def write_gradient(out, logits, targets, mask, row_temperature, *args) -> None:
+    """The backward, into out, which may be the logits: some or all columns of rows of which state is the whole's."""
+    o, (state, *grads) = Options(*args[: len(Options._fields)]), args[len(Options._fields) :]
     if logits.numel() == 0:
         return
-    y, mask, temperature = for_backend(logits, targets, mask, row_temperature, temperature)
+    y, mask, temperature = for_backend(logits, targets, mask, row_temperature, o.temperature)
     upstream = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
     rows = as_rows(logits)
     rows_of_out = rows if out is logits else as_rows(out)
+    ignore_index, columns = o.ignore_index, logits.shape[-1]
+    if o.vocab_size:
+        real = real_columns(columns, o)
+        if o.vocab_start or real < o.vocab_size:
+            y, ignore_index = targets_in_part(y, o.vocab_start, o.vocab_start + real, o.vocab_size, ignore_index), IGNORED
+        if real < columns:
+            rows_of_out[..., real:].zero_()
+            rows, rows_of_out = rows[..., :real], rows_of_out[..., :real]
+        if real == 0:
+            return
     backend = backends.select(logits.device)
-    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, kept_kind, state, upstream, rows_of_out, softcap)
+    backend.token_stats_backward(rows, y, mask, temperature, ignore_index, o.kept_kind, state, upstream, rows_of_out, o.softcap)
 
 
 def _backward(logits, *args):
@@ -158,18 +187,14 @@ _forward = Operator(
     run=compute,
     fake=lambda logits, targets, mask, row_temperature, *options: new_results(logits, targets, Options(*options)),
 )
-row_stats = differentiable(
-    forward=_forward,
-    backward=Operator(f"token_stats_backward(Tensor logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> Tensor", _backward, lambda x, *_: new_gradient(x)),
-    outputs=5,
-    constants=1,
-    instead="use rlkern.reference.token_stats, with targets [..., K], and the loss on what it returns",
-    overwrite=Operator(
-        f"token_stats_backward_(Tensor(a!) logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> ()",
-        run=lambda logits, *args: write_gradient(logits, logits, *args),
-        fake=lambda *args: None,
-    ),
+backward = Operator(f"token_stats_backward(Tensor logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> Tensor", _backward, lambda x, *_: new_gradient(x))
+overwrite = Operator(
+    f"token_stats_backward_(Tensor(a!) logits, {TENSORS}, {OPTIONS}, {GRADIENTS}) -> ()",
+    run=lambda logits, *args: write_gradient(logits, logits, *args),
+    fake=lambda *args: None,
 )
+INSTEAD = "use rlkern.reference.token_stats, with targets [..., K], and the loss on what it returns"
+row_stats = differentiable(_forward, backward, outputs=5, constants=1, instead=INSTEAD, overwrite=overwrite)
 
 
 def check_kept_mass(min_p: float | None, min_prob: float | None, with_tail: bool = False) -> tuple[int, float]:
@@ -205,6 +230,7 @@ def row_options(
     with_tail: bool,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    vocab_size: int | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Options]:
     """(targets, mask, row_temperature, options), checked, for rows x [..., anything], called `of`."""
     targets = None if targets is None else check_targets(targets, x, of)
@@ -213,7 +239,7 @@ def row_options(
     row_temperature, temperature = check_temperature(temperature, x, targets, mask, ignore_index)
     kept_kind, log_kept = check_kept_mass(min_p, min_prob, with_tail)
     row_temperature, temperature, cap = check_transforms(logit_scale, softcap, row_temperature, temperature, x)
-    options = Options(temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy), cap)
+    options = Options(temperature, ignore_index, kept_kind, log_kept, bool(with_sum_sq), bool(with_entropy), cap, 0, vocab_size or 0)
     return targets, mask, row_temperature, options
 
 
