@@ -45,20 +45,20 @@ def all_parts(parts: Tensor, group_name: str, ranks: int, *of_rows: Tensor | Non
     if ranks == 1:
         return parts
     if DEBUG and of_rows and not traced(parts):
-        return _compared(parts, group_name, ranks, _digest(*of_rows, parts))
+        return _compared(parts, group_name, ranks, _digest(parts, *of_rows))
     return gather(parts, group_name, ranks).flatten(0, 1)
 
 
-def _digest(targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None, like: Tensor) -> Tensor:
+def _digest(parts: Tensor, targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None) -> Tensor:
     """[...] a number below 2^24 for each row, of all that must be the same on every rank."""
-    rows = like.shape[1:-1]
-    digest = torch.zeros(rows, dtype=torch.int64, device=like.device)
+    rows = parts.shape[1:-1]
+    digest = torch.zeros(rows, dtype=torch.int64, device=parts.device)
     for x in (targets, mask, None if row_temperature is None else row_temperature.double().view(torch.int64)):
         if x is not None:
             for column in x.reshape(*rows, -1).unbind(-1):
                 digest = (digest * 1000003 + column + 1) * 0x5851F42D4C957F2D
                 digest = digest ^ (digest >> 33)
-    return (digest & 0xFFFFFF).to(like.dtype)
+    return (digest & 0xFFFFFF).to(parts.dtype)
 
 
 def _compared(parts: Tensor, group_name: str, ranks: int, digest: Tensor) -> Tensor:
