@@ -136,7 +136,7 @@ class Meeting:
         self.function, self.group, self.ranks = function, group, world(group)
         self.device = x.device if isinstance(x, Tensor) else None
         self.said = Said(0, 0, 0, 0, 0, 0, -1, 0, 0, 0)
-        self.payloads: list[Tensor] = []  # of a rank that refuses, where no header is exchanged
+        self.payloads: list[tuple[bool, Tensor]] = []  # of a rank that refuses, where no header is exchanged
         self.everyone: list[Said] = []  # all headers, once they were exchanged
 
     @property
@@ -159,8 +159,13 @@ class Meeting:
             self.said = self.said._replace(columns=columns, start=start, vocab=vocab, lowest=lowest, highest=highest)
 
     def would_send(self, *payloads: Tensor) -> None:
-        """What the call sends, in its shape, dtype and device: sent as NaN if this rank refuses on a GPU."""
-        self.payloads = list(payloads)
+        """What the call sends, in its shape, dtype and device: sent as NaN if this rank refuses on a GPU, and
+        as the least of integers."""
+        self.payloads += [(False, payload) for payload in payloads]
+
+    def would_add(self, *payloads: Tensor) -> None:
+        """As `would_send`, of what the ranks add up; in the order of the collectives."""
+        self.payloads += [(True, payload) for payload in payloads]
 
     @property
     def exchanges(self) -> bool:
@@ -182,8 +187,12 @@ class Meeting:
         if self.exchanges:
             self._exchange(error is not None)
         elif error is not None:
-            for payload in self.payloads:
-                gather(payload.fill_(float("nan")), self.group_name, self.ranks)
+            for adds, payload in self.payloads:
+                payload.fill_(float("nan") if payload.dtype.is_floating_point else torch.iinfo(payload.dtype).min)
+                if adds:
+                    add_up(payload, self.group_name)
+                else:
+                    gather(payload, self.group_name, self.ranks)
 
     def _exchange(self, refuses: bool) -> None:
         mine = torch.tensor(self.said._replace(refused=int(refuses)), dtype=torch.int64, device=self.device or "cpu")
