@@ -186,7 +186,7 @@ class Meeting:
             return
         if self.exchanges:
             self._exchange(error is not None)
-        elif error is not None:
+        elif error is not None and self.ranks > 1:
             for adds, payload in self.payloads:
                 payload.fill_(float("nan") if payload.dtype.is_floating_point else torch.iinfo(payload.dtype).min)
                 if adds:
