@@ -112,7 +112,7 @@ def test_covariance_quantiles():
 
 
 def test_group():
-    """Two ranks with unequal shares get the covariances of the whole batch; each selects among its own tokens."""
+    """Two ranks with unequal shares get the covariances of the whole batch. Each selects among its tokens."""
     tokens = draw()
     shares = (slice(0, 2), slice(2, 6))
 

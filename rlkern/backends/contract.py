@@ -151,7 +151,6 @@ a mass being e^u 2^mass_bits(V), rounded to an integer. Integers have one sum in
 
 One number a token, over all tokens of a batch:
 
-    covariance_sums(logp, advantages, mask) -> sums
     token_covariance(logp, advantages, mask, sums, out)
     select_bottom(values, valid, count, out)
     select_fraction(values, valid, group, fraction, minimum, least, out)
@@ -159,10 +158,10 @@ One number a token, over all tokens of a batch:
     ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out)
     kl_terms(logp, reference, mask, kind, straight_through, clamp, out)
 
-    logp, advantages, values  [N] contiguous, all float32 or all float64; N >= 1 in the first three functions
+    logp, advantages, values  [N] contiguous, all float32 or all float64; N >= 1 in the first two functions
     mask, valid, group        [N] bool contiguous; the covariance masks tokens whose logp is not finite
-    sums             [P, 3] float64: (counted tokens, sum of their logp, sum of their advantages), in P parts;
-                     token_covariance takes their total, P = 1, or None for its own
+    sums             [1, 3] float64: (counted tokens, sum of their logp, sum of their advantages), or None for
+                     those of these tokens
     count            0-d int64 on the device; bounded to [0, number of valid entries]
     out              [N]: the covariances, 0 where masked; or bool, True for the `count` smallest valid
                      values; NaN is the largest, both zeros are equal, equals are in order of their index
