@@ -490,8 +490,7 @@ def dtensors(group, rank, world):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-    ranks = torch.arange(world)
-    mesh = DeviceMesh.from_group(group, "cpu", mesh=ranks) if world < 4 else None
+    mesh = DeviceMesh.from_group(group, "cpu", mesh=torch.arange(world))
     out = {}
     x, y = torch.randn(4, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(20).view(4, 5) % 9
     whole = x.clone().requires_grad_()
@@ -553,9 +552,7 @@ def two_dimensions(group, rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    if dist.get_world_size() != 4:
-        raise AssertionError("a group of all")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
     x, y = torch.randn(4, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(20).view(4, 5) % 9
     whole = x.clone().requires_grad_()
     token_logprobs(whole, y).sin().sum().backward()
@@ -564,17 +561,12 @@ def two_dimensions(group, rank):
     torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad, rtol=1e-10, atol=1e-10)
     local = token_logprobs(leaf, targets.to_local())
     dp = mesh.get_local_rank(0)
-    torch.testing.assert_close(local, token_logprobs(x, y)[2 * dp : 2 * dp + 2], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(local, token_logprobs(x, y)[dp : dp + 1], rtol=1e-10, atol=1e-10)
     return True
 
 
 def test_a_mesh_of_two_dimensions():
-    ranks = Processes(4, (4,))
-    try:
-        results = ranks.run(4, two_dimensions)
-        assert results == [True] * 4, results
-    finally:
-        ranks.stop()
+    assert all(on_ranks(8, two_dimensions))
 
 
 def compiled(group, rank):
