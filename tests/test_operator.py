@@ -63,7 +63,7 @@ X, Y = torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.long)
         (lambda: rlkern.token_stats(X, Y, min_p=0.0), ValueError, "min_p"),
         (lambda: rlkern.token_stats(X, Y, min_p=0.1, min_prob=0.1), ValueError, "not both"),
         (lambda: rlkern.token_stats(X, Y, min_prob=1.5), ValueError, "1.5"),
-        (lambda: rlkern.token_stats(X, Y, group=object()), ValueError, "group"),
+        (lambda: rlkern.token_stats(X, Y, group=object()), TypeError, "group"),
         (lambda: rlkern.token_stats(X.expand(2, 3, 10).transpose(1, 2), Y[:, :1].expand(2, 10), inplace_backward=True), ValueError, "stride"),
         (lambda: rlkern.token_stats(X[:, :1].expand(2, 3, 10), Y, inplace_backward=True), ValueError, "expanded"),
         (lambda: rlkern.use_backend("cuda"), ValueError, "'native'"),
@@ -155,7 +155,21 @@ def test_opcheck(kept_kind, targets):
     x = x.detach()
     y = {"one": y, "several": y.unsqueeze(-1).repeat(1, 1, 3), "none": None}[targets]
     row_temperature, mask = torch.rand(2, 5) + 0.5, torch.rand(2, 5) > 0.3
-    forward = (x, y, mask, row_temperature, 1.0, -100, kept_kind, -2.0, kept_kind == 1, True, 20.0 if kept_kind == 2 else 0.0, 0, 30 if kept_kind == 1 else 0)
+    forward = (
+        x,
+        y,
+        mask,
+        row_temperature,
+        1.0,
+        -100,
+        kept_kind,
+        -2.0,
+        kept_kind == 1,
+        True,
+        20.0 if kept_kind == 2 else 0.0,
+        0,
+        30 if kept_kind == 1 else 0,
+    )
     torch.library.opcheck(torch.ops.rlkern.token_stats.default, forward)
     state = torch.ops.rlkern.token_stats(*forward)[-1]
     g = torch.randn(2, 5)

@@ -170,7 +170,7 @@ def batch_count(
     with Meeting("batch_count", group, first) as everyone, Meeting("batch_count", context_group, first) as context:
         for meeting in (everyone, context):
             if isinstance(first, Tensor):
-                meeting.would_add(first.new_empty((), dtype=torch.int64))
+                meeting.would_add(lambda: [first.new_empty((), dtype=torch.int64)])
         kept, what = _check_count(parts, aggregation, context_group)
         for meeting in (everyone, context):
             if meeting.exchanges:

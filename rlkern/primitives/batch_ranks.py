@@ -72,9 +72,8 @@ def agreed_batch(
             checked = check()
             asked = options(checked)
         except Exception:
-            if meeting.ranks > 1 and not meeting.exchanges:
-                with contextlib.suppress(Exception):  # as far as the arguments say
-                    payloads(meeting, batch)
+            with contextlib.suppress(Exception):  # as far as the arguments say
+                payloads(meeting, batch)
             raise
         if meeting.exchanges:
             meeting.about(dtype=computing_dtype(x), options=(call.capacity, call.select_over, *asked))
@@ -101,7 +100,7 @@ class Totals(NamedTuple):
 
 def would_add_totals(meeting: Meeting, x: Tensor) -> None:
     """Tells a meeting of what `batch_totals` of x adds up."""
-    meeting.would_add(x.new_empty(3 + 2 * digit_count(computing_dtype(x)), dtype=torch.int64))
+    meeting.would_add(lambda: [x.new_empty(3 + 2 * digit_count(computing_dtype(x)), dtype=torch.int64)])
 
 
 def batch_totals(logp: Tensor, advantages: Tensor, mask: Tensor, batch: Batch, seed: Tensor | None = None) -> Totals:

@@ -41,7 +41,7 @@ def list_length(batch: Batch, most: int, capacity: int | None = None) -> int:
 def would_send_list(meeting: Meeting, x: Tensor, length: int) -> None:
     """Tells a meeting of what `share_of` gathers, where x has the dtype of the values."""
     words = 2 * length + (2 if x.element_size() < 8 else 1)
-    meeting.would_send(x.new_empty(words, dtype=_INTEGER[computing_dtype(x)]))
+    meeting.would_send(lambda: [x.new_empty(words, dtype=_INTEGER[computing_dtype(x)])])
 
 
 def share_of(

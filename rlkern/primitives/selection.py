@@ -146,7 +146,7 @@ def select_random(
     most = _most(count)
 
     def would_exchange(meeting: Meeting, batch: Batch) -> None:
-        meeting.would_add(valid.new_empty((), dtype=torch.int64))
+        meeting.would_add(lambda: [valid.new_empty((), dtype=torch.int64)])
         would_send_list(meeting, valid.new_empty((), dtype=torch.float32), list_length(batch, most, capacity))
 
     call = Call("select_random", group, capacity, row_offset)

@@ -160,7 +160,7 @@ def lp_reg_loss(
 
     def would_exchange(meeting: Meeting, batch: Batch) -> None:
         if select_over == "group":
-            meeting.would_add(logp.new_empty(3, dtype=torch.int64))
+            meeting.would_add(lambda: [logp.new_empty(3, dtype=torch.int64)])
             for fraction in (rho, rho_positive) if rho_positive else (rho,):
                 would_send_list(meeting, logp, fraction_capacity(batch, fraction, 1, capacity))
 
