@@ -10,6 +10,7 @@ from ranks import on_ranks, try_on_ranks
 from thread_ranks import thread_ranks
 
 import rlkern
+from rlkern import parallel
 from rlkern.primitives import exact_sums, group_selection
 from rlkern.primitives.exact_sums import exact_digits, rounded
 from rlkern.selection import select_bottom, select_random, select_top
@@ -316,6 +317,25 @@ def test_disagreement(options, words):
     if "refusing" in options:
         assert "select_ratio is a fraction" in str(results[1])
     on_ranks(3, share_of, x, "kl_cov_loss", {})
+
+
+def test_refusal_where_the_host_cannot_be_told(monkeypatch):
+    """As on GPUs: a rank that refuses takes part in both collectives. The others find NaN in metrics of all."""
+    monkeypatch.setattr(parallel.Meeting, "exchanges", False)
+
+    def on(group, name):
+        logp, old, advantages, mask = draw_tokens(group.place)
+        x = logp, old, advantages, mask[:1] if group.place == 1 else mask
+        try:
+            return losses_on(group, x)[name]().metrics
+        except ValueError as error:
+            return str(error)
+
+    with thread_ranks(3) as run:
+        for name, metric in {"clip_cov": "covariance_mean", "kl_cov": "covariance_mean", "lp_reg": "proxy_kl"}.items():
+            first, refusing, last = run(lambda group: on(group, name))  # noqa: B023
+            assert "mask must have the shape of logp" in refusing
+            assert first[metric].isnan() and last[metric].isnan()
 
 
 def compiled(group, rank, x):

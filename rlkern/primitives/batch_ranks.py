@@ -122,7 +122,8 @@ def batch_totals(logp: Tensor, advantages: Tensor, mask: Tensor, batch: Batch, s
     words = added_up(words, batch)
     tokens, counted, seed = words[:3].unbind()
     sums = rounded(words[3:].view(2, -1), logp.dtype)
-    sums = torch.cat([counted.to(torch.float64).view(1), torch.where(counted < _NOT_FINITE, sums, torch.nan)])
+    fine = (counted >= 0) & (counted < _NOT_FINITE)  # negative where a rank refused its arguments
+    sums = torch.cat([counted.to(torch.float64).view(1), torch.where(fine, sums, torch.nan)])
     return Totals(batch, tokens, sums, seed)
 
 

@@ -51,7 +51,8 @@ def _rarest_of_batch(
         selected = selected | (candidates & rarest)
         chosen, total = chosen + share.chosen, total + share.chosen * share.mean
     metrics = {"selected_fraction": chosen / tokens.clamp(min=1), "proxy_kl": total / chosen.clamp(min=1)}
-    return selected, {name: value.to(logp.dtype) for name, value in metrics.items()}
+    refused = tokens < 0  # by a rank whose arguments are wrong, where the host cannot be told
+    return selected, {name: torch.where(refused, math.nan, value).to(logp.dtype) for name, value in metrics.items()}
 
 
 def _full_kl(logp: Tensor, kept_logmass: Tensor | None, proxy_kl: Tensor | None) -> Tensor:
