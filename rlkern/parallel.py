@@ -28,13 +28,13 @@ def world(group: Any) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def check_member(group: Any) -> None:
+def check_member(group: Any, name: str = "group") -> None:
     """None, or a process group that this process belongs to."""
     if torch.compiler.is_compiling():  # Dynamo looks into few attributes of a group
         return
     if group is not None and group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group: this process does not belong to it")
-    check_group(group)
+        raise ValueError(f"{name}: this process does not belong to it")
+    check_group(group, name)
 
 
 def vocab_range(columns: int, group: Any = None) -> tuple[int, int]:

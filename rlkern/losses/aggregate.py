@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import as_bool, check_choice, check_number, computing_dtype, expect, shown
-from ..parallel import Meeting, add_up
+from ..parallel import Meeting, add_up, check_member
 from ..primitives.token_terms import TokenTerms
 
 
@@ -165,6 +165,7 @@ def batch_count(
         TypeError, ValueError: for masks, modes and groups other than these. On CPUs every rank of the groups
             raises if one does, or if they disagree on the mode.
     """
+    check_member(context_group, "context_group")
     parts = [masks] if isinstance(masks, Tensor) else masks
     first = parts[0] if isinstance(parts, (list, tuple)) and parts else None
     with Meeting("batch_count", group, first) as everyone, Meeting("batch_count", context_group, first) as context:

@@ -145,8 +145,6 @@ def lp_reg_loss(
         TypeError, ValueError: as `ppo_loss`, and for options of the other kl_term. With a group on CPUs every
             rank raises if one does, or if they disagree on what to select.
     """
-    sampled = kl_term == "sampled"
-    from_all = (select_from or ("negative" if sampled else "all")) == "all"
 
     def checked() -> PolicyInputs:
         _check(kl_term, select_from, rho, rho_positive, kl_coef, min_count, kl_kind, kl_clamp, kept_logmass, proxy_kl)
@@ -155,7 +153,7 @@ def lp_reg_loss(
             logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
         )
         check_tokens("proxy_logp", proxy_logp, logp)
-        if not sampled:
+        if kl_term == "full":
             _full_kl(logp, kept_logmass, proxy_kl)
         return x
 
@@ -165,8 +163,10 @@ def lp_reg_loss(
             for fraction in (rho, rho_positive) if rho_positive else (rho,):
                 would_send_list(meeting, logp, fraction_capacity(batch, fraction, 1, capacity))
 
-    call, what = Call("lp_reg_loss", group, capacity, None, select_over), (rho, rho_positive, min_count, kl_term, from_all)
+    call, what = Call("lp_reg_loss", group, capacity, None, select_over), (rho, rho_positive, min_count, kl_term, select_from)
     batch, x = agreed_batch(call, logp, checked, lambda _: what, would_exchange)
+    sampled = kl_term == "sampled"
+    from_all = (select_from or ("negative" if sampled else "all")) == "all"
     own, proxy = (numbers(t, x.advantages.dtype) for t in (logp, proxy_logp))
     negative, positive = x.mask & (x.advantages < 0), x.mask & (x.advantages > 0)
     fits = own < proxy if sampled else proxy > -math.inf
