@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from loss_battery import NoSyncingMethods, NoSyncingOperators
 from ranks import on_ranks, try_on_ranks
 from thread_ranks import thread_ranks
 
@@ -153,7 +154,7 @@ def test_mutants_are_seen(monkeypatch, module, name, mutant):
 
 @pytest.mark.parametrize("dtype, bits", [(torch.float32, torch.int32), (torch.float64, torch.int64)], ids=str)
 def test_sums_are_rounded_once(dtype, bits):
-    """Against rational numbers: any bits, sums that cancel, powers of 2 that end halfway between two floats."""
+    """Against rational numbers: any bits, sums that cancel, powers of 2 with halfway cases among them."""
     draw, g = random.Random(0), torch.Generator().manual_seed(0)
     for kind in range(240):
         n, scale = draw.randint(0, 30), 10.0 ** draw.randint(-30, 30)
@@ -186,7 +187,7 @@ def test_advantages_that_are_not_finite():
 
 
 def test_draw_is_uniform():
-    """Each of 24 entries as often, in 10,000 draws of 5, and each pair of neighbours: chi-square of 23 degrees."""
+    """Each of 24 entries as often, in 10,000 draws of 5: chi-square of 23 degrees. And each pair."""
     valid = torch.ones(4, 6, dtype=torch.bool)
     g = torch.Generator().manual_seed(3)
     seeds = torch.randint((1 << 63) - 1, (10_000,), generator=g)
@@ -263,6 +264,23 @@ def test_two_collectives():
             assert all(sent[1] == ("all_gather", torch.int32, 20) for sent in calls.values())
 
 
+def test_no_host_sync(monkeypatch):
+    """Without the header, which is of CPUs."""
+    monkeypatch.setattr(parallel.Meeting, "exchanges", False)
+    x = draw_tokens()
+
+    def on(group):
+        with NoSyncingMethods(), NoSyncingOperators():  # of this thread
+            for loss in losses_on(group, x).values():
+                loss()
+            rlkern.batch_count([x[3]], "grpo", group=group)
+
+    for most_listed in (group_selection.MOST_LISTED, 0):
+        monkeypatch.setattr(group_selection, "MOST_LISTED", most_listed)
+        with thread_ranks(2) as run:
+            run(on)
+
+
 def test_capacity_bounds_what_a_rank_takes():
     values, valid = torch.arange(6.0).view(1, 6), torch.ones(1, 6, dtype=torch.bool)
     with thread_ranks(2) as run:
@@ -320,7 +338,7 @@ def test_disagreement(options, words):
 
 
 def test_refusal_where_the_host_cannot_be_told(monkeypatch):
-    """As on GPUs: a rank that refuses takes part in both collectives. The others find NaN in metrics of all."""
+    """As on GPUs: a rank that refuses takes part in both collectives. The others find NaN in metrics."""
     monkeypatch.setattr(parallel.Meeting, "exchanges", False)
 
     def on(group, name):
