@@ -7,79 +7,91 @@ namespace {
 
 constexpr int kRows = Pack<double>::lanes;
 
-template <class A>
-const A* part_of_row(const Merge& call, int64_t part, int64_t row) {
-  return static_cast<const A*>(call.logits.data) + part * call.logits.stride_outer + row * call.logits.stride_inner;
+inline double number_of(const Pack<double>& rows, int i) {
+  double numbers[kRows];
+  store(numbers, rows);
+  return numbers[i];
 }
 
-// The maxima of a pack of rows, NaN where a part's is, and the first part that has each.
+// Some rows of a call side by side.
+template <class A>
+class RowsOfParts {
+ public:
+  RowsOfParts(const Merge& call, const int64_t* rows) : step_(call.logits.stride_outer) {
+    for (int i = 0; i < kRows; ++i) from_[i] = static_cast<const A*>(call.logits.data) + rows[i] * call.logits.stride_inner;
+  }
+  Pack<double> column(int64_t part, int64_t column) const {
+    double values[kRows];
+    for (int i = 0; i < kRows; ++i) values[i] = from_[i][part * step_ + column];
+    return load(values);
+  }
+
+ private:
+  const A* from_[kRows];
+  int64_t step_;
+};
+
+// The maxima of rows, NaN where a part's is, and the first part that has each.
 struct Tops {
-  double top[kRows], first[kRows];
+  Pack<double> top, first;
 };
 template <class A>
-Tops tops_of(const Merge& call, const int64_t* rows) {
-  Tops tops{};
-  for (double& top : tops.top) top = -kInfinity;
-  for (int64_t part = 0; part < call.parts; ++part)
-    for (int i = 0; i < kRows; ++i) {
-      const double top = part_of_row<A>(call, part, rows[i])[State::MAX];
-      if (!(top > tops.top[i] || std::isnan(top))) continue;
-      tops.top[i] = top;
-      tops.first[i] = double(part);
-    }
+Tops tops_of(const RowsOfParts<A>& rows, int64_t parts) {
+  Tops tops{broadcast(-kInfinity), Pack<double>{}};
+  for (int64_t part = 0; part < parts; ++part) {
+    const Pack<double> top = rows.column(part, State::MAX);
+    const auto raises = each<Mask<double>>([&](int i) { return (top.v[i] > tops.top.v[i]) | (top.v[i] != top.v[i]); });
+    tops = {select(raises, top, tops.top), select(raises, broadcast(double(part)), tops.first)};
+  }
   return tops;
 }
 
-// The row's targets, found in the parts that have them.
+// The logits of the rows' target number k less the rows' maxima, from the parts that have it; else NaN.
 template <class A>
-void merge_targets(const Merge& call, int64_t row, const Distribution<A>& d, A inv_t) {
-  A* shifted = static_cast<A*>(call.state) + row * (State::TARGETS + call.n_targets) + State::TARGETS;
-  std::fill(shifted, shifted + call.n_targets, A(kNaN));
-  for (int64_t part = 0; part < call.parts; ++part) {
-    const A* of_part = part_of_row<A>(call, part, row);
-    const double below = of_part[State::MAX] == d.top ? 0 : double(of_part[State::MAX]) - d.top;
-    for (int64_t k = 0; k < call.n_targets; ++k) {
-      const A found = A(of_part[State::TARGETS + k] + below);
-      if (!std::isnan(found) && !(found <= shifted[k])) shifted[k] = found;
-    }
+Pack<double> shifted_of(const RowsOfParts<A>& rows, int64_t parts, int64_t k, const Pack<double>& top) {
+  Pack<double> shifted = broadcast(kNaN);
+  for (int64_t part = 0; part < parts; ++part) {
+    const Pack<double> part_top = rows.column(part, State::MAX), in_part = rows.column(part, State::TARGETS + k);
+    shifted = each<Pack<double>>([&](int i) {
+      const auto found = in_part.v[i] + (part_top.v[i] == top.v[i] ? Vec<double>{} : part_top.v[i] - top.v[i]);
+      return found > shifted.v[i] || shifted.v[i] != shifted.v[i] ? found : shifted.v[i];
+    });
   }
-  const RowTargets y = targets_of(call, row);
-  for (int64_t k = 0; k < y.n; ++k) put_target(call, row, k, y.ids[k] == y.ignored, shifted[k], d, inv_t);
+  return shifted;
 }
 
-// A pack of rows; `count` of them are written, and the others repeat one.
+// `count` rows; the others of a pack repeat one.
 template <class A>
 void merge_pack(const Merge& call, const int64_t* rows, int count) {
-  const Tops tops = tops_of<A>(call, rows);
+  const RowsOfParts<A> parts(call, rows);
+  const auto [top, first] = tops_of(parts, call.parts);
+  A inv_t[kRows];
   double scales[kRows];
-  for (int i = 0; i < kRows; ++i) scales[i] = kLog2E * inverse_temperature<A>(call, rows[i]);
-  const Pack<double> top = load(tops.top), first = load(tops.first), scale = load(scales), zero{};
+  for (int i = 0; i < kRows; ++i) scales[i] = kLog2E * (inv_t[i] = inverse_temperature<A>(call, rows[i]));
+  const Pack<double> scale = load(scales), zero{};
   // The 1 of the row's maximum itself is left out of `rest`, once. Every other part's is an ordinary entry.
   Pack<double> rest{}, linear{}, squares{};
   for (int64_t part = 0; part < call.parts; ++part) {
-    double of_rows[State::SUM_SQ + 1][kRows];
-    for (int i = 0; i < kRows; ++i) {
-      const A* from = part_of_row<A>(call, part, rows[i]);
-      for (int column = 0; column <= State::SUM_SQ; ++column) of_rows[column][i] = from[column];
-    }
-    const Pack<double> part_top = load(of_rows[State::MAX]), part_rest = load(of_rows[State::REST]);
+    const Pack<double> part_top = parts.column(part, State::MAX), part_rest = parts.column(part, State::REST);
     const Pack<double> t = (part_top - top) * scale, mass = power_of_two(t) * (part_rest + 1.0);
     const Mask<double> nothing = part_top == -kInfinity;
     rest = rest + select(nothing, zero, select(first == double(part), part_rest, mass));
-    linear = linear + select(nothing, zero, mass * (load(of_rows[State::MEAN_U]) + finite_exponent(t) * kLn2));
-    squares = squares + select(nothing, zero, mass * mass * load(of_rows[State::SUM_SQ]));
+    linear = linear + select(nothing, zero, mass * (parts.column(part, State::MEAN_U) + finite_exponent(t) * kLn2));
+    if (call.sum_sq_prob) squares = squares + select(nothing, zero, mass * mass * parts.column(part, State::SUM_SQ));
   }
-  double rests[kRows], linears[kRows], sums_of_squares[kRows];
-  store(rests, rest);
-  store(linears, linear);
-  store(sums_of_squares, squares);
+  Distribution<A> distributions[kRows];
   for (int i = 0; i < count; ++i) {
-    const double mass = std::isinf(tops.top[i]) ? kNaN : 1 + rests[i];  // of -inf alone there is none, nor of a +inf
-    const Distribution<A> d{A(tops.top[i]), mass == mass ? rests[i] : kNaN, linears[i] / mass, sums_of_squares[i] / (mass * mass),
-                            mass == mass ? std::log1p(rests[i]) : kNaN};
-    const A inv_t = inverse_temperature<A>(call, rows[i]);
-    put_row(call, rows[i], d, inv_t);
-    merge_targets(call, rows[i], d, inv_t);
+    // There is no distribution of -inf alone, or where there is +inf.
+    const double s0 = std::isinf(number_of(top, i)) ? kNaN : number_of(rest, i), mass = 1 + s0;
+    distributions[i] = {A(number_of(top, i)), s0, number_of(linear, i) / mass, number_of(squares, i) / (mass * mass), std::log1p(s0)};
+    put_row(call, rows[i], distributions[i], inv_t[i]);
+  }
+  for (int64_t k = 0; k < call.n_targets; ++k) {
+    const Pack<double> shifted = shifted_of(parts, call.parts, k, top);
+    for (int i = 0; i < count; ++i) {
+      const bool ignored = call.targets[rows[i] * call.n_targets + k] == call.ignore_index;
+      put_target(call, rows[i], k, ignored, A(number_of(shifted, i)), distributions[i], inv_t[i]);
+    }
   }
 }
 
