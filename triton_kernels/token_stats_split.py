@@ -58,6 +58,12 @@ def token_stats_part_kernel(
     write_part(parts_ptr + (row * SPLITS + part) * STATE_KEPT, m, ties, s0, s1, s2, SUM_SQ)
 
 
+@triton.jit
+def _write_masses(masses_ptr, part, kept, dropped):
+    tl.store(masses_ptr + 2 * part, kept)
+    tl.store(masses_ptr + 2 * part + 1, dropped)
+
+
 @triton.jit(do_not_specialize=BATCH_SHAPE)
 def token_stats_kept_part_kernel(
     logits_ptr, targets_ptr, mask_ptr, temperature_ptr,  # [A, B, V], [N, K], [N], [N]
@@ -81,11 +87,9 @@ def token_stats_kept_part_kernel(
     set_start = row_start(row, inner, sets_stride_a, sets_stride_b, SETS_ALIGN)
     row = row.to(tl.int64)
     active, y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
-    masses = masses_ptr + (row * SPLITS + part) * 2
     if not active:
         if FROM_STATE:
-            tl.store(masses, tl.zeros((), ACC))
-            tl.store(masses + 1, tl.zeros((), ACC))
+            _write_masses(masses_ptr, row * SPLITS + part, tl.zeros((), ACC), tl.zeros((), ACC))
         return
     set_row, whole_row, target, _has, _target_kept = row_set(row, y, row_ptr + y, sets_ptr, set_start, vocab, ignore_index, KEEP, OUTSIDE, ACC)
     inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
@@ -101,8 +105,7 @@ def token_stats_kept_part_kernel(
         row_ptr, begin, end, vocab, m, delta, scale, tl.full((), inverse_cap, ACC), listed_ptr + row * K, set_row, whole_row, target,
         K, K_BLOCK, KEPT, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
     )  # fmt: skip
-    tl.store(masses, kept)
-    tl.store(masses + 1, dropped)
+    _write_masses(masses_ptr, row * SPLITS + part, kept, dropped)
 
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)
