@@ -6,13 +6,14 @@ Token functions, primitives and losses have flat names. Beside them:
     rlkern.diffusion     masks and estimates of masked diffusion models
     rlkern.losses        losses by family, their schedules and histories
     rlkern.metrics       merging the metrics of micro-batches and processes, and further metrics
+    rlkern.parallel      ranks that share a vocabulary or a batch
     rlkern.selection     exactly K tokens, where only the device knows K
     rlkern.reference     the formulas in plain PyTorch
 """
 
 __version__ = "0.1.0"
 
-from . import advantages, diffusion, losses, metrics, primitives, reference, selection
+from . import advantages, diffusion, losses, metrics, parallel, primitives, reference, selection
 from .backends import backend_info, use_backend
 from .diffusion import (
     BGPOAccumulator,
@@ -45,6 +46,7 @@ __all__ = [
     "espo_loss",
     "losses",
     "metrics",
+    "parallel",
     "reference",
     "selection",
     "spg_loss",

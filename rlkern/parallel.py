@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,9 @@ def world(group: Any) -> int:
 
 def check_member(group: Any) -> None:
     """None, or a process group that this process belongs to."""
-    if group is dist.GroupMember.NON_GROUP_MEMBER:
+    if torch.compiler.is_compiling():  # Dynamo looks into few attributes of a group
+        return
+    if group is not None and group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group: this process does not belong to it")
     check_group(group)
 
@@ -72,7 +74,7 @@ def add_up(x: Tensor, group_name: str) -> Tensor:
 
 def group_of(name: str) -> Any:
     """The process group of that name: operators take names."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _gather_into(out: Tensor, x: Tensor, group: Any) -> None:
@@ -143,16 +145,17 @@ class Meeting:
 
     def about(self, *, rows: int = 0, targets: int = 0, dtype: Any = None, options: Sequence[Any] = ()) -> None:
         """What must be the same on all ranks."""
-        if self.ranks == 1 or torch.compiler.is_compiling():
+        if self.ranks == 1:
             return
         text = repr((self.function, tuple(options))).encode()
         digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
         code = _DTYPES.index(dtype) if dtype in _DTYPES else -1
         self.said = self.said._replace(rows=rows, targets=targets, dtype=code, options=digest)
 
-    def covers(self, columns: int, start: int, vocab: int, lowest: int = 0, highest: int = 0) -> None:
-        """The columns that this rank holds, the size of the vocabulary if it was given, and its targets."""
-        if self.ranks > 1 and not torch.compiler.is_compiling():
+    def covers(self, columns: int, vocab_start: int | None, vocab_size: int | None, lowest: int = 0, highest: int = 0) -> None:
+        """The columns that this rank holds, as its caller says, and the range of its targets."""
+        if self.ranks > 1:
+            start, vocab = first_column(self.group, columns, vocab_start), -1 if vocab_size is None else vocab_size
             self.said = self.said._replace(columns=columns, start=start, vocab=vocab, lowest=lowest, highest=highest)
 
     def would_send(self, *payloads: Tensor) -> None:
@@ -193,11 +196,16 @@ class Meeting:
         self.everyone = [Said(*row) for row in everyone.tolist()]
         refusing = [rank for rank, said in enumerate(self.everyone) if said.refused]
         if refusing:
-            raise ValueError(f"{self.function}: {_ranks(refusing)} of the group refused {'its' if len(refusing) == 1 else 'their'} arguments")
+            refuse(self, refusing)
         for field, name in _NAMES.items():
             values = [getattr(said, field) for said in self.everyone]
             if len(set(values)) > 1:
                 raise ValueError(f"{self.function}: the ranks of the group must agree on {name}, got {_by_rank(field, values)}")
+
+
+def refuse(meeting: Meeting, ranks: Sequence[int]) -> NoReturn:
+    """Raises what a rank says when those others have raised an error of their own."""
+    raise ValueError(f"{meeting.function}: {_ranks(ranks)} of the group refused {'its' if len(ranks) == 1 else 'their'} arguments")
 
 
 def _ranks(ranks: Sequence[int]) -> str:
@@ -218,9 +226,13 @@ def _by_rank(field: str, values: Sequence[int]) -> str:
 # --- shards of a vocabulary ---------------------------------------------------------------------------------
 
 
-def is_sharded(x: Any, group: Any, vocab_start: Any, segments: Any) -> bool:
-    """Whether a call is about columns of rows: a group, or parts of rows in a process of its own."""
-    return group is not None or vocab_start is not None or segments is not None or hasattr(x, "device_mesh")
+def is_sharded(group: Any, vocab_start: Any, vocab_size: Any, segments: Any) -> bool:
+    """Whether a call is about some columns of rows: those of a rank, those without padding, or segments."""
+    return group is not None or vocab_start is not None or vocab_size is not None or segments is not None
+
+
+def first_column(group: Any, columns: int, vocab_start: int | None) -> int:
+    return dist.get_rank(group) * columns if vocab_start is None else vocab_start
 
 
 def check_sizes(columns: int, ranks: int, vocab_start: int | None, vocab_size: int | None, segments: int | None) -> None:
@@ -265,8 +277,7 @@ def shard_of(meeting: Meeting, columns: int, vocab_start: int | None, vocab_size
     ranks = meeting.ranks
     if ranks == 1:
         return Shard(*_SOLE, 0, columns if vocab_size is None else vocab_size, segments or 0)
-    start = dist.get_rank(meeting.group) * columns if vocab_start is None else vocab_start
-    vocab = vocab_size
+    start, vocab = first_column(meeting.group, columns, vocab_start), vocab_size
     if meeting.everyone:
         sizes = [said.vocab for said in meeting.everyone]
         if len(set(sizes)) > 1:

@@ -6,15 +6,19 @@ tail a second one of two. The gradient needs none: the state of whole rows is on
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from ..backends.contract import KeptKind
-from ..operator import Steps, differentiable
-from ..parallel import gather
+from ..backends.contract import KeptKind, State
+from ..checks import check_target_range, computing_dtype
+from ..operator import DEBUG, Steps, differentiable, traced
+from ..parallel import Meeting, Shard, check_sizes, gather, refuse, refusing_targets, shard_of
 from .parts import token_stats_kept_masses, token_stats_merge, token_stats_parts, with_kept
-from .row_stats import INSTEAD, Options, Results, backward, overwrite
+from .row_stats import INSTEAD, Options, Results, backward, overwrite, row_stats
 
 _N = len(Options._fields)
 
@@ -32,18 +36,50 @@ def _split(args: Any) -> tuple[Options, _Ranks, Any]:
     return Options(*args[:_N]), _Ranks(*args[_N:m]), args[m:]
 
 
-def all_parts(parts: Tensor, ranks: _Ranks) -> Tensor:
-    """[P, ...] of this rank -> [ranks * P, ...]"""
-    return parts if ranks.ranks == 1 else gather(parts, ranks.group_name, ranks.ranks).flatten(0, 1)
+def all_parts(parts: Tensor, group_name: str, ranks: int, *of_rows: Tensor | None) -> Tensor:
+    """[P, ..., W] of this rank -> [ranks * P, ..., W].
+
+    of_rows: (targets, mask, row_temperature), which RLKERN_DEBUG=1 compares. Where they are not the same on
+    all ranks that is an error, on a GPU NaN in that row.
+    """
+    if ranks == 1:
+        return parts
+    if DEBUG and of_rows and not traced(parts):
+        return _compared(parts, group_name, ranks, _digest(parts, *of_rows))
+    return gather(parts, group_name, ranks).flatten(0, 1)
+
+
+def _digest(parts: Tensor, targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None) -> Tensor:
+    """[...] a number below 2^24 for each row, of all that must be the same on every rank."""
+    rows = parts.shape[1:-1]
+    digest = torch.zeros(rows, dtype=torch.int64, device=parts.device)
+    for x in (targets, mask, None if row_temperature is None else row_temperature.double().view(torch.int64)):
+        if x is not None:
+            for column in x.reshape(*rows, -1).unbind(-1):
+                digest = (digest * 1000003 + column + 1) * 0x5851F42D4C957F2D
+                digest = digest ^ (digest >> 33)
+    return (digest & 0xFFFFFF).to(parts.dtype)
+
+
+def _compared(parts: Tensor, group_name: str, ranks: int, digest: Tensor) -> Tensor:
+    with_digest = torch.cat([parts, digest.expand(parts.shape[:-1]).unsqueeze(-1)], -1)
+    gathered = gather(with_digest, group_name, ranks).flatten(0, 1)
+    parts, digests = gathered[..., :-1], gathered[..., -1]
+    differ = (digests != digests[0]).any(0)
+    if parts.device.type == "cpu" and differ.any():
+        row = differ.view(-1).nonzero()[0, 0].item()
+        raise ValueError(f"the ranks of the group must agree on targets, mask and temperature, but they differ in row {row}")
+    return parts.masked_fill(differ.unsqueeze(-1), float("nan"))
 
 
 def _forward(call, logits, targets, mask, row_temperature, *args) -> tuple:
     o, ranks, _ = _split(args)
     of_rows = (targets, mask, row_temperature, *o)
-    parts = all_parts(call(token_stats_parts, logits, *of_rows, ranks.segments), ranks)
+    of_group = (ranks.group_name, ranks.ranks)
+    parts = all_parts(call(token_stats_parts, logits, *of_rows, ranks.segments), *of_group, targets, mask, row_temperature)
     results = Results(*call(token_stats_merge, parts, *of_rows))
     if o.kept_kind != KeptKind.NONE:
-        masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), ranks)
+        masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), *of_group)
         results = with_kept(results, masses, targets, mask, o)
     return tuple(results)
 
@@ -65,3 +101,84 @@ _sharded_stats = differentiable(
     instead=INSTEAD,
     overwrite=Steps("sharded_token_stats_backward_", _without_ranks(overwrite), overwrite),
 )
+
+
+class Columns(NamedTuple):
+    """Which columns of the rows a call holds, as its caller says."""
+
+    group: Any = None
+    vocab_start: int | None = None
+    vocab_size: int | None = None
+    segments: int | None = None
+
+
+def _target_span(targets: Tensor | None, mask: Tensor | None, ignore_index: int, rows: int) -> tuple[int, int]:
+    """The least and the greatest of the targets that count, (0, 0) without any. Reads values."""
+    if targets is None or targets.numel() == 0:
+        return 0, 0
+    counts = targets != ignore_index
+    if mask is not None:
+        counts = counts & mask.view(mask.shape + (1,) * (targets.dim() - mask.dim()))
+    least, most = torch.where(counts, targets, 0).aminmax()
+    return int(least), int(most)
+
+
+def _payloads(logits: Any, targets: Any, second: bool, segments: Any, ranks: int) -> list[Tensor]:
+    """What a call on these would send, as far as they say."""
+    if not isinstance(logits, Tensor) or logits.dim() == 0 or not (targets is None or isinstance(targets, Tensor)):
+        return []
+    parts = segments // ranks if isinstance(segments, int) and segments else 1
+    n_targets = 0 if targets is None else 1 if targets.dim() < logits.dim() else targets.shape[-1]
+    widths = (State.TARGETS + n_targets, 2) if second else (State.TARGETS + n_targets,)
+    return [logits.new_empty(parts, *logits.shape[:-1], width, dtype=computing_dtype(logits)) for width in widths]
+
+
+def agreed_shard(
+    function: str,
+    logits: Tensor,
+    targets: Tensor | None,
+    at: Columns,
+    check: Callable[[], tuple],
+    *,
+    columns: Callable[[], int] | None = None,
+    second: bool = False,
+    options: Sequence[Any] = (),
+) -> tuple[Shard, tuple]:
+    """(this rank's columns, the checked rows), once all ranks agree. Every rank raises if one does.
+
+    Args:
+        logits: [..., columns], or hidden states whose rows these are.
+        check: returns (targets, mask, row_temperature, `Options`), or raises.
+        columns: how many this rank holds; None: those of logits. Called after the check.
+        second: whether there is a second gather.
+        options: what else must be the same on all ranks.
+    """
+    with Meeting(function, at.group, logits) as meeting:
+        if meeting.ranks > 1 and not meeting.exchanges:
+            meeting.would_send(*_payloads(logits, targets, second, at.segments, meeting.ranks))
+        rows = check()
+        y, mask, row_temperature, o = rows
+        held = logits.shape[-1] if columns is None else columns()
+        check_sizes(held, meeting.ranks, at.vocab_start, at.vocab_size, at.segments)
+        if meeting.exchanges:
+            n_targets = -1 if y is None else 0 if y.dim() < logits.dim() else y.shape[-1]
+            asked = (*o, at.segments, mask is None, row_temperature is None, *options)
+            meeting.about(rows=logits.shape[:-1].numel(), targets=n_targets, dtype=logits.dtype, options=asked)
+            span = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
+            meeting.covers(held, at.vocab_start, at.vocab_size, *span)
+    shard = shard_of(meeting, held, at.vocab_start, at.vocab_size, at.segments)
+    out_of_range = refusing_targets(meeting, shard.vocab)
+    if out_of_range:
+        if dist.get_rank(at.group) in out_of_range:
+            y = y.reshape(logits.shape[:-1].numel(), -1)
+            check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, shard.vocab)
+        refuse(meeting, out_of_range)
+    return shard, (*rows[:3], o._replace(vocab_start=shard.start, vocab_size=shard.vocab))
+
+
+def sharded_row_stats(shard: Shard, logits: Tensor, *rows: Any, in_place: bool = False) -> tuple:
+    """What `row_stats` returns, of all columns of the group; rows as of `agreed_shard`."""
+    *by_row, o = rows
+    if shard.ranks == 1 and not shard.segments:
+        return row_stats(logits, *by_row, *o, in_place=in_place)
+    return _sharded_stats(logits, *by_row, *o, *_Ranks(shard.group_name, shard.ranks, shard.segments), in_place=in_place)

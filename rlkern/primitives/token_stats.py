@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ..backends.contract import KeptKind
-from ..checks import check_flags, check_inplace, check_logits, check_mask, check_temperature, check_transforms, no_group
+from ..checks import check_flags, check_inplace, check_logits, check_mask, check_temperature, check_transforms
+from ..dtensors import is_dtensor, local_columns
+from ..parallel import is_sharded
 from .kept_sets import Kept, check_kept, check_outside
 from .kept_stats import kept_stats
 from .row_stats import Options, TokenStats, public_stats, row_options, row_stats
+from .sharded_stats import Columns, agreed_shard, sharded_row_stats
 
 
 def token_stats(
@@ -29,7 +34,10 @@ def token_stats(
     keep: Kept | Tensor | None = None,
     outside: str = "include",
     with_full: bool = False,
-    group=None,
+    group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    segments: int | None = None,
 ) -> TokenStats:
     """Log-probability, entropy and more of each row of logits in one read; gradient: one read, one write.
 
@@ -72,7 +80,18 @@ def token_stats(
             vocabulary for that row. "minus_inf" gives logp = -inf, without gradient, and is for targets
             [..., K] too.
         with_full: also compute full_entropy and full_logsumexp, of the whole vocabulary.
-        group: reserved for vocabulary-parallel logits; must be None.
+        group: a torch.distributed.ProcessGroup whose ranks hold the columns of the same rows between them.
+            All arguments but the logits must be the same on all ranks, and so must be the upstream gradients.
+            Results are those of the whole rows, the same bits on every rank. A rank gets the gradient of its
+            own columns; it may hold none. The forward is one gather of State.TARGETS + K numbers a row (min_p, min_prob and
+            with_tail: another of 2), the backward none. DTensor logits need no group, see below.
+        vocab_start: the id of this rank's first column; None: rank * columns. Targets are ids of the whole
+            vocabulary.
+        vocab_size: V. Columns of ids from there on are padding: they are not read, and their gradient is 0.
+            None: the columns of all ranks. Also without a group.
+        segments: cut rows into so many equal parts wherever ranks begin, a multiple of the number of ranks:
+            8 gives the same bits on 1, 2, 4 and 8 ranks. The columns of all ranks must be a multiple of
+            16 * segments.
 
     Returns:
         TokenStats(logp, entropy | None, logsumexp, sum_sq_prob | None, kept_logmass | None) in float32
@@ -82,38 +101,69 @@ def token_stats(
         in rows that are not read or are over everything). With with_full, full_entropy and full_logsumexp;
         logsumexp - full_logsumexp is the log of the mass that S holds.
 
+        A DTensor of logits may be sharded on its last dimension over one dimension of its mesh, and on others
+        by rows. targets, mask and temperature are then those of the local rows, or DTensors. Results are
+        DTensors if targets are one.
+
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
         IndexError: on a CPU for a target outside [0, V) that is not ignore_index, and for a kept id >= V. On
             a GPU that row's logp is NaN, or with RLKERN_DEBUG=1 this error.
+
+        With a group on CPUs every rank raises if one of them does, or if what they were given does not fit
+        together. On GPUs the host does not wait for the others: their rows are NaN where a rank refused.
+        RLKERN_DEBUG=1 checks there too, and compares targets, mask and temperature of every row.
     """
-    no_group(group)
-    if targets is None:
-        raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
-    check_logits(logits)
-    check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, inplace_backward=inplace_backward, with_full=with_full)
-    if inplace_backward:
-        check_inplace(logits)
-    y, counted, row_temperature, o = row_options(
-        logits,
-        targets,
-        mask=mask,
-        temperature=temperature,
-        ignore_index=ignore_index,
-        min_p=min_p,
-        min_prob=min_prob,
-        with_sum_sq=with_sum_sq,
-        with_entropy=with_entropy or (bool(with_full) and keep is None),
-        with_tail=with_tail,
-        logit_scale=logit_scale,
-        softcap=softcap,
-    )
+    if is_dtensor(logits):
+        options: Any = dict(ignore_index=ignore_index, min_p=min_p, min_prob=min_prob, with_sum_sq=with_sum_sq, with_entropy=with_entropy)
+        options |= dict(with_tail=with_tail, logit_scale=logit_scale, softcap=softcap, inplace_backward=inplace_backward, keep=keep)
+        options |= dict(outside=outside, with_full=with_full, segments=segments)
+        local, at, placed = local_columns("logits", logits, group, vocab_start, vocab_size)
+        by_row = {"mask": placed.local(mask), "temperature": placed.local(temperature)}
+        stats = token_stats(local, placed.local(targets), **by_row, **at, **options)
+        return TokenStats(*map(placed.whole, stats)) if is_dtensor(targets) else stats
+
+    def checked() -> tuple:
+        if targets is None:
+            raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
+        check_logits(logits, least=1 if group is None else 0)
+        check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, inplace_backward=inplace_backward, with_full=with_full)
+        if inplace_backward:
+            check_inplace(logits)
+        return row_options(
+            logits,
+            targets,
+            mask=mask,
+            temperature=temperature,
+            ignore_index=ignore_index,
+            min_p=min_p,
+            min_prob=min_prob,
+            with_sum_sq=with_sum_sq,
+            with_entropy=with_entropy or (bool(with_full) and keep is None),
+            with_tail=with_tail,
+            logit_scale=logit_scale,
+            softcap=softcap,
+        )
+
+    columns = Columns(group, vocab_start, vocab_size, segments)
+    sharded = is_sharded(*columns)
+    if sharded:
+        second = not (min_p is None and min_prob is None) or bool(with_tail)
+        shard, (y, counted, row_temperature, o) = agreed_shard(
+            "token_stats", logits, targets, columns, checked, second=second, options=(with_full, keep is None)
+        )
+    else:
+        y, counted, row_temperature, o = checked()
     if keep is not None:
         keep = check_kept(keep, logits, "logits", logits.shape[-1])
         check_outside(outside, several=targets.dim() == logits.dim() and targets.shape[-1] > 1)
         return kept_stats(logits, y, counted, row_temperature, o, keep, outside, bool(with_full), bool(inplace_backward))
     check_outside(outside)
-    stats = public_stats(o, *row_stats(logits, y, counted, row_temperature, *o, in_place=bool(inplace_backward)))
+    if sharded:
+        results = sharded_row_stats(shard, logits, y, counted, row_temperature, o, in_place=bool(inplace_backward))
+    else:
+        results = row_stats(logits, y, counted, row_temperature, *o, in_place=bool(inplace_backward))
+    stats = public_stats(o, *results)
     if not with_full:
         return stats
     entropy = stats.entropy if with_entropy else None
@@ -135,15 +185,31 @@ def entropy_from_logits(
     mask: Tensor | None = None,
     logit_scale: float = 1.0,
     softcap: float | None = None,
+    group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    segments: int | None = None,
 ) -> Tensor:
     """Entropy in nats of softmax(logits / temperature): [..., V] -> [...], float32 (float64 for float64).
 
-    Differentiable; `temperature`, `mask`, `logit_scale` and `softcap` as in `token_stats`. Entries at -inf
-    count as probability 0.
+    Differentiable; `temperature`, `mask`, `logit_scale`, `softcap`, `group` and what belongs to it as in
+    `token_stats`. Entries at -inf count as probability 0.
     """
-    check_logits(logits)
-    mask = check_mask(mask, logits)
-    row_temperature, number = check_temperature(temperature, logits, mask=mask)
-    row_temperature, number, cap = check_transforms(logit_scale, softcap, row_temperature, number, logits)
-    options = Options(number, -100, KeptKind.NONE, log_kept=0.0, with_sum_sq=False, with_entropy=True, softcap=cap)
-    return TokenStats(*row_stats(logits, None, mask, row_temperature, *options)).entropy
+    if is_dtensor(logits):
+        local, at, placed = local_columns("logits", logits, group, vocab_start, vocab_size)
+        by_row = {"mask": placed.local(mask), "temperature": placed.local(temperature)}
+        return entropy_from_logits(local, **by_row, **at, logit_scale=logit_scale, softcap=softcap, segments=segments)
+
+    def checked() -> tuple:
+        check_logits(logits, least=1 if group is None else 0)
+        counted = check_mask(mask, logits)
+        row_temperature, number = check_temperature(temperature, logits, mask=counted)
+        row_temperature, number, cap = check_transforms(logit_scale, softcap, row_temperature, number, logits)
+        return None, counted, row_temperature, Options(number, -100, KeptKind.NONE, 0.0, with_sum_sq=False, with_entropy=True, softcap=cap)
+
+    columns = Columns(group, vocab_start, vocab_size, segments)
+    if is_sharded(*columns):
+        shard, rows = agreed_shard("entropy_from_logits", logits, None, columns, checked)
+        return TokenStats(*sharded_row_stats(shard, logits, *rows)).entropy
+    *of_rows, o = checked()
+    return TokenStats(*row_stats(logits, *of_rows, *o)).entropy
