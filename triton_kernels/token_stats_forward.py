@@ -331,8 +331,8 @@ def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexp
 
 @triton.jit
 def distribution(m, ties, s0, s1, s2, SUM_SQ: tl.constexpr):
-    """(MAX, REST, MEAN_U, SUM_SQ) of `State`, from the sums of `sweep`. The maximum is -inf only where there is
-    nothing else."""
+    """(MAX, REST, MEAN_U, SUM_SQ) of `State`, from the sums of `sweep`. MAX is -inf only where nothing else
+    is: of a NaN beside -inf it is NaN."""
     rest, _log_s0, nothing = log_total(m, ties, s0)
     total = 1.0 + rest
     mean_u = LN2 * s1 / total

@@ -4,8 +4,8 @@ This fills the card in small batches, and the last rows of a large one do not ke
 function of V (launch.py), never of the number of rows: a row has the same bits in any batch. With a kept set
 the parts are swept once more, when all of them are summed.
 
-A row's parts are [SPLITS, STATE_KEPT] in the accumulation dtype, the first columns of `State`, and [SPLITS, 2]:
-S0 of the kept entries and of the others.
+In the accumulation dtype a row's parts are [SPLITS, STATE_KEPT], the first columns of `State`, and its masses
+[SPLITS, 2]: S0 of the kept entries and of the others.
 """
 
 import triton
@@ -79,8 +79,8 @@ def token_stats_kept_part_kernel(
     ACC: tl.constexpr, ALIGN: tl.constexpr, ALIGNED: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK: tl.constexpr, LANES: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """The kept and the other mass of one part, once the row's maximum and sum are known. With a state the columns
-    may be a part themselves, and rows that do not count get zeros."""
+    """The kept and the other mass of one part, once the row's maximum and sum are known. From a state, the
+    columns may be a part of a row themselves. Rows that do not count then get zeros."""
     row = tl.program_id(0) // SPLITS
     part = tl.program_id(0) % SPLITS
     row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)

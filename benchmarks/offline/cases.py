@@ -108,8 +108,8 @@ def core_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every variant of token_stats on every type and layout. Of tails, sets, masses and the others, which share
-    its loads, some, of softcaps the common one."""
+    """Every variant of token_stats on every type and layout. Of tails, sets, masses and the others, which
+    share its loads, some, of softcaps the common one."""
     selection = (("bf16", "V=151936"), ("bf16", "V=50257"), ("fp32", "V=151936"))
     everything = [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
     variants = {**FORWARD, **BACKWARD}
