@@ -18,7 +18,7 @@ void forward_rows(const Forward& call, int64_t begin, int64_t end) {
       skip_row<A>(call, row);
       continue;
     }
-    const PlainRow<T> x{row_of<T>(call, call.logits, row), call.vocab};
+    const PlainRow<T> x{row_of<T>(call, call.logits, row), call.vocab, row_of<T>(call, call.logits, row + 1)};
     if (call.softcap > 0)
       forward_row(call, row, CappedRow<PlainRow<T>>{x, A(1 / call.softcap)}, targets_of(call, row), listed, call.entropy);
     else

@@ -40,6 +40,11 @@ def merged(backend, parts, y, mask, temperature, kept=(KeptKind.NONE, 0.0)):
     return dict(zip((*NAMES, "kept", "state"), out, strict=True))
 
 
+def made_by(backend, count):
+    """The backend whose forward makes so many parts: each merges another's. Triton's interpreter makes few."""
+    return reference if backend == "triton" and count > 3 else backends.select(torch.device("cpu"))
+
+
 def of_masses(backend, rows, y, mask, temperature, kind, state, cuts, softcap=0.0):
     masses = []
     for start, stop in pairwise(cuts):
@@ -61,7 +66,7 @@ def whole(rows, y, mask, temperature, kept=(KeptKind.NONE, 0.0), softcap=0.0):
 def rows_of_all_kinds(dtype):
     """[1, N, V] with a stride over rows that is odd, and what is hard about each row."""
     g = torch.Generator().manual_seed(0)
-    x = (torch.randn(24, V, generator=g) * 3).tolist()
+    x = (torch.randn(18, V, generator=g) * 3).tolist()
     kinds = {
         "ties across parts": lambda r: [9.0 if i in (3, 17, 18, 45, 60) else r[i] for i in range(V)],
         "all equal": lambda r: [1.5] * V,
@@ -118,12 +123,15 @@ def test_merge_is_that_of_the_uncut_row(backend, dtype):
     y, mask = targets_and_mask(n)
     tolerance = 2e-5 if dtype == torch.float32 else 1e-11
     by_row = torch.linspace(0.5, 1.5, n).to(dtype)
-    for count, temperature in {1: 1.0, 2: by_row, 3: 0.7, 5: by_row, 9: 1.0}.items():
-        parts = of_parts(module, rows, y, mask, temperature, CUTS[count])
+    counts = {3: 0.7, 9: by_row} if backend == "triton" else {1: 1.0, 2: by_row, 3: 0.7, 5: 1.0, 9: by_row}
+    for count, temperature in counts.items():
+        parts = of_parts(made_by(backend, count), rows, y, mask, temperature, CUTS[count])
         got = merged(module, parts, y, mask, temperature)
         assert_equal_rows(got, whole(rows, y, mask, temperature), tolerance)
         of_same = merged(reference, parts.double(), y, mask, temperature.double() if isinstance(temperature, torch.Tensor) else temperature)
         assert_equal_rows(got, of_same, 2e-6 if dtype == torch.float32 else 1e-13)
+        if count < 9:
+            continue
         # Any strides over parts and rows, and the same bits beside other rows.
         between = torch.full((n, count + 1, parts.shape[2] + 1), NAN, dtype=dtype)
         strided = between[:, :count, 1:].transpose(0, 1).copy_(parts)
@@ -143,13 +151,16 @@ KEPT = {"min_p": (KeptKind.MIN_P, math.log(0.05)), "min_prob": (KeptKind.MIN_PRO
 def test_masses_give_what_the_uncut_row_keeps(backend, kept):
     module = backends.select(torch.device("cpu"))
     kind, log_kept = KEPT[kept]
-    for dtype, count, softcap in ((torch.float32, 5, 0.0), (torch.float64, 3, 0.0), (torch.bfloat16, 2, 5.0)):
+    cases = [(torch.float32, 3, 0.0), (torch.float64, 2, 0.0), (torch.bfloat16, 2, 5.0)]
+    if backend == "triton":  # interpreted: a type for each
+        cases = [cases[list(KEPT).index(kept)]]
+    for dtype, count, softcap in cases:
         rows = rows_of_all_kinds(dtype)
         n = rows.shape[1]
         y, mask = targets_and_mask(n)
         acc, temperature = (torch.float64 if dtype == torch.float64 else torch.float32), torch.linspace(0.5, 1.5, n)
         temperature, cuts = temperature.to(acc), CUTS[count]
-        got = merged(module, of_parts(module, rows, y, mask, temperature, cuts, softcap), y, mask, temperature, (kind, log_kept))
+        got = merged(module, of_parts(reference, rows, y, mask, temperature, cuts, softcap), y, mask, temperature, (kind, log_kept))
         state = got["state"]
         masses = of_masses(module, rows, y, mask, temperature, kind, state, cuts, softcap)
         want = whole(rows, y, mask, temperature, (kind, log_kept), softcap)
@@ -173,8 +184,8 @@ def test_confident_rows_keep_their_digits(backend):
         rows[0].scatter_(1, y, 0)
         want = whole(rows, y, None, 1.0)
         assert (want["logp"][:, 0] > -1e-7).all()
-        for cuts in CUTS.values():
-            got = merged(module, of_parts(module, rows, y, None, 1.0, cuts), y, None, 1.0)
+        for count in (3, 9):
+            got = merged(module, of_parts(made_by(backend, count), rows, y, None, 1.0, CUTS[count]), y, None, 1.0)
             for name in ("logp", "entropy"):
                 torch.testing.assert_close(got[name].double(), want[name], rtol=tolerance, atol=0)
             torch.testing.assert_close(got["state"][:, State.REST].double(), want["state"][:, State.REST], rtol=tolerance, atol=0)
