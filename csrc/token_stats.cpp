@@ -9,6 +9,11 @@
 namespace {
 
 template <class T>
+PlainRow<T> plain_row(const Rows& call, int64_t row) {
+  return {row_of<T>(call, call.logits, row), call.vocab, row_of<T>(call, call.logits, row + 1)};
+}
+
+template <class T>
 void forward_rows(const Forward& call, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const bool tails = call.kept_kind == KeptKind::UNLISTED;
@@ -18,7 +23,7 @@ void forward_rows(const Forward& call, int64_t begin, int64_t end) {
       skip_row<A>(call, row);
       continue;
     }
-    const PlainRow<T> x{row_of<T>(call, call.logits, row), call.vocab, row_of<T>(call, call.logits, row + 1)};
+    const PlainRow<T> x = plain_row<T>(call, row);
     if (call.softcap > 0)
       forward_row(call, row, CappedRow<PlainRow<T>>{x, A(1 / call.softcap)}, targets_of(call, row), listed, call.entropy);
     else
@@ -39,7 +44,7 @@ void kept_masses_rows(const KeptMasses& call, int64_t begin, int64_t end) {
     };
     Masses found{};
     if (!is_skipped(call, row)) {
-      const PlainRow<T> x{row_of<T>(call, call.logits, row), call.vocab};
+      const PlainRow<T> x = plain_row<T>(call, row);
       found = call.softcap > 0 ? masses(CappedRow<PlainRow<T>>{x, A(1 / call.softcap)}) : masses(x);
     }
     put<A>(call.masses, 2 * row, found.kept);
@@ -56,7 +61,7 @@ void backward_rows(const Backward& call, int64_t begin, int64_t end) {
       std::memset(out, 0, call.vocab * sizeof(T));
       continue;
     }
-    const PlainRow<T> x{row_of<T>(call, call.logits, row), call.vocab};
+    const PlainRow<T> x = plain_row<T>(call, row);
     backward_row(call, row, x, targets_of(call, row), out, room.targets, room.beside(), NotFull{});
   }
   if (call.stream) finish_stream();
