@@ -41,7 +41,7 @@ def merged(backend, parts, y, mask, temperature, kept=(KeptKind.NONE, 0.0)):
 
 
 def made_by(backend, count):
-    """The backend whose forward makes so many parts: each merges another's. Triton's interpreter makes few."""
+    """The backend whose forward makes so many parts. Each may merge another's: the interpreter makes few."""
     return reference if backend == "triton" and count > 3 else backends.select(torch.device("cpu"))
 
 
