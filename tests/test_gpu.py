@@ -11,7 +11,7 @@ import rlkern
 from rlkern import reference
 from rlkern.primitives import group_selection
 from rlkern.primitives.batch_ranks import Batch, batch_totals
-from rlkern.primitives.group_selection import random_values, share_of
+from rlkern.primitives.group_selection import random_values, share_with_means
 from rlkern.primitives.selection import select_bottom
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -390,9 +390,9 @@ def test_selection_over_ranks_as_on_cpus(monkeypatch, dtype, most_listed):
         batch = Batch("", 1, 0, (mask.numel(),))
         totals = batch_totals(logp, advantages, mask, batch, seed)
         draw = random_values(mask, totals.seed, 3)
-        shares = [share_of(x.flatten(), mask.flatten(), count, batch, 5000, values.flatten(), totals.sums[1]) for x in (values, draw)]
-        exact = [totals.tokens, totals.sums, draw, *(x for share in shares for x in (share.own, share.chosen, share.added))]
-        return exact, [share.mean for share in shares]
+        shares = [share_with_means(x.flatten(), mask.flatten(), count, batch, 5000, values.flatten(), totals.sums[1]) for x in (values, draw)]
+        exact = [totals.tokens, totals.sums, draw, *(x for own, means in shares for x in (own, means.chosen, means.added))]
+        return exact, [means.mean for _, means in shares]
 
     given = [logp, advantages, mask, values, torch.tensor(1 << 61), torch.tensor(5000)]
     expected, on_device = of_a_rank(*given), [x.cuda() for x in given]

@@ -131,9 +131,9 @@ def test_any_slicing(monkeypatch, most_listed, seeds):
 
 def lower_ranks_ignored(x, *args):
     """Ties: every rank takes them as if it came first."""
-    share = LISTED(x, *args)
-    (keys, count, batch, *_), last = (x, *args), torch.iinfo(x.dtype).max
-    return share._replace(own=torch.minimum(count, (keys < last).sum())) if batch.rank else share
+    own, means = LISTED(x, *args)
+    count, batch, *_ = args
+    return torch.minimum(count, (x < torch.iinfo(x.dtype).max).sum()) if batch.rank else own, means
 
 
 LISTED, BINNED = group_selection._listed_share, exact_sums.binned
@@ -243,6 +243,9 @@ def draw_tokens(seed=0, rows=4, length=6):
     return logp, logp + 0.1, torch.randn(rows, length, generator=g), torch.rand(rows, length, generator=g) < 0.9
 
 
+HEADER = ("all_gather", torch.int64, 10)
+
+
 def test_two_collectives():
     """After the header: a sum of a few integers, and a gather of capacity keys with what they carry."""
     capacity = int(2 * 24 * 0.1)  # of the entries of both ranks
@@ -253,7 +256,7 @@ def test_two_collectives():
             group.calls.clear()
             loss()
             header, *calls[name] = group.calls
-            assert header == ("all_gather", torch.int64, 10)
+            assert header == HEADER
         return calls
 
     listed = ("all_gather", torch.int32, 2 * capacity + 2)
@@ -264,6 +267,15 @@ def test_two_collectives():
             assert calls == {name: [] if name == "lp_reg" else [("all_reduce", torch.int64, 21)] for name in calls}
         for calls in run(lambda group: on(group, capacity=9)):
             assert all(sent[1] == ("all_gather", torch.int32, 20) for sent in calls.values())
+        values = draw_tokens()[0]
+
+        def select(group):
+            select_bottom(values.double(), values < 0, 3, group=group)
+            select_random(values < 0, torch.tensor(3), group=group, capacity=4)
+            return group.calls
+
+        for calls in run(select):
+            assert calls == [HEADER, ("all_gather", torch.int64, 3), HEADER, ("all_reduce", torch.int64, 1), ("all_gather", torch.int32, 4)]
 
 
 def test_no_host_sync(monkeypatch):

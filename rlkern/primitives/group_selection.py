@@ -24,13 +24,17 @@ _RADIX_BITS = 11
 _INTEGER = {torch.float32: torch.int32, torch.float64: torch.int64}
 
 
-class Share(NamedTuple):
-    """What a rank takes, and what all ranks take together."""
+class Means(NamedTuple):
+    """Of what is selected on all ranks."""
 
-    own: Tensor  # 0-d int64
-    chosen: Tensor  # 0-d int64: of all ranks; with `carried`, those where that is no NaN
-    mean: Tensor  # 0-d float64: of what those carry, 0 of none
+    chosen: Tensor  # 0-d int64: how many, of those whose `carried` is no NaN
+    mean: Tensor  # 0-d float64: of what these carry, 0 of none
     added: Tensor  # 0-d float64: the sum of `added` over the ranks
+
+
+class _Beside(NamedTuple):
+    carried: Tensor  # [N], in the dtype of the values
+    added: Tensor  # 0-d float64
 
 
 def list_length(batch: Batch, most: int, capacity: int | None = None) -> int:
@@ -38,30 +42,40 @@ def list_length(batch: Batch, most: int, capacity: int | None = None) -> int:
     return max(1, min(most, max(batch.sizes)) if capacity is None else capacity)
 
 
-def would_send_list(meeting: Meeting, x: Tensor, length: int) -> None:
+def would_send_list(meeting: Meeting, x: Tensor, length: int, *, with_means: bool = True) -> None:
     """Tells a meeting of what `share_of` gathers, where x has the dtype of the values."""
-    words = 2 * length + (2 if x.element_size() < 8 else 1)
-    meeting.would_send(lambda: [x.new_empty(words, dtype=_INTEGER[computing_dtype(x)])])
+    integer = _INTEGER[computing_dtype(x)]
+    words = 2 * length + 8 // integer.itemsize if with_means else length
+    meeting.would_send(lambda: [x.new_empty(words, dtype=integer)])
 
 
-def share_of(
-    values: Tensor, valid: Tensor, count: Tensor, batch: Batch, length: int, carried: Tensor | None = None, added: Tensor | None = None
-) -> Share:
-    """What falls to this rank of the `count` smallest of all ranks' valid values, in one gather.
+def share_of(values: Tensor, valid: Tensor, count: Tensor, batch: Batch, length: int) -> Tensor:
+    """How many of the `count` smallest of all ranks' valid values are this rank's: 0-d int64. One gather.
 
     Args:
         values, valid: [N] float32 or float64, and bool. NaN is the largest, and both zeros are alike.
         count: 0-d int64, the same on all ranks.
-        length: of a rank's list, the same on all ranks. No rank takes more.
-        carried: [N] like values, whose mean over the selected entries is asked for.
+        length: of a rank's list, the same on all ranks. No rank has more of them.
+    """
+    return _share(values, valid, count, batch, length, None)[0]
+
+
+def share_with_means(values: Tensor, valid: Tensor, count: Tensor, batch: Batch, length: int, carried: Tensor, added: Tensor) -> tuple[Tensor, Means]:
+    """(`share_of`, and what the selected entries of all ranks carry), in the same gather.
+
+    Args:
+        carried: [N] float.
         added: 0-d float64, to be added up over the ranks.
     """
+    own, means = _share(values, valid, count, batch, length, _Beside(carried.to(values.dtype), added))
+    return own, means  # type: ignore[return-value]  # not None
+
+
+def _share(values, valid, count, batch, length, beside) -> tuple[Tensor, Means | None]:
     keys = _keys(values, valid)
-    carried = values.new_zeros(values.shape) if carried is None else carried.to(values.dtype)
-    added = values.new_zeros((), dtype=torch.float64) if added is None else added.to(torch.float64)
     if batch.ranks * length > MOST_LISTED:
-        return _counted_share(keys, valid, count, batch, carried, added)
-    return _listed_share(keys, count, batch, length, carried, added)
+        return _counted_share(keys, valid, count, batch, length, beside)
+    return _listed_share(keys, count, batch, length, beside)
 
 
 def _keys(values: Tensor, valid: Tensor) -> Tensor:
@@ -73,24 +87,28 @@ def _keys(values: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, keys, largest)
 
 
-def _listed_share(keys, count, batch, length, carried, added) -> Share:
+def _listed_share(keys, count, batch, length, beside) -> tuple[Tensor, Means | None]:
     last = torch.iinfo(keys.dtype).max
     ordered, order = keys.sort(stable=True)
     n = min(length, keys.numel())
     none = keys.new_full((length - n,), last)
-    message = torch.cat([ordered[:n], none, carried[order[:n]].view(keys.dtype), none, added.view(1).view(keys.dtype)])
-    messages = message.unsqueeze(0) if batch.ranks == 1 else gather(message, batch.group_name, batch.ranks)
-    ordered, order = messages[:, :length].flatten().sort(stable=True)
+    parts = [ordered[:n], none]
+    if beside is not None:
+        parts += [beside.carried[order[:n]].view(keys.dtype), none, beside.added.view(1).view(keys.dtype)]
+    words = torch.cat(parts)
+    words = words.unsqueeze(0) if batch.ranks == 1 else gather(words, batch.group_name, batch.ranks)
+    ordered, order = words[:, :length].flatten().sort(stable=True)
     taken = (ordered < last) & (torch.arange(len(ordered), device=keys.device) < count)
     own = (taken & (order // length == batch.rank)).sum()
-    beside = messages[:, length : 2 * length].flatten()[order].view(carried.dtype)
-    counts = taken & ~beside.isnan()
-    total = torch.where(counts, beside.to(torch.float64), 0).sum()
-    chosen = counts.sum()
-    return Share(own, chosen, total / chosen.clamp(min=1), messages[:, 2 * length :].contiguous().view(torch.float64).sum())
+    if beside is None:
+        return own, None
+    carried = words[:, length : 2 * length].flatten()[order].view(beside.carried.dtype)
+    taken = taken & ~carried.isnan()
+    total, chosen = torch.where(taken, carried.to(torch.float64), 0).sum(), taken.sum()
+    return own, Means(chosen, total / chosen.clamp(min=1), words[:, 2 * length :].contiguous().view(torch.float64).sum())
 
 
-def _counted_share(keys, valid, count, batch, carried, added) -> Share:
+def _counted_share(keys, valid, count, batch, length, beside) -> tuple[Tensor, Means | None]:
     """The K-th smallest key, by its bits from high to low, from counts of all ranks."""
     top = 8 * keys.element_size()
     follows, smaller = valid, torch.zeros_like(valid)  # begins as the K-th smallest does; is certainly below it
@@ -113,11 +131,13 @@ def _counted_share(keys, valid, count, batch, carried, added) -> Share:
     by_rank = ties.view(1) if batch.ranks == 1 else gather(ties, batch.group_name, batch.ranks)
     before = by_rank[: batch.rank].sum()
     own_ties = torch.minimum((wanted - before).clamp(min=0), ties)
-    selected = smaller | (follows & (follows.cumsum(0) <= own_ties))
-    counts = selected & ~carried.isnan()
-    parts = torch.stack([counts.sum().to(torch.float64), torch.where(counts, carried.to(torch.float64), 0).sum(), added])
-    chosen, total, added = (parts if batch.ranks == 1 else gather(parts, batch.group_name, batch.ranks).sum(0)).unbind()
-    return Share(smaller.sum() + own_ties, chosen.long(), total / chosen.clamp(min=1), added)
+    own = (smaller.sum() + own_ties).clamp(max=length)
+    if beside is None:
+        return own, None
+    taken = (smaller | (follows & (follows.cumsum(0) <= own_ties))) & ~beside.carried.isnan()
+    sums = torch.stack([taken.sum().to(torch.float64), torch.where(taken, beside.carried.to(torch.float64), 0).sum(), beside.added])
+    chosen, total, added = (sums if batch.ranks == 1 else gather(sums, batch.group_name, batch.ranks).sum(0)).unbind()
+    return own, Means(chosen.long(), total / chosen.clamp(min=1), added)
 
 
 # --- a draw that does not depend on the ranks ---------------------------------------------------------------

@@ -16,7 +16,7 @@ from ..checks import as_bool, check_count, check_fraction, check_generator, chec
 from ..operator import Operator
 from ..parallel import Meeting
 from .batch_ranks import Batch, Call, added_up, agreed_batch, drawn_seed
-from .group_selection import Share, list_length, random_values, share_of, would_send_list
+from .group_selection import Means, list_length, random_values, share_of, share_with_means, would_send_list
 
 
 def _as_count(count: Tensor | int, values: Tensor) -> Tensor:
@@ -101,11 +101,11 @@ def _selected(call: Call, values: Any, valid: Any, count: Any) -> Tensor:
     most = _most(count)
 
     def would_exchange(meeting: Meeting, batch: Batch) -> None:
-        would_send_list(meeting, values, list_length(batch, most, call.capacity))
+        would_send_list(meeting, values, list_length(batch, most, call.capacity), with_means=False)
 
     batch, (x, among, wanted) = agreed_batch(call, values, checked, lambda _: (most,), would_exchange)
     if batch is not None:
-        wanted = share_of(x.flatten(), among.flatten(), wanted, batch, list_length(batch, most, call.capacity)).own
+        wanted = share_of(x.flatten(), among.flatten(), wanted, batch, list_length(batch, most, call.capacity))
     return _select_bottom(x, among, wanted)
 
 
@@ -147,7 +147,7 @@ def select_random(
 
     def would_exchange(meeting: Meeting, batch: Batch) -> None:
         meeting.would_add(lambda: [valid.new_empty((), dtype=torch.int64)])
-        would_send_list(meeting, valid.new_empty((), dtype=torch.float32), list_length(batch, most, capacity))
+        would_send_list(meeting, valid.new_empty((), dtype=torch.float32), list_length(batch, most, capacity), with_means=False)
 
     call = Call("select_random", group, capacity, row_offset)
     batch, wanted = agreed_batch(call, valid, checked, lambda _: (most,), would_exchange)
@@ -156,7 +156,7 @@ def select_random(
         return _select_bottom(_random_keys(valid, generator), among, wanted)
     seed = added_up(drawn_seed(batch, valid.device, generator), batch)
     values = random_values(among, seed, first_row(among, batch, row_offset))
-    own = share_of(values, among.flatten(), wanted, batch, list_length(batch, most, capacity)).own
+    own = share_of(values, among.flatten(), wanted, batch, list_length(batch, most, capacity))
     return _select_bottom(values.view(valid.shape), among, own)
 
 
@@ -227,7 +227,7 @@ class BatchChoice(NamedTuple):
     """What `select_fraction_of_batch` selects here, [B, T] bool, and of the whole batch."""
 
     selected: Tensor
-    share: Share
+    means: Means
 
 
 def fraction_capacity(batch: Batch, fraction: float, minimum: int, capacity: int | None) -> int:
@@ -245,19 +245,20 @@ def select_fraction_of_batch(
     minimum: int = 0,
     least: int = 0,
     capacity: int | None = None,
-    carried: Tensor | None = None,
+    carried: Tensor,
     added: Tensor | None = None,
 ) -> BatchChoice:
     """As `select_fraction` on one process, of the rows of all ranks. One gather.
 
     tokens: 0-d int64, the size of the group on all ranks. capacity: as in `select_bottom`. carried [B, T] and
-    added: as in `share_of`.
+    added: as in `share_with_means`; None is 0.
     """
     count = fraction_count(tokens, fraction, minimum)
     count = torch.where(count >= least, count, 0)
     length = fraction_capacity(batch, fraction, minimum, capacity)
-    share = share_of(values.flatten(), valid.flatten(), count, batch, length, None if carried is None else carried.flatten(), added)
-    return BatchChoice(_select_bottom(values, valid, share.own), share)
+    added = count.new_zeros((), dtype=torch.float64) if added is None else added
+    own, means = share_with_means(values.flatten(), valid.flatten(), count, batch, length, carried.flatten(), added)
+    return BatchChoice(_select_bottom(values, valid, own), means)
 
 
 def _means(values, selected, mask):

@@ -163,6 +163,6 @@ def select_over_batch(
     """(what is selected here of the smallest of all ranks' values, `selection_metrics` of the whole batch)"""
     options: dict[str, Any] = {"minimum": minimum, "capacity": capacity, "carried": covariance, "added": covariance.sum(dtype=torch.float64)}
     choice = select_fraction_of_batch(values, candidates, totals.tokens, fraction, totals.batch, **options)
-    share, count = choice.share, totals.tokens.clamp(min=1)
-    means = (share.chosen / count, share.added / count, share.mean)
-    return choice.selected, {name: mean.to(covariance.dtype) for name, mean in zip(_METRICS, means, strict=True)}
+    means, count = choice.means, totals.tokens.clamp(min=1)
+    metrics = (means.chosen / count, means.added / count, means.mean)
+    return choice.selected, {name: value.to(covariance.dtype) for name, value in zip(_METRICS, metrics, strict=True)}

@@ -45,11 +45,11 @@ def _rarest_of_batch(
     total = torch.zeros_like(tokens, dtype=torch.float64)
     for (among, candidates, fraction), size in zip(groups, sizes, strict=False):
         carried = torch.where(candidates, kl_of(candidates).values, math.nan)
-        rarest, share = select_fraction_of_batch(
+        rarest, means = select_fraction_of_batch(
             logp, among, size, fraction, batch, minimum=1, least=min_count, capacity=capacity, carried=carried
         )  # fmt: skip
         selected = selected | (candidates & rarest)
-        chosen, total = chosen + share.chosen, total + share.chosen * share.mean
+        chosen, total = chosen + means.chosen, total + means.chosen * means.mean
     metrics = {"selected_fraction": chosen / tokens.clamp(min=1), "proxy_kl": total / chosen.clamp(min=1)}
     refused = tokens < 0  # by a rank whose arguments are wrong, where the host cannot be told
     return selected, {name: torch.where(refused, math.nan, value).to(logp.dtype) for name, value in metrics.items()}
