@@ -295,6 +295,33 @@ def test_no_host_sync(monkeypatch):
             run(on)
 
 
+def test_one_choice_for_several_micro_batches():
+    """As docs/losses.md shows it: two ranks with two micro-batches each train as one process."""
+    x = draw_tokens(rows=8)
+    tokens = rlkern.batch_count(x[3])
+
+    def whole(group):
+        return with_gradient(lambda y: rlkern.kl_cov_loss(y, *x[1:], group=group, select_ratio=0.1, normalizer=tokens), x[0])[0]
+
+    def on(group):
+        mine = [t.chunk(2)[group.place] for t in x]
+        logp, _, advantages, mask = mine
+        covariance = rlkern.token_covariance(logp, advantages, mask, group=group)
+        count = rlkern.selection.fraction_count(rlkern.batch_count(mask, group=group), 0.1, minimum=1)
+        chosen = select_top(covariance, mask, count, group=group, capacity=24)
+        gradients = []
+        for rows in (slice(0, 1), slice(1, 4)):
+            logp, *rest = (t[rows] for t in mine)
+            given = {"selected": chosen[rows], "normalizer": tokens}
+            gradients.append(with_gradient(lambda y: rlkern.kl_cov_loss(y, *rest, **given), logp)[0])  # noqa: B023
+        return torch.cat(gradients)
+
+    with thread_ranks(1) as run:
+        (expected,) = run(whole)
+    with thread_ranks(2) as run:
+        assert torch.equal(torch.cat(run(on)), expected)
+
+
 def test_capacity_bounds_what_a_rank_takes():
     values, valid = torch.arange(6.0).view(1, 6), torch.ones(1, 6, dtype=torch.bool)
     with thread_ranks(2) as run:
