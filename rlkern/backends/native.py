@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from .contract import Keep, SetKind, mass_bits
+from .reference_pair import pair_mixture_sums as pair_mixture_sums
 from .reference_parts import token_stats_kept_masses as token_stats_kept_masses
 from .reference_parts import token_stats_merge as token_stats_merge
 
