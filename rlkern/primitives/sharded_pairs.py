@@ -154,12 +154,13 @@ def _forward(call, logits, other, targets, mask, row_temperature, other_row_temp
     o, shard, _ = _split(args)
     of_rows = (targets, mask, row_temperature, other_row_temperature)
     of_columns = (logits, other, *of_rows, *o, shard.start, shard.segments)
-    parts = all_parts(call(_pair_parts, *of_columns), shard, *of_rows)
+    of_group = (shard.group_name, shard.ranks)
+    parts = all_parts(call(_pair_parts, *of_columns), *of_group, *of_rows)
     results = call(_pair_merge, parts, *of_rows, *o)
     if o.kind < PairKind.JSD:
         return tuple(results)
     _, *others, state = results
-    parts = all_parts(call(_pair_mixture_sums, *of_columns, state), shard)
+    parts = all_parts(call(_pair_mixture_sums, *of_columns, state), *of_group)
     sums = parts[0]
     for i in range(1, len(parts)):
         sums = sums + parts[i]

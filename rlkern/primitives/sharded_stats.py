@@ -36,32 +36,36 @@ def _split(args: Any) -> tuple[Options, _Ranks, Any]:
     return Options(*args[:_N]), _Ranks(*args[_N:m]), args[m:]
 
 
-def _digest(of_rows: Sequence[Tensor | None], like: Tensor) -> Tensor:
+def all_parts(parts: Tensor, group_name: str, ranks: int, *of_rows: Tensor | None) -> Tensor:
+    """[P, ..., W] of this rank -> [ranks * P, ..., W].
+
+    of_rows: targets, mask and temperatures, which RLKERN_DEBUG=1 compares. Where they are not the same on all
+    ranks that is an error, on a GPU NaN in that row.
+    """
+    if ranks == 1:
+        return parts
+    if DEBUG and of_rows and not traced(parts):
+        return _compared(parts, group_name, ranks, _digest(parts, *of_rows))
+    return gather(parts, group_name, ranks).flatten(0, 1)
+
+
+def _digest(parts: Tensor, *of_rows: Tensor | None) -> Tensor:
     """[...] a number below 2^24 for each row, of all that must be the same on every rank."""
-    rows = like.shape[1:-1]
-    digest = torch.zeros(rows, dtype=torch.int64, device=like.device)
+    rows = parts.shape[1:-1]
+    digest = torch.zeros(rows, dtype=torch.int64, device=parts.device)
     for x in of_rows:
         if x is not None:
             whole = x.double().view(torch.int64) if x.is_floating_point() else x
             for column in whole.reshape(*rows, -1).unbind(-1):
                 digest = (digest * 1000003 + column + 1) * 0x5851F42D4C957F2D
                 digest = digest ^ (digest >> 33)
-    return (digest & 0xFFFFFF).to(like.dtype)
+    return (digest & 0xFFFFFF).to(parts.dtype)
 
 
-def all_parts(parts: Tensor, ranks: Any, *of_rows: Tensor | None) -> Tensor:
-    """[P, ..., W] of this rank -> [ranks * P, ..., W]
-
-    With RLKERN_DEBUG=1 a row where `of_rows` differ between ranks is NaN, on a CPU an error.
-    """
-    if ranks.ranks == 1:
-        return parts
-    if not of_rows or not DEBUG or traced(parts):
-        return gather(parts, ranks.group_name, ranks.ranks).flatten(0, 1)
-    digest = _digest(of_rows, parts)
-    parts = torch.cat([parts, digest.expand(parts.shape[:-1]).unsqueeze(-1)], -1)
-    parts = gather(parts, ranks.group_name, ranks.ranks).flatten(0, 1)
-    parts, digests = parts[..., :-1], parts[..., -1]
+def _compared(parts: Tensor, group_name: str, ranks: int, digest: Tensor) -> Tensor:
+    with_digest = torch.cat([parts, digest.expand(parts.shape[:-1]).unsqueeze(-1)], -1)
+    gathered = gather(with_digest, group_name, ranks).flatten(0, 1)
+    parts, digests = gathered[..., :-1], gathered[..., -1]
     differ = (digests != digests[0]).any(0)
     if parts.device.type == "cpu" and differ.any():
         row = differ.view(-1).nonzero()[0, 0].item()
@@ -72,10 +76,11 @@ def all_parts(parts: Tensor, ranks: Any, *of_rows: Tensor | None) -> Tensor:
 def _forward(call, logits, targets, mask, row_temperature, *args) -> tuple:
     o, ranks, _ = _split(args)
     of_rows = (targets, mask, row_temperature, *o)
-    parts = all_parts(call(token_stats_parts, logits, *of_rows, ranks.segments), ranks, targets, mask, row_temperature)
+    of_group = (ranks.group_name, ranks.ranks)
+    parts = all_parts(call(token_stats_parts, logits, *of_rows, ranks.segments), *of_group, targets, mask, row_temperature)
     results = Results(*call(token_stats_merge, parts, *of_rows))
     if o.kept_kind != KeptKind.NONE:
-        masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), ranks)
+        masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), *of_group)
         results = with_kept(results, masses, targets, mask, o)
     return tuple(results)
 
