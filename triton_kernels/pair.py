@@ -2,7 +2,7 @@
 
 pair_terms.py      functions of an entry of both rows
 pair_forward.py    one program a pair of rows
-pair_split.py      several programs a pair, for long rows
+pair_split.py      several programs a pair, for long rows; sums over a shard
 pair_backward.py   several programs a pair
 """
 
@@ -13,7 +13,7 @@ from .constants import PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_
 from .launch import device_of, gpu, pair_backward_shape, pair_forward_shape, row_options, starts_aligned, strides
 from .pair_backward import pair_backward_kernel
 from .pair_forward import pair_forward_kernel
-from .pair_split import PARTS, pair_merge_kernel, pair_mixture_part_kernel, pair_part_kernel
+from .pair_split import PARTS, pair_merge_kernel, pair_mixture_part_kernel, pair_mixture_sums_kernel, pair_part_kernel
 
 MIXTURES = tuple(kind.value for kind in (PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL))
 
@@ -35,6 +35,15 @@ def _common(logits, other, targets, mask, temperature, other_temperature, state,
     return pointers, (temperature, other_temperature), [1.0 / cap if cap > 0 else 0.0 for cap in caps], options
 
 
+def _tiles(logits, other, options):
+    """(launch shape, specialisations) of a forward"""
+    align = options["ALIGN"]
+    aligned = starts_aligned(logits, align) and starts_aligned(other, options["OTHER_ALIGN"])
+    capped = options["SOFTCAP"] or options["OTHER_SOFTCAP"]
+    shape = pair_forward_shape(gpu(logits.device), logits.shape[-1], logits.element_size(), aligned, capped)
+    return shape, dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
+
+
 def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
     divergence, logp, entropy, logsumexp, *others, state = out
     pointers, temperatures, caps, options = _common(logits, other, targets, mask, temperature, other_temperature, state, softcap, other_softcap)
@@ -48,10 +57,8 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
         for t, computed in zip((divergence, logp, entropy, logsumexp, *others), wanted, strict=True)
     ]
     options |= dict(KIND=kind, STATS=stats, OTHER=with_other)
-    mixture, align = kind in MIXTURES, options["ALIGN"]
-    aligned = starts_aligned(logits, align) and starts_aligned(other, options["OTHER_ALIGN"])
-    shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned, options["SOFTCAP"] or options["OTHER_SOFTCAP"])
-    tile = dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
+    mixture = kind in MIXTURES
+    shape, tile = _tiles(logits, other, options)
     row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, ignore_index, *caps)
     with device_of(logits):
         if shape.splits == 1:
@@ -65,6 +72,15 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
             pair_mixture_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, beta, **of_parts, **tile)
         of_rows = {name: value for name, value in options.items() if name not in ("ALIGN", "OTHER_ALIGN")}
         pair_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, beta, **of_rows, MIXTURE=mixture, num_warps=1)
+
+
+def pair_mixture_sums(logits, other, mask, temperature, other_temperature, kind, beta, state, out, softcap=0.0, other_softcap=0.0) -> None:
+    pointers, temperatures, caps, options = _common(logits, other, None, mask, temperature, other_temperature, state, softcap, other_softcap)
+    outer, inner, vocab = logits.shape
+    _shape, tile = _tiles(logits, other, options)
+    row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, 0, *caps, beta)
+    with device_of(logits):
+        pair_mixture_sums_kernel[(outer * inner,)](*pointers, state, out, *row_args, KIND=kind, **options, **tile)
 
 
 def pair_backward(
