@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
 WORLDS = (1, 2, 3, 4, 8)
 LARGEST = max(WORLDS)
@@ -33,7 +34,7 @@ def _serve(rank, world, worlds, folder, seconds, pipe):
         except EOFError:
             os._exit(0)  # gloo's own threads may abort an orderly end
         try:
-            result = function(groups[w], rank, *args)
+            result = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, function(groups[w], rank, *args))
         except Exception as error:
             result = error
         try:
