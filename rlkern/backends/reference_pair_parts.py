@@ -73,6 +73,7 @@ def _side(m: Tensor, rest: Tensor, mean_u: Tensor, inv_t: Tensor) -> _Side:
     others = _total(mass.scatter(0, largest, 0))
     log_share = torch.where(empty, -math.inf, d + rest.log1p() - whole.log1p())
     log_share = log_share.scatter(0, largest, -(others / mass.gather(0, largest)).log1p())
+    log_share = torch.where(whole.isnan(), math.nan, log_share)
     side = _Side(top, whole, whole, empty, log_share, inv_t)
     return side._replace(mean_u=side.mean(mean_u + d))
 
