@@ -474,9 +474,13 @@ def test_bad_input(change, message):
 
 def test_linear_refuses_what_needs_the_logits_again():
     weight, y = torch.randn(128, 4), torch.zeros(3, dtype=torch.long)
-    for options in ({"min_p": 0.1}, {"with_tail": True}, {"keep": rlkern.Kept.ids(torch.zeros(3, 1, dtype=torch.long))}):
-        with pytest.raises(ValueError, match="group and segments take no min_p, min_prob, with_tail or keep"):
+    for options in ({"min_p": 0.1}, {"with_tail": True}):
+        with pytest.raises(ValueError, match="group and segments take no min_p, min_prob or with_tail"):
             linear_token_stats(torch.randn(3, 4), weight, y, segments=8, **options)
+    keep = rlkern.Kept.ids(torch.zeros(3, 1, dtype=torch.long))
+    for columns in ({"segments": 8}, {"vocab_size": 120}):
+        with pytest.raises(ValueError, match="vocab_size and segments do not go with keep"):
+            linear_token_stats(torch.randn(3, 4), weight, y, keep=keep, **columns)
 
 
 # --- DTensor, compilers -------------------------------------------------------------------------------------
@@ -606,7 +610,7 @@ def test_opcheck_of_the_operators():
     x, y, mask, temperature = draw(43, torch.float32, several=True)
     x = x.nan_to_num(0)
     options = (1.0, -100, 1, -2.0, True, True, 0.0, 0, 43)
-    rows = (y.clamp(min=-100), mask, temperature)
+    rows = (y.clamp(min=0), mask, temperature)
     for segments in (0, 2):
         # A target in other columns is NaN, which the comparison with a compiled call takes for another value.
         torch.library.opcheck(ops.token_stats_parts.default, (x, *rows, *options, segments), test_utils=("test_schema", "test_faketensor"))
@@ -615,7 +619,7 @@ def test_opcheck_of_the_operators():
     state = ops.token_stats_merge(parts, *rows, *options)[-1]
     torch.library.opcheck(ops.token_stats_kept_masses.default, (x, *rows, *options, 0, state))
     how = (4, 20, 3, False, False, None, None, 0, "", 1, True)
-    tensors = (torch.randn(12, 8), torch.randn(43, 8), None, None, None, y.view(12, 3), None, None)
+    tensors = (torch.randn(12, 8), torch.randn(43, 8), None, None, None, y.view(12, 3).clamp(min=0), None, None)
     torch.library.opcheck(ops.linear_token_stats_parts.default, (*tensors, *how, 1.0, -100, 0, 0.0, True, True, 0.0, 0, 43))
 
 
