@@ -9,11 +9,15 @@ from ranks import on_ranks, try_on_ranks
 
 import rlkern
 from rlkern import gkd_divergence, pair_stats, token_divergence
+from rlkern.backends.contract import PairKind
 from rlkern.primitives import sharded_stats
+from rlkern.primitives.pair_rows import PairOptions, compute_pair, write_pair_gradient
+from rlkern.primitives.row_stats import IGNORED, targets_in_part
 
 INF = math.inf
+DIVERGENCES = tuple(kind for kind in oracle.NATIVE if kind != "cross_entropy")
 VOCAB, REAL = 128, 121  # columns of all ranks, and ids
-CUTS = {1: (0, 128), 2: (0, 64, 128), 3: (0, 80, 96, 128), 4: (0, 32, 64, 96, 128)}  # the last of 4 has padding
+CUTS = {1: (0, 128), 2: (0, 64, 128), 3: (0, 80, 96, 128), 4: (0, 32, 32, 96, 128)}  # uneven, one of none
 
 
 def rows(dtype, seed=0):
@@ -107,27 +111,34 @@ def test_shards_are_the_whole_rows(world, dtype):
             close(gradient[defined], whole[defined], tolerance)
 
 
-def nearly_equal(group, rank, world, kind, noise):
-    z, w = oracle.draw(6, VOCAB, noise=noise, seed=5)
+def nearly_equal_rows():
+    """Multiples of 2^-14 in float32: their differences are exact. Half of them also differ by a constant."""
+    z, noise = (x.mul(2**14).round() / 2**14 for x in oracle.draw(6, VOCAB, seed=5))
+    w = z + noise / 2**14
     w[3:] += 64
-    here, at = columns_of(group, rank, world)
-    leaf = z[:, here].clone().requires_grad_()
-    value = token_divergence(leaf, w[:, here], kind=kind, beta=0.3, **at)
-    value.sum().backward()
-    return value.detach(), leaf.grad
+    return z, w
 
 
-@pytest.mark.parametrize("kind", [kind for kind in oracle.NATIVE if kind != "cross_entropy"])
-def test_nearly_equal_rows_keep_their_digits(kind):
-    z, w = oracle.draw(6, VOCAB, noise=1e-5, seed=5)
-    w[3:] += 64
-    value, gradient, largest = oracle.precise(z[:, :REAL], w[:, :REAL], kind, 0.3)
-    by_rank = on_ranks(3, nearly_equal, 3, kind, 1e-5)
-    assert value.max() < 1e-7
-    error = (by_rank[0][0].double() / value - 1).abs()
-    assert error.max() < 2e-6
-    dz = torch.cat([dz for _, dz in by_rank], -1)[:, :REAL].double()
-    assert ((dz - gradient).abs().amax(-1) / largest.flatten()).max() < 2e-5
+def on_nearly_equal_rows(group, rank):
+    z, w = nearly_equal_rows()
+    here, at = columns_of(group, rank, 3)
+    found = []
+    for kind in DIVERGENCES:
+        leaf = z[:, here].clone().requires_grad_()
+        value = token_divergence(leaf, w[:, here], kind=kind, beta=0.3, **at)
+        value.sum().backward()
+        found.append((value.detach().double(), leaf.grad.double()))
+    return found
+
+
+def test_nearly_equal_rows_keep_their_digits():
+    z, w = nearly_equal_rows()
+    for kind, *by_rank in zip(DIVERGENCES, *on_ranks(3, on_nearly_equal_rows), strict=True):
+        wanted, gradient, largest = oracle.precise(z[:, :REAL], w[:, :REAL], kind, 0.3)
+        assert wanted.max() < 1e-7
+        assert (by_rank[0][0] / wanted - 1).abs().max() < 1e-6, kind
+        dz = torch.cat([dz for _, dz in by_rank], -1)[:, :REAL]
+        assert ((dz - gradient).abs().amax(-1) / largest).max() < 2e-6, kind
 
 
 @pytest.mark.parametrize("backend", ["native", "reference"])
@@ -146,9 +157,32 @@ def test_segments_are_the_whole_rows(kind, backend):
                     assert x is whole or close(x[defined], whole[defined], 1e-10) is None
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_the_gradient_of_some_columns_has_the_bits_of_all(backend):
+    with rlkern.use_backend(backend):
+        whole, parts = gradient_by_columns(torch.device("cpu"))
+        assert torch.equal(whole, parts)
+
+
+def gradient_by_columns(device):
+    """The gradient by the logits of whole rows, at once and from some columns at a time."""
+    z, w = (x.to(device) for x in oracle.draw(6, VOCAB, seed=3))
+    y = torch.tensor([0, 31, 32, 100, -100, 127], device=device)
+    o = PairOptions(0.7, 0.7, -100, PairKind.MIXED_KL, 0.3, VOCAB, True, True)
+    state = compute_pair(z, w, y, None, None, None, *o)[-1]
+    grads = [torch.linspace(-1, 1 + i, 6, device=device) for i in range(4)]
+    whole, parts = torch.empty_like(z), torch.empty_like(z)
+    write_pair_gradient(whole, z, w, y, None, None, None, *o, state, *grads)
+    for first, stop in ((0, 32), (32, 96), (96, VOCAB)):
+        here, targets = o._replace(ignore_index=IGNORED, vocab=stop - first), targets_in_part(y, first, stop, VOCAB, -100)
+        columns = (x[:, first:stop] for x in (parts, z, w))
+        write_pair_gradient(*columns, targets, None, None, None, *here, state, *grads)
+    return whole, parts
+
+
 def in_segments(group, rank, world):
     z, w, targets, mask = rows(torch.float32)
-    here, _ = columns_of(group, rank, world)
+    here = slice(rank * VOCAB // world, (rank + 1) * VOCAB // world)
     at = {"group": group, "vocab_size": REAL, "segments": 8}
     return [run(z[..., here], w[..., here], targets, mask, kind=kind, beta=0.3, other_grad=True, **at) for kind in ("mixed_kl", "jsd")]
 

@@ -68,7 +68,7 @@ Two rows at once, logits and those of another policy:
 
     logits, mask, temperature, ignore_index, softcap  as above
     other              [A, B, V] as logits, in any dtype but float64; float64 beside float64 logits
-    targets            [N, 1] or None
+    targets            [N, 1] or None; ELSEWHERE as above
     other_softcap      of other; as softcap
     other_temperature  as temperature; a float where temperature is one, a tensor where it is one
     kind, beta         a `PairKind` and its parameter, see primitives/divergence.py; only the reference has
@@ -83,7 +83,7 @@ Two rows at once, logits and those of another policy:
 Skipped rows, ignored targets and rows without upstream gradient are as above. The gradient by `other` is
 that by logits with both rows' places exchanged: primitives/pair_rows.py does that.
 
-Pairs may be cut into parts of the same columns of both. The backward of a part takes the state of whole rows:
+Both may be the same columns of whole rows, as above. Of whole rows from their parts:
 
     pair_merge(parts, mask, temperature, other_temperature, kind, beta, out)
     pair_mixture_sums(logits, other, mask, temperature, other_temperature, kind, beta, state, out,
@@ -275,11 +275,11 @@ class PairState:
 
 
 class PairPart:
-    """Columns of a part of a pair, after those of PairState; TARGET is NaN for y elsewhere."""
+    """Columns of a part of a pair, after those of PairState: the forward's results of the part."""
 
-    DIVERGENCE = PairState.WIDTH  # within the part, of a kind without a mixture
+    DIVERGENCE = PairState.WIDTH
     OTHER_ENTROPY = DIVERGENCE + 1
-    OTHER_TARGET = DIVERGENCE + 2  # other_logp within the part, NaN for y elsewhere
+    OTHER_LOGP = DIVERGENCE + 2
     WIDTH = DIVERGENCE + 3
 
 

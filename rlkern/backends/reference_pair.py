@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layout import row_chunks
-from .contract import PairKind, PairState
+from .contract import ELSEWHERE, PairKind, PairState
 from .reference_pair_terms import Terms, log_ratio
 from .reference_rows import inverse_temperature, skipped_rows, soft_cap, soft_cap_slope
 
@@ -158,11 +158,11 @@ def pair_backward(
             y = targets[flat]
             valid = (y >= 0) & (y < vocab)
             at = y.clamp(0, vocab - 1)
+            before = dz.gather(-1, at)
             # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
             share = torch.where(shifted.gather(-1, at) == 0, rest / (1 + rest), 1 - terms.p.gather(-1, at))
-            others = dz.gather(-1, at) + terms.p.gather(-1, at) * g_logp
-            dz = dz.scatter(-1, at, others + g_logp * share)
-            dz = torch.where(valid, dz, math.nan)
+            at_target = before + terms.p.gather(-1, at) * g_logp + g_logp * share
+            dz = dz.scatter(-1, at, torch.where(valid, at_target, before)).masked_fill(~valid & (y != ELSEWHERE), math.nan)
         if softcap > 0:
             dz = dz * soft_cap_slope(raw, softcap)
         out[a, rows] = (dz * inv_t).masked_fill(skipped[flat].unsqueeze(-1), 0).to(out.dtype)

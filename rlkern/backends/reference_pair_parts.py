@@ -158,7 +158,7 @@ def pair_merge(parts, mask, temperature, other_temperature, kind, beta, out) -> 
     if kind < PairKind.JSD:
         value, mean_slope = _divergence(kind, beta, parts, p, q, frame.x)
     at_target = _found(of[PairState.TARGET] + torch.where(p.empty, 0, of[PairState.MAX] - p.max))
-    other_logp = _found(of[PairPart.OTHER_TARGET] + q.log_share)
+    other_logp = _found(of[PairPart.OTHER_LOGP] + q.log_share)
     computed = (value, at_target * inv_t - p.rest.log1p(), p.entropy, p.logsumexp, other_logp, q.entropy, q.logsumexp)
     undefined = p.undefined | q.undefined
     columns = {PairState.MAX: p.max, PairState.REST: p.rest, PairState.MEAN_U: p.mean_u, PairState.REF: p.max}

@@ -146,8 +146,9 @@ def _pair(
     sharded = is_sharded(*at)
 
     def checked() -> tuple:
-        check_logits(logits)
-        check_logits(other, "other")
+        least = 1 if at.group is None else 0
+        check_logits(logits, least=least)
+        check_logits(other, "other", least)
         expect("other", other, "float", "[..., V]", shape=(*logits.shape[:-1], other.shape[-1]), like=("logits", logits))
         check_flags(inplace_backward=inplace_backward)
         if inplace_backward:
@@ -244,8 +245,8 @@ def token_divergence(
             used detached.
         inplace_backward: write the gradient over the logits, as in `token_stats`.
         group, vocab_start, vocab_size, segments: columns of the rows on several ranks, as in `token_stats`.
-            `other` is cut like the logits. The forward is one gather of 14 numbers a row, of a mixture another
-            of 2, the backward none. vocab_size takes the place of vocab. Not for "alpha" and
+            `other` is cut like the logits. The forward is one gather of 14 numbers a row, of a mixture a second
+            one of 2, the backward none. vocab_size takes the place of vocab. Not for "alpha" and
             "total_variation".
 
     Returns:

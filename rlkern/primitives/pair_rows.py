@@ -93,9 +93,11 @@ def compute_pair(logits, other, targets, mask, row_temperature, other_row_temper
 def write_pair_gradient(out, logits, other, targets, mask, row_temperature, other_row_temperature, *args) -> None:
     """The gradient by the logits into out, which may be the logits."""
     o, (state, *grads) = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS : N_OPTIONS + 5]
+    if logits.numel() == 0:
+        return
     rows, rows_of_out = as_rows(logits), as_rows(out)
     rows_of_out[..., o.vocab :].zero_()
-    if state.numel() == 0 or o.vocab == 0:
+    if o.vocab == 0:
         return
     y, mask, t, other_t = for_backend(logits, targets, mask, row_temperature, other_row_temperature, o.temperature, o.other_temperature)
     upstream = [None if g is None else g.to(state.dtype).contiguous() for g in grads]

@@ -7,7 +7,7 @@ a mixture is summed once both normalisers are known: a second gather of two. The
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from .pair_rows import (
     pair_overwrite,
     pair_rows,
 )
-from .row_stats import IGNORED
+from .row_stats import IGNORED, targets_in_part
 from .sharded_stats import Columns, agreed_rows, all_parts, new_payload
 
 _PAIR = f"Tensor logits, Tensor other, {PAIR_ROWS}, {PAIR_OPTIONS}"  # vocab: of all columns, those below it count
@@ -45,14 +45,6 @@ def _real(columns: int, o: PairOptions, start: int) -> int:
     return min(columns, max(0, o.vocab - start))
 
 
-def _local_targets(targets: Tensor | None, start: int, stop: int) -> tuple[Tensor | None, Tensor | None]:
-    """(targets counted from `start`, 0 for those that are not in [start, stop); which are not)"""
-    if targets is None:
-        return None, None
-    foreign = (targets < start) | (targets >= stop)
-    return (targets - start).masked_fill(foreign, 0), foreign
-
-
 # --- operators ----------------------------------------------------------------------------------------------
 
 
@@ -60,40 +52,49 @@ def _new_parts(logits, other, targets, mask, row_temperature, other_row_temperat
     return logits.new_empty(max(args[-1], 1), *logits.shape[:-1], PairPart.WIDTH, dtype=computing_dtype(logits))
 
 
-def _part_of(logits, other, targets, foreign, *args) -> Tensor:
+def _part_of(logits, other, targets, *args) -> Tensor:
     """[..., PairPart.WIDTH] of columns that all count; targets are theirs."""
     o = PairOptions(*args[-N_OPTIONS:])
     # A mixture waits for the normalisers, which any kind comes with.
     o = o._replace(kind=o.kind if o.kind < PairKind.JSD else PairKind.REVERSE_KL, other_grad=True)
     divergence, *_, other_logp, other_entropy, _, state = compute_pair(logits, other, targets, *args[:-N_OPTIONS], *o)
-    zero = torch.zeros_like(divergence)
-    if foreign is not None:
-        at_target = state[..., PairState.TARGET : PairState.TARGET + 1].squeeze(-1)
-        for there, x in ((PairState.MAX, at_target), (PairState.OTHER_MAX, other_logp)):
-            x.masked_fill_(state[..., there].isneginf(), -math.inf).masked_fill_(foreign, math.nan)
-    added = (divergence, zero if other_entropy is None else other_entropy, zero if other_logp is None else other_logp)
+    if other_logp is not None:  # -inf - -inf is NaN, which stands for a target that is not here
+        m, other_m, at_target = (state[..., i] for i in (PairState.MAX, PairState.OTHER_MAX, PairState.TARGET))
+        at_target.masked_fill_((targets >= 0) & m.isneginf(), -math.inf)
+        other_logp.masked_fill_((targets >= 0) & other_m.isneginf(), -math.inf)
+    added = (torch.zeros_like(divergence) if x is None else x for x in (divergence, other_entropy, other_logp))
     return torch.cat([state, *(x.unsqueeze(-1) for x in added)], -1)
+
+
+def _pieces(columns: int, o: PairOptions, start: int, segments: int) -> Iterator[tuple[int, int]]:
+    """[from, to) of each part among the columns here, without padding; an empty one is (a, a)."""
+    real, size = _real(columns, o, start), columns // max(segments, 1)
+    for i in range(max(segments, 1)):
+        yield min(i * size, real), min((i + 1) * size, real)
 
 
 def _parts(logits, other, targets, mask, row_temperature, other_row_temperature, *args) -> Tensor:
     """[P, ..., PairPart.WIDTH]: of each segment of the columns, or of all of them."""
-    o, (start, segments), rows = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS:], logits.shape[:-1]
+    o, (start, segments) = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS:]
     if targets is not None and values_readable(logits):
         check_target_range(targets.reshape(-1, 1), None if mask is None else mask.reshape(-1), o.ignore_index, o.vocab)
-    mask = counted_rows(targets, mask, o.ignore_index, len(rows))
-    real, size = _real(logits.shape[-1], o, start), logits.shape[-1] // max(segments, 1)
-    out = _new_parts(logits, other, targets, mask, row_temperature, other_row_temperature, *args)
-    for i, part in enumerate(out):
-        first, stop = min(i * size, real), min((i + 1) * size, real)
+    parts = []
+    for first, stop in _pieces(logits.shape[-1], o, start, segments):
         if first == stop:
-            part.zero_()
-            part[..., PairState.MAX] = part[..., PairState.OTHER_MAX] = -math.inf
-            part[..., PairState.TARGET] = part[..., PairPart.OTHER_TARGET] = math.nan
+            parts.append(_part_of_nothing(logits))
             continue
-        y, foreign = _local_targets(targets, start + first, start + stop)
+        y = targets_in_part(targets, start + first, start + stop, o.vocab, o.ignore_index)
         here = o._replace(ignore_index=IGNORED, vocab=stop - first)
-        part.copy_(_part_of(logits[..., first:stop], other[..., first:stop], y, foreign, mask, row_temperature, other_row_temperature, *here))
-    return out
+        columns = logits[..., first:stop], other[..., first:stop]
+        parts.append(_part_of(*columns, y, mask, row_temperature, other_row_temperature, *here))
+    return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+
+
+def _part_of_nothing(logits: Tensor) -> Tensor:
+    part = logits.new_zeros(*logits.shape[:-1], PairPart.WIDTH, dtype=computing_dtype(logits))
+    part[..., PairState.MAX] = part[..., PairState.OTHER_MAX] = -math.inf
+    part[..., PairState.TARGET] = part[..., PairPart.OTHER_LOGP] = math.nan
+    return part
 
 
 def _merge(parts, targets, mask, row_temperature, other_row_temperature, *options):
@@ -113,14 +114,12 @@ def _mixture_sums(logits, other, targets, mask, row_temperature, other_row_tempe
     """[P, ..., 2]: sum p f and sum p g of each part, from the rows' state."""
     o, (start, segments, state) = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS:]
     out = _new_sums(logits, other, targets, mask, row_temperature, other_row_temperature, *args)
-    if out.numel() == 0:
-        return out
+    if logits.numel() == 0:
+        return out.zero_()
     mask = counted_rows(targets, mask, o.ignore_index, logits.dim() - 1)
     of_rows = for_backend(logits, None, mask, row_temperature, other_row_temperature, o.temperature, o.other_temperature)
     z, w, backend = as_rows(logits), as_rows(other), backends.select(logits.device)
-    real, size = _real(logits.shape[-1], o, start), logits.shape[-1] // max(segments, 1)
-    for i, sums in enumerate(out):
-        first, stop = min(i * size, real), min((i + 1) * size, real)
+    for sums, (first, stop) in zip(out, _pieces(logits.shape[-1], o, start, segments), strict=True):
         if first == stop:
             sums.zero_()
             continue
@@ -173,35 +172,27 @@ def _forward(call, logits, other, targets, mask, row_temperature, other_row_temp
     return (divergence, *others, torch.stack(columns, -1))
 
 
-def _with_local_targets(operator: Operator) -> Callable:
+def _on_columns(operator: Operator) -> Callable:
     """The backward of whole rows as that of the columns here."""
 
     def steps(call, logits, other, targets, mask, row_temperature, other_row_temperature, *args):
-        o, shard, (state, g_divergence, g_logp, g_entropy, g_logsumexp, *wanted) = _split(args)
+        o, shard, rest = _split(args)
         real = _real(logits.shape[-1], o, shard.start)
-        mask = counted_rows(targets, mask, o.ignore_index, logits.dim() - 1)
-        y, foreign = _local_targets(targets, shard.start, shard.start + real)
-        if y is not None and g_logp is not None:
-            # A target on another rank lowers all columns here, as it does there. One nowhere makes them NaN.
-            invalid = ((targets < 0) | (targets >= o.vocab)) & (g_logp != 0)
-            from_there = torch.where(foreign, -g_logp, 0).masked_fill(invalid, math.nan)
-            g_logsumexp = from_there if g_logsumexp is None else g_logsumexp + from_there
-            g_logp = g_logp.masked_fill(foreign, 0)
+        y = targets_in_part(targets, shard.start, shard.start + real, o.vocab, o.ignore_index)
         here = o._replace(ignore_index=IGNORED, vocab=real)
-        of_rows = (y, mask, row_temperature, other_row_temperature)
-        return call(operator, logits, other, *of_rows, *here, state, g_divergence, g_logp, g_entropy, g_logsumexp, *wanted)
+        return call(operator, logits, other, y, mask, row_temperature, other_row_temperature, *here, *rest)
 
     return steps
 
 
 _sharded_pairs = differentiable(
     Steps("sharded_pair_stats", _forward, _pair_parts, _pair_merge, _pair_mixture_sums),
-    Steps("sharded_pair_stats_backward", _with_local_targets(pair_backward), pair_backward),
+    Steps("sharded_pair_stats_backward", _on_columns(pair_backward), pair_backward),
     outputs=4,
     constants=3,
     wrt=2,
     instead=INSTEAD,
-    overwrite=Steps("sharded_pair_stats_backward_", _with_local_targets(pair_overwrite), pair_overwrite),
+    overwrite=Steps("sharded_pair_stats_backward_", _on_columns(pair_overwrite), pair_overwrite),
 )
 
 
