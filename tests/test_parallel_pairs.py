@@ -266,6 +266,20 @@ def test_compiles_as_one_graph():
     assert on_ranks(2, compiled) == [True, True]
 
 
+def test_opcheck():
+    ops, checks = torch.ops.rlkern, ("test_schema", "test_faketensor")
+    z, w = oracle.draw(3, 64, seed=1)
+    rows = torch.tensor([0, -100, 60]), torch.tensor([True, True, False]), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 1.0, 2.0])
+    for targets, segments, with_stats in ((rows[0], 4, True), (None, 0, False)):
+        o = PairOptions(1.0, 1.0, -100, PairKind.JSD, 0.3, 60, with_stats, with_stats)
+        of_rows = (targets, *rows[1:], *o)
+        parts = ops.pair_parts(z, w, *of_rows, 0, segments)
+        results = ops.pair_merge(parts, *of_rows)
+        torch.library.opcheck(ops.pair_parts.default, (z, w, *of_rows, 0, segments), test_utils=checks)
+        torch.library.opcheck(ops.pair_merge.default, (parts, *of_rows), test_utils=checks)
+        torch.library.opcheck(ops.pair_mixture_sums.default, (z, w, *of_rows, 0, segments, results[-1]), test_utils=checks)
+
+
 def faulty(group, rank, change, only):
     z, w = oracle.draw(2, 64, seed=1)
     arguments = {"group": group, "targets": torch.tensor([0, 127])}

@@ -534,9 +534,9 @@ def linear_token_stats(
             def dense(hidden, *of_rows):
                 return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o, around=gathered)
 
-            matrix = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-            of_keep = keep, outside, max_dense_rows, bool(round_logits)
-            return linear_kept_stats(hidden, *matrix, y, counted, row_temperature, o, *of_keep, dense, gathered)
+            matrix, vector = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            how_kept: Any = (outside, max_dense_rows, bool(round_logits), dense, gathered)
+            return linear_kept_stats(hidden, matrix, vector, y, counted, row_temperature, o, keep, *how_kept)
         how = how._replace(segments=shard.segments, group_name=shard.group_name, ranks=shard.ranks)
         run = _linear_token_stats if shard.ranks == 1 and not shard.segments else _sharded_linear_stats
         return public_stats(o, *run(*parameters, y, counted, row_temperature, *how, *o, around=gathered))
