@@ -270,14 +270,14 @@ def test_opcheck():
     ops, checks = torch.ops.rlkern, ("test_schema", "test_faketensor")
     z, w = oracle.draw(3, 64, seed=1)
     rows = torch.tensor([0, -100, 60]), torch.tensor([True, True, False]), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([1.0, 1.0, 2.0])
-    for targets, segments, with_stats in ((rows[0], 4, True), (None, 0, False)):
+    for targets, with_stats in ((rows[0], True), (None, False)):
         o = PairOptions(1.0, 1.0, -100, PairKind.JSD, 0.3, 60, with_stats, with_stats)
         of_rows = (targets, *rows[1:], *o)
-        parts = ops.pair_parts(z, w, *of_rows, 0, segments)
-        results = ops.pair_merge(parts, *of_rows)
-        torch.library.opcheck(ops.pair_parts.default, (z, w, *of_rows, 0, segments), test_utils=checks)
+        parts = ops.pair_parts(z, w, *of_rows, 0, 4)
         torch.library.opcheck(ops.pair_merge.default, (parts, *of_rows), test_utils=checks)
-        torch.library.opcheck(ops.pair_mixture_sums.default, (z, w, *of_rows, 0, segments, results[-1]), test_utils=checks)
+    *_, state = ops.pair_merge(parts, *of_rows)
+    torch.library.opcheck(ops.pair_parts.default, (z, w, *of_rows, 0, 4), test_utils=checks)
+    torch.library.opcheck(ops.pair_mixture_sums.default, (z, w, *of_rows, 0, 4, state), test_utils=checks)
 
 
 def faulty(group, rank, change, only):
