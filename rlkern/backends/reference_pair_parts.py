@@ -29,7 +29,7 @@ class _Side(NamedTuple):
     rest: Tensor  # as in PairState
     mean_u: Tensor
     empty: Tensor  # parts of -inf alone
-    log_share: Tensor  # of the mass; near 0 relative to itself
+    log_share: Tensor  # of the mass
     inv_t: Tensor
 
     @property
@@ -69,10 +69,7 @@ def _side(m: Tensor, rest: Tensor, mean_u: Tensor, inv_t: Tensor) -> _Side:
     first = (m == top).to(torch.uint8).argmax(0, keepdim=True)
     # As in token_stats: the sum is without the maximum's own 1.
     whole = _total(mass.scatter(0, first, rest.gather(0, first))).masked_fill(top.isinf(), math.nan)
-    largest = mass.argmax(0, keepdim=True)
-    others = _total(mass.scatter(0, largest, 0))
     log_share = torch.where(empty, -math.inf, d + rest.log1p() - whole.log1p())
-    log_share = log_share.scatter(0, largest, -(others / mass.gather(0, largest)).log1p())
     log_share = torch.where(whole.isnan(), math.nan, log_share)
     side = _Side(top, whole, whole, empty, log_share, inv_t)
     return side._replace(mean_u=side.mean(mean_u + d))
