@@ -97,7 +97,7 @@ Both may be the same columns of whole rows, as above. Of whole rows from their p
     kind         pair_mixture_sums: JSD or later
     state        that of whole rows, with REF = MAX
     out          pair_merge: as of pair_forward, with REF = MAX. Parts are added in their order. Of a mixture
-                 the divergence and both MEAN_SLOPE are not there yet. Only the reference has this function
+                 the divergence and both MEAN_SLOPE are not there yet
                  pair_mixture_sums: [N, 2] contiguous, sum p f and sum p g over the columns of the part. Their
                  sums over all parts are the divergence and MEAN_SLOPE. Zeros in skipped rows
 

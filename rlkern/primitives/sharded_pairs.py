@@ -106,7 +106,7 @@ def _merge(parts, targets, mask, row_temperature, other_row_temperature, *option
     mask = counted_rows(targets, mask, o.ignore_index, parts.dim() - 2)
     _, mask, t, other_t = for_backend(parts[0], None, mask, row_temperature, other_row_temperature, o.temperature, o.other_temperature)
     rows = parts.flatten(1, -2) if parts.dim() > 2 else parts.unsqueeze(1)
-    backends.reference.pair_merge(rows, mask, t, other_t, o.kind, o.beta, out)  # a few numbers a row: any device
+    backends.select(parts.device).pair_merge(rows, mask, t, other_t, o.kind, o.beta, out)
     return out
 
 
