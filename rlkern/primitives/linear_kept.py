@@ -19,7 +19,7 @@ from ..backends.reference_rows import soft_cap, soft_cap_slope
 from ..checks import computing_dtype
 from ..layout import as_rows, counted_rows
 from ..operator import Operator, differentiable, values_readable
-from .kept_sets import Kept
+from .kept_sets import Kept, list_of_entry
 from .row_stats import Options, Results, TokenStats
 
 # --- pairs --------------------------------------------------------------------------------------------------
@@ -58,8 +58,6 @@ def _row_of_entry(entries: Tensor, n: int, begin, end, rows, counted: Tensor) ->
     if begin is None:
         return number.unsqueeze(-1).expand(n, size // max(n, 1)).reshape(-1), None
     lists = len(begin)
-    if lists == 0:
-        return torch.full((size,), n, device=entries.device), None
     owner, shared = number, None
     if rows is not None:
         of_row = torch.where(counted & (rows >= 0) & (rows < lists), rows, lists).long()
@@ -67,10 +65,8 @@ def _row_of_entry(entries: Tensor, n: int, begin, end, rows, counted: Tensor) ->
         again = (in_order == in_order.roll(1)) & (in_order < lists) & (number > 0)
         shared = torch.zeros_like(again).scatter_(0, order, again)
         owner = torch.full((lists + 1,), n, device=entries.device).scatter_(0, of_row.masked_fill(shared, lists), number)
-    at = torch.arange(size, device=entries.device)
-    of_entry = torch.searchsorted(begin.contiguous().long(), at, right=True) - 1
-    inside = (of_entry >= 0) & (at < end[of_entry.clamp(min=0)])
-    return torch.where(inside, owner[of_entry.clamp(min=0)], n), shared
+    owner = torch.cat([owner[:lists], owner.new_full((1,), n)])
+    return owner[list_of_entry(begin, end, size)], shared
 
 
 def _pairs(entries, targets, begin, end, rows, mask, ignore_index, vocab, outside, open_empty, max_dense_rows) -> Pairs:

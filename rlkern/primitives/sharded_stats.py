@@ -23,7 +23,7 @@ from .row_stats import INSTEAD, Options, Results, backward, overwrite, row_stats
 _N = len(Options._fields)
 
 
-class _Ranks(NamedTuple):
+class Ranks(NamedTuple):
     """What the steps take after `Options`."""
 
     group_name: str
@@ -31,14 +31,19 @@ class _Ranks(NamedTuple):
     segments: int
 
 
-def _split(args: Any) -> tuple[Options, _Ranks, Any]:
-    m = _N + len(_Ranks._fields)
-    return Options(*args[:_N]), _Ranks(*args[_N:m]), args[m:]
+def _split(args: Any) -> tuple[Options, Ranks, Any]:
+    m = _N + len(Ranks._fields)
+    return Options(*args[:_N]), Ranks(*args[_N:m]), args[m:]
 
 
-def all_parts(parts: Tensor, ranks: _Ranks) -> Tensor:
-    """[P, ...] of this rank -> [ranks * P, ...]"""
-    return parts if ranks.ranks == 1 else gather(parts, ranks.group_name, ranks.ranks).flatten(0, 1)
+def all_parts(parts: Tensor, ranks: Ranks, *of_rows: Tensor | None) -> Tensor:
+    """[P, ...] of this rank -> [ranks * P, ...]. of_rows: (targets, mask, row_temperature), which
+    RLKERN_DEBUG=1 then compares."""
+    if ranks.ranks == 1:
+        return parts
+    if DEBUG and of_rows and not traced(parts):
+        return _parts_checked(parts, ranks, *of_rows)
+    return gather(parts, ranks.group_name, ranks.ranks).flatten(0, 1)
 
 
 def _digest(targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None, like: Tensor) -> Tensor:
@@ -53,7 +58,7 @@ def _digest(targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor
     return (digest & 0xFFFFFF).to(like.dtype)
 
 
-def _all_parts_checked(parts: Tensor, ranks: _Ranks, *of_rows: Tensor | None) -> Tensor:
+def _parts_checked(parts: Tensor, ranks: Ranks, *of_rows: Tensor | None) -> Tensor:
     """`all_parts`, where a row on which the ranks do not agree is NaN, on a CPU an error."""
     digest = _digest(*of_rows, parts)
     parts = all_parts(torch.cat([parts, digest.expand(parts.shape[:-1]).unsqueeze(-1)], -1), ranks)
@@ -68,11 +73,7 @@ def _all_parts_checked(parts: Tensor, ranks: _Ranks, *of_rows: Tensor | None) ->
 def _forward(call, logits, targets, mask, row_temperature, *args) -> tuple:
     o, ranks, _ = _split(args)
     of_rows = (targets, mask, row_temperature, *o)
-    parts = call(token_stats_parts, logits, *of_rows, ranks.segments)
-    if DEBUG and ranks.ranks > 1 and not traced(parts):
-        parts = _all_parts_checked(parts, ranks, targets, mask, row_temperature)
-    else:
-        parts = all_parts(parts, ranks)
+    parts = all_parts(call(token_stats_parts, logits, *of_rows, ranks.segments), ranks, targets, mask, row_temperature)
     results = Results(*call(token_stats_merge, parts, *of_rows))
     if o.kept_kind != KeptKind.NONE:
         masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), ranks)
@@ -139,6 +140,7 @@ def agreed_shard(
     columns: Callable[[], int] | None = None,
     second: bool = False,
     options: Sequence[Any] = (),
+    largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
 ) -> tuple[Shard, tuple]:
     """(this rank's columns, the checked rows), once all ranks agree. Every rank raises if one does.
 
@@ -148,6 +150,8 @@ def agreed_shard(
         columns: how many this rank holds; None: those of logits. Called after the check.
         second: whether there is a second gather.
         options: what else must be the same on all ranks.
+        largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index). Called
+            after the check, where the host may read. IndexError for one outside the vocabulary.
     """
     with Meeting(function, at.group, logits) as meeting:
         if meeting.ranks > 1 and not meeting.exchanges:
@@ -160,14 +164,16 @@ def agreed_shard(
             n_targets = -1 if y is None else 0 if y.dim() < logits.dim() else y.shape[-1]
             asked = (*o, at.segments, mask is None, row_temperature is None, *options)
             meeting.about(rows=logits.shape[:-1].numel(), targets=n_targets, dtype=logits.dtype, options=asked)
-            span = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
-            meeting.covers(held, at.vocab_start, at.vocab_size, *span)
+            lowest, highest = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
+            largest = highest if largest_id is None else largest_id(y, mask, o.ignore_index)
+            meeting.covers(held, at.vocab_start, at.vocab_size, lowest, max(highest, largest))
     shard = shard_of(meeting, held, at.vocab_start, at.vocab_size, at.segments)
     out_of_range = refusing_targets(meeting, shard.vocab)
     if out_of_range:
         if dist.get_rank(at.group) in out_of_range:
             y = y.reshape(logits.shape[:-1].numel(), -1)
             check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, shard.vocab)
+            raise IndexError(f"keep holds the id {largest}, out of range for {shard.vocab} logits")
         refuse(meeting, out_of_range)
     return shard, (*rows[:3], o._replace(vocab_start=shard.start, vocab_size=shard.vocab))
 
@@ -177,4 +183,4 @@ def sharded_row_stats(shard: Shard, logits: Tensor, *rows: Any, in_place: bool =
     *by_row, o = rows
     if shard.ranks == 1 and not shard.segments:
         return row_stats(logits, *by_row, *o, in_place=in_place)
-    return _sharded_stats(logits, *by_row, *o, *_Ranks(shard.group_name, shard.ranks, shard.segments), in_place=in_place)
+    return _sharded_stats(logits, *by_row, *o, *Ranks(shard.group_name, shard.ranks, shard.segments), in_place=in_place)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from ..backends.contract import KeptKind
 from ..checks import check_flags, check_inplace, check_logits, check_mask, check_temperature, check_transforms
-from ..parallel import is_sharded
+from ..parallel import is_sharded, world
 from .kept_sets import Kept, check_kept, check_outside
 from .kept_stats import kept_stats
 from .row_stats import Options, TokenStats, public_stats, row_options, row_stats
+from .sharded_kept import check_kept_over_ranks, largest_kept_id, sharded_kept_stats, what_keep_says
 from .sharded_stats import Columns, agreed_shard, sharded_row_stats
 
 
@@ -121,7 +123,7 @@ def token_stats(
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, inplace_backward=inplace_backward, with_full=with_full)
         if inplace_backward:
             check_inplace(logits)
-        return row_options(
+        rows = row_options(
             logits,
             targets,
             mask=mask,
@@ -135,21 +137,29 @@ def token_stats(
             logit_scale=logit_scale,
             softcap=softcap,
         )
+        check_outside(outside, several=keep is not None and targets.dim() == logits.dim() and targets.shape[-1] > 1)
+        if keep is not None and segments is not None:
+            raise ValueError(f"keep takes no segments: expected None, got {segments}")
+        if keep is not None and world(group) > 1:
+            check_kept_over_ranks(keep, logits, rows[-1], bool(with_full))
+        return rows
 
     at = Columns(group, vocab_start, vocab_size, segments)
     sharded = is_sharded(*at)
     if sharded:
         second = not (min_p is None and min_prob is None) or bool(with_tail)
+        options = (with_full, outside, *what_keep_says(keep))
+        largest = partial(largest_kept_id, keep, logits.shape[:-1]) if isinstance(keep, Kept) else None
         shard, (y, counted, row_temperature, o) = agreed_shard(
-            "token_stats", logits, targets, at, checked, second=second, options=(with_full, keep is None)
+            "token_stats", logits, targets, at, checked, second=second, options=options, largest_id=largest
         )
     else:
         y, counted, row_temperature, o = checked()
     if keep is not None:
-        keep = check_kept(keep, logits, "logits", logits.shape[-1])
-        check_outside(outside, several=targets.dim() == logits.dim() and targets.shape[-1] > 1)
+        keep = check_kept(keep, logits, "logits", o.vocab_size or logits.shape[-1])
+        if sharded and shard.ranks > 1:
+            return sharded_kept_stats(shard, logits, y, counted, row_temperature, o, keep=keep, outside=outside, in_place=bool(inplace_backward))
         return kept_stats(logits, y, counted, row_temperature, o, keep, outside, bool(with_full), bool(inplace_backward))
-    check_outside(outside)
     if sharded:
         results = sharded_row_stats(shard, logits, y, counted, row_temperature, o, in_place=bool(inplace_backward))
     else:
