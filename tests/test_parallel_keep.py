@@ -1,17 +1,20 @@
 """token_stats over lists of kept ids, of rows whose columns are cut over ranks."""
 
+import contextlib
 import math
 import random
+import re
+from itertools import pairwise
 
 import pytest
 import torch
+import torch.distributed as dist
 from isas import every_isa
 from kept_oracle import Case, draw_case
 from oracle import TOLERANCE
-from ranks import on_ranks, try_on_ranks
+from ranks import on_ranks
 
-import rlkern
-from rlkern import Kept, token_stats
+from rlkern import Kept, TokenStats, token_stats
 from rlkern.parallel import Shard
 from rlkern.primitives import sharded_kept
 from rlkern.primitives.row_stats import row_options
@@ -92,42 +95,177 @@ def garbage(case: Case, logits, seed: int):
 
 
 def on_one(case: Case, seed: int, ranks: int, monkeypatch):
-    """(statistics of the last rank, gradient) of ranks that take turns: first for their parts, then for all."""
+    """(statistics, gradient) of ranks that take turns: first all send their parts, then all go on."""
     logits, edges = cut(case, seed, ranks)
     logits, vocab, parts, grads = garbage(case, logits, seed), case.logits.shape[-1], [], []
-    options = dict({"mask": None, "temperature": 1.0}, **{name: x for name, x in case.options.items() if name != "outside"})
-    fixed = {"ignore_index": -100, "min_p": None, "min_prob": None, "with_entropy": True, "with_tail": False}
-    gathered = lambda own, *_: own  # noqa: E731
-    monkeypatch.setattr(sharded_kept, "all_parts", lambda own, *_: gathered(own))
-    for turn in range(2):
-        for start, stop in zip(edges[:-1], edges[1:], strict=True):
-            leaf = logits[..., start:stop].clone().requires_grad_()
-            if turn == 0:
-                gathered = lambda own, *_: parts.append(own) or own  # noqa: E731
-            else:
-                everything = torch.cat(parts)
-                gathered = lambda own, *_: everything  # noqa: E731
-            *rows, o = row_options(leaf, case.targets, **fixed, **options)
-            o = o._replace(vocab_start=start, vocab_size=vocab)
-            shard = Shard("", ranks, start, vocab, 0)
-            stats = sharded_kept.sharded_kept_stats(shard, leaf, *rows, o, keep=case.keep, outside=case.options["outside"], in_place=False)
-            if turn == 1:
-                stats_loss(stats).backward()
-                grads.append(leaf.grad)
+    options = {"mask": None, "temperature": 1.0} | {name: x for name, x in case.options.items() if name != "outside"}
+    options |= {"ignore_index": -100, "min_p": None, "min_prob": None, "with_entropy": True, "with_tail": False}
+
+    def run(start, stop):
+        leaf = logits[..., start:stop].clone().requires_grad_()
+        *rows, o = row_options(leaf, case.targets, **options)
+        shard, o = Shard("", ranks, start, vocab, 0), o._replace(vocab_start=start, vocab_size=vocab)
+        return leaf, sharded_kept.sharded_kept_stats(shard, leaf, *rows, o, keep=case.keep, outside=case.options["outside"], in_place=False)
+
+    monkeypatch.setattr(sharded_kept, "all_parts", lambda own, *_: parts.append(own) or own)
+    for columns in pairwise(edges):
+        run(*columns)
+    monkeypatch.setattr(sharded_kept, "all_parts", lambda *_: torch.cat(parts))
+    for columns in pairwise(edges):
+        leaf, stats = run(*columns)
+        stats_loss(stats).backward()
+        grads.append(leaf.grad)
     return stats, torch.cat(grads, -1)
 
 
-CASES = {"reference": 60, "native": 120, "triton": 14}
+CASES = {"reference": 60, "native": 120, "triton": 7}
 
 
 @every_isa
 def test_parts_of_every_backend(backend, monkeypatch):
-    """Whatever stands outside of the sets; a target on another rank adds nothing to a set, nor is it missed."""
-    small = dict(vocabs=(3, 31, 40), rows=(4,)) if backend == "triton" else {}
+    """Whatever stands outside of the sets. A target on another rank adds nothing to a set and is not missed."""
+    small = dict(vocabs=(3, 31), rows=(4,)) if backend == "triton" else {}
     for seed in range(CASES[backend]):
         case = draw(seed, **small)
-        try:
+        with told(seed, case):
             compare(case, *on_one(case, seed, 2 + seed % 2, monkeypatch), *whole(case))
-        except Exception as error:
-            given = (seed, case.keep.empty, case.keep.begin is None, case.options, case.logits.dtype, tuple(case.logits.shape))
-            raise AssertionError(f"{given}") from error
+
+
+@contextlib.contextmanager
+def told(seed, case: Case):
+    try:
+        yield
+    except Exception as error:
+        given = (seed, case.keep.empty, case.keep.begin is None, case.options, case.logits.dtype, tuple(case.logits.shape))
+        raise AssertionError(f"{given}") from error
+
+
+# --- with processes ------------------------------------------------------------------------------------------
+
+
+def sharded(group, rank, seeds):
+    """Of each case: ([statistics, target_kept, gradient of this rank's columns], collectives of forward and backward)."""
+    found, ranks = [], group.size()
+    for seed in seeds:
+        case = draw(seed)
+        logits, edges = cut(case, seed, ranks)
+        leaf = garbage(case, logits, seed)[..., edges[rank] : edges[rank + 1]].clone().requires_grad_()
+        columns = {"group": group, "vocab_start": edges[rank], "vocab_size": case.logits.shape[-1]}
+        with counted_collectives() as collectives:
+            z = leaf * 1 if seed % 4 == 3 else leaf
+            stats = token_stats(z, case.targets, keep=case.keep, inplace_backward=seed % 4 == 3, **columns, **case.options)
+            forward = len(collectives)
+            stats_loss(stats).backward()
+        found.append(([*(getattr(stats, name) for name in FIELDS), stats.target_kept, leaf.grad], forward, len(collectives) - forward))
+    return [([x.detach() for x in tensors], *counts) for tensors, *counts in found]
+
+
+@contextlib.contextmanager
+def counted_collectives():
+    calls, before = [], {}
+    for name in ("all_gather_into_tensor", "all_gather_single", "all_reduce"):
+        if hasattr(dist, name):
+            before[name] = getattr(dist, name)
+            setattr(dist, name, lambda *args, of=before[name], **kwargs: calls.append(of) or of(*args, **kwargs))
+    yield calls
+    for name, function in before.items():
+        setattr(dist, name, function)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks(ranks):
+    """Against whole rows in one process. All ranks have the same bits, by one gather behind the header."""
+    seeds = range(40)
+    of_rank = on_ranks(ranks, sharded, seeds)
+    for seed, *of_case in zip(seeds, *of_rank, strict=True):
+        case = draw(seed)
+        with told(seed, case):
+            (*first, _), forward, backward = of_case[0]
+            assert (forward, backward) == (2, 0)
+            for (*fields, _), *_ in of_case[1:]:
+                assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(first, fields, strict=True))
+            stats = TokenStats(*first[:4], target_kept=first[4])
+            compare(case, stats, torch.cat([tensors[-1] for tensors, *_ in of_case], -1), *whole(case))
+
+
+def wrong(group, rank, which):
+    """A call that is not possible, on all ranks or on rank 1 alone; then one that is."""
+    logits, targets, ids = torch.zeros(3, 10), torch.tensor([0, 5, 19]), torch.tensor([[0, 7, -1]] * 3)
+    options = {"keep": Kept.ids(ids)}
+    change = {
+        "id": {"keep": Kept.ids(torch.tensor([[0, 20, -1]] * 3))},
+        "padded id": {"vocab_size": 19, "keep": Kept.ids(torch.tensor([[0, 19, 1]] * 3))},
+        "an id on one": {"keep": Kept.ids(torch.tensor([[0, 20, -1]] * 3))},
+        "lengths": {"keep": Kept.ids(ids[:, :2])},
+        "empty": {"keep": Kept.ids(ids, empty="nothing")},
+        "outside": {"outside": "minus_inf"},
+        "unknown": {"outside": "drop"},
+        "none": {"keep": None},
+        "min_p": {"min_p": 0.1},
+        "with_full": {"with_full": True},
+        "segments": {"segments": 2},
+        "bits": {"keep": Kept.bits(torch.zeros(3, 1, dtype=torch.int32))},
+        "mask": {"keep": torch.ones(3, 10, dtype=torch.bool)},
+        "at_least": {"keep": Kept.at_least(torch.zeros(3))},
+    }[which]
+    alone = which in ("an id on one", "lengths", "empty", "outside", "unknown", "none")
+    if which == "padded id":
+        targets = targets.clamp(max=18)
+    try:
+        token_stats(logits, targets, group=group, **options | (change if not alone or rank == 1 else {}))
+    except Exception as error:
+        dist.barrier(group)
+        return f"{type(error).__name__}: {error}", token_stats(logits, targets, group=group, **options).logp
+    return "nothing was raised", None
+
+
+IDS = "keep must be made by Kept.ids, Kept.csr, Kept.counts or Kept.samples, got"
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("id", "IndexError: keep holds the id 20, out of range for 20 logits"),
+        ("padded id", "IndexError: keep holds the id 19, out of range for 19 logits"),
+        ("an id on one", ("token_stats: rank 1 of the group refused its arguments", "IndexError: keep holds the id 20, out of range for 20 logits")),
+        ("lengths", "agree on the options, got those of rank 0 against those of rank 1"),
+        ("empty", "agree on the options"),
+        ("outside", "agree on the options"),
+        ("unknown", ("rank 1 of the group refused its arguments", "ValueError: unknown outside 'drop'")),
+        ("none", "agree on the options"),
+        ("min_p", "ValueError: keep over several ranks takes no min_p, min_prob or with_tail"),
+        ("with_full", r"ValueError: keep over several ranks takes no with_full: entropy_from_logits\(logits, group=group\)"),
+        ("segments", "ValueError: keep takes no segments: expected None, got 2"),
+        ("bits", f"TypeError: {IDS} Kept.bits"),
+        ("mask", f"TypeError: {IDS} a tensor of torch.bool"),
+        ("at_least", f"TypeError: {IDS} Kept.at_least"),
+    ],
+)
+def test_errors(which, message):
+    messages = (message, message) if isinstance(message, str) else message
+    for (found, logp), expected in zip(on_ranks(2, wrong, which), messages, strict=True):
+        assert re.search(expected, found), found
+        assert logp is not None and logp.isfinite().all()
+
+
+def test_padding_without_a_group():
+    """Sets are then of the vocabulary, without the padded columns."""
+    for seed in range(40):
+        case = draw_case(seed, vocabs=(31, 32, 40))
+        vocab, with_full = case.logits.shape[-1], seed % 3 == 0
+        keep = case.keep
+        wide = torch.nn.functional.pad(case.logits, (0, 9), value=NAN)
+        results = []
+        for logits, size in ((case.logits, None), (wide, vocab)):
+            leaf = logits.clone().requires_grad_()
+            stats = token_stats(leaf, case.targets, keep=keep, vocab_size=size, with_full=with_full, **case.options)
+            (stats_loss(stats) + (stats.full_entropy.sum() if with_full else 0)).backward()
+            assert (leaf.grad[..., vocab:] == 0).all()
+            results.append((*stats[:5], stats.target_kept, stats.full_entropy, leaf.grad[..., :vocab]))
+        with told(seed, case):
+            for a, b in zip(*results, strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True) if a is not None else None
+    with pytest.raises(ValueError, match=r"Kept.mask must be \(3, 37\) for logits \(3, 40\), got \(3, 40\)"):
+        token_stats(torch.zeros(3, 40), torch.zeros(3, dtype=torch.long), vocab_size=37, keep=torch.ones(3, 40, dtype=torch.bool))
+    with pytest.raises(IndexError, match="keep holds the id 38 for row 0, out of range for 37 logits"):
+        token_stats(torch.zeros(1, 40), torch.zeros(1, dtype=torch.long), vocab_size=37, keep=Kept.ids(torch.tensor([[1, 38]])))

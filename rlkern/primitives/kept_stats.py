@@ -49,8 +49,8 @@ class KeptResults(NamedTuple):
 
     @classmethod
     def from_flat(cls, flat: Any) -> KeptResults:
-        *numbers, full_entropy, full_logsumexp, target_kept, in_proxy, state, full_state, found = flat
-        return cls(Results(*numbers, in_proxy, state), full_entropy, full_logsumexp, target_kept, full_state, found)
+        full_entropy, full_logsumexp, target_kept, in_proxy, state, full_state, found = flat[5:]
+        return cls(Results(*flat[:5], in_proxy, state), full_entropy, full_logsumexp, target_kept, full_state, found)
 
 
 def _new(logits: Tensor, targets: Tensor, options: Options, sets: Sets) -> KeptResults:
@@ -90,14 +90,14 @@ def _forward(logits, targets, mask, row_temperature, entries, begin, end, rows, 
         return out.flat()
     real = real_columns(logits.shape[-1], o)
     if real == 0:
-        results.state.copy_(state_of_nothing(logits.shape[:-1], targets, logits, single=targets.dim() < logits.dim()))
+        results.state.copy_(state_of_nothing(results.state))
         return out.flat()
     backend = backends.select(logits.device)
     y, mask, temperature = for_backend(logits, targets, mask, row_temperature, o.temperature)
     y, ignore_index = targets_here(y, logits.shape[-1], o)
     keep = _keep(logits, entries, begin, end, rows, sets)
     if (DEBUG or not backend.CHECKS_TARGETS) and values_readable(logits):
-        check_target_range(y, mask, ignore_index, real)
+        check_target_range(y, mask, ignore_index, real)  # type: ignore[arg-type]  # there are targets
         _check_lists(keep, y, mask, ignore_index, real)
     of_backend, of_sets = (*results[:5], results.state), (out.target_kept, out.full_entropy, out.full_logsumexp, out.full_state)
     of_row = (y, mask, temperature, ignore_index, o.kept_kind, o.log_kept)

@@ -20,7 +20,7 @@ from .kept_sets import Kept, check_kept, list_of_entry
 from .kept_stats import INSTEAD, KeptResults, Sets, backward, forward, overwrite, public_kept_stats, sets_of, with_empty_list
 from .parts import token_stats_merge
 from .row_stats import Options, Results, TokenStats, real_columns
-from .sharded_stats import Ranks, all_parts
+from .sharded_stats import all_parts
 
 _N, _M = len(Options._fields), len(Sets._fields)
 _WIDTH = 1 << 31  # more than any id of a vocabulary
@@ -108,15 +108,21 @@ _own = Operator(
 # --- the steps ----------------------------------------------------------------------------------------------
 
 
+def _split(args: Any) -> tuple[Options, Sets, tuple[str, int], Any]:
+    """(options, sets, the group's name and ranks, what follows)"""
+    group = args[_N + _M : _N + _M + 2]
+    return Options(*args[:_N]), Sets(*args[_N : _N + _M]), group, args[_N + _M + 2 :]
+
+
 def _forward(call, logits, targets, mask, row_temperature, entries, begin, end, rows, *args) -> tuple:
-    o, sets, ranks = Options(*args[:_N]), Sets(*args[_N : _N + _M]), Ranks(*args[_N + _M :])
+    o, sets, group, _ = _split(args)
     y = targets.reshape(-1, 1 if targets.dim() < logits.dim() else targets.shape[-1])
     counted = None if mask is None else mask.reshape(-1)
     columns = o.ignore_index, o.vocab_start, real_columns(logits.shape[-1], o), o.vocab_size
     own = _OwnLists(*call(_own, y, counted, entries, begin, end, rows, *columns, sets.outside, sets.open_empty))
     of_rows = (targets, mask, row_temperature)
     part = KeptResults.from_flat(call(forward, logits, *of_rows, *own[:4], *o, *sets._replace(open_empty=False)))
-    parts = all_parts(part.results.state.unsqueeze(0), ranks, *of_rows)
+    parts = all_parts(part.results.state.unsqueeze(0), *group, *of_rows)
     whole = Results(*call(token_stats_merge, parts, *of_rows, *o))
     target_kept = own.target_kept.view(targets.shape)
     found = target_kept.clone() if sets.outside == Outside.MINUS_INF else part.found
@@ -125,8 +131,7 @@ def _forward(call, logits, targets, mask, row_temperature, entries, begin, end, 
 
 def _without_ranks(operator: Operator):
     def steps(call, logits, targets, mask, row_temperature, entries, begin, end, rows, *args):
-        o, sets = args[:_N], Sets(*args[_N : _N + _M])
-        state, full_state, found, *rest = args[_N + _M + len(Ranks._fields) :]
+        o, sets, _, (state, full_state, found, *rest) = _split(args)
         own, grads = rest[:4], rest[4:]
         return call(operator, logits, targets, mask, row_temperature, *own, *o, *sets._replace(open_empty=False), state, full_state, found, *grads)
 
@@ -145,9 +150,9 @@ _sharded_kept_stats = differentiable(
 
 def sharded_kept_stats(shard: Shard, logits: Tensor, *rows: Any, keep: Kept, outside: str, in_place: bool) -> TokenStats:
     """`token_stats` over lists, of all columns of the group; rows as of `agreed_shard`."""
-    lists, ranks = (keep.entries, keep.begin, keep.end, keep.rows), Ranks(shard.group_name, shard.ranks, 0)
+    lists, group = (keep.entries, keep.begin, keep.end, keep.rows), (shard.group_name, shard.ranks)
     *by_row, o = rows
-    return public_kept_stats(*_sharded_kept_stats(logits, *by_row, *lists, *o, *sets_of(keep, outside), *ranks, in_place=in_place))
+    return public_kept_stats(*_sharded_kept_stats(logits, *by_row, *lists, *o, *sets_of(keep, outside), *group, in_place=in_place))
 
 
 # --- what ranks must agree on -------------------------------------------------------------------------------
@@ -169,9 +174,9 @@ def what_keep_says(keep: Any) -> tuple:
     return keep.kind, keep.empty, keep.entries.numel(), None if keep.begin is None else len(keep.begin), keep.rows is None
 
 
-def largest_kept_id(keep: Kept, rows: torch.Size, targets: Tensor, mask: Tensor | None, ignore_index: int) -> int:
+def largest_kept_id(keep: Kept, logits: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int) -> int:
     """Of the rows that count; -1 without any. Reads values."""
-    n = rows.numel()
+    n = logits.shape[:-1].numel()
     if n == 0 or keep.entries.numel() == 0:
         return -1
     counted: Any = counted_rows(targets.reshape(n, -1), None if mask is None else mask.reshape(n), ignore_index, 1)

@@ -23,7 +23,7 @@ from .row_stats import INSTEAD, Options, Results, backward, overwrite, row_stats
 _N = len(Options._fields)
 
 
-class Ranks(NamedTuple):
+class _Ranks(NamedTuple):
     """What the steps take after `Options`."""
 
     group_name: str
@@ -31,38 +31,40 @@ class Ranks(NamedTuple):
     segments: int
 
 
-def _split(args: Any) -> tuple[Options, Ranks, Any]:
-    m = _N + len(Ranks._fields)
-    return Options(*args[:_N]), Ranks(*args[_N:m]), args[m:]
+def _split(args: Any) -> tuple[Options, _Ranks, Any]:
+    m = _N + len(_Ranks._fields)
+    return Options(*args[:_N]), _Ranks(*args[_N:m]), args[m:]
 
 
-def all_parts(parts: Tensor, ranks: Ranks, *of_rows: Tensor | None) -> Tensor:
-    """[P, ...] of this rank -> [ranks * P, ...]. of_rows: (targets, mask, row_temperature), which
-    RLKERN_DEBUG=1 then compares."""
-    if ranks.ranks == 1:
+def all_parts(parts: Tensor, group_name: str, ranks: int, *of_rows: Tensor | None) -> Tensor:
+    """[P, ..., W] of this rank -> [ranks * P, ..., W].
+
+    of_rows: (targets, mask, row_temperature), which RLKERN_DEBUG=1 compares. Where they are not the same on
+    all ranks that is an error, on a GPU NaN in that row.
+    """
+    if ranks == 1:
         return parts
     if DEBUG and of_rows and not traced(parts):
-        return _parts_checked(parts, ranks, *of_rows)
-    return gather(parts, ranks.group_name, ranks.ranks).flatten(0, 1)
+        return _compared(parts, group_name, ranks, _digest(parts, *of_rows))
+    return gather(parts, group_name, ranks).flatten(0, 1)
 
 
-def _digest(targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None, like: Tensor) -> Tensor:
+def _digest(parts: Tensor, targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None) -> Tensor:
     """[...] a number below 2^24 for each row, of all that must be the same on every rank."""
-    rows = like.shape[1:-1]
-    digest = torch.zeros(rows, dtype=torch.int64, device=like.device)
+    rows = parts.shape[1:-1]
+    digest = torch.zeros(rows, dtype=torch.int64, device=parts.device)
     for x in (targets, mask, None if row_temperature is None else row_temperature.double().view(torch.int64)):
         if x is not None:
             for column in x.reshape(*rows, -1).unbind(-1):
                 digest = (digest * 1000003 + column + 1) * 0x5851F42D4C957F2D
                 digest = digest ^ (digest >> 33)
-    return (digest & 0xFFFFFF).to(like.dtype)
+    return (digest & 0xFFFFFF).to(parts.dtype)
 
 
-def _parts_checked(parts: Tensor, ranks: Ranks, *of_rows: Tensor | None) -> Tensor:
-    """`all_parts`, where a row on which the ranks do not agree is NaN, on a CPU an error."""
-    digest = _digest(*of_rows, parts)
-    parts = all_parts(torch.cat([parts, digest.expand(parts.shape[:-1]).unsqueeze(-1)], -1), ranks)
-    parts, digests = parts[..., :-1], parts[..., -1]
+def _compared(parts: Tensor, group_name: str, ranks: int, digest: Tensor) -> Tensor:
+    with_digest = torch.cat([parts, digest.expand(parts.shape[:-1]).unsqueeze(-1)], -1)
+    gathered = gather(with_digest, group_name, ranks).flatten(0, 1)
+    parts, digests = gathered[..., :-1], gathered[..., -1]
     differ = (digests != digests[0]).any(0)
     if parts.device.type == "cpu" and differ.any():
         row = differ.view(-1).nonzero()[0, 0].item()
@@ -73,10 +75,11 @@ def _parts_checked(parts: Tensor, ranks: Ranks, *of_rows: Tensor | None) -> Tens
 def _forward(call, logits, targets, mask, row_temperature, *args) -> tuple:
     o, ranks, _ = _split(args)
     of_rows = (targets, mask, row_temperature, *o)
-    parts = all_parts(call(token_stats_parts, logits, *of_rows, ranks.segments), ranks, targets, mask, row_temperature)
+    of_group = (ranks.group_name, ranks.ranks)
+    parts = all_parts(call(token_stats_parts, logits, *of_rows, ranks.segments), *of_group, targets, mask, row_temperature)
     results = Results(*call(token_stats_merge, parts, *of_rows))
     if o.kept_kind != KeptKind.NONE:
-        masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), ranks)
+        masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), *of_group)
         results = with_kept(results, masses, targets, mask, o)
     return tuple(results)
 
@@ -150,8 +153,8 @@ def agreed_shard(
         columns: how many this rank holds; None: those of logits. Called after the check.
         second: whether there is a second gather.
         options: what else must be the same on all ranks.
-        largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index). Called
-            after the check, where the host may read. IndexError for one outside the vocabulary.
+        largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index).
+            Called after the check, where the host may read. IndexError for one outside the vocabulary.
     """
     with Meeting(function, at.group, logits) as meeting:
         if meeting.ranks > 1 and not meeting.exchanges:
@@ -183,4 +186,4 @@ def sharded_row_stats(shard: Shard, logits: Tensor, *rows: Any, in_place: bool =
     *by_row, o = rows
     if shard.ranks == 1 and not shard.segments:
         return row_stats(logits, *by_row, *o, in_place=in_place)
-    return _sharded_stats(logits, *by_row, *o, *Ranks(shard.group_name, shard.ranks, shard.segments), in_place=in_place)
+    return _sharded_stats(logits, *by_row, *o, *_Ranks(shard.group_name, shard.ranks, shard.segments), in_place=in_place)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.contract import KeptKind
 from ..checks import check_flags, check_inplace, check_logits, check_mask, check_temperature, check_transforms
+from ..dtensors import is_dtensor, local_columns
 from ..parallel import is_sharded, world
 from .kept_sets import Kept, check_kept, check_outside
 from .kept_stats import kept_stats
@@ -115,6 +116,14 @@ def token_stats(
         together. On GPUs the host does not wait for the others: their rows are NaN where a rank refused.
         RLKERN_DEBUG=1 checks there too, and compares targets, mask and temperature of every row.
     """
+    if is_dtensor(logits):
+        options: Any = dict(ignore_index=ignore_index, min_p=min_p, min_prob=min_prob, with_sum_sq=with_sum_sq, with_entropy=with_entropy)
+        options |= dict(with_tail=with_tail, logit_scale=logit_scale, softcap=softcap, inplace_backward=inplace_backward, keep=keep)
+        options |= dict(outside=outside, with_full=with_full, segments=segments)
+        local, at, placed = local_columns("logits", logits, group, vocab_start, vocab_size)
+        by_row = {"mask": placed.local(mask), "temperature": placed.local(temperature)}
+        stats = token_stats(local, placed.local(targets), **by_row, **at, **options)
+        return TokenStats(*map(placed.whole, stats)) if is_dtensor(targets) else stats
 
     def checked() -> tuple:
         if targets is None:
@@ -144,14 +153,14 @@ def token_stats(
             check_kept_over_ranks(keep, logits, rows[-1], bool(with_full))
         return rows
 
-    at = Columns(group, vocab_start, vocab_size, segments)
-    sharded = is_sharded(*at)
+    columns = Columns(group, vocab_start, vocab_size, segments)
+    sharded = is_sharded(*columns)
     if sharded:
         second = not (min_p is None and min_prob is None) or bool(with_tail)
         options = (with_full, outside, *what_keep_says(keep))
-        largest = partial(largest_kept_id, keep, logits.shape[:-1]) if isinstance(keep, Kept) else None
+        largest = partial(largest_kept_id, keep, logits) if isinstance(keep, Kept) else None
         shard, (y, counted, row_temperature, o) = agreed_shard(
-            "token_stats", logits, targets, at, checked, second=second, options=options, largest_id=largest
+            "token_stats", logits, targets, columns, checked, second=second, options=options, largest_id=largest
         )
     else:
         y, counted, row_temperature, o = checked()
@@ -196,6 +205,10 @@ def entropy_from_logits(
     Differentiable; `temperature`, `mask`, `logit_scale`, `softcap`, `group` and what belongs to it as in
     `token_stats`. Entries at -inf count as probability 0.
     """
+    if is_dtensor(logits):
+        local, at, placed = local_columns("logits", logits, group, vocab_start, vocab_size)
+        by_row = {"mask": placed.local(mask), "temperature": placed.local(temperature)}
+        return entropy_from_logits(local, **by_row, **at, logit_scale=logit_scale, softcap=softcap, segments=segments)
 
     def checked() -> tuple:
         check_logits(logits)
@@ -204,9 +217,9 @@ def entropy_from_logits(
         row_temperature, number, cap = check_transforms(logit_scale, softcap, row_temperature, number, logits)
         return None, counted, row_temperature, Options(number, -100, KeptKind.NONE, 0.0, with_sum_sq=False, with_entropy=True, softcap=cap)
 
-    at = Columns(group, vocab_start, vocab_size, segments)
-    if is_sharded(*at):
-        shard, rows = agreed_shard("entropy_from_logits", logits, None, at, checked)
+    columns = Columns(group, vocab_start, vocab_size, segments)
+    if is_sharded(*columns):
+        shard, rows = agreed_shard("entropy_from_logits", logits, None, columns, checked)
         return TokenStats(*sharded_row_stats(shard, logits, *rows)).entropy
-    *rows, o = checked()
-    return TokenStats(*row_stats(logits, *rows, *o)).entropy
+    *of_rows, o = checked()
+    return TokenStats(*row_stats(logits, *of_rows, *o)).entropy
