@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from isas import every_isa
-from kept_oracle import Case, draw_case
+from kept_oracle import OUTSIDE, Case, draw_case
 from oracle import TOLERANCE
 from ranks import on_ranks
 
@@ -73,19 +73,17 @@ def compare(case: Case, stats, grad, want, d_want) -> None:
 
 
 def inside(case: Case):
-    """S' as this module changed the lists: rows without one are over everything or nothing."""
+    """S', also where this module took a row's list away."""
     none = torch.zeros(len(case.logits), 1, dtype=torch.bool)
     if case.keep.rows is not None:
         none = (case.keep.rows < 0).unsqueeze(-1)
-    if case.keep.empty == "everything":
-        return case.inside | none
-    sets = case.sets & ~none
-    y = case.targets.reshape(len(none), -1).clamp(min=0)
+    sets, y = case.sets & ~none, case.targets.reshape(len(none), -1).clamp(min=0)
+    open_ = ~sets.any(-1, keepdim=True) & (case.keep.empty == "everything")
     if case.options["outside"] == "include":
-        return sets.scatter(-1, y, True)
-    if case.options["outside"] == "everything":
-        return sets | ~sets.gather(-1, y)
-    return sets
+        sets = sets.scatter(-1, y, True)
+    elif case.options["outside"] == "everything":
+        open_ = open_ | ~sets.gather(-1, y)
+    return sets | open_
 
 
 def garbage(case: Case, logits, seed: int):
@@ -94,9 +92,9 @@ def garbage(case: Case, logits, seed: int):
     return logits
 
 
-def on_one(case: Case, seed: int, ranks: int, monkeypatch):
+def on_one(case: Case, seed: int, ranks: int, monkeypatch, edges=None):
     """(statistics, gradient) of ranks that take turns: first all send their parts, then all go on."""
-    logits, edges = cut(case, seed, ranks)
+    logits, edges = (case.logits, edges) if edges else cut(case, seed, ranks)
     logits, vocab, parts, grads = garbage(case, logits, seed), case.logits.shape[-1], [], []
     options = {"mask": None, "temperature": 1.0} | {name: x for name, x in case.options.items() if name != "outside"}
     options |= {"ignore_index": -100, "min_p": None, "min_prob": None, "with_entropy": True, "with_tail": False}
@@ -118,17 +116,39 @@ def on_one(case: Case, seed: int, ranks: int, monkeypatch):
     return stats, torch.cat(grads, -1)
 
 
-CASES = {"reference": 60, "native": 120, "triton": 7}
+CASES = {"reference": 30, "native": 60, "triton": 3}
 
 
 @every_isa
 def test_parts_of_every_backend(backend, monkeypatch):
-    """Whatever stands outside of the sets. A target on another rank adds nothing to a set and is not missed."""
+    """Whatever stands outside of the sets."""
     small = dict(vocabs=(3, 31), rows=(4,)) if backend == "triton" else {}
     for seed in range(CASES[backend]):
         case = draw(seed, **small)
         with told(seed, case):
             compare(case, *on_one(case, seed, 2 + seed % 2, monkeypatch), *whole(case))
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+@every_isa
+def test_a_target_on_another_rank(backend, outside, monkeypatch):
+    """Adds nothing to a set and is not missed there. Where nothing of a list is, the row has nothing."""
+    lists = [[1, 2], [1, -1, 9], [8], [0, -1, 9], [], [5], [3, 7], [9, 8]]
+    targets = torch.tensor([7, 1, 8, 5, 3, 2, -100, 0])
+    flat, sets = [i for of_row in lists for i in of_row], torch.zeros(8, 10, dtype=torch.bool)
+    for row, of_row in enumerate(lists):
+        sets[row, [i for i in of_row if i >= 0]] = True
+    edges = torch.tensor([0, *(len(of_row) for of_row in lists)]).cumsum(0)
+    rows = torch.tensor([0, 1, 2, 3, 4, -1, 6, 7])
+    logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
+    options = {"outside": outside, "with_sum_sq": True}
+    for empty in ("everything", "nothing") if backend != "triton" or outside == "include" else ("everything",):
+        keep = Kept.csr(torch.tensor(flat), edges, rows=rows, empty=empty)
+        case = Case(logits, targets, sets, sets, targets, keep, options)
+        compare(case, *on_one(case, 2, 2, monkeypatch, [0, 4, 10]), *whole(case))
+    if outside == "minus_inf":
+        several = case._replace(targets=torch.stack([targets, targets.roll(1), torch.full_like(targets, 9)], -1))
+        compare(several, *on_one(several, 1, 2, monkeypatch, [0, 4, 10]), *whole(several))
 
 
 @contextlib.contextmanager
@@ -140,11 +160,11 @@ def told(seed, case: Case):
         raise AssertionError(f"{given}") from error
 
 
-# --- with processes ------------------------------------------------------------------------------------------
+# --- with processes -----------------------------------------------------------------------------------------
 
 
 def sharded(group, rank, seeds):
-    """Of each case: ([statistics, target_kept, gradient of this rank's columns], collectives of forward and backward)."""
+    """Of each case: ([statistics, target_kept, gradient], collectives of the forward and of the backward)."""
     found, ranks = [], group.size()
     for seed in seeds:
         case = draw(seed)

@@ -49,8 +49,10 @@ class KeptResults(NamedTuple):
 
     @classmethod
     def from_flat(cls, flat: Any) -> KeptResults:
+        """From what the operators return."""
         full_entropy, full_logsumexp, target_kept, in_proxy, state, full_state, found = flat[5:]
-        return cls(Results(*flat[:5], in_proxy, state), full_entropy, full_logsumexp, target_kept, full_state, found)
+        results = Results._make((*flat[:5], in_proxy, state))
+        return cls(results, full_entropy, full_logsumexp, target_kept, full_state, found)
 
 
 def _new(logits: Tensor, targets: Tensor, options: Options, sets: Sets) -> KeptResults:

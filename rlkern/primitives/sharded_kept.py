@@ -90,7 +90,7 @@ def _own_lists(targets, mask, entries, begin, end, rows, ignore_index, start, co
     if outside == Outside.EVERYTHING:
         whole = whole | (~found.all(-1) & (rows < lists) & ~has(beyond))
     here = torch.where(beyond, columns, ids - start)
-    own = beyond | ((here >= 0) & (here < columns) & (ids >= 0))
+    own = beyond | ((here >= 0) & (here < columns))
     before = _counts_before(own)
     compact = entries.new_full((size + 1,), -1).scatter_(0, torch.where(own, before[:-1], size), here.to(entries.dtype))
     begin, end, rows = with_empty_list(before[begin], before[end], rows)
