@@ -14,9 +14,10 @@ from kept_oracle import OUTSIDE, Case, draw_case
 from oracle import TOLERANCE
 from ranks import on_ranks
 
+import rlkern
 from rlkern import Kept, TokenStats, token_stats
 from rlkern.parallel import Shard
-from rlkern.primitives import sharded_kept
+from rlkern.primitives import kept_stats, sharded_kept
 from rlkern.primitives.row_stats import row_options
 
 FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob")
@@ -77,7 +78,7 @@ def inside(case: Case):
     none = torch.zeros(len(case.logits), 1, dtype=torch.bool)
     if case.keep.rows is not None:
         none = (case.keep.rows < 0).unsqueeze(-1)
-    sets, y = case.sets & ~none, case.targets.reshape(len(none), -1).clamp(min=0)
+    sets, y = case.sets & ~none, case.targets.reshape(len(none), -1).clamp(0, case.sets.shape[-1] - 1)
     open_ = ~sets.any(-1, keepdim=True) & (case.keep.empty == "everything")
     if case.options["outside"] == "include":
         sets = sets.scatter(-1, y, True)
@@ -149,6 +150,25 @@ def test_a_target_on_another_rank(backend, outside, monkeypatch):
     if outside == "minus_inf":
         several = case._replace(targets=torch.stack([targets, targets.roll(1), torch.full_like(targets, 9)], -1))
         compare(several, *on_one(several, 1, 2, monkeypatch, [0, 4, 10]), *whole(several))
+
+
+@pytest.mark.parametrize("outside", OUTSIDE)
+def test_what_cannot_be_is_nan_where_the_host_may_not_look(outside, monkeypatch):
+    """As on a GPU: an id and a target outside of the vocabulary, a list beyond the last."""
+    monkeypatch.setattr(kept_stats, "values_readable", lambda x: False)
+    sets = torch.zeros(5, 10, dtype=torch.bool)
+    sets[[0, 0, 1, 1, 2, 3, 4], [1, 8, 2, 9, 3, 4, 9]] = True
+    ids, edges = torch.tensor([1, 10, 8, 2, 9, 3, 4, 9]), torch.tensor([0, 3, 5, 6, 7, 8])
+    keep = Kept(ids, edges[:-1], edges[1:], torch.tensor([0, 1, 7, 3, 4]), "everything")
+    logits, targets = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3, 12, 5])
+    case = Case(logits, targets, sets, sets, targets, keep, {"outside": outside, "with_sum_sq": True})
+    with rlkern.use_backend("reference"), monkeypatch.context() as patch:
+        patch.setattr(kept_stats, "check_target_range", lambda *_: None)
+        got, d_got = on_one(case, 0, 2, patch, [0, 4, 10])
+        want, d_want = whole(case)
+    assert got.logp.isnan().tolist() == want.logp.isnan().tolist() == [True, False, True, True, False]
+    torch.testing.assert_close(got.logp, want.logp, equal_nan=True)
+    torch.testing.assert_close(d_got[[1, 4]], d_want[[1, 4]])
 
 
 @contextlib.contextmanager

@@ -77,7 +77,9 @@ def token_stats(
         keep: the ids S that each row's softmax is over, as the sampler left them: a `Kept`, or a bool tensor
             [..., V]. Values and gradients are those of logits at -inf outside S. What stands there does not
             count, not even NaN, and its gradient is 0. Lists are the fastest form: only listed logits are
-            read, and the gradient is one write. min_p and min_prob look inside S. Not with with_tail.
+            read, and the gradient is one write. min_p and min_prob look inside S. Not with with_tail or
+            segments. Over several ranks only lists, the same on all of them, of ids of the whole vocabulary;
+            not with min_p, min_prob or with_full. With a vocab_size the sets are of so many ids.
         outside: what to do where a target is not in S. "include" adds it to S. "everything" takes the whole
             vocabulary for that row. "minus_inf" gives logp = -inf, without gradient, and is for targets
             [..., K] too.
