@@ -87,7 +87,7 @@ def token_stats(
         group: a torch.distributed.ProcessGroup whose ranks hold the columns of the same rows between them.
             All arguments but the logits must be the same on all ranks, and so must be the upstream gradients.
             Results are those of the whole rows, the same bits on every rank. A rank gets the gradient of its
-            own columns. The forward is one gather of State.TARGETS + K numbers a row (min_p, min_prob and
+            own columns; it may hold none. The forward is one gather of State.TARGETS + K numbers a row (min_p, min_prob and
             with_tail: another of 2), the backward none. DTensor logits need no group, see below.
         vocab_start: the id of this rank's first column; None: rank * columns. Targets are ids of the whole
             vocabulary.
@@ -130,7 +130,7 @@ def token_stats(
     def checked() -> tuple:
         if targets is None:
             raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
-        check_logits(logits)
+        check_logits(logits, least=1 if group is None else 0)
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, inplace_backward=inplace_backward, with_full=with_full)
         if inplace_backward:
             check_inplace(logits)
@@ -213,7 +213,7 @@ def entropy_from_logits(
         return entropy_from_logits(local, **by_row, **at, logit_scale=logit_scale, softcap=softcap, segments=segments)
 
     def checked() -> tuple:
-        check_logits(logits)
+        check_logits(logits, least=1 if group is None else 0)
         counted = check_mask(mask, logits)
         row_temperature, number = check_temperature(temperature, logits, mask=counted)
         row_temperature, number, cap = check_transforms(logit_scale, softcap, row_temperature, number, logits)
