@@ -13,6 +13,7 @@ from isas import every_isa
 from kept_oracle import OUTSIDE, Case, draw_case
 from oracle import TOLERANCE
 from ranks import on_ranks
+from torch._dynamo.testing import CompileCounter
 
 import rlkern
 from rlkern import Kept, TokenStats, token_stats
@@ -309,3 +310,142 @@ def test_padding_without_a_group():
         token_stats(torch.zeros(3, 40), torch.zeros(3, dtype=torch.long), vocab_size=37, keep=torch.ones(3, 40, dtype=torch.bool))
     with pytest.raises(IndexError, match="keep holds the id 38 for row 0, out of range for 37 logits"):
         token_stats(torch.zeros(1, 40), torch.zeros(1, dtype=torch.long), vocab_size=37, keep=Kept.ids(torch.tensor([[1, 38]])))
+
+
+# --- the output matrix over ranks ---------------------------------------------------------------------------
+
+
+def head_of(seed: int):
+    """(the case, hidden, weight with padding, bias, options of linear_token_stats)"""
+    r, case = random.Random(seed), draw(seed)
+    g, (n, vocab) = torch.Generator().manual_seed(seed), case.logits.shape
+    dtype = case.logits.dtype if case.logits.dtype != torch.float16 else torch.float32
+    hidden, weight, bias = (torch.randn(*shape, generator=g).to(dtype) for shape in ((n, 5), (vocab + 3, 5), (vocab + 3,)))
+    weight[vocab:], bias[vocab:] = NAN, NAN
+    options = case.options | {"max_dense_rows": n, "round_logits": r.random() < 0.3}
+    return case, hidden, weight, bias if r.random() < 0.5 else None, options
+
+
+def of_head(case, hidden, weight, bias, options, **columns):
+    """[statistics, target_kept, gradients of hidden, weight and bias]"""
+    leaves = [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
+    stats = rlkern.linear_token_stats(leaves[0], leaves[1], case.targets, bias=leaves[2], keep=case.keep, **options, **columns)
+    stats_loss(stats).backward()
+    return [*(getattr(stats, name).detach() for name in FIELDS), stats.target_kept, *(None if x is None else x.grad for x in leaves)]
+
+
+def sharded_heads(group, rank, seeds):
+    found = []
+    for seed in seeds:
+        case, hidden, weight, bias, options = head_of(seed)
+        _, edges = cut(case._replace(logits=weight.T), seed, group.size())
+        own = slice(edges[rank], edges[rank + 1])
+        columns = {"group": group, "vocab_start": own.start, "vocab_size": case.logits.shape[-1]}
+        columns["hidden_grad"] = "partial" if seed % 3 == 0 else "all_reduce"
+        found.append(of_head(case, hidden, weight[own], None if bias is None else bias[own], options, **columns))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_output_matrix_over_ranks(ranks):
+    """Rows over all ids, too. The kept logits are those of one process, and so are all bits that follow."""
+    seeds = range(24)
+    for seed, *of_case in zip(seeds, *on_ranks(ranks, sharded_heads, seeds), strict=True):
+        case, hidden, weight, bias, options = head_of(seed)
+        vocab = case.logits.shape[-1]
+        with told(seed, case):
+            whole = (hidden, weight[:vocab], None if bias is None else bias[:vocab], options)
+            want, padded = of_head(case, *whole), of_head(case, hidden, weight, bias, options, vocab_size=vocab)
+            d_hidden = [x[5].double() for x in of_case]
+            got = [*of_case[0][:5], sum(d_hidden) if seed % 3 == 0 else d_hidden[0]]
+            got += [torch.cat([x[i] for x in of_case]) if of_case[0][i] is not None else None for i in (6, 7)]
+            acc = 5 * TOLERANCE[want[0].dtype]
+            for i, (a, b, c) in enumerate(zip(got, padded, want, strict=True)):
+                if c is None:
+                    assert a is None and b is None
+                    continue
+                tol = (
+                    {"rtol": acc, "atol": acc}
+                    if i < 5
+                    else {"rtol": 4 * max(acc, TOLERANCE[hidden.dtype]), "atol": 4 * max(acc, TOLERANCE[hidden.dtype])}
+                )
+                if i > 5:
+                    assert (a[vocab:] == 0).all() and (b[vocab:] == 0).all()
+                    a, b = a[:vocab], b[:vocab]
+                torch.testing.assert_close(a.to(c.dtype), c, **tol, equal_nan=True, msg=lambda m, i=i: f"{i}: {m}")
+                torch.testing.assert_close(b, c, **tol, equal_nan=True, msg=lambda m, i=i: f"padded {i}: {m}")
+            for others in of_case[1:]:
+                assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(of_case[0][:5], others[:5], strict=True))
+
+
+def wrong_head(group, rank, which):
+    hidden, weight, targets, ids = torch.ones(3, 4), torch.ones(10, 4), torch.tensor([0, 5, 19]), torch.tensor([[0, 7, -1]] * 3)
+    options, change = {"keep": Kept.ids(ids)}, {
+        "id": {"keep": Kept.ids(torch.tensor([[0, 20, -1]] * 3))},
+        "target": {"targets": torch.tensor([0, 5, 20])},
+        "dense": {"keep": Kept.ids(torch.tensor([[-1]] * 3))},
+        "segments": {"segments": 2},
+        "max_dense_rows": {"max_dense_rows": 2},
+        "mask": {"keep": Kept.mask(torch.ones(3, 10, dtype=torch.bool))},
+    }[which]  # fmt: skip
+    alone = which in ("max_dense_rows", "mask")
+    arguments = {"targets": targets, **options, **(change if not alone or rank == 1 else {})}
+    try:
+        rlkern.linear_token_stats(hidden, weight, group=group, **arguments)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}", rlkern.linear_token_stats(hidden, weight, targets, group=group, **options).logp
+    return "nothing was raised", None
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("id", "IndexError: keep holds the id 20, out of range for 20 logits"),
+        ("target", "IndexError: target 20 of row 2 is out of range for 20 logits"),
+        ("dense", "ValueError: max_dense_rows=0, but 3 rows are over the whole vocabulary"),
+        ("segments", "ValueError: keep takes no segments"),
+        ("max_dense_rows", "agree on the options"),
+        ("mask", ("rank 1 of the group refused its arguments", f"TypeError: {IDS} Kept.mask")),
+    ],
+)
+def test_errors_of_the_output_matrix(which, message):
+    messages = (message, message) if isinstance(message, str) else message
+    for (found, logp), expected in zip(on_ranks(2, wrong_head, which), messages, strict=True):
+        assert re.search(expected, found), found
+        assert logp is not None and logp.isfinite().all()
+
+
+# --- compiled -----------------------------------------------------------------------------------------------
+
+
+def compiled(group, rank):
+    """Whether compiled calls give what eager ones do, for lists of several lengths; the compilations."""
+    g = torch.Generator().manual_seed(0)
+    targets, same = torch.randint(0, 20, (6,), generator=g), []
+
+    def loss(z, ids, edges):
+        stats = token_stats(z, targets, keep=Kept.csr(ids, edges), group=group)
+        return (stats.logp + stats.entropy).sum(), stats.target_kept
+
+    counter = CompileCounter()
+    compiled_loss = torch.compile(loss, backend=counter, fullgraph=True)
+    for size in (10, 12, 14):
+        ids, edges = torch.randperm(20, generator=g)[:size].int(), torch.linspace(0, size, 7).long()
+        z = torch.randn(6, 10, generator=torch.Generator().manual_seed(rank)).requires_grad_()
+        (a, kept), (b, of_eager) = compiled_loss(z, ids, edges), loss(z, ids, edges)
+        same.append(torch.equal(torch.autograd.grad(a, z)[0], torch.autograd.grad(b, z)[0]) and torch.equal(kept, of_eager))
+    return same, counter.frame_count
+
+
+def test_compile():
+    for same, compilations in on_ranks(2, compiled):
+        assert same == [True, True, True] and compilations <= 2
+
+
+def test_the_operator_on_lists():
+    ids, edges = torch.tensor([1, 8, 4, 11, -1, 0], dtype=torch.int32), torch.tensor([0, 2, 5])
+    arguments = (torch.tensor([[1], [3]]), None, ids, edges[:-1], edges[1:], None, -100, 4, 8, 12, 0, True)
+    torch.library.opcheck(torch.ops.rlkern.kept_lists_of_columns.default, arguments)
+    entries, begin, end, rows, target_kept = torch.ops.rlkern.kept_lists_of_columns(*arguments)
+    assert entries[:3].tolist() == [4, 0, 7] and begin.tolist() == [0, 1, 0] and end.tolist() == [1, 3, 0]
+    assert rows.tolist() == [0, 1] and target_kept.tolist() == [[True], [False]]

@@ -145,6 +145,7 @@ def agreed_shard(
     second: bool = False,
     options: Sequence[Any] = (),
     largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
+    payloads: Callable[[], list[Tensor]] | None = None,
 ) -> tuple[Shard, tuple]:
     """(this rank's columns, the checked rows), once all ranks agree. Every rank raises if one does.
 
@@ -156,9 +157,10 @@ def agreed_shard(
         options: what else must be the same on all ranks.
         largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index).
             Called after the check, where the host may read. IndexError for one outside the vocabulary.
+        payloads: of the call's gathers, see `Meeting.would_send`; None: the parts of rows.
     """
     with Meeting(function, at.group, logits) as meeting:
-        meeting.would_send(lambda: _payloads(logits, targets, second, at.segments, meeting.ranks))
+        meeting.would_send(payloads or (lambda: _payloads(logits, targets, second, at.segments, meeting.ranks)))
         rows = check()
         y, mask, row_temperature, o = rows
         held = logits.shape[-1] if columns is None else columns()
