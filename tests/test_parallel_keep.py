@@ -17,8 +17,8 @@ from torch._dynamo.testing import CompileCounter
 
 import rlkern
 from rlkern import Kept, TokenStats, token_stats
-from rlkern.parallel import Shard
-from rlkern.primitives import kept_stats, sharded_kept
+from rlkern.parallel import Meeting, Shard
+from rlkern.primitives import kept_stats, linear_kept, sharded_kept
 from rlkern.primitives.row_stats import row_options
 
 FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob")
@@ -289,7 +289,7 @@ def test_errors(which, message):
         assert logp is not None and logp.isfinite().all()
 
 
-def test_padding_without_a_group():
+def test_padding_without_a_group(monkeypatch):
     """Sets are then of the vocabulary, without the padded columns."""
     for seed in range(40):
         case = draw_case(seed, vocabs=(31, 32, 40))
@@ -310,6 +310,11 @@ def test_padding_without_a_group():
         token_stats(torch.zeros(3, 40), torch.zeros(3, dtype=torch.long), vocab_size=37, keep=torch.ones(3, 40, dtype=torch.bool))
     with pytest.raises(IndexError, match="keep holds the id 38 for row 0, out of range for 37 logits"):
         token_stats(torch.zeros(1, 40), torch.zeros(1, dtype=torch.long), vocab_size=37, keep=Kept.ids(torch.tensor([[1, 38]])))
+    hidden, weight, y, keep = torch.ones(2, 4), torch.ones(40, 4), torch.zeros(2, dtype=torch.long), Kept.ids(torch.tensor([[1, 37], [1, 2]]))
+    with pytest.raises(IndexError, match="keep holds the id 37 for row 0, out of range for 37 logits"):
+        rlkern.linear_token_stats(hidden, weight, y, vocab_size=37, keep=keep)
+    monkeypatch.setattr(linear_kept, "values_readable", lambda x: False)
+    assert rlkern.linear_token_stats(hidden, weight, y, vocab_size=37, keep=keep).logp.isnan().tolist() == [True, False]
 
 
 # --- the output matrix over ranks ---------------------------------------------------------------------------
@@ -413,6 +418,34 @@ def test_errors_of_the_output_matrix(which, message):
     for (found, logp), expected in zip(on_ranks(2, wrong_head, which), messages, strict=True):
         assert re.search(expected, found), found
         assert logp is not None and logp.isfinite().all()
+
+
+def refusing(group, rank, of_head):
+    """Where no header is exchanged, as on GPUs: what rank 0 finds, rank 1's error; then a call of both."""
+    logits, targets = torch.zeros(3, 10), torch.tensor([0, 5, 19])
+    options = {"group": group, "keep": Kept.ids(torch.tensor([[0, 7, -1], [3, 12, 15], [-1, -1, -1]]))}
+    if of_head:
+        options["max_dense_rows"] = 2
+
+    def call(**change):
+        if of_head:
+            return rlkern.linear_token_stats(torch.ones(3, 4), torch.ones(10, 4), targets, **options | change).logp
+        return token_stats(logits, targets, **options | change).logp
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Meeting, "exchanges", False)
+        try:
+            found = call(**({"outside": "drop"} if rank == 1 else {}))
+        except ValueError as error:
+            found = str(error)
+        return found, call()
+
+
+@pytest.mark.parametrize("of_head", [False, True])
+def test_a_rank_that_refuses_where_the_host_may_not_look(of_head):
+    (found, logp), (error, same) = on_ranks(2, refusing, of_head)
+    assert found.isnan().all() and "unknown outside 'drop'" in error and torch.equal(logp, same)
+    torch.testing.assert_close(logp, torch.tensor([2, 4, 20]).log().neg())
 
 
 # --- compiled -----------------------------------------------------------------------------------------------

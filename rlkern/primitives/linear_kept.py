@@ -243,7 +243,7 @@ _kept_logits_of_all = differentiable(
 
 
 def kept_payloads(hidden: Any, keep: Any, targets: Any, max_dense_rows: Any) -> list[Tensor]:
-    """What is gathered, as far as these arguments say: the logits of all pairs, and the parts of dense rows."""
+    """What is gathered, as far as these arguments say: the logits of all pairs, and parts of dense rows."""
     if not (isinstance(hidden, Tensor) and isinstance(keep, Kept) and isinstance(targets, Tensor)) or hidden.dim() == 0:
         return []
     acc, n = computing_dtype(hidden), hidden.shape[:-1].numel()
