@@ -16,12 +16,12 @@ from ranks import on_ranks
 from torch._dynamo.testing import CompileCounter
 
 import rlkern
-from rlkern import Kept, TokenStats, token_stats
+from rlkern import Kept, token_stats
 from rlkern.parallel import Meeting, Shard
 from rlkern.primitives import kept_stats, linear_kept, sharded_kept
 from rlkern.primitives.row_stats import row_options
 
-FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob")
+FIELDS = ("logp", "entropy", "logsumexp", "sum_sq_prob", "full_entropy", "full_logsumexp")
 NAN, INF = math.nan, math.inf
 
 
@@ -31,7 +31,7 @@ def draw(seed, **of) -> Case:
         case = draw_case(at, **of)
         if case.keep.kind == "ids":
             break
-    options = {name: value for name, value in case.options.items() if name != "min_p"}
+    options = {name: value for name, value in case.options.items() if name != "min_p"} | {"with_full": seed % 3 == 1}
     keep, n = case.keep, len(case.logits)
     if keep.begin is not None and seed % 2:
         keep = Kept(keep.entries, keep.begin, keep.end, torch.where(torch.arange(n) % 3 == 2, -1, torch.arange(n)), keep.empty)
@@ -56,7 +56,7 @@ def whole(case: Case):
 
 def stats_loss(stats):
     """logp counts where it is finite, also as a gradient that must not reach a target outside of its set."""
-    fields, total = [getattr(stats, name) for name in FIELDS], 0.0
+    fields, total = [x for x in (getattr(stats, name) for name in FIELDS) if x is not None], 0.0
     for seed, x in enumerate(fields):
         weight = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         total = total + (torch.where(x.isneginf(), 0 * x.detach().nan_to_num(), x).double() * weight).sum()
@@ -66,12 +66,12 @@ def stats_loss(stats):
 def compare(case: Case, stats, grad, want, d_want) -> None:
     acc = want.logp.dtype
     tol = {"rtol": 5 * TOLERANCE[acc], "atol": 5 * TOLERANCE[acc]}
-    for name in FIELDS:
+    for name in FIELDS[: 6 if case.options["with_full"] else 4]:
         torch.testing.assert_close(getattr(stats, name), getattr(want, name), **tol, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
     assert torch.equal(stats.target_kept, want.target_kept)
     vocab, tol = case.logits.shape[-1], 2 * max(TOLERANCE[case.logits.dtype], TOLERANCE[acc])
     torch.testing.assert_close(grad[..., :vocab], d_want, rtol=tol, atol=tol, equal_nan=True, msg=lambda m: f"gradient: {m}")
-    assert (grad[..., vocab:] == 0).all() and (grad[..., :vocab][~inside(case)] == 0).all()
+    assert (grad[..., vocab:] == 0).all() and ((grad[..., :vocab][~inside(case)] == 0).all() or case.options["with_full"])
 
 
 def inside(case: Case):
@@ -90,7 +90,8 @@ def inside(case: Case):
 
 def garbage(case: Case, logits, seed: int):
     logits = logits.clone()
-    logits[..., : case.logits.shape[-1]][~inside(case)] = (NAN, INF, -INF)[seed % 3]
+    if not case.options["with_full"]:
+        logits[..., : case.logits.shape[-1]][~inside(case)] = (NAN, INF, -INF)[seed % 4 % 3]
     return logits
 
 
@@ -98,14 +99,16 @@ def on_one(case: Case, seed: int, ranks: int, monkeypatch, edges=None):
     """(statistics, gradient) of ranks that take turns: first all send their parts, then all go on."""
     logits, edges = (case.logits, edges) if edges else cut(case, seed, ranks)
     logits, vocab, parts, grads = garbage(case, logits, seed), case.logits.shape[-1], [], []
-    options = {"mask": None, "temperature": 1.0} | {name: x for name, x in case.options.items() if name != "outside"}
+    options = {"mask": None, "temperature": 1.0} | {name: x for name, x in case.options.items() if name not in ("outside", "with_full")}
     options |= {"ignore_index": -100, "min_p": None, "min_prob": None, "with_entropy": True, "with_tail": False}
+
+    how = {name: case.options[name] for name in ("outside", "with_full")}
 
     def run(start, stop):
         leaf = logits[..., start:stop].clone().requires_grad_()
         *rows, o = row_options(leaf, case.targets, **options)
         shard, o = Shard("", ranks, start, vocab, 0), o._replace(vocab_start=start, vocab_size=vocab)
-        return leaf, sharded_kept.sharded_kept_stats(shard, leaf, *rows, o, keep=case.keep, outside=case.options["outside"], in_place=False)
+        return leaf, sharded_kept.sharded_kept_stats(shard, leaf, *rows, o, keep=case.keep, in_place=False, **how)
 
     monkeypatch.setattr(sharded_kept, "all_parts", lambda own, *_: parts.append(own) or own)
     for columns in pairwise(edges):
@@ -143,7 +146,7 @@ def test_a_target_on_another_rank(backend, outside, monkeypatch):
     edges = torch.tensor([0, *(len(of_row) for of_row in lists)]).cumsum(0)
     rows = torch.tensor([0, 1, 2, 3, 4, -1, 6, 7])
     logits = torch.randn(8, 10, generator=torch.Generator().manual_seed(0))
-    options = {"outside": outside, "with_sum_sq": True}
+    options = {"outside": outside, "with_sum_sq": True, "with_full": False}
     for empty in ("everything", "nothing") if backend != "triton" or outside == "include" else ("everything",):
         keep = Kept.csr(torch.tensor(flat), edges, rows=rows, empty=empty)
         case = Case(logits, targets, sets, sets, targets, keep, options)
@@ -162,7 +165,7 @@ def test_what_cannot_be_is_nan_where_the_host_may_not_look(outside, monkeypatch)
     ids, edges = torch.tensor([1, 10, 8, 2, 9, 3, 4, 9]), torch.tensor([0, 3, 5, 6, 7, 8])
     keep = Kept(ids, edges[:-1], edges[1:], torch.tensor([0, 1, 7, 3, 4]), "everything")
     logits, targets = torch.randn(5, 10, generator=torch.Generator().manual_seed(0)), torch.tensor([1, 2, 3, 12, 5])
-    case = Case(logits, targets, sets, sets, targets, keep, {"outside": outside, "with_sum_sq": True})
+    case = Case(logits, targets, sets, sets, targets, keep, {"outside": outside, "with_sum_sq": True, "with_full": False})
     with rlkern.use_backend("reference"), monkeypatch.context() as patch:
         patch.setattr(kept_stats, "check_target_range", lambda *_: None)
         got, d_got = on_one(case, 0, 2, patch, [0, 4, 10])
@@ -185,7 +188,7 @@ def told(seed, case: Case):
 
 
 def sharded(group, rank, seeds):
-    """Of each case: ([statistics, target_kept, gradient], collectives of the forward and of the backward)."""
+    """Of each case: (statistics, gradient, collectives of the forward, of the backward)."""
     found, ranks = [], group.size()
     for seed in seeds:
         case = draw(seed)
@@ -197,8 +200,8 @@ def sharded(group, rank, seeds):
             stats = token_stats(z, case.targets, keep=case.keep, inplace_backward=seed % 4 == 3, **columns, **case.options)
             forward = len(collectives)
             stats_loss(stats).backward()
-        found.append(([*(getattr(stats, name) for name in FIELDS), stats.target_kept, leaf.grad], forward, len(collectives) - forward))
-    return [([x.detach() for x in tensors], *counts) for tensors, *counts in found]
+        found.append((stats, leaf.grad, forward, len(collectives) - forward))
+    return found
 
 
 @contextlib.contextmanager
@@ -221,12 +224,15 @@ def test_ranks(ranks):
     for seed, *of_case in zip(seeds, *of_rank, strict=True):
         case = draw(seed)
         with told(seed, case):
-            (*first, _), forward, backward = of_case[0]
-            assert (forward, backward) == (2, 0)
-            for (*fields, _), *_ in of_case[1:]:
-                assert all(torch.equal(a.nan_to_num(7), b.nan_to_num(7)) for a, b in zip(first, fields, strict=True))
-            stats = TokenStats(*first[:4], target_kept=first[4])
-            compare(case, stats, torch.cat([tensors[-1] for tensors, *_ in of_case], -1), *whole(case))
+            stats = of_case[0][0]
+            for others, _, forward, backward in of_case:
+                assert (forward, backward) == (2, 0) and same_bits(stats, others)
+            compare(case, stats, torch.cat([grad for _, grad, *_ in of_case], -1), *whole(case))
+
+
+def same_bits(a, b) -> bool:
+    pairs = list(zip(a, b, strict=True))
+    return all(y is None if x is None else torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in pairs)
 
 
 def wrong(group, rank, which):
@@ -249,7 +255,7 @@ def wrong(group, rank, which):
         "mask": {"keep": torch.ones(3, 10, dtype=torch.bool)},
         "at_least": {"keep": Kept.at_least(torch.zeros(3))},
     }[which]
-    alone = which in ("an id on one", "lengths", "empty", "outside", "unknown", "none")
+    alone = which in ("with_full", "an id on one", "lengths", "empty", "outside", "unknown", "none")
     if which == "padded id":
         targets = targets.clamp(max=18)
     try:
@@ -275,7 +281,7 @@ IDS = "keep must be made by Kept.ids, Kept.csr, Kept.counts or Kept.samples, got
         ("unknown", ("rank 1 of the group refused its arguments", "ValueError: unknown outside 'drop'")),
         ("none", "agree on the options"),
         ("min_p", "ValueError: keep over several ranks takes no min_p, min_prob or with_tail"),
-        ("with_full", r"ValueError: keep over several ranks takes no with_full: entropy_from_logits\(logits, group=group\)"),
+        ("with_full", "agree on the options"),
         ("segments", "ValueError: keep takes no segments: expected None, got 2"),
         ("bits", f"TypeError: {IDS} Kept.bits"),
         ("mask", f"TypeError: {IDS} a tensor of torch.bool"),
@@ -327,7 +333,7 @@ def head_of(seed: int):
     dtype = case.logits.dtype if case.logits.dtype != torch.float16 else torch.float32
     hidden, weight, bias = (torch.randn(*shape, generator=g).to(dtype) for shape in ((n, 5), (vocab + 3, 5), (vocab + 3,)))
     weight[vocab:], bias[vocab:] = NAN, NAN
-    options = case.options | {"max_dense_rows": n, "round_logits": r.random() < 0.3}
+    options = {name: x for name, x in case.options.items() if name != "with_full"} | {"max_dense_rows": n, "round_logits": r.random() < 0.3}
     return case, hidden, weight, bias if r.random() < 0.5 else None, options
 
 
@@ -336,7 +342,7 @@ def of_head(case, hidden, weight, bias, options, **columns):
     leaves = [None if x is None else x.clone().requires_grad_() for x in (hidden, weight, bias)]
     stats = rlkern.linear_token_stats(leaves[0], leaves[1], case.targets, bias=leaves[2], keep=case.keep, **options, **columns)
     stats_loss(stats).backward()
-    return [*(getattr(stats, name).detach() for name in FIELDS), stats.target_kept, *(None if x is None else x.grad for x in leaves)]
+    return [*stats[:4], stats.target_kept, *(None if x is None else x.grad for x in leaves)]
 
 
 def sharded_heads(group, rank, seeds):
@@ -426,6 +432,8 @@ def refusing(group, rank, of_head):
     options = {"group": group, "keep": Kept.ids(torch.tensor([[0, 7, -1], [3, 12, 15], [-1, -1, -1]]))}
     if of_head:
         options["max_dense_rows"] = 2
+    else:
+        options["with_full"] = True
 
     def call(**change):
         if of_head:

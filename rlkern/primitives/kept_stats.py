@@ -6,13 +6,14 @@ costs as many reads as its list is long, and its gradient one write of zeros.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import backends
-from ..backends.contract import Keep, KeptKind, Outside, SetKind
+from ..backends.contract import Keep, KeptKind, Outside, SetKind, State
 from ..backends.gradient_memory import new_gradient
 from ..backends.reference_keep import padded_lists
 from ..checks import check_target_range, computing_dtype
@@ -93,6 +94,8 @@ def _forward(logits, targets, mask, row_temperature, entries, begin, end, rows, 
     real = real_columns(logits.shape[-1], o)
     if real == 0:
         results.state.copy_(state_of_nothing(results.state))
+        if out.full_state is not None:
+            out.full_state.zero_()[..., State.MAX] = -math.inf
         return out.flat()
     backend = backends.select(logits.device)
     y, mask, temperature = for_backend(logits, targets, mask, row_temperature, o.temperature)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import KeptKind, Outside
+from ..backends.contract import KeptKind, Outside, State
 from ..layout import counted_rows
 from ..operator import Operator, Steps, differentiable, values_readable
 from ..parallel import Shard
@@ -20,10 +20,11 @@ from .kept_sets import Kept, check_kept, list_of_entry
 from .kept_stats import INSTEAD, KeptResults, Sets, backward, forward, overwrite, public_kept_stats, sets_of, with_empty_list
 from .parts import token_stats_merge
 from .row_stats import Options, Results, TokenStats, real_columns
-from .sharded_stats import all_parts
+from .sharded_stats import all_parts, part_payloads
 
 _N, _M = len(Options._fields), len(Sets._fields)
 _WIDTH = 1 << 31  # more than any id of a vocabulary
+_OF_FULL = 3  # numbers of a row's state without its set
 
 # --- the lists of some columns ------------------------------------------------------------------------------
 
@@ -122,11 +123,23 @@ def _forward(call, logits, targets, mask, row_temperature, entries, begin, end, 
     own = _OwnLists(*call(_own, y, counted, entries, begin, end, rows, *columns, sets.outside, sets.open_empty))
     of_rows = (targets, mask, row_temperature)
     part = KeptResults.from_flat(call(forward, logits, *of_rows, *own[:4], *o, *sets._replace(open_empty=False)))
-    parts = all_parts(part.results.state.unsqueeze(0), *group, *of_rows)
-    whole = Results(*call(token_stats_merge, parts, *of_rows, *o))
-    target_kept = own.target_kept.view(targets.shape)
-    found = target_kept.clone() if sets.outside == Outside.MINUS_INF else part.found
-    return (*part._replace(results=whole, target_kept=target_kept, found=found).flat(), *own[:4])
+    state, target_kept = part.results.state, own.target_kept.view(targets.shape)
+    parts = all_parts((torch.cat([state, part.full_state], -1) if sets.with_full else state).unsqueeze(0), *group, *of_rows)
+    whole = Results(*call(token_stats_merge, parts[..., : state.shape[-1]], *of_rows, *o))
+    results = part._replace(results=whole, target_kept=target_kept)
+    if sets.with_full:
+        full = _merged_full(call, parts[..., state.shape[-1] :], targets, mask, row_temperature, o)
+        results = results._replace(full_entropy=full.entropy, full_logsumexp=full.logsumexp, full_state=full.state[..., :_OF_FULL].contiguous())
+    if sets.outside == Outside.MINUS_INF:
+        results = results._replace(found=target_kept.clone())
+    return (*results.flat(), *own[:4])
+
+
+def _merged_full(call, parts: Tensor, targets: Tensor, mask: Tensor | None, row_temperature: Tensor | None, o: Options) -> Results:
+    """Of whole rows without their sets, from their parts [P, ..., 3]."""
+    parts = torch.cat([parts, parts.new_zeros(*parts.shape[:-1], State.TARGETS - _OF_FULL)], -1)
+    counted = counted_rows(targets, mask, o.ignore_index, parts.dim() - 2)
+    return Results(*call(token_stats_merge, parts, None, counted, row_temperature, *o._replace(with_sum_sq=False, with_entropy=True)))
 
 
 def _without_ranks(operator: Operator):
@@ -148,23 +161,27 @@ _sharded_kept_stats = differentiable(
 )
 
 
-def sharded_kept_stats(shard: Shard, logits: Tensor, *rows: Any, keep: Kept, outside: str, in_place: bool) -> TokenStats:
+def sharded_kept_stats(shard: Shard, logits: Tensor, *rows: Any, keep: Kept, outside: str, with_full: bool, in_place: bool) -> TokenStats:
     """`token_stats` over lists, of all columns of the group; rows as of `agreed_shard`."""
     lists, group = (keep.entries, keep.begin, keep.end, keep.rows), (shard.group_name, shard.ranks)
     *by_row, o = rows
-    return public_kept_stats(*_sharded_kept_stats(logits, *by_row, *lists, *o, *sets_of(keep, outside), *group, in_place=in_place))
+    return public_kept_stats(*_sharded_kept_stats(logits, *by_row, *lists, *o, *sets_of(keep, outside, with_full), *group, in_place=in_place))
 
 
 # --- what ranks must agree on -------------------------------------------------------------------------------
 
 
-def check_kept_over_ranks(keep: Any, logits: Tensor, options: Options, with_full: bool) -> None:
+def check_kept_over_ranks(keep: Any, logits: Tensor, options: Options) -> None:
     """TypeError or ValueError for what takes the sets of whole rows."""
     check_kept(keep, logits, "logits", logits.shape[-1], lists_only=True)
     if options.kept_kind != KeptKind.NONE:
         raise ValueError("keep over several ranks takes no min_p, min_prob or with_tail: expected None, None and False")
-    if with_full:
-        raise ValueError("keep over several ranks takes no with_full: entropy_from_logits(logits, group=group) is that of the whole rows")
+
+
+def kept_part_payloads(logits: Any, targets: Any, with_full: Any) -> list[Tensor]:
+    """What is gathered, as far as these arguments say."""
+    beside = _OF_FULL if with_full else 0
+    return [x.new_empty(*x.shape[:-1], x.shape[-1] + beside) for x in part_payloads(logits, targets, False, None, 1)]
 
 
 def what_keep_says(keep: Any) -> tuple:

@@ -124,7 +124,7 @@ def _target_span(targets: Tensor | None, mask: Tensor | None, ignore_index: int,
     return int(least), int(most)
 
 
-def _payloads(logits: Any, targets: Any, second: bool, segments: Any, ranks: int) -> list[Tensor]:
+def part_payloads(logits: Any, targets: Any, second: bool, segments: Any, ranks: int) -> list[Tensor]:
     """What a call on these would send, as far as they say."""
     if not isinstance(logits, Tensor) or logits.dim() == 0 or not (targets is None or isinstance(targets, Tensor)):
         return []
@@ -160,7 +160,7 @@ def agreed_shard(
         payloads: of the call's gathers, see `Meeting.would_send`; None: the parts of rows.
     """
     with Meeting(function, at.group, logits) as meeting:
-        meeting.would_send(payloads or (lambda: _payloads(logits, targets, second, at.segments, meeting.ranks)))
+        meeting.would_send(payloads or (lambda: part_payloads(logits, targets, second, at.segments, meeting.ranks)))
         rows = check()
         y, mask, row_temperature, o = rows
         held = logits.shape[-1] if columns is None else columns()
