@@ -123,8 +123,10 @@ def _forward(call, logits, targets, mask, row_temperature, entries, begin, end, 
     own = _OwnLists(*call(_own, y, counted, entries, begin, end, rows, *columns, sets.outside, sets.open_empty))
     of_rows = (targets, mask, row_temperature)
     part = KeptResults.from_flat(call(forward, logits, *of_rows, *own[:4], *o, *sets._replace(open_empty=False)))
-    state, target_kept = part.results.state, own.target_kept.view(targets.shape)
-    parts = all_parts((torch.cat([state, part.full_state], -1) if sets.with_full else state).unsqueeze(0), *group, *of_rows)
+    state: Any = part.results.state
+    target_kept = own.target_kept.view(targets.shape)
+    sent = state if part.full_state is None or not sets.with_full else torch.cat([state, part.full_state], -1)
+    parts = all_parts(sent.unsqueeze(0), *group, *of_rows)
     whole = Results(*call(token_stats_merge, parts[..., : state.shape[-1]], *of_rows, *o))
     results = part._replace(results=whole, target_kept=target_kept)
     if sets.with_full:
