@@ -16,7 +16,7 @@ from ..backends.contract import KeptKind, Outside, State
 from ..layout import counted_rows
 from ..operator import Operator, Steps, differentiable, values_readable
 from ..parallel import Shard
-from .kept_sets import Kept, check_kept, list_of_entry
+from .kept_sets import Kept, check_kept, check_outside, list_of_entry
 from .kept_stats import INSTEAD, KeptResults, Sets, backward, forward, overwrite, public_kept_stats, sets_of, with_empty_list
 from .parts import token_stats_merge
 from .row_stats import Options, Results, TokenStats, real_columns
@@ -173,9 +173,10 @@ def sharded_kept_stats(shard: Shard, logits: Tensor, *rows: Any, keep: Kept, out
 # --- what ranks must agree on -------------------------------------------------------------------------------
 
 
-def check_kept_over_ranks(keep: Any, logits: Tensor, options: Options) -> None:
-    """TypeError or ValueError for what takes the sets of whole rows."""
+def check_kept_over_ranks(keep: Any, outside: str, logits: Tensor, targets: Tensor, options: Options) -> None:
+    """TypeError or ValueError for what is no list for the rows, or takes the sets of whole rows."""
     check_kept(keep, logits, "logits", logits.shape[-1], lists_only=True)
+    check_outside(outside, several=targets.dim() == logits.dim() and targets.shape[-1] > 1)
     if options.kept_kind != KeptKind.NONE:
         raise ValueError("keep over several ranks takes no min_p, min_prob or with_tail: expected None, None and False")
 
