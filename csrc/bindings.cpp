@@ -168,6 +168,11 @@ PYBIND11_MODULE(_cpu, m) {
                                                     fill(from, FIELD(divergence), FIELD(logp), FIELD(entropy), FIELD(logsumexp),
                                                          FIELD(other_logp), FIELD(other_entropy), FIELD(other_logsumexp));
                                                   });
+  define_rows_of<PairMixtureSums, py::dict, py::dict>(m, "pair_mixture_sums", &pair_mixture_sums,
+                                                      [=](const py::dict& pair, const py::dict& from, PairMixtureSums& call) {
+                                                        read_pair(pair, call);
+                                                        fill(from, FIELD(sums));
+                                                      });
   define_rows_of<PairBackward, py::dict, py::dict>(
       m, "pair_backward", &pair_backward, [=](const py::dict& pair, const py::dict& from, PairBackward& call) {
         read_pair(pair, call);

@@ -256,12 +256,6 @@ def check_inplace(logits: Tensor) -> None:
             raise ValueError(f"inplace_backward needs leading dimensions that merge into one, got strides {logits.stride()}") from None
 
 
-def no_group(group: Any) -> None:
-    """A place for vocabulary-parallel logits."""
-    if group is not None:
-        raise ValueError("group: vocabulary-parallel logits are not supported in this version, expected None")
-
-
 # --- numbers and names --------------------------------------------------------------------------------------
 
 

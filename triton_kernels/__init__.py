@@ -4,7 +4,7 @@ from .covariance import token_covariance
 from .did import did_entropy_backward, did_entropy_forward
 from .kept import kept_hidden_gradient, kept_logits, kept_rows_backward, kept_rows_forward, kept_weight_gradient
 from .moments import row_moments_backward, row_moments_forward
-from .pair import pair_backward, pair_forward
+from .pair import pair_backward, pair_forward, pair_merge, pair_mixture_sums
 from .ratio import kl_terms, ratio_terms
 from .sampler import sampler_threshold
 from .selection import select_bottom, select_fraction, selected_means
@@ -24,6 +24,8 @@ __all__ = [
     "kl_terms",
     "pair_backward",
     "pair_forward",
+    "pair_merge",
+    "pair_mixture_sums",
     "ratio_terms",
     "row_moments_backward",
     "row_moments_forward",

@@ -52,7 +52,8 @@ its logp sends to all columns. It is not counted as ignored. Of whole rows from 
 
 With `keep`, a `Keep`, each row's softmax is over a set S' of ids: its set S, and what `outside` says. All of
 the above, also `state` and the sets of kept_kind, is then that of a row at -inf outside S'. But nothing that
-stands there counts, not even NaN. The gradient there is exactly 0. There are targets, none ELSEWHERE.
+stands there counts, not even NaN. The gradient there is exactly 0. There are targets. One that is ELSEWHERE
+adds nothing to S', and is not what `outside` asks about.
 
     keep_out     forward: (target_kept [N, K] bool, full_entropy, full_logsumexp, full_state [N, 3]). The last
                  three may be None; they are of the whole row, without S': State.MAX, REST and MEAN_U.
@@ -71,7 +72,7 @@ Two rows at once, logits and those of another policy:
 
     logits, mask, temperature, ignore_index, softcap  as above
     other              [A, B, V] as logits, in any dtype but float64; float64 beside float64 logits
-    targets            [N, 1] or None
+    targets            [N, 1] or None; ELSEWHERE as above
     other_softcap      of other; as softcap
     other_temperature  as temperature; a float where temperature is one, a tensor where it is one
     kind, beta         a `PairKind` and its parameter, see primitives/divergence.py; only the reference has
@@ -84,7 +85,22 @@ Two rows at once, logits and those of another policy:
     grads              upstream gradients (divergence, logp, entropy, logsumexp), as above
 
 Skipped rows, ignored targets and rows without upstream gradient are as above. The gradient by `other` is
-that by logits with both rows' places exchanged: primitives/divergence.py does that.
+that by logits with both rows' places exchanged: primitives/pair_rows.py does that.
+
+Both may be the same columns of whole rows, as above. Of whole rows from their parts:
+
+    pair_merge(parts, mask, temperature, other_temperature, kind, beta, out)
+    pair_mixture_sums(logits, other, mask, temperature, other_temperature, kind, beta, state, out,
+                      softcap=0.0, other_softcap=0.0)
+
+    parts        [P, N, PairPart.WIDTH], P >= 1: of each part the forward's state, and what PairPart adds.
+                 With MAX -inf nothing else of the logits counts, with OTHER_MAX -inf nothing else of other
+    kind         pair_mixture_sums: JSD or later
+    state        that of whole rows, with REF = MAX
+    out          pair_merge: as of pair_forward, with REF = MAX. Parts are added in their order. Of a mixture
+                 the divergence and both MEAN_SLOPE are not there yet
+                 pair_mixture_sums: [N, 2] contiguous, sum p f and sum p g over the columns of the part. Their
+                 sums over all parts are the divergence and MEAN_SLOPE. Zeros in skipped rows
 
 Moments of rows, and the entropy of softmax((logits - reference) / T):
 
@@ -259,6 +275,15 @@ class PairState:
     OTHER_MEAN_SLOPE = 9
     TARGET = 10  # z[y] - MAX, NaN for y outside [0, V)
     WIDTH = 11
+
+
+class PairPart:
+    """Columns of a part of a pair, after those of PairState: the forward's results of the part."""
+
+    DIVERGENCE = PairState.WIDTH
+    OTHER_ENTROPY = DIVERGENCE + 1
+    OTHER_LOGP = DIVERGENCE + 2
+    WIDTH = DIVERGENCE + 3
 
 
 class PairKind:

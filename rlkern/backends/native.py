@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from .contract import Keep, SetKind, mass_bits
+from .reference_pair_parts import pair_merge as pair_merge
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 
@@ -130,6 +131,11 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
     pair = _pair(other, other_temperature, kind, beta, softcap, other_softcap)
     _cpu.pair_forward(rows, pair, dict(zip(names, results, strict=True)))
+
+
+def pair_mixture_sums(logits, other, mask, temperature, other_temperature, kind, beta, state, out, softcap=0.0, other_softcap=0.0) -> None:
+    rows = _rows(logits, None, mask, temperature, 0, state)
+    _cpu.pair_mixture_sums(rows, _pair(other, other_temperature, kind, beta, softcap, other_softcap), {"sums": out})
 
 
 def pair_backward(

@@ -19,6 +19,8 @@ from .reference_kept import kept_rows_forward as kept_rows_forward
 from .reference_kept import kept_weight_gradient as kept_weight_gradient
 from .reference_pair import pair_backward as pair_backward
 from .reference_pair import pair_forward as pair_forward
+from .reference_pair import pair_mixture_sums as pair_mixture_sums
+from .reference_pair_parts import pair_merge as pair_merge
 from .reference_parts import token_stats_kept_masses as token_stats_kept_masses
 from .reference_parts import token_stats_merge as token_stats_merge
 from .reference_rows import inverse_temperature, listed_columns, skipped_rows, soft_cap, soft_cap_slope
