@@ -48,7 +48,7 @@ class Processes:
 
     def __init__(self, world, worlds, seconds=30):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "rlkern"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "torch._functorch.aot_autograd", "rlkern"])
         self.folder, self.pipes, self.processes = tempfile.TemporaryDirectory(), [], []
         for rank in range(world):
             mine, theirs = context.Pipe()

@@ -10,7 +10,7 @@ from oracle import FIELDS, TOLERANCE
 from ranks import WORLDS, Processes, on_ranks, try_on_ranks
 
 import rlkern
-from rlkern import entropy_from_logits, linear_token_stats, token_logprobs, token_stats
+from rlkern import entropy_from_logits, linear_token_stats, sequence_logps, token_logprobs, token_stats
 from rlkern.parallel import vocab_range
 
 INF = math.inf
@@ -474,9 +474,13 @@ def test_bad_input(change, message):
 
 def test_linear_refuses_what_needs_the_logits_again():
     weight, y = torch.randn(128, 4), torch.zeros(3, dtype=torch.long)
-    for options in ({"min_p": 0.1}, {"with_tail": True}, {"keep": rlkern.Kept.ids(torch.zeros(3, 1, dtype=torch.long))}):
-        with pytest.raises(ValueError, match="group and segments take no min_p, min_prob, with_tail or keep"):
+    for options in ({"min_p": 0.1}, {"with_tail": True}):
+        with pytest.raises(ValueError, match="group and segments take no min_p, min_prob or with_tail"):
             linear_token_stats(torch.randn(3, 4), weight, y, segments=8, **options)
+    keep = rlkern.Kept.ids(torch.zeros(3, 1, dtype=torch.long))
+    for columns in ({"segments": 8}, {"vocab_size": 120}):
+        with pytest.raises(ValueError, match="vocab_size and segments do not go with keep"):
+            linear_token_stats(torch.randn(3, 4), weight, y, keep=keep, **columns)
 
 
 # --- DTensor, compilers -------------------------------------------------------------------------------------
@@ -486,8 +490,7 @@ def dtensors(group, rank, world):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
-    ranks = torch.arange(world)
-    mesh = DeviceMesh.from_group(group, "cpu", mesh=ranks) if world < 4 else None
+    mesh = DeviceMesh.from_group(group, "cpu", mesh=torch.arange(world))
     out = {}
     x, y = torch.randn(4, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(20).view(4, 5) % 9
     whole = x.clone().requires_grad_()
@@ -549,9 +552,7 @@ def two_dimensions(group, rank):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-    if dist.get_world_size() != 4:
-        raise AssertionError("a group of all")
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
     x, y = torch.randn(4, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(20).view(4, 5) % 9
     whole = x.clone().requires_grad_()
     token_logprobs(whole, y).sin().sum().backward()
@@ -560,17 +561,12 @@ def two_dimensions(group, rank):
     torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad, rtol=1e-10, atol=1e-10)
     local = token_logprobs(leaf, targets.to_local())
     dp = mesh.get_local_rank(0)
-    torch.testing.assert_close(local, token_logprobs(x, y)[2 * dp : 2 * dp + 2], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(local, token_logprobs(x, y)[dp : dp + 1], rtol=1e-10, atol=1e-10)
     return True
 
 
 def test_a_mesh_of_two_dimensions():
-    ranks = Processes(4, (4,))
-    try:
-        results = ranks.run(4, two_dimensions)
-        assert results == [True] * 4, results
-    finally:
-        ranks.stop()
+    assert all(on_ranks(8, two_dimensions))
 
 
 def compiled(group, rank):
@@ -606,7 +602,7 @@ def test_opcheck_of_the_operators():
     x, y, mask, temperature = draw(43, torch.float32, several=True)
     x = x.nan_to_num(0)
     options = (1.0, -100, 1, -2.0, True, True, 0.0, 0, 43)
-    rows = (y.clamp(min=-100), mask, temperature)
+    rows = (y.clamp(min=0), mask, temperature)
     for segments in (0, 2):
         # A target in other columns is NaN, which the comparison with a compiled call takes for another value.
         torch.library.opcheck(ops.token_stats_parts.default, (x, *rows, *options, segments), test_utils=("test_schema", "test_faketensor"))
@@ -615,7 +611,7 @@ def test_opcheck_of_the_operators():
     state = ops.token_stats_merge(parts, *rows, *options)[-1]
     torch.library.opcheck(ops.token_stats_kept_masses.default, (x, *rows, *options, 0, state))
     how = (4, 20, 3, False, False, None, None, 0, "", 1, True)
-    tensors = (torch.randn(12, 8), torch.randn(43, 8), None, None, None, y.view(12, 3), None, None)
+    tensors = (torch.randn(12, 8), torch.randn(43, 8), None, None, None, y.view(12, 3).clamp(min=0), None, None)
     torch.library.opcheck(ops.linear_token_stats_parts.default, (*tensors, *how, 1.0, -100, 0, 0.0, True, True, 0.0, 0, 43))
 
 
@@ -628,3 +624,46 @@ def test_the_ranges_of_ids():
 
 def lambda_free_range(group, rank):
     return vocab_range(7, group)
+
+
+def sequences(group, rank):
+    x, labels, *_ = draw(42, torch.float64)
+    start, end = vocab_range(21, group)
+    try:
+        error = sequence_logps(x[..., start:end], labels[:, : 6 - rank], group=group)
+    except ValueError as raised:
+        error = str(raised)
+    return error, sequence_logps(x[..., start:end], labels, group=group), sequence_logps(x, labels)
+
+
+def test_whole_sequences():
+    results = on_ranks(2, sequences)
+    for _, got, wanted in results:
+        torch.testing.assert_close(got, wanted, equal_nan=True)
+    assert results[0][0] == "token_stats: rank 1 of the group refused its arguments" and results[1][0].startswith("labels must be")
+
+
+def refusing_on_a_gpu(group, rank):
+    """Without a header, as where the host must not read: NaN goes to the others."""
+    from rlkern import parallel
+
+    original, parallel.Meeting.exchanges = parallel.Meeting.exchanges, False
+    try:
+        x, y, *_ = draw(42, torch.float32)
+        start, end = vocab_range(21, group)
+        seen = []
+        for wrong in ({"min_p": 2.0}, {"targets": y[:1], "min_p": 0.1}, {"mask": y[:1], "min_p": 0.1}):
+            try:
+                call = {"targets": y, "min_p": 0.1, **(wrong if rank == 1 else {})}
+                stats = token_stats(x[..., start:end], group=group, **call)
+                seen.append((stats.logp.isnan() | (y == -100)).all().item() and (stats.kept_logmass.isnan() | (y == -100)).all().item())
+            except ValueError as error:
+                seen.append(str(error))
+        return seen, token_logprobs(x[..., start:end], y, group=group).nan_to_num(0).sum().item()
+    finally:
+        parallel.Meeting.exchanges = original
+
+
+def test_refusing_without_a_header():
+    (others, a), (errors, b) = on_ranks(2, refusing_on_a_gpu)
+    assert others == [True] * 3 and all(isinstance(error, str) for error in errors) and a == b

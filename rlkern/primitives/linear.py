@@ -515,8 +515,10 @@ def linear_token_stats(
             sizes = cut(max(weight.shape[0], 1), dtype.itemsize, needs, size, whole_rows, chunk_rows, bool(fixed_blocks))
             how = _How(*sizes, dtype != hidden.dtype, num_valid if keep is None else None, weight_grad_out, 0, "", 1, hidden_grad == "all_reduce")
             keep = _check_keep(keep, outside, max_dense_rows, round_logits, hidden, weight, targets, o, lora, weight_grad_out)
-            if not (group is None and segments is None) and (keep is not None or whole_rows):
-                raise ValueError("group and segments take no min_p, min_prob, with_tail or keep here: a second round would need the logits again")
+            if not (group is None and segments is None) and whole_rows:
+                raise ValueError("group and segments take no min_p, min_prob or with_tail here: a second round would need the logits again")
+            if is_sharded(*at) and keep is not None:
+                raise ValueError("group, vocab_start, vocab_size and segments do not go with keep here: expected None")
             checked = parameters, how
             return rows
 
@@ -525,17 +527,16 @@ def linear_token_stats(
             shard, rows = agreed_shard("linear_token_stats", hidden, targets, at, check, columns=lambda: weight.shape[0], options=options)
         else:
             shard, rows = Shard("", 1, 0, 0, 0), check()
-        of_rows: Any = rows[:3]
-        o = rows[3]
+        y, counted, row_temperature, o = rows
         parameters, how = checked
         if keep is not None:
 
             def dense(hidden, *of_rows):
                 return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o, around=gathered)
 
-            options = (outside, max_dense_rows, bool(round_logits))
-            cast_bias = None if bias is None else bias.to(hidden.dtype)
-            return linear_kept_stats(hidden, weight.to(hidden.dtype), cast_bias, *of_rows, o, keep, *options, dense, gathered)
+            matrix, vector = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            how_kept: Any = (outside, max_dense_rows, bool(round_logits), dense, gathered)
+            return linear_kept_stats(hidden, matrix, vector, y, counted, row_temperature, o, keep, *how_kept)
         how = how._replace(segments=shard.segments, group_name=shard.group_name, ranks=shard.ranks)
         run = _linear_token_stats if shard.ranks == 1 and not shard.segments else _sharded_linear_stats
-        return public_stats(o, *run(*parameters, *of_rows, *how, *o, around=gathered))
+        return public_stats(o, *run(*parameters, y, counted, row_temperature, *how, *o, around=gathered))

@@ -7,7 +7,7 @@ tail a second one of two. The gradient needs none: the state of whole rows is on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import KeptKind, State
 from ..checks import check_target_range, computing_dtype
+from ..dtensors import is_dtensor
 from ..operator import DEBUG, Steps, differentiable, traced
 from ..parallel import Meeting, Shard, check_sizes, gather, refuse, refusing_targets, shard_of
 from .parts import token_stats_kept_masses, token_stats_merge, token_stats_parts, with_kept
@@ -154,8 +155,7 @@ def agreed_shard(
         options: what else must be the same on all ranks.
     """
     with Meeting(function, at.group, logits) as meeting:
-        if meeting.ranks > 1 and not meeting.exchanges:
-            meeting.would_send(*_payloads(logits, targets, second, at.segments, meeting.ranks))
+        meeting.would_send(lambda: _payloads(logits, targets, second, at.segments, meeting.ranks))
         rows = check()
         y, mask, row_temperature, o = rows
         held = logits.shape[-1] if columns is None else columns()
@@ -182,3 +182,15 @@ def sharded_row_stats(shard: Shard, logits: Tensor, *rows: Any, in_place: bool =
     if shard.ranks == 1 and not shard.segments:
         return row_stats(logits, *by_row, *o, in_place=in_place)
     return _sharded_stats(logits, *by_row, *o, *_Ranks(shard.group_name, shard.ranks, shard.segments), in_place=in_place)
+
+
+def refuse_rows(error: Exception, logits: Any, at: Columns) -> NoReturn:
+    """Raises the error of a function around `token_stats` of one target a row, as a rank of that call."""
+    if at.group is not None and not is_dtensor(logits):
+
+        def check() -> tuple:
+            raise error
+
+        rows = logits[..., 0] if isinstance(logits, Tensor) and logits.dim() > 0 and logits.shape[-1] > 0 else None
+        agreed_shard("token_stats", logits, rows, at, check)
+    raise error
