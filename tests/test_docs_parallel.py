@@ -1,4 +1,7 @@
-"""The code of docs/parallel.md runs on two processes and gives what one process computes; so does the example."""
+"""The code of docs/parallel.md runs on two processes and gives what one process computes.
+
+So do the example, and the functions that the benchmark compares with.
+"""
 
 import copy
 import re
@@ -177,6 +180,30 @@ def test_the_example_is_that_of_one_process():
     for steps in ranks:
         for step, first, one in zip(steps, ranks[0], alone, strict=True):
             assert step[:3] == first[:3] == pytest.approx(one[:3], rel=1e-9, abs=1e-12)
+
+
+def benchmark(group, rank):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import parallel
+
+    logits, ids = parallel.shard(6, 20, torch.float32, group)
+    upstream = torch.arange(6.0), torch.arange(6.0) - 3
+    found = []
+    for function in (parallel.fused, parallel.eager):
+        outputs = function(logits, ids, group)
+        found.append([*outputs, *torch.autograd.grad(outputs, logits, upstream)])
+    measured = parallel.measured(6, 20, torch.bfloat16, 2, group)
+    results = {2: {"weak": measured, "call": parallel.call_cost(group, 2, 2)}}
+    return found, measured, parallel.table(results, "weak", 6)
+
+
+def test_the_benchmark_compares_like_with_like():
+    for (fused, eager), measured, table in on_ranks(2, benchmark):
+        for a, b in zip(fused, eager, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        sent = {name: (e["forward_collectives"], e["backward_collectives"], e["bytes_a_rank"] // 6, e["headers"]) for name, e in measured.items()}
+        assert list(sent.values()) == [(1, 0, 28, 1), (0, 0, 0, 0), (6, 0, 24, 0)]
+        assert table.count("\n") == 3 and "eager, 3 + 3 all_reduces" in table
 
 
 @pytest.mark.slow
