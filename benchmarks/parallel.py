@@ -6,7 +6,7 @@
 Log-probability and entropy, then their gradient, against the same with three all_reduces each, as verl and
 Megatron-LM write them in PyTorch. Weak scaling keeps the columns of a process, strong scaling the vocabulary.
 "no group" is token_stats of the rank's own columns as if they were all: the rest of the time is for the
-others. Collectives are those of the forward + the backward; on CPUs rlkern also sends a header of ten integers.
+others. Collectives are those of forward + backward; on CPUs rlkern also sends a header of ten integers.
 
 Each process has one thread. Rounds are interleaved and begin with a barrier; a time is the slowest process's,
 and the figure is the median over the rounds. More processes than cores share these.
@@ -98,7 +98,7 @@ CONTENDERS = {RLKERN: fused, ALONE: alone, EAGER: eager}
 
 @contextlib.contextmanager
 def counted():
-    """A list of (bytes that a rank sends, whether it is a header of integers) by collective, filled inside."""
+    """A list of (bytes that a rank sends, whether it is a header of integers), filled inside."""
     calls, originals = [], {}
 
     def counting(original, *args, **kwargs):

@@ -34,7 +34,7 @@ class Model(torch.nn.Module):
 
 
 class GatherTokens(torch.autograd.Function):
-    """Megatron's gather_from_sequence_parallel_region: its backward adds up, and gives each rank its tokens."""
+    """Megatron's gather_from_sequence_parallel_region: the backward adds up, and gives a rank its tokens."""
 
     @staticmethod
     def forward(ctx, x):
