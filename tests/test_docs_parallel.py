@@ -97,7 +97,7 @@ def the_page(group, rank):
             close(page["hidden"].grad, of_hidden)
             close(weight.grad, mine(of_weight.T).T)
             weight.grad = None
-        elif "hidden_part" in block:
+        elif "# Megatron, sequence parallel" in block:
             close(page["hidden_part"].grad, of_hidden.chunk(2)[rank])
             close(weight.grad, mine(of_weight.T).T)
         elif "parallelize_module" in block:
