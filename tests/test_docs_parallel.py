@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from ranks import Processes, on_ranks
+from ranks import on_ranks
 
 import rlkern
 
@@ -37,21 +37,21 @@ class GatherTokens(torch.autograd.Function):
     """Megatron's gather_from_sequence_parallel_region: the backward adds up, and gives a rank its tokens."""
 
     @staticmethod
-    def forward(ctx, x):
-        parts = [torch.empty_like(x) for _ in range(2)]
-        dist.all_gather(parts, x.contiguous())
+    def forward(ctx, x, group):
+        ctx.group, parts = group, [torch.empty_like(x) for _ in range(2)]
+        dist.all_gather(parts, x.contiguous(), group)
         return torch.cat(parts)
 
     @staticmethod
     def backward(ctx, grad):
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad.chunk(2)[dist.get_rank()]
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.chunk(2)[dist.get_rank(ctx.group)], None
 
 
 def the_page(group, rank):
     """Runs it; raises where a gradient is not that of one process."""
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
 
     g = torch.Generator().manual_seed(0)
     inputs, ids = torch.randn(2, 5, 8, generator=g), torch.randint(V, (2, 5), generator=g)
@@ -74,10 +74,17 @@ def the_page(group, rank):
     hidden = whole.body(inputs).detach().requires_grad_()
     weight = mine(whole.lm_head.weight.detach().T).T.contiguous()
     shard = F.pad(mine(logits.detach()), (0, 0)) + torch.where(torch.arange(COLUMNS) + rank * COLUMNS < V, 0.0, torch.nan)
-    page = {"torch": torch, "rlkern": rlkern, "tp_group": group, "dp_group": group, "tp_mesh": init_device_mesh("cpu", (2,)), "V": V}
+    page = {
+        "torch": torch,
+        "rlkern": rlkern,
+        "tp_group": group,
+        "dp_group": group,
+        "tp_mesh": DeviceMesh.from_group(group, "cpu", mesh=torch.arange(2)),
+        "V": V,
+    }
     page |= {"ids": ids, "mask": mask, "old_logp": old_logp, "advantages": advantages, "inputs": inputs, "model": model}
     page |= {"logits_shard": shard.requires_grad_(), "weight_shard": weight.requires_grad_(), "hidden": hidden.detach().requires_grad_()}
-    page |= {"gather_from_sequence_parallel_region": lambda x, tensor_parallel_output_grad: GatherTokens.apply(x)}
+    page |= {"gather_from_sequence_parallel_region": lambda x, tensor_parallel_output_grad: GatherTokens.apply(x, group)}
     page |= {"hidden_part": hidden.detach().chunk(2)[rank].clone().requires_grad_()}
     batch = {"inputs": inputs, "ids": ids, "mask": mask, "old_logp": old_logp, "advantages": advantages}
     page |= {"micro_batches": [batch, {**batch, "mask": mask & (torch.arange(5) > rank)}]}
@@ -127,11 +134,7 @@ def close(got, wanted):
 
 
 def test_the_page_runs():
-    ranks = Processes(2, (2,))
-    try:
-        assert ranks.run(2, the_page) == [8, 8]
-    finally:
-        ranks.stop()
+    assert on_ranks(2, the_page) == [8, 8]
 
 
 FAULTS = {
