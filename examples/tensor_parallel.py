@@ -1,6 +1,6 @@
 """Tensor parallelism: GRPO of a small transformer whose output matrix is cut over several processes.
 
-    torchrun --nproc-per-node 2 examples/tensor_parallel.py [--steps 40] [--seed 0]
+    torchrun --nproc-per-node 2 examples/tensor_parallel.py [--steps 24] [--seed 0]
     python examples/tensor_parallel.py                       one process that holds all of it
 
 1. Each process holds the transformer and its own rows of the output matrix. None has all logits of a row.
@@ -52,7 +52,7 @@ class Step(NamedTuple):
 def train(group: dist.ProcessGroup, args: argparse.Namespace) -> list[Step]:
     """Every step's numbers, which rank 0 prints; it alone has the differences."""
     rank = dist.get_rank(group)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # every rank begins with all of the same model
     whole = Policy(args.vocab, 1 + args.tokens, args.width, args.depth).double()
     model = ShardedPolicy(copy.deepcopy(whole), group)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
