@@ -163,17 +163,16 @@ def measured(rows: int, vocab: int, dtype: torch.dtype, rounds: int, group) -> d
 
 
 def call_cost(group, calls: int, rounds: int = 20) -> dict[str, dict[str, float]]:
-    """Microseconds of a call on rows so small that they take no time: the least mean of `rounds` blocks."""
+    """Microseconds of a call on rows so small that they take no time: the least of the medians of blocks."""
     logits, ids = shard(8, 64, torch.float32, group)
-    of, sums = {"none": None, "group": group}, {}
-    for name, with_group in of.items():
-        forward_backward(fused, logits, ids % logits.shape[-1], with_group)
-        sums[name] = []
-    for _ in range(rounds):
+    ids, of = ids % logits.shape[-1], {"none": None, "group": group}
+    medians = {name: [] for name in of}
+    for i in range(rounds + 1):
         for name, with_group in of.items():
-            each = [forward_backward(fused, logits, ids % logits.shape[-1], with_group) for _ in range(calls)]
-            sums[name].append([1e6 * sum(x) / calls for x in zip(*each, strict=True)])
-    return {name: {"forward_us": min(f for f, _ in each), "us": min(f + b for f, b in each)} for name, each in sums.items()}
+            each = [forward_backward(fused, logits, ids, with_group) for _ in range(calls)]
+            if i:  # the first block warms up
+                medians[name].append((1e6 * median(f for f, _ in each), 1e6 * median(f + b for f, b in each)))
+    return {name: dict(zip(("forward_us", "us"), map(min, zip(*each, strict=True)), strict=True)) for name, each in medians.items()}
 
 
 def serve(rank: int, world: int, folder: str, args) -> None:
@@ -239,8 +238,8 @@ def main() -> None:
         lines += [[f"{world} process{'es' * (world > 1)}, {name}", f"{e['forward_us']:.0f}", f"{e['us']:.0f}"] for name, e in found["call"].items()]
     print(f"\n{columns(lines)}")
     if 1 in results:
-        call = results[1]["call"]
-        print(f"a group of one costs {call['group']['us'] - call['none']['us']:.0f} us a call")
+        with_group, without = (results[1]["call"][name]["us"] for name in ("group", "none"))
+        print(f"a group of one costs {with_group - without:.0f} us a call")
     if args.out:
         with open(args.out, "w") as file:
             shape = {"rows": args.rows, "columns": args.columns, "vocab": args.vocab, "dtype": args.dtype}
