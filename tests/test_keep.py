@@ -253,7 +253,7 @@ def test_compile_export_opcheck():
         (a, kept), (b, _) = compiled(logits, targets, ids, edges), loss(logits, targets, ids, edges)
         assert torch.equal(torch.autograd.grad(a, logits)[0], torch.autograd.grad(b, logits)[0]) and kept.dtype == torch.bool
     assert counter.frame_count <= 2
-    arguments = (logits.detach(), targets, None, None, ids, edges[:-1], edges[1:], None, 1.0, -100, 0, 0.0, True, True, 0.0, 0, 2, True, True)
+    arguments = (logits.detach(), targets, None, None, ids, edges[:-1], edges[1:], None, 1.0, -100, 0, 0.0, True, True, 0.0, 0, 0, 0, 2, True, True)
     torch.library.opcheck(torch.ops.rlkern.kept_token_stats.default, arguments)
 
     class Module(torch.nn.Module):

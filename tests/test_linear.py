@@ -188,7 +188,7 @@ def test_compile_and_opcheck():
     hidden, weight, bias, targets = draw(9, dtype=torch.float32)
     operator = torch.ops.rlkern.linear_token_stats.default
     tensors = (hidden.detach(), weight.detach(), bias.detach(), None, None, targets, None, None)
-    torch.library.opcheck(operator, (*tensors, 5, 0, 4, False, False, None, None, 1.0, -100, 1, -2.0, True, False, 20.0))
+    torch.library.opcheck(operator, (*tensors, 5, 0, 4, False, False, None, None, 0, "", 1, True, 1.0, -100, 1, -2.0, True, False, 20.0, 0, 0))
 
     def loss(*inputs):
         stats = ours(*inputs, chunk_rows=4)

@@ -424,8 +424,8 @@ def test_compile(workspace):
 
 def test_consuming_operators():
     *leaves, targets = draw(N, dtype=torch.float32)
-    how = (4, 20, 3, False, False, None, None)
-    options = (*how, 1.0, -100, 0, 0.0, False, True, 0.0)
+    how = (4, 20, 3, False, False, None, None, 0, "", 1, True)
+    options = (*how, 1.0, -100, 0, 0.0, False, True, 0.0, 0, 0)
     args = [x.detach() for x in leaves]
     with torch.no_grad():
         *_, state, logits = torch.ops.rlkern.linear_token_stats(*args, None, None, targets, None, None, *options)

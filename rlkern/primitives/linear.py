@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import KeptKind
-from ..checks import check_count, check_flags, check_number, check_target_range, computing_dtype, expect, shown
+from ..checks import check_choice, check_count, check_flags, check_number, check_target_range, computing_dtype, expect, shown
 from ..layout import counted_rows
-from ..operator import Operator, differentiable, values_readable
+from ..operator import Operator, Steps, differentiable, values_readable
+from ..parallel import Shard, add_up, is_sharded
 from .kept_sets import Kept, check_kept, check_outside
 from .linear_kept import linear_kept_stats
-from .parts import merge, parts_of
+from .parts import merge, parts_of, pieces_of, state_of_nothing, token_stats_merge
 from .plans import check_logits_dtype, check_workspace, cut
 from .projection import GradientSums, Head, Rows, add_product, autocast, blocks, check_num_valid, gathering, new_gradients, whole_head
 from .row_stats import (
@@ -34,9 +35,11 @@ from .row_stats import (
     mark_kept,
     new_results,
     public_stats,
+    real_columns,
     row_options,
     write_gradient,
 )
+from .sharded_stats import Columns, agreed_shard, all_parts
 
 
 class _How(NamedTuple):
@@ -49,6 +52,10 @@ class _How(NamedTuple):
     wide: bool  # float32 logits of 16-bit operands
     num_valid: int | None
     weight_grad_out: Tensor | None
+    segments: int  # of the columns here, each with products of its own; 0: one
+    group_name: str  # of the ranks that hold the other columns, see `Shard`
+    ranks: int
+    sums_hidden: bool  # over the ranks: the gradients of hidden and lora_hidden
 
 
 def _split(args: Sequence[Any]) -> tuple[_How, Options, Sequence[Any]]:
@@ -61,8 +68,10 @@ def _logits_dtype(hidden: Tensor, how: _How) -> torch.dtype:
     return computing_dtype(hidden) if how.wide else hidden.dtype
 
 
-def _heads(hidden: Tensor, weight, bias, lora_hidden, lora_weight, how: _How) -> list[Head]:
-    """What the logits are the sum of."""
+def _heads(hidden: Tensor, weight, bias, lora_hidden, lora_weight, how: _How, o: Options) -> list[Head]:
+    """What the logits are the sum of, without padding."""
+    real = slice(0, real_columns(len(weight), o))
+    weight, bias, lora_weight = (x if x is None else x[real] for x in (weight, bias, lora_weight))
     dtype, rows = _logits_dtype(hidden, how), how.block_rows if how.fixed else 0
     heads = [Head(hidden, weight, bias, dtype, rows)]
     return heads if lora_weight is None else [*heads, Head(lora_hidden, lora_weight, None, dtype, rows)]
@@ -92,15 +101,15 @@ def _new_stats(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, ro
     kept = None
     if how.keep_rows > 0:
         rows = hidden.shape[:-1].numel() if how.num_valid is None else how.num_valid
-        kept = hidden.new_empty(min(rows, how.keep_rows), weight.shape[0], dtype=_logits_dtype(hidden, how))
+        kept = hidden.new_empty(min(rows, how.keep_rows), real_columns(weight.shape[0], o), dtype=_logits_dtype(hidden, how))
     return (*new_results(hidden, targets, o), kept)
 
 
 def _in_tiles(heads: Sequence[Head], tile: int, o: Options, rows: slice, buffer: Tensor, targets, mask, row_temperature) -> Results:
-    """The statistics of some rows from their parts."""
-    parts, of_rows = [], (targets, mask, row_temperature)
+    """The statistics of some rows from their parts, tiles of the columns from o.vocab_start on."""
+    parts, of_rows, vocab = [], (targets, mask, row_temperature), o.vocab_size or len(heads[0].weight)
     for of_tile, columns in _tiles(heads, tile):
-        in_tile = o._replace(vocab_start=columns.start, vocab_size=len(heads[0].weight))
+        in_tile = o._replace(vocab_start=o.vocab_start + columns.start, vocab_size=vocab)
         parts.append(parts_of(_logits(of_tile, rows, buffer), *of_rows, *in_tile, 0))
     return merge(torch.cat(parts), *of_rows, *o)
 
@@ -113,11 +122,11 @@ def _forward(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_
         return (*stats, logits)
     if targets is not None and values_readable(hidden):  # before Rows renumbers the rows
         y = targets.reshape(stats.logsumexp.numel(), -1)
-        check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, weight.shape[0])
+        check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, real_columns(len(weight), o))
     rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, lora_hidden, num_valid=how.num_valid)
     *by_row, of_lora = rows.others
     results = [rows.room(x) for x in stats]
-    heads = _heads(rows.hidden, weight, bias, of_lora, lora_weight, how)
+    heads = _heads(rows.hidden, weight, bias, of_lora, lora_weight, how, o)
     n = rows.hidden.shape[0]
     kept = 0 if logits is None else min(n, len(logits))  # of the rows that count there may be fewer
 
@@ -131,7 +140,7 @@ def _forward(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_
     for part in blocks(0, kept, how.block_rows if how.fixed else 0):
         put(part, compute(_logits(whole, part, logits[part]), *_of(part, *by_row), *o))
     if kept < n:
-        buffer = heads[0].new_logits(min(how.block_rows, n - kept), how.tile or len(weight))
+        buffer = heads[0].new_logits(min(how.block_rows, n - kept), how.tile or len(heads[0].weight))
         for part in blocks(kept, n, how.block_rows):
             of_rows = _of(part, *by_row)
             put(part, _in_tiles(heads, how.tile, o, part, buffer, *of_rows) if how.tile else compute(_logits(whole, part, buffer), *of_rows, *o))
@@ -139,6 +148,47 @@ def _forward(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_
         rows.place(to, value)
     mark_kept(stats)
     return (*stats, logits)
+
+
+def _new_parts(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args) -> tuple:
+    how, _, _ = _split(args)
+    *results, logits = _new_stats(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args)
+    state = Results(*results).state
+    return state.new_empty(max(how.segments, 1), *state.shape), logits
+
+
+def _parts(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args) -> tuple:
+    """What `_forward` computes, of the columns of one rank: the parts [P, ..., W], and the kept logits."""
+    how, o, _ = _split(args)
+    parts, logits = _new_parts(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args)
+    if parts.numel() == 0:
+        return parts, logits
+    if targets is not None and values_readable(hidden):
+        y = targets.reshape(parts[0, ..., 0].numel(), -1)
+        check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, o.vocab_size)
+    rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, lora_hidden, num_valid=how.num_valid)
+    *by_row, of_lora = rows.others
+    n = rows.hidden.shape[0]
+    kept = 0 if logits is None else min(n, len(logits))
+    for i, (start, stop) in enumerate(pieces_of(len(weight), o, how.segments)):
+        room: Any = rows.room(parts[i])
+        if start == stop:
+            room.copy_(state_of_nothing(room))
+        elif n > 0:
+            segment = [head.columns(slice(start, stop)) for head in _heads(rows.hidden, weight, bias, of_lora, lora_weight, how, o)]
+            in_segment = o._replace(vocab_start=o.vocab_start + start)
+            buffer = segment[0].new_logits(min(how.block_rows, n), how.tile or stop - start)
+            for part in blocks(0, kept, how.block_rows if how.fixed else 0):
+                assert logits is not None
+                whole = stop - start == logits.shape[1]
+                piece = _logits(segment, part, logits[part] if whole else segment[0].new_logits(part.stop - part.start, stop - start))
+                room[part] = parts_of(piece, *_of(part, *by_row), *in_segment, 0)[0]
+                if not whole:
+                    logits[part, start:stop] = piece
+            for part in blocks(kept, n, how.block_rows):
+                room[part] = _in_tiles(segment, how.tile, in_segment, part, buffer, *_of(part, *by_row)).state
+        rows.place(parts[i], room)
+    return parts, logits
 
 
 def _new_gradients(hidden, weight, bias, lora_hidden, lora_weight, targets, mask, row_temperature, *args):
@@ -153,8 +203,13 @@ def _backward(overwrite, hidden, weight, bias, lora_hidden, lora_weight, targets
     rows = Rows(hidden, targets, mask, o.ignore_index, row_temperature, state, *grads, lora_hidden, num_valid=how.num_valid)
     targets, *of_rows, of_lora = rows.others
     of_lora = None if of_lora is None else rows.clean(of_lora)
-    heads = _heads(rows.clean(rows.hidden), weight, bias, of_lora, lora_weight, how)
-    n, vocab = rows.hidden.shape[0], len(weight)
+    heads = _heads(rows.clean(rows.hidden), weight, bias, of_lora, lora_weight, how, o)
+    n, columns_here = rows.hidden.shape[0], len(heads[0].weight)
+    if columns_here == 0:
+        for gradient in out:
+            if gradient is not None:
+                gradient.zero_()
+        return out
     kept = 0 if logits is None else min(n, logits.shape[0])
 
     def write(to: Tensor, of: Tensor, part: slice, y: Tensor | None, o: Options) -> None:
@@ -175,14 +230,14 @@ def _backward(overwrite, hidden, weight, bias, lora_hidden, lora_weight, targets
     sums = [GradientSums(rows, heads[0], out[:3], tiled=tile > 0, weight_sum=weight_sum)]
     if lora_weight is not None:
         sums.append(GradientSums(rows, heads[1], (*out[3:], None), tiled=tile > 0))
-    buffer = heads[0].new_logits(min(how.block_rows, n - kept), tile or vocab)
+    buffer = heads[0].new_logits(min(how.block_rows, n - kept), tile or columns_here)
     for of_tile, columns in _tiles(heads, tile):
         for of_head, head in zip(sums, of_tile, strict=True):
             of_head.begin(head, columns, len(kept_pieces) + len(other_pieces))
         for part in kept_pieces:
             for of_head in sums:
                 of_head.add(part, d_logits[part, columns])
-        in_tile = o._replace(vocab_start=columns.start, vocab_size=vocab)
+        in_tile = o._replace(vocab_start=o.vocab_start + columns.start, vocab_size=o.vocab_size or columns_here)
         for part in other_pieces:
             piece = _logits(of_tile, part, buffer)
             write(piece, piece, part, targets, in_tile)
@@ -194,7 +249,8 @@ def _backward(overwrite, hidden, weight, bias, lora_hidden, lora_weight, targets
 
 
 _TENSORS = f"Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, {TENSORS}"
-_HOW = "int keep_rows, int tile, int block_rows, bool fixed, bool wide, SymInt? num_valid, Tensor? weight_grad_out"
+_HOW = "int keep_rows, int tile, int block_rows, bool fixed, bool wide, SymInt? num_valid, Tensor? weight_grad_out, "
+_HOW += "int segments, str group_name, int ranks, bool sums_hidden"
 _SAVED = GRADIENTS.replace("Tensor state, ", "Tensor state, Tensor? logits, ")
 _GRADIENTS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
@@ -203,22 +259,56 @@ def _backward_schema(name: str, how: str, saved: str) -> str:
     return f"{name}({_TENSORS}, {how}, {OPTIONS}, {saved}, bool[] wanted) -> {_GRADIENTS}"
 
 
+_backward_of = Operator(_backward_schema("linear_token_stats_backward", _HOW, _SAVED), partial(_backward, False), _new_gradients)
+_consume = Operator(
+    _backward_schema(
+        "linear_token_stats_backward_",
+        _HOW.replace("Tensor? weight", "Tensor(a!)? weight"),
+        _SAVED.replace("Tensor? logits", "Tensor(b!)? logits"),
+    ),
+    run=partial(_backward, True),
+    fake=_new_gradients,
+)
+_INSTEAD = "use rlkern.reference.token_stats of torch.nn.functional.linear(hidden, weight, bias), with targets [..., K]"
 _linear_token_stats = differentiable(
     Operator(f"linear_token_stats({_TENSORS}, {_HOW}, {OPTIONS}) -> {RESULTS[:-1]}, Tensor)", _forward, _new_stats),
-    Operator(_backward_schema("linear_token_stats_backward", _HOW, _SAVED), partial(_backward, False), _new_gradients),
+    _backward_of,
     outputs=5,
     constants=1,
     wrt=5,
-    instead="use rlkern.reference.token_stats of torch.nn.functional.linear(hidden, weight, bias), with targets [..., K]",
-    consume=Operator(
-        _backward_schema(
-            "linear_token_stats_backward_",
-            _HOW.replace("Tensor? weight", "Tensor(a!)? weight"),
-            _SAVED.replace("Tensor? logits", "Tensor(b!)? logits"),
-        ),
-        run=partial(_backward, True),
-        fake=_new_gradients,
-    ),
+    instead=_INSTEAD,
+    consume=_consume,
+)
+
+_linear_parts = Operator(f"linear_token_stats_parts({_TENSORS}, {_HOW}, {OPTIONS}) -> (Tensor, Tensor)", _parts, _new_parts)
+
+
+def _sharded_forward(call, *args) -> tuple:
+    tensors, (how, o, _) = args[: _linear_parts.tensors], _split(args[_linear_parts.tensors :])
+    parts, logits = call(_linear_parts, *args)
+    parts = all_parts(parts, how.group_name, how.ranks, *tensors[-3:])
+    return (*call(token_stats_merge, parts, *tensors[-3:], *o), logits)
+
+
+def _sharded_backward(operator: Operator, call, *args) -> tuple:
+    """Hidden states meet the columns of all ranks: their gradient is a sum over these."""
+    how, _, (*_, wanted) = _split(args[operator.tensors :])
+    gradients = list(call(operator, *args))
+    if how.sums_hidden and how.ranks > 1:
+        for i in (0, 3):
+            if wanted[i] and args[i] is not None:
+                gradients[i] = add_up(gradients[i], how.group_name)
+    return tuple(gradients)
+
+
+_sharded_linear_stats = differentiable(
+    Steps("sharded_linear_token_stats", _sharded_forward, _linear_parts, token_stats_merge),
+    Steps("sharded_linear_token_stats_backward", partial(_sharded_backward, _backward_of), _backward_of),
+    outputs=5,
+    constants=1,
+    wrt=5,
+    instead=_INSTEAD,
+    consume=Steps("sharded_linear_token_stats_backward_", partial(_sharded_backward, _consume), _consume),
 )
 
 
@@ -255,6 +345,25 @@ def _check_weight_grad_out(weight_grad_out: Tensor | None, weight: Tensor) -> No
         raise TypeError(f"weight_grad_out must be {computing_dtype(weight)} for weight {weight.dtype}, got {weight_grad_out.dtype}")
 
 
+def _check_keep(keep, outside, max_dense_rows, round_logits, hidden, weight, targets, o: Options, lora, weight_grad_out) -> Kept | None:
+    check_flags(round_logits=round_logits)
+    several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
+    check_outside(outside, several and keep is not None)
+    check_count("max_dense_rows", max_dense_rows)
+    if keep is None:
+        if outside != "include" or max_dense_rows or round_logits:
+            given = f"{outside!r}, {max_dense_rows} and {round_logits}"
+            raise ValueError(f"outside, max_dense_rows and round_logits go with keep: expected 'include', 0 and False without it, got {given}")
+        return None
+    if o.kept_kind != KeptKind.NONE:
+        kind = {KeptKind.MIN_P: "min_p", KeptKind.MIN_PROB: "min_prob", KeptKind.UNLISTED: "with_tail"}[o.kept_kind]
+        raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {kind}")
+    if lora is not None or weight_grad_out is not None:
+        given = f"{shown(lora)} and {shown(weight_grad_out)}"
+        raise ValueError(f"keep takes no lora or weight_grad_out: expected None and None, got {given}")
+    return check_kept(keep, hidden, "hidden", weight.shape[0], lists_only=True)
+
+
 def linear_token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -283,7 +392,11 @@ def linear_token_stats(
     outside: str = "include",
     max_dense_rows: int = 0,
     round_logits: bool = False,
-    group=None,
+    group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    segments: int | None = None,
+    hidden_grad: str = "all_reduce",
 ) -> TokenStats:
     """`token_stats` of `hidden @ weight.T + bias`, without all logits at once.
 
@@ -319,8 +432,8 @@ def linear_token_stats(
             `lambda: deepspeed.zero.GatheredParameters([weight])` for ZeRO-3. The forward and the backward
             each run in one. Not under torch.compile.
         targets, mask, temperature, ignore_index, min_p, min_prob, with_sum_sq, with_entropy, with_tail,
-            logit_scale, softcap, group: as in `token_stats`, for the rows of hidden. On a CPU masked rows are
-            left out of the products too.
+            logit_scale, softcap: as in `token_stats`, for the rows of hidden. On a CPU masked rows are left
+            out of the products too.
         keep: a `Kept`, the ids S that each row's softmax is over, as a sampler's top-p or top-k left them.
             Values and gradients are those of logits at -inf outside S, but only listed columns are
             multiplied. The logits are float32 sums, not rounded to hidden's dtype. Not with min_p, min_prob,
@@ -332,6 +445,13 @@ def linear_token_stats(
             outside="everything". They are computed as without keep. More are a ValueError on a CPU, and NaN
             on a GPU.
         round_logits: round the kept logits to hidden's dtype, as a model's own head does.
+        group, vocab_start, vocab_size, segments: as in `token_stats`, for a matrix whose rows are cut over
+            the ranks of a group; so are bias and the adapter's B. hidden is the same on all ranks. One
+            gather, however the products are cut. Not with min_p, min_prob, with_tail or keep, but for
+            vocab_size alone.
+        hidden_grad: the gradient of hidden is a sum over the ranks, and so is what A of an adapter gets.
+            "all_reduce" adds it up. "partial" leaves that to the caller, whose hidden came through
+            Megatron's copy_to_tensor_model_parallel_region, or through a gather that scatters its gradient.
 
     Returns:
         TokenStats as of `token_stats`, with its gradients. With keep, `target_kept` says whether S had the
@@ -342,61 +462,66 @@ def linear_token_stats(
         TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
             With keep also ValueError for rows that share a list and IndexError for ids >= V; on a GPU NaN.
     """
-    if group is not None:
-        raise ValueError("group: vocabulary-parallel weights are not supported in this version, expected None")
-    if targets is None:
-        raise TypeError("targets must be an integer tensor, got None")
+    at = Columns(group, vocab_start, vocab_size, segments)
+    check_choice("hidden_grad", hidden_grad, ("all_reduce", "partial"))
     with gathering(gathered):
-        hidden, weight, bias = whole_head(hidden, weight, bias)
-        check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
-        _check_weight_grad_out(weight_grad_out, weight)
-        y, counted, row_temperature, o = row_options(
-            hidden,
-            targets,
-            of="hidden",
-            mask=mask,
-            temperature=temperature,
-            ignore_index=ignore_index,
-            min_p=min_p,
-            min_prob=min_prob,
-            with_sum_sq=with_sum_sq,
-            with_entropy=with_entropy,
-            with_tail=with_tail,
-            logit_scale=logit_scale,
-            softcap=softcap,
-        )
-        lora_hidden, lora_weight = _lora(lora, hidden, weight, counted_rows(y, counted, ignore_index, hidden.dim() - 1))
-        if chunk_rows is not None:
-            check_count("chunk_rows", chunk_rows, 1)
-        check_num_valid(num_valid, hidden)
-        dtype = check_logits_dtype(logits_dtype, hidden.dtype)
-        parameters = hidden, weight, bias, lora_hidden, lora_weight
-        hidden_needs, weight_needs, *others_need = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
-        needs = hidden_needs, weight_needs, any(others_need)
-        workspace, whole_rows = check_workspace(workspace, hidden.device.type), o.kept_kind != KeptKind.NONE
-        sizes = cut(weight.shape[0], dtype.itemsize, needs, workspace, whole_rows, chunk_rows, bool(fixed_blocks))
-        how = _How(*sizes, dtype != hidden.dtype, num_valid if keep is None else None, weight_grad_out)
-        check_flags(round_logits=round_logits)
-        several = targets.dim() == hidden.dim() and targets.shape[-1] > 1
-        check_outside(outside, several and keep is not None)
-        check_count("max_dense_rows", max_dense_rows)
-        if keep is None and (outside != "include" or max_dense_rows or round_logits):
-            given = f"{outside!r}, {max_dense_rows} and {round_logits}"
-            raise ValueError(f"outside, max_dense_rows and round_logits go with keep: expected 'include', 0 and False without it, got {given}")
+        checked: Any = None  # what the rows' check leaves beside them
+
+        def check() -> tuple:
+            nonlocal hidden, weight, bias, keep, checked
+            if targets is None:
+                raise TypeError("targets must be an integer tensor, got None")
+            hidden, weight, bias = whole_head(hidden, weight, bias)
+            check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
+            _check_weight_grad_out(weight_grad_out, weight)
+            rows = row_options(
+                hidden,
+                targets,
+                of="hidden",
+                mask=mask,
+                temperature=temperature,
+                ignore_index=ignore_index,
+                min_p=min_p,
+                min_prob=min_prob,
+                with_sum_sq=with_sum_sq,
+                with_entropy=with_entropy,
+                with_tail=with_tail,
+                logit_scale=logit_scale,
+                softcap=softcap,
+            )
+            y, counted, _, o = rows
+            lora_hidden, lora_weight = _lora(lora, hidden, weight, counted_rows(y, counted, ignore_index, hidden.dim() - 1))
+            if chunk_rows is not None:
+                check_count("chunk_rows", chunk_rows, 1)
+            check_num_valid(num_valid, hidden)
+            dtype = check_logits_dtype(logits_dtype, hidden.dtype)
+            parameters = hidden, weight, bias, lora_hidden, lora_weight
+            hidden_needs, weight_needs, *others_need = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
+            needs = hidden_needs, weight_needs, any(others_need)
+            size, whole_rows = check_workspace(workspace, hidden.device.type), o.kept_kind != KeptKind.NONE
+            sizes = cut(weight.shape[0], dtype.itemsize, needs, size, whole_rows, chunk_rows, bool(fixed_blocks))
+            how = _How(*sizes, dtype != hidden.dtype, num_valid if keep is None else None, weight_grad_out, 0, "", 1, hidden_grad == "all_reduce")
+            keep = _check_keep(keep, outside, max_dense_rows, round_logits, hidden, weight, targets, o, lora, weight_grad_out)
+            if not (group is None and segments is None) and (keep is not None or whole_rows):
+                raise ValueError("group and segments take no min_p, min_prob, with_tail or keep here: a second round would need the logits again")
+            checked = parameters, how
+            return rows
+
+        if is_sharded(*at):
+            options = (num_valid, hidden_grad, lora is None)
+            shard, rows = agreed_shard("linear_token_stats", hidden, targets, at, check, columns=lambda: weight.shape[0], options=options)
+        else:
+            shard, rows = Shard("", 1, 0, 0, 0), check()
+        *by_row, o = rows
+        parameters, how = checked
         if keep is not None:
-            if o.kept_kind != KeptKind.NONE:
-                given = f"{min_p}, {min_prob} and {with_tail}"
-                raise ValueError(f"keep takes no min_p, min_prob or with_tail: expected None, None and False, got {given}")
-            if lora is not None or weight_grad_out is not None:
-                given = f"{shown(lora)} and {shown(weight_grad_out)}"
-                raise ValueError(f"keep takes no lora or weight_grad_out: expected None and None, got {given}")
-            keep = check_kept(keep, hidden, "hidden", weight.shape[0], lists_only=True)
 
             def dense(hidden, *of_rows):
                 return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o, around=gathered)
 
-            of_rows = (y, counted, row_temperature, o)
             options = (outside, max_dense_rows, bool(round_logits))
             cast_bias = None if bias is None else bias.to(hidden.dtype)
-            return linear_kept_stats(hidden, weight.to(hidden.dtype), cast_bias, *of_rows, keep, *options, dense, gathered)
-        return public_stats(o, *_linear_token_stats(*parameters, y, counted, row_temperature, *how, *o, around=gathered))
+            return linear_kept_stats(hidden, weight.to(hidden.dtype), cast_bias, *rows, keep, *options, dense, gathered)
+        how = how._replace(segments=shard.segments, group_name=shard.group_name, ranks=shard.ranks)
+        stats = _linear_token_stats if shard.ranks == 1 and not shard.segments else _sharded_linear_stats
+        return public_stats(o, *stats(*parameters, *by_row, *how, *o, around=gathered))

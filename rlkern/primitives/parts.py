@@ -27,20 +27,19 @@ _N = len(Options._fields)
 # --- of columns ---------------------------------------------------------------------------------------------
 
 
-def _pieces(columns: int, o: Options, segments: int) -> Iterator[tuple[int, int]]:
+def pieces_of(columns: int, o: Options, segments: int) -> Iterator[tuple[int, int]]:
     """[from, to) of each part among the columns here, without padding; an empty one may be (a, a)."""
     real, size = real_columns(columns, o), columns // max(segments, 1)
     for i in range(max(segments, 1)):
         yield min(i * size, real), min((i + 1) * size, real)
 
 
-def state_of_nothing(rows: torch.Size, targets: Tensor | None, like: Tensor, single: bool) -> Tensor:
-    """The state of no columns."""
-    n_targets = 0 if targets is None else 1 if single else targets.shape[-1]
-    state = like.new_zeros(*rows, State.TARGETS + n_targets, dtype=computing_dtype(like))
-    state[..., State.MAX] = -math.inf
-    state[..., State.TARGETS :] = math.nan
-    return state
+def state_of_nothing(state: Tensor) -> Tensor:
+    """That of no columns, like a state."""
+    nothing = torch.zeros_like(state)
+    nothing[..., State.MAX] = -math.inf
+    nothing[..., State.TARGETS :] = math.nan
+    return nothing
 
 
 def parts_of(logits, targets, mask, row_temperature, *args) -> Tensor:
@@ -51,9 +50,9 @@ def parts_of(logits, targets, mask, row_temperature, *args) -> Tensor:
         y = targets.reshape(-1, 1 if single else targets.shape[-1])
         check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, o.vocab_size)
     in_part = o._replace(ignore_index=IGNORED, kept_kind=KeptKind.NONE, vocab_start=0, vocab_size=0)
-    for start, stop in _pieces(logits.shape[-1], o, segments):
+    for start, stop in pieces_of(logits.shape[-1], o, segments):
         if start == stop:
-            parts.append(state_of_nothing(logits.shape[:-1], targets, logits, targets is not None and targets.dim() < logits.dim()))
+            parts.append(state_of_nothing(new_results(logits, targets, in_part).state))
             continue
         y = targets_in_part(targets, o.vocab_start + start, o.vocab_start + stop, o.vocab_size, o.ignore_index)
         parts.append(compute(logits[..., start:stop], y, mask, row_temperature, *in_part).state)
@@ -73,7 +72,7 @@ def _kept_masses(logits, targets, mask, row_temperature, *args) -> Tensor:
         return out
     _, counted, temperature = for_backend(logits, None, mask, row_temperature, o.temperature)
     rows, backend = as_rows(logits), backends.select(logits.device)
-    for i, (start, stop) in enumerate(_pieces(logits.shape[-1], o, segments)):
+    for i, (start, stop) in enumerate(pieces_of(logits.shape[-1], o, segments)):
         if start == stop:
             out[i].zero_()
             continue

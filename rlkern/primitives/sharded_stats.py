@@ -36,9 +36,17 @@ def _split(args: Any) -> tuple[Options, _Ranks, Any]:
     return Options(*args[:_N]), _Ranks(*args[_N:m]), args[m:]
 
 
-def all_parts(parts: Tensor, ranks: _Ranks) -> Tensor:
-    """[P, ...] of this rank -> [ranks * P, ...]"""
-    return parts if ranks.ranks == 1 else gather(parts, ranks.group_name, ranks.ranks).flatten(0, 1)
+def all_parts(parts: Tensor, group_name: str, ranks: int, *of_rows: Tensor | None) -> Tensor:
+    """[P, ..., W] of this rank -> [ranks * P, ..., W].
+
+    of_rows: (targets, mask, row_temperature), which RLKERN_DEBUG=1 compares. Where they are not the same on
+    all ranks that is an error, on a GPU NaN in that row.
+    """
+    if ranks == 1:
+        return parts
+    if DEBUG and of_rows and not traced(parts):
+        return _compared(parts, group_name, ranks, _digest(*of_rows, parts))
+    return gather(parts, group_name, ranks).flatten(0, 1)
 
 
 def _digest(targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None, like: Tensor) -> Tensor:
@@ -53,11 +61,10 @@ def _digest(targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor
     return (digest & 0xFFFFFF).to(like.dtype)
 
 
-def _all_parts_checked(parts: Tensor, ranks: _Ranks, *of_rows: Tensor | None) -> Tensor:
-    """`all_parts`, where a row on which the ranks do not agree is NaN, on a CPU an error."""
-    digest = _digest(*of_rows, parts)
-    parts = all_parts(torch.cat([parts, digest.expand(parts.shape[:-1]).unsqueeze(-1)], -1), ranks)
-    parts, digests = parts[..., :-1], parts[..., -1]
+def _compared(parts: Tensor, group_name: str, ranks: int, digest: Tensor) -> Tensor:
+    with_digest = torch.cat([parts, digest.expand(parts.shape[:-1]).unsqueeze(-1)], -1)
+    gathered = gather(with_digest, group_name, ranks).flatten(0, 1)
+    parts, digests = gathered[..., :-1], gathered[..., -1]
     differ = (digests != digests[0]).any(0)
     if parts.device.type == "cpu" and differ.any():
         row = differ.view(-1).nonzero()[0, 0].item()
@@ -68,14 +75,11 @@ def _all_parts_checked(parts: Tensor, ranks: _Ranks, *of_rows: Tensor | None) ->
 def _forward(call, logits, targets, mask, row_temperature, *args) -> tuple:
     o, ranks, _ = _split(args)
     of_rows = (targets, mask, row_temperature, *o)
-    parts = call(token_stats_parts, logits, *of_rows, ranks.segments)
-    if DEBUG and ranks.ranks > 1 and not traced(parts):
-        parts = _all_parts_checked(parts, ranks, targets, mask, row_temperature)
-    else:
-        parts = all_parts(parts, ranks)
+    of_group = (ranks.group_name, ranks.ranks)
+    parts = all_parts(call(token_stats_parts, logits, *of_rows, ranks.segments), *of_group, targets, mask, row_temperature)
     results = Results(*call(token_stats_merge, parts, *of_rows))
     if o.kept_kind != KeptKind.NONE:
-        masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), ranks)
+        masses = all_parts(call(token_stats_kept_masses, logits, *of_rows, ranks.segments, results.state), *of_group)
         results = with_kept(results, masses, targets, mask, o)
     return tuple(results)
 
