@@ -155,7 +155,21 @@ def test_opcheck(kept_kind, targets):
     x = x.detach()
     y = {"one": y, "several": y.unsqueeze(-1).repeat(1, 1, 3), "none": None}[targets]
     row_temperature, mask = torch.rand(2, 5) + 0.5, torch.rand(2, 5) > 0.3
-    forward = (x, y, mask, row_temperature, 1.0, -100, kept_kind, -2.0, kept_kind == 1, True, 20.0 if kept_kind == 2 else 0.0, 0, 30 if kept_kind == 1 else 0)
+    forward = (
+        x,
+        y,
+        mask,
+        row_temperature,
+        1.0,
+        -100,
+        kept_kind,
+        -2.0,
+        kept_kind == 1,
+        True,
+        20.0 if kept_kind == 2 else 0.0,
+        0,
+        30 if kept_kind == 1 else 0,
+    )
     torch.library.opcheck(torch.ops.rlkern.token_stats.default, forward)
     state = torch.ops.rlkern.token_stats(*forward)[-1]
     g = torch.randn(2, 5)

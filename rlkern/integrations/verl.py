@@ -438,7 +438,7 @@ def patch(*, inplace_backward: bool = False) -> Patch:
         (fused_kernel, "linear_cross_entropy", linear_cross_entropy),
     ]
     try:
-        from verl.utils.megatron import tensor_parallel
+        tensor_parallel = import_module("verl.utils.megatron.tensor_parallel")
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "megatron":
             raise

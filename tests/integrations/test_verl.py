@@ -401,10 +401,6 @@ def test_check_config():
         rlkern_verl.check_config(config(policy={"loss_mode": "rlkern_clip_cov", "clip_cov_ratio": 2.0}))
     with pytest.raises(ValueError, match="'rlkern_lp_reg' is not registered"):
         rlkern_verl.check_config(config(policy={"loss_mode": "rlkern_lp_reg"}))
-    megatron = {**config(), "strategy": "megatron"}
-    rlkern_verl.check_config(megatron)
-    with rlkern_verl.patch(), pytest.raises(ValueError, match="strategy=megatron verl does not call"):
-        rlkern_verl.check_config(megatron)
 
 
 # --- log-probabilities and entropy --------------------------------------------------------------------------
