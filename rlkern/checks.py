@@ -121,14 +121,14 @@ def as_bool(mask: Tensor) -> Tensor:
 # --- rows of logits -----------------------------------------------------------------------------------------
 
 
-def check_logits(logits: Tensor, name: str = "logits") -> None:
-    """[..., V] of a dtype that kernels take."""
+def check_logits(logits: Tensor, name: str = "logits", least: int = 1) -> None:
+    """[..., V] of a dtype that kernels take, with V >= least."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor [..., V], got {type(logits).__name__}")
     if logits.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must be [..., V] with V >= 1, got shape {tuple(logits.shape)}")
+    if logits.dim() == 0 or logits.shape[-1] < least:
+        raise ValueError(f"{name} must be [..., V] with V >= {least}, got shape {tuple(logits.shape)}")
 
 
 def check_targets(targets: Tensor, logits: Tensor, of: str = "logits", *, several: bool = True) -> Tensor:

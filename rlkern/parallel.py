@@ -10,7 +10,7 @@ NaN, which the others find in their results. RLKERN_DEBUG=1 sends the header the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -30,6 +30,8 @@ def world(group: Any) -> int:
 
 def check_member(group: Any) -> None:
     """None, or a process group that this process belongs to."""
+    if torch.compiler.is_compiling():  # Dynamo looks into few attributes of a group
+        return
     if group is not None and group is dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError("group: this process does not belong to it")
     check_group(group)
@@ -72,7 +74,7 @@ def add_up(x: Tensor, group_name: str) -> Tensor:
 
 def group_of(name: str) -> Any:
     """The process group of that name: operators take names."""
-    return dist.distributed_c10d._resolve_process_group(name)
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def _gather_into(out: Tensor, x: Tensor, group: Any) -> None:
@@ -133,6 +135,7 @@ class Meeting:
         check_member(group)
         self.function, self.group, self.ranks = function, group, world(group)
         self.device = x.device if isinstance(x, Tensor) else None
+        self.traced = torch.compiler.is_compiling() or (isinstance(x, Tensor) and traced(x))
         self.said = Said(0, 0, 0, 0, 0, 0, -1, 0, 0, 0)
         self.payloads: list[Tensor] = []  # of a rank that refuses, where no header is exchanged
         self.everyone: list[Said] = []  # all headers, once they were exchanged
@@ -156,14 +159,15 @@ class Meeting:
             start, vocab = first_column(self.group, columns, vocab_start), -1 if vocab_size is None else vocab_size
             self.said = self.said._replace(columns=columns, start=start, vocab=vocab, lowest=lowest, highest=highest)
 
-    def would_send(self, *payloads: Tensor) -> None:
+    def would_send(self, payloads: Callable[[], list[Tensor]]) -> None:
         """What the call sends, in its shape, dtype and device: sent as NaN if this rank refuses on a GPU."""
-        self.payloads = list(payloads)
+        if self.ranks > 1 and not self.exchanges and not self.traced:
+            self.payloads = payloads()
 
     @property
     def exchanges(self) -> bool:
         """Whether a header goes round."""
-        if self.ranks == 1 or torch.compiler.is_compiling() or (self.device is not None and self.device.type == "meta"):
+        if self.ranks == 1 or self.traced:
             return False
         on_cpu = self.device.type == "cpu" if self.device is not None else self._only_cpus()
         return on_cpu or (DEBUG and self.device is not None)
@@ -185,8 +189,6 @@ class Meeting:
 
     def _exchange(self, refuses: bool) -> None:
         mine = torch.tensor(self.said._replace(refused=int(refuses)), dtype=torch.int64, device=self.device or "cpu")
-        if traced(mine):
-            return
         everyone = mine.new_empty(self.ranks, len(mine))
         _gather_into(everyone, mine, self.group)
         if refuses:

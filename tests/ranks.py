@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 
 WORLDS = (1, 2, 3, 4, 8)
 LARGEST = max(WORLDS)
@@ -33,7 +34,7 @@ def _serve(rank, world, worlds, folder, seconds, pipe):
         except EOFError:
             os._exit(0)  # gloo's own threads may abort an orderly end
         try:
-            result = function(groups[w], rank, *args)
+            result = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, function(groups[w], rank, *args))
         except Exception as error:
             result = error
         try:
@@ -47,7 +48,7 @@ class Processes:
 
     def __init__(self, world, worlds, seconds=30):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed", "rlkern"])
+        context.set_forkserver_preload(["torch.distributed.tensor", "torch._dynamo", "torch._functorch.aot_autograd", "rlkern"])
         self.folder, self.pipes, self.processes = tempfile.TemporaryDirectory(), [], []
         for rank in range(world):
             mine, theirs = context.Pipe()

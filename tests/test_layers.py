@@ -14,7 +14,7 @@ FLOORS = (
     {"layout", "reference"},
     {"backends"},
     {"operator"},
-    {"checks", "parallel"},
+    {"checks", "parallel", "dtensors"},
     {"primitives", "advantages"},
     {"selection"},
     {"losses"},

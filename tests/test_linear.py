@@ -230,7 +230,7 @@ def test_second_derivative_raises():
         ({"temperature": 0}, ValueError, "temperature must be positive"),
         ({"min_p": 2.0}, ValueError, "min_p is a fraction"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an int, got None"),
-        ({"group": "tp"}, ValueError, "group"),
+        ({"group": "tp"}, TypeError, "group"),
     ],
     ids=str,
 )

@@ -63,7 +63,7 @@ X, Y = torch.zeros(2, 3, 10), torch.zeros(2, 3, dtype=torch.long)
         (lambda: rlkern.token_stats(X, Y, min_p=0.0), ValueError, "min_p"),
         (lambda: rlkern.token_stats(X, Y, min_p=0.1, min_prob=0.1), ValueError, "not both"),
         (lambda: rlkern.token_stats(X, Y, min_prob=1.5), ValueError, "1.5"),
-        (lambda: rlkern.token_stats(X, Y, group=object()), ValueError, "group"),
+        (lambda: rlkern.token_stats(X, Y, group=object()), TypeError, "group"),
         (lambda: rlkern.token_stats(X.expand(2, 3, 10).transpose(1, 2), Y[:, :1].expand(2, 10), inplace_backward=True), ValueError, "stride"),
         (lambda: rlkern.token_stats(X[:, :1].expand(2, 3, 10), Y, inplace_backward=True), ValueError, "expanded"),
         (lambda: rlkern.use_backend("cuda"), ValueError, "'native'"),

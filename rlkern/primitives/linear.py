@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import KeptKind
 from ..checks import check_choice, check_count, check_flags, check_number, check_target_range, computing_dtype, expect, shown
+from ..dtensors import is_dtensor, local_head
 from ..layout import counted_rows
 from ..operator import Operator, Steps, differentiable, values_readable
 from ..parallel import Shard, add_up, is_sharded
@@ -452,6 +453,7 @@ def linear_token_stats(
         hidden_grad: the gradient of hidden is a sum over the ranks, and so is what A of an adapter gets.
             "all_reduce" adds it up. "partial" leaves that to the caller, whose hidden came through
             Megatron's copy_to_tensor_model_parallel_region, or through a gather that scatters its gradient.
+            A DTensor of hidden, replicated where one of weight is Shard(0), needs neither this nor a group.
 
     Returns:
         TokenStats as of `token_stats`, with its gradients. With keep, `target_kept` says whether S had the
@@ -462,6 +464,17 @@ def linear_token_stats(
         TypeError, ValueError, IndexError: as `token_stats`; for weights of another shape, dtype or device.
             With keep also ValueError for rows that share a list and IndexError for ids >= V; on a GPU NaN.
     """
+    if is_dtensor(hidden) or (is_dtensor(weight) and group is not None):
+        options: Any = dict(workspace=workspace, logits_dtype=logits_dtype, num_valid=num_valid, fixed_blocks=fixed_blocks, chunk_rows=chunk_rows)
+        options |= dict(weight_grad_out=weight_grad_out, lora=lora, gathered=gathered, ignore_index=ignore_index, min_p=min_p, min_prob=min_prob)
+        options |= dict(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, logit_scale=logit_scale, softcap=softcap)
+        options |= dict(keep=keep, outside=outside, max_dense_rows=max_dense_rows, round_logits=round_logits, segments=segments)
+        local, columns, placed = local_head(hidden, weight, bias, group, vocab_start, vocab_size)
+        hidden, weight, bias = local
+        for name, x in (("targets", targets), ("mask", mask), ("temperature", temperature)):
+            options[name] = x if placed is None else placed.local(x)
+        stats = linear_token_stats(hidden, weight, bias=bias, **{"hidden_grad": hidden_grad, **options, **columns})
+        return TokenStats(*map(placed.whole, stats)) if placed is not None and is_dtensor(targets) else stats
     at = Columns(group, vocab_start, vocab_size, segments)
     check_choice("hidden_grad", hidden_grad, ("all_reduce", "partial"))
     with gathering(gathered):
@@ -471,7 +484,7 @@ def linear_token_stats(
             nonlocal hidden, weight, bias, keep, checked
             if targets is None:
                 raise TypeError("targets must be an integer tensor, got None")
-            hidden, weight, bias = whole_head(hidden, weight, bias)
+            hidden, weight, bias = whole_head(hidden, weight, bias, least=1 if group is None else 0)
             check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
             _check_weight_grad_out(weight_grad_out, weight)
             rows = row_options(
@@ -499,11 +512,13 @@ def linear_token_stats(
             hidden_needs, weight_needs, *others_need = (torch.is_grad_enabled() and x is not None and x.requires_grad for x in parameters)
             needs = hidden_needs, weight_needs, any(others_need)
             size, whole_rows = check_workspace(workspace, hidden.device.type), o.kept_kind != KeptKind.NONE
-            sizes = cut(weight.shape[0], dtype.itemsize, needs, size, whole_rows, chunk_rows, bool(fixed_blocks))
+            sizes = cut(max(weight.shape[0], 1), dtype.itemsize, needs, size, whole_rows, chunk_rows, bool(fixed_blocks))
             how = _How(*sizes, dtype != hidden.dtype, num_valid if keep is None else None, weight_grad_out, 0, "", 1, hidden_grad == "all_reduce")
             keep = _check_keep(keep, outside, max_dense_rows, round_logits, hidden, weight, targets, o, lora, weight_grad_out)
-            if not (group is None and segments is None) and (keep is not None or whole_rows):
-                raise ValueError("group and segments take no min_p, min_prob, with_tail or keep here: a second round would need the logits again")
+            if not (group is None and segments is None) and whole_rows:
+                raise ValueError("group and segments take no min_p, min_prob or with_tail here: a second round would need the logits again")
+            if is_sharded(*at) and keep is not None:
+                raise ValueError("group, vocab_start, vocab_size and segments do not go with keep here: expected None")
             checked = parameters, how
             return rows
 
@@ -512,16 +527,16 @@ def linear_token_stats(
             shard, rows = agreed_shard("linear_token_stats", hidden, targets, at, check, columns=lambda: weight.shape[0], options=options)
         else:
             shard, rows = Shard("", 1, 0, 0, 0), check()
-        *by_row, o = rows
+        y, counted, row_temperature, o = rows
         parameters, how = checked
         if keep is not None:
 
             def dense(hidden, *of_rows):
                 return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o, around=gathered)
 
-            options = (outside, max_dense_rows, bool(round_logits))
-            cast_bias = None if bias is None else bias.to(hidden.dtype)
-            return linear_kept_stats(hidden, weight.to(hidden.dtype), cast_bias, *rows, keep, *options, dense, gathered)
+            matrix, vector = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            how_kept: Any = (outside, max_dense_rows, bool(round_logits), dense, gathered)
+            return linear_kept_stats(hidden, matrix, vector, y, counted, row_temperature, o, keep, *how_kept)
         how = how._replace(segments=shard.segments, group_name=shard.group_name, ranks=shard.ranks)
-        stats = _linear_token_stats if shard.ranks == 1 and not shard.segments else _sharded_linear_stats
-        return public_stats(o, *stats(*parameters, *by_row, *how, *o, around=gathered))
+        run = _linear_token_stats if shard.ranks == 1 and not shard.segments else _sharded_linear_stats
+        return public_stats(o, *run(*parameters, y, counted, row_temperature, *how, *o, around=gathered))

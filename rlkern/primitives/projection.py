@@ -301,8 +301,8 @@ class GradientSums:
         self.rows.place(self.d_hidden, self.d_rows)
 
 
-def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "", also: torch.dtype | None = None) -> None:
-    """hidden [..., H], weight [V, H], bias [V] or None, of one dtype and device; prefix: of their names.
+def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "", also: torch.dtype | None = None, least: int = 1) -> None:
+    """hidden [..., H], weight [V, H] with V >= least, bias [V] or None, of one dtype and device; prefix: of their names.
 
     also: another dtype that weight and bias may have.
     """
@@ -316,8 +316,8 @@ def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "", also: to
         expect(name, x, "float", "[...]")
         if x.device != hidden.device:
             raise ValueError(f"{name} must be on the device of {prefix}hidden {hidden.device}, got {x.device}")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        wanted = f"[V, {hidden.shape[-1]}] with V >= 1 for {prefix}hidden {tuple(hidden.shape)}"
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] < least:
+        wanted = f"[V, {hidden.shape[-1]}] with V >= {least} for {prefix}hidden {tuple(hidden.shape)}"
         raise ValueError(f"{prefix}weight must be {wanted}, got {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{prefix}bias must be [{weight.shape[0]}] for {prefix}weight {tuple(weight.shape)}, got {tuple(bias.shape)}")
@@ -358,7 +358,7 @@ def whole_parameter(x: Any) -> Any:
     return whole
 
 
-def whole_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+def whole_head(hidden: Any, weight: Any, bias: Any, least: int = 1) -> tuple[Tensor, Tensor, Tensor | None]:
     """(hidden, weight, bias), checked: parameters that are sharded whole, all in autocast's dtype.
 
     But where that has 16 bits, float32 parameters stay so. `Head` casts them, so no copy of them is kept for
@@ -369,7 +369,7 @@ def whole_head(hidden: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor, Ten
     (hidden,) = autocast(hidden)
     parameters = (whole_parameter(weight), whole_parameter(bias))
     weight, bias = (x if getattr(x, "dtype", None) == master else autocast(x)[0] for x in parameters)
-    check_matrix(hidden, weight, bias, also=master)
+    check_matrix(hidden, weight, bias, also=master, least=least)
     return hidden, weight, bias
 
 

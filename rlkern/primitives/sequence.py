@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_flags, expect, shown
 from .kept_sets import Kept
+from .sharded_stats import Columns, refuse_rows
 from .token_stats import token_logprobs
 
 
@@ -51,6 +54,10 @@ def sequence_logps(
     inplace_backward: bool = False,
     keep: Kept | Tensor | None = None,
     outside: str = "include",
+    group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    segments: int | None = None,
 ) -> Tensor:
     """Log-probability of each sequence, the sum of its tokens': `_get_batch_logps` of the original DPO code.
 
@@ -59,7 +66,8 @@ def sequence_logps(
         labels: [B, T] integer, `ignore_index` where a token does not count (prompt, padding).
         average: divide by the number of tokens. A sequence without tokens gives 0 either way.
         shift: logits at t predict the label at t + 1 (a causal model). False: labels are already aligned.
-        temperature, inplace_backward, outside: as in `rlkern.token_stats`.
+        temperature, inplace_backward, outside, group, vocab_start, vocab_size, segments: as in
+            `rlkern.token_stats`.
         keep: as there, for the rows of logits. Sets that stand beside the labels: with shift,
             `keep.next_tokens()`.
 
@@ -69,9 +77,13 @@ def sequence_logps(
     Raises:
         TypeError, ValueError: for other dtypes, shapes or options; IndexError as `rlkern.token_stats`.
     """
-    check_flags(average=average, shift=shift)
-    check_labels(labels, logits)
-    targets = next_tokens(labels, ignore_index) if shift else labels
-    options = dict(temperature=temperature, ignore_index=ignore_index, inplace_backward=inplace_backward, keep=keep, outside=outside)
-    logps = token_logprobs(logits, targets, **options).sum(-1)
+    columns = Columns(group, vocab_start, vocab_size, segments)
+    try:
+        check_flags(average=average, shift=shift)
+        check_labels(labels, logits)
+        targets = next_tokens(labels, ignore_index) if shift else labels
+    except Exception as error:
+        refuse_rows(error, logits, columns)
+    options: Any = dict(temperature=temperature, ignore_index=ignore_index, inplace_backward=inplace_backward, keep=keep, outside=outside)
+    logps = token_logprobs(logits, targets, **options, **columns._asdict()).sum(-1)
     return logps / (targets != ignore_index).sum(-1).clamp(min=1) if average else logps

@@ -7,7 +7,7 @@ tail a second one of two. The gradient needs none: the state of whole rows is on
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..backends.contract import KeptKind, State
 from ..checks import check_target_range, computing_dtype
+from ..dtensors import is_dtensor
 from ..operator import DEBUG, Steps, differentiable, traced
 from ..parallel import Meeting, Shard, check_sizes, gather, refuse, refusing_targets, shard_of
 from .parts import token_stats_kept_masses, token_stats_merge, token_stats_parts, with_kept
@@ -45,20 +46,20 @@ def all_parts(parts: Tensor, group_name: str, ranks: int, *of_rows: Tensor | Non
     if ranks == 1:
         return parts
     if DEBUG and of_rows and not traced(parts):
-        return _compared(parts, group_name, ranks, _digest(*of_rows, parts))
+        return _compared(parts, group_name, ranks, _digest(parts, *of_rows))
     return gather(parts, group_name, ranks).flatten(0, 1)
 
 
-def _digest(targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None, like: Tensor) -> Tensor:
+def _digest(parts: Tensor, targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None) -> Tensor:
     """[...] a number below 2^24 for each row, of all that must be the same on every rank."""
-    rows = like.shape[1:-1]
-    digest = torch.zeros(rows, dtype=torch.int64, device=like.device)
+    rows = parts.shape[1:-1]
+    digest = torch.zeros(rows, dtype=torch.int64, device=parts.device)
     for x in (targets, mask, None if row_temperature is None else row_temperature.double().view(torch.int64)):
         if x is not None:
             for column in x.reshape(*rows, -1).unbind(-1):
                 digest = (digest * 1000003 + column + 1) * 0x5851F42D4C957F2D
                 digest = digest ^ (digest >> 33)
-    return (digest & 0xFFFFFF).to(like.dtype)
+    return (digest & 0xFFFFFF).to(parts.dtype)
 
 
 def _compared(parts: Tensor, group_name: str, ranks: int, digest: Tensor) -> Tensor:
@@ -154,8 +155,7 @@ def agreed_shard(
         options: what else must be the same on all ranks.
     """
     with Meeting(function, at.group, logits) as meeting:
-        if meeting.ranks > 1 and not meeting.exchanges:
-            meeting.would_send(*_payloads(logits, targets, second, at.segments, meeting.ranks))
+        meeting.would_send(lambda: _payloads(logits, targets, second, at.segments, meeting.ranks))
         rows = check()
         y, mask, row_temperature, o = rows
         held = logits.shape[-1] if columns is None else columns()
@@ -182,3 +182,15 @@ def sharded_row_stats(shard: Shard, logits: Tensor, *rows: Any, in_place: bool =
     if shard.ranks == 1 and not shard.segments:
         return row_stats(logits, *by_row, *o, in_place=in_place)
     return _sharded_stats(logits, *by_row, *o, *_Ranks(shard.group_name, shard.ranks, shard.segments), in_place=in_place)
+
+
+def refuse_rows(error: Exception, logits: Any, at: Columns) -> NoReturn:
+    """Raises the error of a function around `token_stats` of one target a row, as a rank of that call."""
+    if at.group is not None and not is_dtensor(logits):
+
+        def check() -> tuple:
+            raise error
+
+        rows = logits[..., 0] if isinstance(logits, Tensor) and logits.dim() > 0 and logits.shape[-1] > 0 else None
+        agreed_shard("token_stats", logits, rows, at, check)
+    raise error

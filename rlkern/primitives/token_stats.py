@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..backends.contract import KeptKind
 from ..checks import check_flags, check_inplace, check_logits, check_mask, check_temperature, check_transforms
+from ..dtensors import is_dtensor, local_columns
 from ..parallel import is_sharded
 from .kept_sets import Kept, check_kept, check_outside
 from .kept_stats import kept_stats
@@ -82,7 +83,7 @@ def token_stats(
         group: a torch.distributed.ProcessGroup whose ranks hold the columns of the same rows between them.
             All arguments but the logits must be the same on all ranks, and so must be the upstream gradients.
             Results are those of the whole rows, the same bits on every rank. A rank gets the gradient of its
-            own columns. The forward is one gather of State.TARGETS + K numbers a row (min_p, min_prob and
+            own columns; it may hold none. The forward is one gather of State.TARGETS + K numbers a row (min_p, min_prob and
             with_tail: another of 2), the backward none. DTensor logits need no group, see below.
         vocab_start: the id of this rank's first column; None: rank * columns. Targets are ids of the whole
             vocabulary.
@@ -113,11 +114,19 @@ def token_stats(
         together. On GPUs the host does not wait for the others: their rows are NaN where a rank refused.
         RLKERN_DEBUG=1 checks there too, and compares targets, mask and temperature of every row.
     """
+    if is_dtensor(logits):
+        options: Any = dict(ignore_index=ignore_index, min_p=min_p, min_prob=min_prob, with_sum_sq=with_sum_sq, with_entropy=with_entropy)
+        options |= dict(with_tail=with_tail, logit_scale=logit_scale, softcap=softcap, inplace_backward=inplace_backward, keep=keep)
+        options |= dict(outside=outside, with_full=with_full, segments=segments)
+        local, at, placed = local_columns("logits", logits, group, vocab_start, vocab_size)
+        by_row = {"mask": placed.local(mask), "temperature": placed.local(temperature)}
+        stats = token_stats(local, placed.local(targets), **by_row, **at, **options)
+        return TokenStats(*map(placed.whole, stats)) if is_dtensor(targets) else stats
 
     def checked() -> tuple:
         if targets is None:
             raise TypeError("targets must be an integer tensor; entropy_from_logits works without targets")
-        check_logits(logits)
+        check_logits(logits, least=1 if group is None else 0)
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, inplace_backward=inplace_backward, with_full=with_full)
         if inplace_backward:
             check_inplace(logits)
@@ -136,12 +145,12 @@ def token_stats(
             softcap=softcap,
         )
 
-    at = Columns(group, vocab_start, vocab_size, segments)
-    sharded = is_sharded(*at)
+    columns = Columns(group, vocab_start, vocab_size, segments)
+    sharded = is_sharded(*columns)
     if sharded:
         second = not (min_p is None and min_prob is None) or bool(with_tail)
         shard, (y, counted, row_temperature, o) = agreed_shard(
-            "token_stats", logits, targets, at, checked, second=second, options=(with_full, keep is None)
+            "token_stats", logits, targets, columns, checked, second=second, options=(with_full, keep is None)
         )
     else:
         y, counted, row_temperature, o = checked()
@@ -186,17 +195,21 @@ def entropy_from_logits(
     Differentiable; `temperature`, `mask`, `logit_scale`, `softcap`, `group` and what belongs to it as in
     `token_stats`. Entries at -inf count as probability 0.
     """
+    if is_dtensor(logits):
+        local, at, placed = local_columns("logits", logits, group, vocab_start, vocab_size)
+        by_row = {"mask": placed.local(mask), "temperature": placed.local(temperature)}
+        return entropy_from_logits(local, **by_row, **at, logit_scale=logit_scale, softcap=softcap, segments=segments)
 
     def checked() -> tuple:
-        check_logits(logits)
+        check_logits(logits, least=1 if group is None else 0)
         counted = check_mask(mask, logits)
         row_temperature, number = check_temperature(temperature, logits, mask=counted)
         row_temperature, number, cap = check_transforms(logit_scale, softcap, row_temperature, number, logits)
         return None, counted, row_temperature, Options(number, -100, KeptKind.NONE, 0.0, with_sum_sq=False, with_entropy=True, softcap=cap)
 
-    at = Columns(group, vocab_start, vocab_size, segments)
-    if is_sharded(*at):
-        shard, rows = agreed_shard("entropy_from_logits", logits, None, at, checked)
+    columns = Columns(group, vocab_start, vocab_size, segments)
+    if is_sharded(*columns):
+        shard, rows = agreed_shard("entropy_from_logits", logits, None, columns, checked)
         return TokenStats(*sharded_row_stats(shard, logits, *rows)).entropy
-    *rows, o = checked()
-    return TokenStats(*row_stats(logits, *rows, *o)).entropy
+    *of_rows, o = checked()
+    return TokenStats(*row_stats(logits, *of_rows, *o)).entropy
