@@ -346,15 +346,19 @@ def linear_cross_entropy(
     """verl.utils.kernel.linear_cross_entropy.linear_cross_entropy: hidden [..., H], weight [V, H], labels
     [...] -> log-probabilities and entropy in nats, float32 [N], of all leading dimensions in one.
 
-    The logits are float32, also of 16-bit operands, as in verl's kernel. A vocabulary over several processes
-    of a group, and other reductions than "none", go to verl's own.
+    The logits are float32, also of 16-bit operands, as in verl's kernel. Other reductions than "none" go to
+    verl's own.
+
+    dist_process_group: whose ranks hold the vocabulary in order, weight [V / ranks, H]. The gradient of hidden
+        is this rank's share: the sum over ranks is the caller's, as in verl.
     """
-    if reduction.lower() != "none" or (dist_process_group is not None and dist_process_group.size() > 1):
+    if reduction.lower() != "none":
         from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
 
         return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
     rows, logits_dtype = hidden.reshape(-1, hidden.shape[-1]), computing_dtype(hidden)
-    stats = primitives.linear_token_stats(rows, weight, labels.reshape(-1), temperature=temperature, logits_dtype=logits_dtype)
+    options = {"temperature": temperature, "logits_dtype": logits_dtype, "group": dist_process_group, "hidden_grad": "partial"}
+    stats = primitives.linear_token_stats(rows, weight, labels.reshape(-1), **options)
     return stats.logp, stats.entropy
 
 

@@ -231,6 +231,23 @@ def test_on_two_ranks(dtype):
             assert torch.equal(a, b), f"{name} differs between the ranks"
 
 
+def verl_head(group, rank):
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((B, S, 5), (V, 5)))
+    shard = weight[rank * 7 : rank * 7 + 7]
+    results, gradient = with_gradient(hidden, verl.linear_cross_entropy(hidden, shard, draw()[1], T, "none", group))
+    exact, whole = with_gradient(hidden, [rows(f(hidden @ weight.T / T)) for f in (lambda x: logp_of(x, draw()[1]), entropy_of)])
+    torch.testing.assert_close(results, exact, rtol=1e-10, atol=1e-10)
+    return gradient, whole
+
+
+def test_verls_head():
+    """The gradient of hidden is a share of the sum, as in verl."""
+    (first, whole), (second, _) = on_ranks(2, verl_head)
+    torch.testing.assert_close(first + second, whole, rtol=1e-10, atol=1e-10)
+    assert (first - whole).abs().max() > 0.1
+
+
 def edges(group, rank):
     whole, ids, keep = draw()
     shard = whole[..., rank * 7 : rank * 7 + 7].clone().requires_grad_()
