@@ -89,9 +89,9 @@ def calculate_log_probs_and_entropy(
 
 
 def patch() -> Patch:
-    """Replaces calculate_log_probs_and_entropy wherever miles imports it, so also in get_log_probs_and_entropy.
+    """Replaces calculate_log_probs_and_entropy, and so what get_log_probs_and_entropy computes.
 
-    Until the `Patch` is undone.
+    Wherever miles imports it, now or later, until the `Patch` is undone.
 
     Raises:
         ImportError: miles is not there, or its function takes other arguments than known here.

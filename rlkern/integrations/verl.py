@@ -349,8 +349,8 @@ def linear_cross_entropy(
     The logits are float32, also of 16-bit operands, as in verl's kernel. Other reductions than "none" go to
     verl's own.
 
-    dist_process_group: whose ranks hold the vocabulary in order, weight [V / ranks, H]. The gradient of hidden
-        is this rank's share: the sum over ranks is the caller's, as in verl.
+    dist_process_group: whose ranks hold the vocabulary in order, weight [V / ranks, H]. The gradient of
+        hidden is this rank's share: the sum over ranks is the caller's, as in verl.
     """
     if reduction.lower() != "none":
         from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
