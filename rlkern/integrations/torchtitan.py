@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 
 from .. import primitives
 from ..checks import check_choice, check_count
+from ..dtensors import is_dtensor
 from ..parallel import world
 
 __all__ = ["compute_logprobs"]
@@ -60,6 +61,6 @@ def compute_logprobs(logits: Tensor, labels: Tensor, *, return_entropy: bool = F
     Raises:
         TypeError, ValueError, IndexError: as `rlkern.token_stats`.
     """
-    group = _current_group() if tp_group is None and type(logits).__name__ != "DTensor" else tp_group
+    group = _current_group() if tp_group is None and not is_dtensor(logits) else tp_group
     stats = primitives.token_stats(logits, labels, with_entropy=return_entropy, group=group)
     return (stats.logp, stats.entropy.detach()) if return_entropy else stats.logp

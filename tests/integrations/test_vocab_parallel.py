@@ -74,6 +74,13 @@ def topk(ids):
     return torch.stack([ids, (ids + 9) % V, with_oov(ids)], -1)
 
 
+def sharded(columns, group):
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(columns, DeviceMesh.from_group(group, "cpu", mesh=torch.arange(2)), [Shard(1)])
+
+
 def rows(x):
     return x.flatten(0, 1)
 
@@ -125,6 +132,7 @@ CALLS = {
         rows(x), rows(ids), return_entropy=True, tp_group=group
     ),
     "torchtitan, its mesh": lambda x, ids, keep, group, start: (torchtitan.compute_logprobs(rows(x), rows(ids)),),
+    "torchtitan, a DTensor": lambda x, ids, keep, group, start: (torchtitan.compute_logprobs(sharded(rows(x), group), rows(ids)),),
 }
 
 
@@ -181,6 +189,7 @@ EXPECTED = {
     ),
     "torchtitan log-probabilities": lambda x, ids, keep: (rows(logp_of(x, ids)), rows(entropy_of(x)).detach()),
     "torchtitan, its mesh": lambda x, ids, keep: (rows(logp_of(x, ids)),),
+    "torchtitan, a DTensor": lambda x, ids, keep: (rows(logp_of(x, ids)),),
 }
 
 
