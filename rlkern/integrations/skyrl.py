@@ -1,7 +1,11 @@
-"""SkyRL: scores over the sets that its sampler recorded, by SkyRL's name and arguments.
+"""SkyRL: log-probabilities and entropy of vocabulary-parallel logits, by SkyRL's names and arguments.
 
-As of SkyRL's stack of pull requests 2237 to 2241, which is in review: call this in place of its function;
-nothing is patched. See docs/kept_sets.md.
+    patch = rlkern.integrations.skyrl.patch()     # in every process that trains
+    patch.undo()                                  # or: with rlkern.integrations.skyrl.patch(): ...
+
+As of SkyRL's main branch of August 2026 (commit a9564572), see docs/trainers/megatron.md. The scores over the
+sets that its sampler recorded are as of its stack of pull requests 2237 to 2241, which is in review: they are
+not patched. See docs/kept_sets.md.
 """
 
 from __future__ import annotations
@@ -13,9 +17,39 @@ from torch import Tensor
 
 from .. import primitives
 from ..primitives import Kept
-from .one_rank import check_one_rank
+from .distributed_logprob import ChunkedDistributedLogprob, DistributedLogprob
+from .patching import Patch
+from .versions import check_arguments, module_of
+from .vocab_parallel import check_one_rank, tensor_parallel_group
 
-__all__ = ["SampleSupportScores", "sample_support_csr_scores"]
+__all__ = [
+    *("ChunkedDistributedLogprob", "DistributedLogprob", "SampleSupportScores", "patch", "sample_support_csr_scores"),
+    "vocab_parallel_entropy",
+]
+
+
+def vocab_parallel_entropy(vocab_parallel_logits: Tensor, chunk_size: int | None = None, chunk_memory_mb: int = 512) -> Tensor:
+    """skyrl's: [..., V / tp] -> [...] in nats, float32, over Megatron's tensor-parallel group.
+
+    Chunks are not needed here. Raises ImportError without megatron-core; TypeError, ValueError as
+    `rlkern.entropy_from_logits`.
+    """
+    return primitives.entropy_from_logits(vocab_parallel_logits, group=tensor_parallel_group())
+
+
+def patch() -> Patch:
+    """Replaces DistributedLogprob, ChunkedDistributedLogprob and vocab_parallel_entropy.
+
+    Wherever SkyRL imports them, now or later, until the `Patch` is undone.
+
+    Raises:
+        ImportError: SkyRL or megatron-core is not there, or a function takes other arguments than known here.
+    """
+    needed = "rlkern.integrations.skyrl.patch needs SkyRL and Megatron (github.com/NovaSky-AI/SkyRL)"
+    model_utils = module_of("skyrl.backends.skyrl_train.distributed.megatron.model_utils", needed)
+    functions: dict[str, Any] = {new.__name__: new for new in (DistributedLogprob, ChunkedDistributedLogprob, vocab_parallel_entropy)}
+    check_arguments("SkyRL", model_utils, functions)
+    return Patch.everywhere("skyrl", [(model_utils, name, new) for name, new in functions.items()])
 
 
 class SampleSupportScores(NamedTuple):

@@ -266,8 +266,8 @@ def test_slimes_and_miles_log_probs(trainer):
     torch.testing.assert_close(entropy.double(), full.detach(), rtol=1e-5, atol=1e-6)
     empty = trainer.calculate_log_probs_and_entropy(leaf[:0], tokens[:0], None, with_entropy=True)
     assert [x.shape for x in empty] == [(0,), (0,)]
-    with pytest.raises(ValueError, match="tp_group: vocabulary-parallel logits are not supported"):
-        trainer.calculate_log_probs_and_entropy(leaf, tokens, SimpleNamespace(size=lambda: 2))
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup or None, got SimpleNamespace"):
+        trainer.calculate_log_probs_and_entropy(leaf, tokens, SimpleNamespace())
 
 
 def test_miles_sets():
