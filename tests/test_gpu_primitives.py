@@ -778,7 +778,9 @@ def test_kept_lists_are_refilled_in_a_graph():
             assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("options", [{"with_sum_sq": True}, {"min_p": 0.05}, {"min_prob": 1e-3, "vocab_size": VOCAB - 100}, {"with_tail": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{"with_sum_sq": True}, {"min_p": 0.05}, {"min_prob": 1e-3, "vocab_size": VOCAB - 100}, {"with_tail": True}], ids=str
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_rows_in_segments(dtype, options):
     """The kernels of shards: parts of rows, their merge, and the masses of what is kept. A graph captures them."""
