@@ -368,7 +368,7 @@ def write_row(
         x_y = soft_cap(tl.load(row_ptr + y, mask=in_vocab, other=float("nan")).to(ACC), inverse_cap, SOFTCAP)
         if OUTSIDE == OUTSIDE_MINUS_INF:
             x_y = tl.where(has, x_y, tl.where(in_vocab, NEG_INF, x_y))
-        shifted = x_y - m
+        shifted = tl.where(x_y == NEG_INF, NEG_INF, x_y - m)  # also in a row of -inf alone, which may be a part
         logp = tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0)
         tl.store(logp_ptr + row * K + k, logp, mask=k < K)
         tl.store(state_row + STATE_TARGETS + k, shifted, mask=k < K)

@@ -49,7 +49,8 @@ its logp sends to all columns. It is not counted as ignored. Of whole rows from 
 
 With `keep`, a `Keep`, each row's softmax is over a set S' of ids: its set S, and what `outside` says. All of
 the above, also `state` and the sets of kept_kind, is then that of a row at -inf outside S'. But nothing that
-stands there counts, not even NaN. The gradient there is exactly 0. There are targets, none ELSEWHERE.
+stands there counts, not even NaN. The gradient there is exactly 0. There are targets. One that is ELSEWHERE
+adds nothing to S', and is not what `outside` asks about.
 
     keep_out     forward: (target_kept [N, K] bool, full_entropy, full_logsumexp, full_state [N, 3]). The last
                  three may be None; they are of the whole row, without S': State.MAX, REST and MEAN_U.

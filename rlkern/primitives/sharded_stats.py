@@ -124,7 +124,7 @@ def _target_span(targets: Tensor | None, mask: Tensor | None, ignore_index: int,
     return int(least), int(most)
 
 
-def _payloads(logits: Any, targets: Any, second: bool, segments: Any, ranks: int) -> list[Tensor]:
+def part_payloads(logits: Any, targets: Any, second: bool, segments: Any, ranks: int) -> list[Tensor]:
     """What a call on these would send, as far as they say."""
     if not isinstance(logits, Tensor) or logits.dim() == 0 or not (targets is None or isinstance(targets, Tensor)):
         return []
@@ -144,6 +144,8 @@ def agreed_shard(
     columns: Callable[[], int] | None = None,
     second: bool = False,
     options: Sequence[Any] = (),
+    largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
+    payloads: Callable[[], list[Tensor]] | None = None,
 ) -> tuple[Shard, tuple]:
     """(this rank's columns, the checked rows), once all ranks agree. Every rank raises if one does.
 
@@ -153,9 +155,12 @@ def agreed_shard(
         columns: how many this rank holds; None: those of logits. Called after the check.
         second: whether there is a second gather.
         options: what else must be the same on all ranks.
+        largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index).
+            Called after the check, where the host may read. IndexError for one outside the vocabulary.
+        payloads: of the call's gathers, see `Meeting.would_send`; None: the parts of rows.
     """
     with Meeting(function, at.group, logits) as meeting:
-        meeting.would_send(lambda: _payloads(logits, targets, second, at.segments, meeting.ranks))
+        meeting.would_send(payloads or (lambda: part_payloads(logits, targets, second, at.segments, meeting.ranks)))
         rows = check()
         y, mask, row_temperature, o = rows
         held = logits.shape[-1] if columns is None else columns()
@@ -164,14 +169,16 @@ def agreed_shard(
             n_targets = -1 if y is None else 0 if y.dim() < logits.dim() else y.shape[-1]
             asked = (*o, at.segments, mask is None, row_temperature is None, *options)
             meeting.about(rows=logits.shape[:-1].numel(), targets=n_targets, dtype=logits.dtype, options=asked)
-            span = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
-            meeting.covers(held, at.vocab_start, at.vocab_size, *span)
+            lowest, highest = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
+            largest = highest if largest_id is None else largest_id(y, mask, o.ignore_index)
+            meeting.covers(held, at.vocab_start, at.vocab_size, lowest, max(highest, largest))
     shard = shard_of(meeting, held, at.vocab_start, at.vocab_size, at.segments)
     out_of_range = refusing_targets(meeting, shard.vocab)
     if out_of_range:
         if dist.get_rank(at.group) in out_of_range:
             y = y.reshape(logits.shape[:-1].numel(), -1)
             check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, shard.vocab)
+            raise IndexError(f"keep holds the id {largest}, out of range for {shard.vocab} logits")
         refuse(meeting, out_of_range)
     return shard, (*rows[:3], o._replace(vocab_start=shard.start, vocab_size=shard.vocab))
 
