@@ -79,7 +79,7 @@ def sample_support_csr_scores(
     """skyrl.backends.skyrl_train.utils.sample_support_replay.sample_support_csr_scores.
 
     Args:
-        logits_or_hidden: [..., V / ranks], or with lm_head_weight [V / ranks, H] hidden states [..., H]. Their
+        logits_or_hidden: [..., V / ranks], or with lm_head_weight [V / ranks, H] hidden [..., H], whose
             gradient is this rank's share: the sum over ranks is the caller's, as of SkyRL's fused head.
         sampled_ids, row_ids: [...], and the list of each token, -1 for none.
         support: SkyRL's PackedRaggedTensor, of which the values [M] and the row_lengths [R] count.
