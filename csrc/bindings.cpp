@@ -135,6 +135,14 @@ PYBIND11_MODULE(_cpu, m) {
          FIELD(end), FIELD(list), FIELD(entries), FIELD(least));
   };
   define_rows_of<Forward, py::dict>(m, "token_stats_forward", &token_stats_forward, read_forward);
+  define_rows_of<Merge, py::dict, py::dict>(m, "token_stats_merge", &token_stats_merge,
+                                            [=](const py::dict& own, const py::dict& from, Merge& call) {
+                                              read_forward(own, call);
+                                              fill(from, FIELD(parts));
+                                            });
+  define_rows_of<KeptMasses, py::dict>(m, "token_stats_kept_masses", &token_stats_kept_masses, [](const py::dict& from, KeptMasses& call) {
+    fill(from, FIELD(softcap), FIELD(kept_kind), FIELD(masses));
+  });
   define_rows_of<Backward, py::dict>(m, "token_stats_backward", &token_stats_backward, read_backward);
   define_rows_of<ForwardInSets, py::dict, py::dict, py::dict>(
       m, "token_stats_in_sets_forward", &token_stats_in_sets_forward,

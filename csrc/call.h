@@ -35,6 +35,17 @@ struct Forward : Rows {
   void *logp, *entropy, *logsumexp, *sum_sq_prob, *kept_logmass;  // Acc; any but logsumexp may be null
 };
 
+// Of whole rows from the states of their parts, which stand for the logits: [parts, rows, State.TARGETS + n_targets].
+struct Merge : Forward {
+  int64_t parts;
+};
+
+struct KeptMasses : Rows {  // of some columns; the state is the whole rows'
+  double softcap;
+  int kept_kind;
+  void* masses;  // Acc [rows, 2]
+};
+
 struct Backward : Rows {
   double softcap;  // the forward's
   int kept_kind;   // the forward's
@@ -159,6 +170,8 @@ struct KeptWeight : Kept {  // the pairs are sorted by id
 // rows [begin, end) on the calling thread; of kept ids, pairs, rows and tasks.
 #define RLKERN_KERNELS(F)                         \
   F(token_stats_forward, Forward)                 \
+  F(token_stats_merge, Merge)                     \
+  F(token_stats_kept_masses, KeptMasses)          \
   F(token_stats_backward, Backward)               \
   F(token_stats_in_sets_forward, ForwardInSets)   \
   F(token_stats_in_sets_backward, BackwardInSets) \

@@ -183,13 +183,15 @@ struct PlainRow {
   using Tile = T;  // a pointer to these is what tiles are
   const T* x;
   int64_t vocab;
+  const T* following = x + vocab;  // what is read after the row
 
   template <class F>
   void for_each_tile(F f) const {
     int64_t start = 0;
     ::for_each_tile(x, vocab, [&](const T* tile, int64_t n) {
-      f(tile, n, Place{start, tile_after(x + start)});
-      start += kTile;
+      const int64_t next = start + kTile;
+      f(tile, n, Place{start, reinterpret_cast<uintptr_t>(next < vocab ? x + next : following + (next - vocab))});
+      start = next;
     });
   }
   Acc<T> at(int64_t i) const { return load_one(x + i); }

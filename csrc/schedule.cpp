@@ -109,6 +109,11 @@ void token_stats_forward(const Forward& call) {
   check_targets(call);
   run(active_kernels().token_stats_forward, call);
 }
+void token_stats_merge(const Merge& call) {
+  constexpr int64_t a_part = 16;  // logits that cost as much
+  run(active_kernels().token_stats_merge, call, call.rows, a_part * call.parts);
+}
+void token_stats_kept_masses(const KeptMasses& call) { run(active_kernels().token_stats_kept_masses, call); }
 void token_stats_backward(const Backward& call) { run_gradient(active_kernels().token_stats_backward, call, call.n_targets); }
 
 void token_stats_in_sets_forward(const ForwardInSets& call) {

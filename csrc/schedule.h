@@ -8,6 +8,8 @@ namespace rlkern {
 // The forwards throw std::out_of_range for a target outside [0, vocab) that counts, before anything is written.
 // The backwards choose what is streamed.
 void token_stats_forward(const Forward& call);
+void token_stats_merge(const Merge& call);
+void token_stats_kept_masses(const KeptMasses& call);
 void token_stats_backward(const Backward& call);
 void token_stats_in_sets_forward(const ForwardInSets& call);  // also for an id or a list out of range
 void token_stats_in_sets_backward(const BackwardInSets& call);

@@ -16,35 +16,47 @@ inline RowTargets targets_of(const Rows& call, int64_t row) {
 
 // --- forward -----------------------------------------------------------------------------------------------
 
-// log of the share of sum 2^t that the logits with x - top >= threshold hold; -inf where there is none.
+// What sum 2^t is of the logits that are kept and of the others.
+struct Masses {
+  double kept, others;
+};
+template <class A>
+double log_share(const Masses& masses) {
+  // Where A does not hold this nothing is kept, as in the other backends: its slopes would not be finite.
+  const double ratio = masses.others / masses.kept;
+  return ratio > std::numeric_limits<A>::max() ? -kInfinity : -std::log1p(ratio);
+}
+
+// Of the logits with x - top >= threshold.
 template <class Row, class A>
-double kept_logmass(const Row& row, A top, A scale, A threshold) {
+[[gnu::noinline]] Masses masses_above(const Row& row, A top, A scale, A threshold) {
   using T = typename Row::Tile;
-  double kept = 0, dropped = 0;
-  row.for_each_tile([&](const T* tile, int64_t n, Place) {
+  Masses masses{};
+  row.for_each_tile([&](const T* tile, int64_t n, Place place) {
     AccPack<T> outside{}, inside{};
     for (int64_t i = 0; i < n; i += kLanes<T>) {
+      prefetch_pack<T>(place.next + i * sizeof(T));
       const AccPack<T> shifted = load(tile + i) - top;
       const AccPack<T> e = power_of_two<sizeof(T) == 2>(shifted * scale);
       const Mask<A> is_kept = shifted >= threshold;
       outside = outside + select(is_kept, AccPack<T>{}, e);
       inside = inside + select(is_kept, e, AccPack<T>{});
     }
-    dropped += sum_lanes(outside);
-    kept += sum_lanes(inside);
+    masses.others += sum_lanes(outside);
+    masses.kept += sum_lanes(inside);
   });
-  return -std::log1p(dropped / kept);
+  return masses;
 }
 
 // The ids that a row lists, by the tile they are in.
 class Listed {
  public:
-  Listed(int64_t vocab, int64_t most) : last_((vocab + kTile - 1) / kTile) { ids_.reserve(most); }
+  Listed(int64_t vocab, int64_t most) : vocab_(vocab), last_((vocab + kTile - 1) / kTile) { ids_.reserve(most); }
   void take(const RowTargets& y) {
     std::memset(last_.data(), 0, last_.size() * sizeof(Place));
     ids_.clear();
     for (int64_t k = 0; k < y.n; ++k) {
-      if (y.ids[k] == y.ignored) continue;
+      if (y.ids[k] == y.ignored || y.ids[k] < 0 || y.ids[k] >= vocab_) continue;
       Place& last = last_[y.ids[k] / kTile];
       ids_.push_back({y.ids[k] % kTile, last.place});
       last.place = ids_.size();
@@ -64,16 +76,17 @@ class Listed {
   struct Place {
     size_t place;  // in ids_, from 1 on; 0: none
   };
+  int64_t vocab_;
   // Vectors of this file's own types, as in Targets below.
   std::vector<Place> last_;
   std::vector<Id> ids_;
 };
 
-// log of the share of sum 2^t that the logits hold which are not listed; -inf where there is none.
+// Of the logits that are not listed.
 template <class Row, class A>
-[[gnu::noinline]] double tail_logmass(const Row& row, A top, A scale, const Listed& listed) {
+[[gnu::noinline]] Masses masses_unlisted(const Row& row, A top, A scale, const Listed& listed) {
   using T = typename Row::Tile;
-  double inside = 0, outside = 0;
+  Masses masses{};
   row.for_each_tile([&](const T* tile, int64_t n, Place place) {
     T rest[kTile], taken[kTile];
     int64_t count = 0;
@@ -83,14 +96,19 @@ template <class Row, class A>
       taken[count++] = rest[at];
       rest[at] = Element<T>::minus_infinity();
     });
-    outside += tile_sums<T, false, false, false>(count == 0 ? tile : rest, n, place.next, top, scale).s0;
+    masses.kept += tile_sums<T, false, false, false>(count == 0 ? tile : rest, n, place.next, top, scale).s0;
     if (count == 0) return;
     for (; count % kLanes<T> != 0; ++count) taken[count] = Element<T>::minus_infinity();
-    inside += tile_sums<T, false, false, false>(taken, count, place.next, top, scale).s0;
+    masses.others += tile_sums<T, false, false, false>(taken, count, place.next, top, scale).s0;
   });
-  // Where A does not hold this there is no tail, as in the other backends: its slopes would not be finite.
-  const double ratio = inside / outside;
-  return ratio > std::numeric_limits<A>::max() ? -kInfinity : -std::log1p(ratio);
+  return masses;
+}
+
+template <class Row, class A>
+Masses masses_of(const Row& x, int kept_kind, const RowTargets& y, Listed& listed, A top, A scale, A threshold) {
+  if (kept_kind != KeptKind::UNLISTED) return masses_above(x, top, scale, threshold);
+  listed.take(y);
+  return masses_unlisted(x, top, scale, listed);
 }
 
 // A row's distribution: NaN where it has none.
@@ -114,43 +132,57 @@ Distribution<A> distribution_of(const Row& x, A scale, bool squares, bool entrop
   return {top, sums.s0, kLn2 * sums.s1 / mass, sums.s2 / (mass * mass), std::log1p(sums.s0)};
 }
 
-template <class Row, class A = Acc<typename Row::Tile>>
-Distribution<A> forward_row(const Forward& call, int64_t row, const Row& x, const RowTargets& y, Listed& listed, bool with_entropy) {
-  A* state = static_cast<A*>(call.state) + row * (State::TARGETS + y.n);
-  const A inv_t = inverse_temperature<A>(call, row), scale = A(kLog2E * inv_t);
-  const Distribution<A> d = distribution_of(x, scale, call.sum_sq_prob, with_entropy);
-  const bool undefined = std::isnan(d.rest);
-  const A top = d.top;
-  state[State::MAX] = top;
+// x is kept where x - top reaches it. In the accumulation type, as the other backends compute it: the same
+// logits are kept.
+template <class A>
+A kept_threshold(const Forward& call, const Distribution<A>& d, A inv_t) {
+  if (call.kept_kind == KeptKind::NONE) return 0;
+  if (call.kept_kind == KeptKind::UNLISTED) return A(-kInfinity);
+  const A log_kept = A(call.log_kept);
+  return (call.kept_kind == KeptKind::MIN_P ? log_kept : log_kept + A(d.log_s0)) / inv_t;
+}
+
+// Results and state of a row. What is kept is 0, and its threshold what was asked for.
+template <class A>
+A* put_row(const Forward& call, int64_t row, const Distribution<A>& d, A inv_t) {
+  A* state = static_cast<A*>(call.state) + row * (State::TARGETS + call.n_targets);
+  state[State::MAX] = d.top;
   state[State::REST] = A(d.rest);
   state[State::MEAN_U] = A(d.mean_u);
   state[State::SUM_SQ] = call.sum_sq_prob ? A(d.sum_sq) : 0;
-  state[State::KEPT] = state[State::THRESHOLD] = 0;
+  state[State::KEPT] = 0;
+  state[State::THRESHOLD] = kept_threshold(call, d, inv_t);
   put<A>(call.entropy, row, d.entropy());
   put<A>(call.logsumexp, row, d.logsumexp(inv_t));
   put<A>(call.sum_sq_prob, row, d.sum_sq);
-  if (call.kept_kind == KeptKind::UNLISTED) {
-    listed.take(y);
-    const double tail = undefined ? kNaN : tail_logmass(x, top, scale, listed);
-    state[State::KEPT] = A(tail);
-    state[State::THRESHOLD] = A(-kInfinity);
-    put<A>(call.kept_logmass, row, tail);
-  } else if (call.kept_kind != KeptKind::NONE) {
-    // In the accumulation type, as the other backends compute it: the same logits are kept.
-    const A log_kept = A(call.log_kept), threshold = (call.kept_kind == KeptKind::MIN_P ? log_kept : log_kept + A(d.log_s0)) / inv_t;
-    const double kept = undefined ? kNaN : kept_logmass(x, top, scale, threshold);
+  return state;
+}
+
+// At the row's target number k; shifted: its logit less the row's maximum.
+template <class A>
+void put_target(const Forward& call, int64_t row, int64_t k, bool ignored, A shifted, const Distribution<A>& d, A inv_t) {
+  put<A>(call.state, row * (State::TARGETS + call.n_targets) + State::TARGETS + k, shifted);
+  put<A>(call.logp, row * call.n_targets + k, ignored ? 0 : double(shifted) * inv_t - d.log_s0);
+}
+
+template <class Row, class A = Acc<typename Row::Tile>>
+Distribution<A> forward_row(const Forward& call, int64_t row, const Row& x, const RowTargets& y, Listed& listed, bool with_entropy) {
+  const A inv_t = inverse_temperature<A>(call, row), scale = A(kLog2E * inv_t);
+  const Distribution<A> d = distribution_of(x, scale, call.sum_sq_prob, with_entropy);
+  A* state = put_row(call, row, d, inv_t);
+  if (call.kept_kind != KeptKind::NONE) {
+    const double kept =
+        std::isnan(d.rest) ? kNaN : log_share<A>(masses_of(x, call.kept_kind, y, listed, d.top, scale, state[State::THRESHOLD]));
     state[State::KEPT] = A(kept);
-    state[State::THRESHOLD] = threshold;
     put<A>(call.kept_logmass, row, kept);
   }
   for (int64_t k = 0; k < y.n; ++k) {
     A shifted = A(kNaN);
     if (y.ids[k] >= 0 && y.ids[k] < x.size()) {
       const A at_y = x.at(y.ids[k]);
-      shifted = at_y == -kInfinity ? at_y : at_y - top;
+      shifted = at_y == -kInfinity ? at_y : at_y - d.top;
     }
-    state[State::TARGETS + k] = shifted;
-    put<A>(call.logp, row * y.n + k, y.ids[k] == y.ignored ? 0 : double(shifted) * inv_t - d.log_s0);
+    put_target(call, row, k, y.ids[k] == y.ignored, shifted, d, inv_t);
   }
   return d;
 }

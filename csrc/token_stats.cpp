@@ -9,6 +9,11 @@
 namespace {
 
 template <class T>
+PlainRow<T> plain_row(const Rows& call, int64_t row) {
+  return {row_of<T>(call, call.logits, row), call.vocab, row_of<T>(call, call.logits, row + 1)};
+}
+
+template <class T>
 void forward_rows(const Forward& call, int64_t begin, int64_t end) {
   using A = Acc<T>;
   const bool tails = call.kept_kind == KeptKind::UNLISTED;
@@ -18,11 +23,32 @@ void forward_rows(const Forward& call, int64_t begin, int64_t end) {
       skip_row<A>(call, row);
       continue;
     }
-    const PlainRow<T> x{row_of<T>(call, call.logits, row), call.vocab};
+    const PlainRow<T> x = plain_row<T>(call, row);
     if (call.softcap > 0)
       forward_row(call, row, CappedRow<PlainRow<T>>{x, A(1 / call.softcap)}, targets_of(call, row), listed, call.entropy);
     else
       forward_row(call, row, x, targets_of(call, row), listed, call.entropy);
+  }
+}
+
+template <class T>
+void kept_masses_rows(const KeptMasses& call, int64_t begin, int64_t end) {
+  using A = Acc<T>;
+  const bool tails = call.kept_kind == KeptKind::UNLISTED;
+  Listed listed(tails ? call.vocab : 0, tails ? call.n_targets : 0);
+  for (int64_t row = begin; row < end; ++row) {
+    const A* state = static_cast<const A*>(call.state) + row * (State::TARGETS + call.n_targets);
+    const A scale = A(kLog2E * inverse_temperature<A>(call, row));
+    const auto masses = [&](const auto& x) {
+      return masses_of(x, call.kept_kind, targets_of(call, row), listed, state[State::MAX], scale, state[State::THRESHOLD]);
+    };
+    Masses found{};
+    if (!is_skipped(call, row)) {
+      const PlainRow<T> x = plain_row<T>(call, row);
+      found = call.softcap > 0 ? masses(CappedRow<PlainRow<T>>{x, A(1 / call.softcap)}) : masses(x);
+    }
+    put<A>(call.masses, 2 * row, found.kept);
+    put<A>(call.masses, 2 * row + 1, found.others);
   }
 }
 
@@ -35,7 +61,7 @@ void backward_rows(const Backward& call, int64_t begin, int64_t end) {
       std::memset(out, 0, call.vocab * sizeof(T));
       continue;
     }
-    const PlainRow<T> x{row_of<T>(call, call.logits, row), call.vocab};
+    const PlainRow<T> x = plain_row<T>(call, row);
     backward_row(call, row, x, targets_of(call, row), out, room.targets, room.beside(), NotFull{});
   }
   if (call.stream) finish_stream();
@@ -48,6 +74,10 @@ namespace RLKERN_ISA {
 
 void token_stats_forward(const Forward& call, int64_t begin, int64_t end) {
   with_type(call.dtype, [&](auto logit) { forward_rows<decltype(logit)>(call, begin, end); });
+}
+
+void token_stats_kept_masses(const KeptMasses& call, int64_t begin, int64_t end) {
+  with_type(call.dtype, [&](auto logit) { kept_masses_rows<decltype(logit)>(call, begin, end); });
 }
 
 void token_stats_backward(const Backward& call, int64_t begin, int64_t end) {

@@ -312,7 +312,7 @@ def test_padding_without_a_group(monkeypatch):
         with told(seed, case):
             for a, b in zip(*results, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True) if a is not None else None
-    with pytest.raises(ValueError, match=r"Kept.mask must be \(3, 37\) for logits \(3, 40\), got \(3, 40\)"):
+    with pytest.raises(ValueError, match=r"Kept.mask must be \(3, 37\) for logits \(3, 40\) and vocab_size=37, got \(3, 40\)"):
         token_stats(torch.zeros(3, 40), torch.zeros(3, dtype=torch.long), vocab_size=37, keep=torch.ones(3, 40, dtype=torch.bool))
     with pytest.raises(IndexError, match="keep holds the id 38 for row 0, out of range for 37 logits"):
         token_stats(torch.zeros(1, 40), torch.zeros(1, dtype=torch.long), vocab_size=37, keep=Kept.ids(torch.tensor([[1, 38]])))

@@ -87,6 +87,22 @@ def test_tails_of_split_rows(shape, vocab, k, dtype):
             check(x, y, with_tail=True, only=["logp", "tail_logmass"])
 
 
+@pytest.mark.parametrize("options", [{"min_prob": 0.002}, {"with_tail": True}], ids=["min_prob", "tail"])
+def test_segments_of_split_rows(shape, options):
+    """What is kept of a segment is itself swept in parts."""
+    shape(SPLIT)
+    x, y = draw(3, 2 * 1504), ids(2 * 1504, 3, 2)
+    y[1] = -100
+    got = rlkern.token_stats(x, y, segments=2, with_sum_sq=True, **options)
+    with rlkern.use_backend("reference"):
+        want = rlkern.token_stats(x.double(), y, with_sum_sq=True, **options)
+    for name, value in want._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(getattr(got, name).to(value), value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    alone = rlkern.token_stats(x[2:], y[2:], segments=2, with_sum_sq=True, **options)
+    assert all(value is None or torch.equal(value[2:], one) for value, one in zip(got, alone, strict=True))
+
+
 def test_split_rows_that_are_skipped(shape):
     shape(SPLIT)
     check_skipped(1501, DEVICE, with_sum_sq=True, min_p=0.1)

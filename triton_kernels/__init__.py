@@ -8,7 +8,7 @@ from .pair import pair_backward, pair_forward
 from .ratio import kl_terms, ratio_terms
 from .sampler import sampler_threshold
 from .selection import select_bottom, select_fraction, selected_means
-from .token_stats import token_stats_backward, token_stats_forward
+from .token_stats import token_stats_backward, token_stats_forward, token_stats_kept_masses, token_stats_merge
 
 CHECKS_TARGETS = False  # a check would wait for the device
 
@@ -35,4 +35,6 @@ __all__ = [
     "token_covariance",
     "token_stats_backward",
     "token_stats_forward",
+    "token_stats_kept_masses",
+    "token_stats_merge",
 ]

@@ -7,12 +7,13 @@ merge as those of token_stats. Backward: a program reads a few tiles of both row
 import triton
 import triton.language as tl
 
-from .constants import STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_TARGETS
+from .constants import STATE_KEPT, STATE_MAX, STATE_MEAN_U, STATE_REST, STATE_TARGETS
 from .gradient import columns, edges, write_zeros
 from .launch import backward_shape, device_of, forward_shape, gpu, row_options, starts_aligned, strides, target_warps
 from .rows import BATCH_SHAPE, LN2, LOG2E, NEG_INF, exponent, row_inv_temperature, row_start
 from .token_stats_forward import CAN_SHIFT, add_tile, end_of_whole_tiles, last_tile, row_boundary, sum_lanes, whole_tile
-from .token_stats_split import part_of, token_stats_merge_kernel
+from .token_stats_parts import write_part
+from .token_stats_split import part_of, token_stats_split_merge_kernel
 
 BATCH_SHAPES = (*BATCH_SHAPE, "reference_stride_a", "reference_out_stride_a")
 
@@ -27,7 +28,7 @@ def _difference(x, reference, ACC: tl.constexpr):
 @triton.jit(do_not_specialize=BATCH_SHAPES)
 def did_entropy_part_kernel(
     logits_ptr, reference_ptr, mask_ptr, temperature_ptr,  # [A, B, V] twice, [N], [N]
-    parts_ptr,  # [N, 7, SPLITS], as of token_stats_part_kernel
+    parts_ptr,  # [N, SPLITS, STATE_KEPT], as of token_stats_part_kernel
     inner, stride_a, stride_b, reference_stride_a, reference_stride_b, vocab, temperature,
     HAS_MASK: tl.constexpr, ROW_TEMPERATURE: tl.constexpr, ACC: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -66,11 +67,8 @@ def did_entropy_part_kernel(
     if whole < end:
         x, r = last_tile(x_row, whole, lead, end, SHIFTED, BLOCK, LANES), last_tile(r_row, whole, lead, end, SHIFTED, BLOCK, LANES)
         m, ties, r0, r1, none, s0, s1, none = add_tile(_difference(x, r, ACC), m, ties, r0, r1, none, s0, s1, none, scale, False)
-    out = parts_ptr + row * (7 * SPLITS) + part
-    tl.store(out, m)
-    tl.store(out + SPLITS, ties)
-    tl.store(out + 2 * SPLITS, sum_lanes(s0, lead, SHIFTED, LANES) + r0)
-    tl.store(out + 3 * SPLITS, sum_lanes(s1, lead, SHIFTED, LANES) + r1)
+    s0, s1 = sum_lanes(s0, lead, SHIFTED, LANES) + r0, sum_lanes(s1, lead, SHIFTED, LANES) + r1
+    write_part(parts_ptr + (row * SPLITS + part) * STATE_KEPT, m, ties, s0, s1, none, False)
 
 
 @triton.jit
@@ -167,15 +165,15 @@ def did_entropy_forward(logits, reference, mask, temperature, out) -> None:
         LANES=min(shape.block, side_by_side * shape.warps * card.warp_size * align),
         **dict(BLOCK=shape.block, STAGES=shape.stages, num_warps=shape.warps),
     )
-    rows, parts = outer * inner, state.new_empty((outer * inner, 7, shape.splits))
+    rows, parts = outer * inner, state.new_empty((outer * inner, shape.splits, STATE_KEPT.value))
     logsumexp = entropy.new_empty(rows)  # of the differences, which nobody asked for
     split = dict(SPLITS=shape.splits, **options)
     with device_of(logits):
         did_entropy_part_kernel[(rows * shape.splits,)](
             logits, reference, *pointers, parts, inner, *strides(logits), *strides(reference), vocab, temperature, **split, **tile
         )  # fmt: skip
-        token_stats_merge_kernel[(rows,)](
-            logits, logits, *pointers, logits, logits, parts, logits, entropy, logsumexp, logits, logits, state,
+        token_stats_split_merge_kernel[(rows,)](
+            logits, logits, *pointers, logits, logits, parts, parts, logits, entropy, logsumexp, logits, logits, state,
             inner, *strides(logits), 0, 0, vocab, temperature, 0, 0.0, 0.0, **split,
             K=0, K_BLOCK=1, SOFTCAP=False, KEEP=None, OUTSIDE=None, SETS_ALIGN=1, ZEROS=True, SUM_SQ=False, KEPT=0, num_warps=target_warps(1),
         )  # fmt: skip

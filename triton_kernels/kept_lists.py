@@ -16,10 +16,10 @@ import triton.language as tl
 
 from .constants import ELSEWHERE, OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_LISTS, STATE_MAX, STATE_TARGETS
 from .launch import device_of, stats_options, strides, target_warps
-from .math import soft_cap, soft_cap_slope
+from .math import log1p, soft_cap, soft_cap_slope
 from .rows import BATCH_SHAPE, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
 from .token_stats_backward import at_target, full_coefficients, full_gradient, row_coefficients, upstream_of
-from .token_stats_forward import add_tile, kept_threshold, kept_tile, log_total, write_row, write_target_kept, write_zeros
+from .token_stats_forward import add_tile, distribution, kept_threshold, kept_tile, write_row, write_target_kept, write_zeros
 
 LIST = 64  # entries of a row at once: half of all lists hold one or two
 PADDED = 128  # the same, with padding
@@ -140,11 +140,11 @@ def token_stats_listed_kernel(
     s1 = tl.sum(s1, axis=0) + r1
     if SUM_SQ:
         s2 = tl.sum(s2, axis=0) + r2
+    m, rest, mean_u, sum_sq = distribution(m, ties, s0, s1, s2, SUM_SQ)
     kept = tl.zeros((), ACC)
     dropped = tl.zeros((), ACC)
     if KEPT:
-        _rest, log_s0, _nothing = log_total(m, ties, s0)
-        delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
+        delta = kept_threshold(log1p(rest), log_kept, inv_t, KEPT, ACC)
         kept_lanes = tl.zeros((BLOCK,), ACC)
         dropped_lanes = tl.zeros((BLOCK,), ACC)
         for start in range(begin, end + added, BLOCK):
@@ -153,7 +153,7 @@ def token_stats_listed_kernel(
             kept_lanes, dropped_lanes = kept_tile(x[None, :], m, delta, scale, kept_lanes, dropped_lanes, KEPT)
         kept, dropped = tl.sum(kept_lanes, axis=0), tl.sum(dropped_lanes, axis=0)
     write_row(
-        row_ptr, row, y, has, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
+        row_ptr, row, y, has, m, rest, mean_u, sum_sq, kept, dropped, inv_t, inverse_cap,
         logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
         K, K_BLOCK, SUM_SQ, KEPT, OUTSIDE, SOFTCAP, ACC,
     )  # fmt: skip

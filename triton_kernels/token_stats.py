@@ -2,21 +2,37 @@
 
 token_stats_forward.py     one program a row
 token_stats_split.py       several programs a row, for long rows
+token_stats_parts.py       whole rows from their parts
 token_stats_backward.py    several programs a row, and one more for many targets
 keep.py                    sets of kept columns that the kernels above read beside the logits
 kept_lists.py              kept sets that are lists: their logits are gathered
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 
-from .constants import ELSEWHERE, KEPT_NONE, KEPT_UNLISTED, OUTSIDE_EVERYTHING, SET_AT_LEAST, SET_LISTS
+from .constants import ELSEWHERE, KEPT_NONE, KEPT_UNLISTED, OUTSIDE_EVERYTHING, SET_AT_LEAST, SET_LISTS, STATE_KEPT, STATE_TARGETS
 from .keep import set_arguments
 from .kept_lists import listed_backward, listed_forward
-from .launch import FEW_TARGETS, backward_shape, device_of, forward_shape, gpu, starts_aligned, stats_options, strides, target_warps
+from .launch import (
+    FEW_TARGETS,
+    ForwardShape,
+    backward_shape,
+    device_of,
+    forward_shape,
+    gpu,
+    row_options,
+    starts_aligned,
+    stats_options,
+    strides,
+    target_warps,
+)
 from .token_stats_backward import token_stats_backward_kernel, token_stats_backward_targets_kernel
 from .token_stats_forward import CAN_SHIFT, token_stats_forward_kernel
-from .token_stats_split import token_stats_kept_part_kernel, token_stats_merge_kernel, token_stats_part_kernel
+from .token_stats_parts import token_stats_merge_kernel
+from .token_stats_split import token_stats_kept_part_kernel, token_stats_part_kernel, token_stats_split_merge_kernel
 
 
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None) -> None:
@@ -42,43 +58,93 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         _forward(*rows, whole_rows, *of_row, out, softcap, zeros=False)
 
 
-def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep=None, target_kept=None, zeros=True) -> None:
-    """zeros: rows that do not count become zeros; else they stay as they are"""
-    *outputs, state = out
-    if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
-        outputs[1] = torch.empty_like(outputs[2])
+class _Sweep(NamedTuple):
+    """How the forward kernels read rows."""
+
+    pointers: tuple  # of the logits, targets, mask and temperatures
+    sets: torch.Tensor
+    row_args: tuple
+    options: dict  # compile-time constants of all kernels
+    tile: dict  # and of those that read logits
+    shape: ForwardShape
+
+
+def _sweep(logits, targets, mask, temperature, ignore_index, state, softcap, keep=None) -> _Sweep:
     pointers, temperature, inverse_cap, options = stats_options(logits, targets, mask, temperature, state, softcap)
-    with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
     sets, set_strides, set_options = set_arguments(keep, logits)
-    outer, inner, vocab = logits.shape
-    rows, row_args = outer * inner, (inner, *strides(logits), *set_strides, vocab, temperature, ignore_index, inverse_cap)
+    vocab, inner = logits.shape[2], logits.shape[1]
     align = 16 // logits.element_size()
     aligned = starts_aligned(logits, align)
-    shifted = CAN_SHIFT and not aligned
     card = gpu(logits.device)
     shape = forward_shape(card, vocab, logits.element_size(), aligned, set_options["KEEP"] is not None)
     # Blackwell pairs the arithmetic of two loads side by side; older cards only spend registers on it.
     side_by_side = 2 if card.capability >= (10, 0) else 1
     lanes = min(shape.block, side_by_side * shape.warps * card.warp_size * align)
-    options |= set_options
-    tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=shifted, BLOCK=shape.block, LANES=lanes, num_warps=shape.warps)
+    tile = dict(ALIGN=align, ALIGNED=aligned, SHIFTED=CAN_SHIFT and not aligned, BLOCK=shape.block, LANES=lanes, num_warps=shape.warps)
+    row_args = (inner, *strides(logits), *set_strides, vocab, temperature, ignore_index, inverse_cap)
+    return _Sweep(pointers, sets, row_args, options | set_options, tile, shape)
+
+
+def _in_order(targets, ignore_index, kept_kind, logits):
+    """The listed ids of each row, for KEPT_UNLISTED; the logits stand for none."""
+    if kept_kind != KEPT_UNLISTED.value:
+        return logits
+    return targets.masked_fill(targets == ignore_index, torch.iinfo(torch.int64).max).sort(dim=-1).values
+
+
+def _forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap, keep=None, target_kept=None, zeros=True) -> None:
+    """zeros: rows that do not count become zeros; else they stay as they are"""
+    *outputs, state = out
+    if outputs[1] is None:  # the kernels wait for memory and always compute the entropy
+        outputs[1] = torch.empty_like(outputs[2])
+    with_sum_sq, outputs = outputs[3] is not None, tuple(logits if t is None else t for t in outputs)
+    pointers, sets, row_args, options, tile, shape = _sweep(logits, targets, mask, temperature, ignore_index, state, softcap, keep)
+    rows, kept = logits.shape[0] * logits.shape[1], (sets, logits if target_kept is None else target_kept)
     sums = dict(SUM_SQ=with_sum_sq, STAGES=shape.stages)
-    kept = (sets, logits if target_kept is None else target_kept)
     with device_of(logits):
-        listed = logits
-        if kept_kind == KEPT_UNLISTED.value:
-            listed = targets.masked_fill(targets == ignore_index, torch.iinfo(torch.int64).max).sort(dim=-1).values
+        listed = _in_order(targets, ignore_index, kept_kind, logits)
         if shape.splits == 1:
             one = dict(ZEROS=zeros, KEPT=kept_kind, **options, **sums, **tile)
             token_stats_forward_kernel[(rows,)](*pointers, listed, *kept, *outputs, state, *row_args, log_kept, **one)
             return
-        parts = logits.new_empty((rows, 7, shape.splits), dtype=state.dtype)
+        parts, masses = (state.new_empty((rows, shape.splits, width)) for width in (STATE_KEPT.value, 2))
         split = dict(SPLITS=shape.splits, **options)
         token_stats_part_kernel[(rows * shape.splits,)](*pointers, sets, parts, *row_args, **split, **sums, **tile)
         if kept_kind:
-            token_stats_kept_part_kernel[(rows * shape.splits,)](*pointers, sets, parts, listed, *row_args, log_kept, **split, KEPT=kept_kind, **tile)
+            kept_args = (*pointers, sets, parts, masses, listed, *row_args, log_kept)
+            token_stats_kept_part_kernel[(rows * shape.splits,)](*kept_args, FROM_STATE=False, KEPT=kept_kind, **split, **tile)
         split |= dict(ZEROS=zeros, SUM_SQ=with_sum_sq, KEPT=kept_kind, num_warps=target_warps(options["K_BLOCK"]))
-        token_stats_merge_kernel[(rows,)](*pointers, *kept, parts, *outputs, state, *row_args, log_kept, **split)
+        token_stats_split_merge_kernel[(rows,)](*pointers, *kept, parts, masses, *outputs, state, *row_args, log_kept, **split)
+
+
+def token_stats_merge(parts, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+    logp, entropy, logsumexp, sum_sq, _, state = out
+    n_parts, rows, width = parts.shape
+    pointers, temperature, options = row_options(parts[:1], mask, temperature, parts.dtype)
+    n_targets, block = width - STATE_TARGETS.value, triton.next_power_of_2(n_parts)
+    options |= dict(K=n_targets, K_BLOCK=triton.next_power_of_2(max(1, n_targets)), P_BLOCK=block, SUM_SQ=sum_sq is not None, KEPT=kept_kind)
+    options["num_warps"] = target_warps(max(options["K_BLOCK"], block))
+    entropy = torch.empty_like(logsumexp) if entropy is None else entropy
+    outputs = (entropy if t is None else t for t in (logp, entropy, logsumexp, sum_sq))
+    with device_of(parts):
+        token_stats_merge_kernel[(rows,)](
+            parts, parts if targets is None else targets, *pointers, *outputs, state,
+            n_parts, *strides(parts), temperature, ignore_index, log_kept, **options,
+        )  # fmt: skip
+
+
+def token_stats_kept_masses(logits, targets, mask, temperature, ignore_index, kept_kind, state, out, softcap=0.0) -> None:
+    pointers, sets, row_args, options, tile, shape = _sweep(logits, targets, mask, temperature, ignore_index, state, softcap)
+    rows = len(out)
+    masses = out if shape.splits == 1 else out.new_empty((rows, shape.splits, 2))
+    with device_of(logits):
+        kept_args = (*pointers, sets, state, masses, _in_order(targets, ignore_index, kept_kind, logits), *row_args, 0.0)
+        split = dict(FROM_STATE=True, KEPT=kept_kind, SPLITS=shape.splits)
+        token_stats_kept_part_kernel[(rows * shape.splits,)](*kept_args, **split, **options, **tile)
+        if masses is not out:
+            out.copy_(masses[:, 0])
+            for i in range(1, shape.splits):  # one after another: the same bits in any batch
+                out.add_(masses[:, i])
 
 
 def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None) -> None:

@@ -330,29 +330,53 @@ def kept_threshold(log_s0, log_kept, inv_t, KEPT: tl.constexpr, ACC: tl.constexp
 
 
 @triton.jit
-def write_row(
-    row_ptr, row, y, has, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
-    logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
-    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, OUTSIDE: tl.constexpr,
-    SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+def distribution(m, ties, s0, s1, s2, SUM_SQ: tl.constexpr):
+    """(MAX, REST, MEAN_U, SUM_SQ) of `State`, from the sums of `sweep`. MAX is -inf only where nothing else
+    is: of a NaN beside -inf it is NaN."""
+    rest, _log_s0, nothing = log_total(m, ties, s0)
+    total = 1.0 + rest
+    mean_u = LN2 * s1 / total
+    sum_sq = (s2 + ties) / (total * total) if SUM_SQ else tl.zeros((), m.dtype)
+    return tl.where(nothing | (m > NEG_INF), m, float("nan")), rest, mean_u, sum_sq
+
+
+@triton.jit
+def write_stats(
+    row, m, rest, mean_u, sum_sq, log_s0, log_mass, delta, inv_t, entropy_ptr, lse_ptr, sum_sq_ptr, state_ptr,
+    K: tl.constexpr, SUM_SQ: tl.constexpr,
 ):  # fmt: skip
-    """has: whether the row's set has the targets, for OUTSIDE_MINUS_INF."""
-    rest, log_s0, nothing = log_total(m, ties, s0)
-    mean_u = LN2 * s1 / (1.0 + rest)
-    entropy = log_s0 - mean_u
-    lse = tl.where(nothing, NEG_INF, m * inv_t + log_s0)
-    tl.store(entropy_ptr + row, entropy)
-    tl.store(lse_ptr + row, lse)
+    """All but what is kept and what is of targets."""
+    tl.store(entropy_ptr + row, log_s0 - mean_u)
+    tl.store(lse_ptr + row, tl.where(m == NEG_INF, NEG_INF, m * inv_t + log_s0))
+    if SUM_SQ:
+        tl.store(sum_sq_ptr + row, sum_sq)
     state_row = state_ptr + row * (STATE_TARGETS + K)
     tl.store(state_row + STATE_MAX, m)
     tl.store(state_row + STATE_REST, rest)
     tl.store(state_row + STATE_MEAN_U, mean_u)
-    sum_sq = tl.zeros((), ACC)
-    if SUM_SQ:
-        total = 1.0 + rest
-        sum_sq = (s2 + ties) / (total * total)
-        tl.store(sum_sq_ptr + row, sum_sq)
     tl.store(state_row + STATE_SUM_SQ, sum_sq)
+    tl.store(state_row + STATE_KEPT, log_mass)
+    tl.store(state_row + STATE_THRESHOLD, delta)
+
+
+@triton.jit
+def write_targets(row, y, shifted, log_s0, inv_t, logp_ptr, state_ptr, ignore_index, K: tl.constexpr, K_BLOCK: tl.constexpr):
+    """shifted [K_BLOCK]: the targets' logits less the row's maximum"""
+    k = tl.arange(0, K_BLOCK)
+    tl.store(logp_ptr + row * K + k, tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0), mask=k < K)
+    tl.store(state_ptr + row * (STATE_TARGETS + K) + STATE_TARGETS + k, shifted, mask=k < K)
+
+
+@triton.jit
+def write_row(
+    row_ptr, row, y, has, m, rest, mean_u, sum_sq, kept, dropped, inv_t, inverse_cap,
+    logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
+    K: tl.constexpr, K_BLOCK: tl.constexpr, SUM_SQ: tl.constexpr, KEPT: tl.constexpr, OUTSIDE: tl.constexpr,
+    SOFTCAP: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """m, rest, mean_u, sum_sq: of `distribution`; has: whether the row's set has the targets, for
+    OUTSIDE_MINUS_INF."""
+    log_s0 = log1p(rest)
     log_mass = tl.zeros((), ACC)
     delta = tl.zeros((), ACC)
     if KEPT:
@@ -360,18 +384,14 @@ def write_row(
         log_mass = tl.where(log_s0 == log_s0, log_mass, log_s0)
         delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         tl.store(kept_ptr + row, log_mass)
-    tl.store(state_row + STATE_KEPT, log_mass)
-    tl.store(state_row + STATE_THRESHOLD, delta)
+    write_stats(row, m, rest, mean_u, sum_sq, log_s0, log_mass, delta, inv_t, entropy_ptr, lse_ptr, sum_sq_ptr, state_ptr, K, SUM_SQ)
     if K > 0:
-        k = tl.arange(0, K_BLOCK)
-        in_vocab = (k < K) & (y >= 0) & (y < vocab)
+        in_vocab = (tl.arange(0, K_BLOCK) < K) & (y >= 0) & (y < vocab)
         x_y = soft_cap(tl.load(row_ptr + y, mask=in_vocab, other=float("nan")).to(ACC), inverse_cap, SOFTCAP)
         if OUTSIDE == OUTSIDE_MINUS_INF:
             x_y = tl.where(has, x_y, tl.where(in_vocab, NEG_INF, x_y))
-        shifted = tl.where(x_y == NEG_INF, NEG_INF, x_y - m)  # also in a row of -inf alone, which may be a part
-        logp = tl.where(y == ignore_index, 0.0, shifted * inv_t - log_s0)
-        tl.store(logp_ptr + row * K + k, logp, mask=k < K)
-        tl.store(state_row + STATE_TARGETS + k, shifted, mask=k < K)
+        shifted = tl.where(x_y == NEG_INF, NEG_INF, x_y - m)  # also where all is -inf
+        write_targets(row, y, shifted, log_s0, inv_t, logp_ptr, state_ptr, ignore_index, K, K_BLOCK)
 
 
 @triton.jit
@@ -440,17 +460,17 @@ def token_stats_forward_kernel(
         row_ptr, 0, vocab, vocab, scale, inverse_cap, set_row, whole_row, target,
         SUM_SQ, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES,
     )  # fmt: skip
+    m, rest, mean_u, sum_sq = distribution(m, ties, s0, s1, s2, SUM_SQ)
     kept = tl.zeros((), ACC)
     dropped = tl.zeros((), ACC)
     if KEPT:
-        _rest, log_s0, _nothing = log_total(m, ties, s0)
-        delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
+        delta = kept_threshold(log1p(rest), log_kept, inv_t, KEPT, ACC)
         kept, dropped = kept_sweep(
             row_ptr, 0, vocab, vocab, m, delta, scale, inverse_cap, listed_ptr + row * K, set_row, whole_row, target,
             K, K_BLOCK, KEPT, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
         )  # fmt: skip
     write_row(
-        row_ptr, row, y, has, m, ties, s0, s1, s2, kept, dropped, inv_t, inverse_cap,
+        row_ptr, row, y, has, m, rest, mean_u, sum_sq, kept, dropped, inv_t, inverse_cap,
         logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,
         K, K_BLOCK, SUM_SQ, KEPT, OUTSIDE, SOFTCAP, ACC,
     )  # fmt: skip

@@ -23,6 +23,7 @@ LAYOUTS |= {"V=50257": (50257, 50257), "V=262144 odd stride": (262144, 262145)}
 FORWARD = {"forward": {}, "forward +sum_sq": {"sum_sq": True}, "forward +kept": {"kept": 1}, "forward K=8": {"targets": 8}}
 FORWARD |= {"forward K=128 +tail": {"targets": 128, "kept": KeptKind.UNLISTED}}
 FORWARD |= {"forward +bits": {"keep": SetKind.BITS}, "forward +mask": {"keep": SetKind.MASK}, "forward +at_least": {"keep": SetKind.AT_LEAST}}
+FORWARD |= {"kept masses": {"kept": KeptKind.MIN_PROB, "masses": True}}
 FORWARD |= {"moments": {"of": "moments"}, "DID": {"of": "did", "reads": 2}}
 _PAIR = {"of": "pair", "reads": 2}
 PAIR_FORWARD = {
@@ -107,8 +108,8 @@ def core_cases() -> list[Case]:
 
 
 def all_cases() -> list[Case]:
-    """Every variant of token_stats on every type and layout. Of tails, sets and the others, which share its
-    loads, some, of softcaps the common one."""
+    """Every variant of token_stats on every type and layout. Of tails, sets, masses and the others, which
+    share its loads, some, of softcaps the common one."""
     selection = (("bf16", "V=151936"), ("bf16", "V=50257"), ("fp32", "V=151936"))
     everything = [(dtype, layout) for dtype in DTYPES for layout in LAYOUTS]
     variants = {**FORWARD, **BACKWARD}
@@ -116,7 +117,7 @@ def all_cases() -> list[Case]:
         Case(variant, *where)
         for variant, options in variants.items()
         for where in (
-            selection[:1] if "softcap" in options else selection if "of" in options or "keep" in options or "tail" in variant else everything
+            selection[:1] if "softcap" in options else selection if options.keys() & {"of", "keep", "masses"} or "tail" in variant else everything
         )
     ]
 
@@ -210,6 +211,9 @@ def _launch_token_stats(module, case: Case, rows: int, logits, other, mask) -> N
         kind, state = options.get("kept", 0), _meta(rows, State.TARGETS + n_targets)
         full = (_meta(rows, 3), _meta(rows), _meta(rows)) if options.get("full") else None
         module.token_stats_backward(logits, targets, mask, TEMPERATURE, IGNORE, kind, state, grads, new_gradient(logits), softcap, keep, full)
+    elif options.get("masses"):
+        state, out = _meta(rows, State.TARGETS + n_targets), _meta(rows, 2)
+        module.token_stats_kept_masses(logits, targets, mask, TEMPERATURE, IGNORE, options["kept"], state, out, softcap)
     else:
         sum_sq = _meta(rows) if options.get("sum_sq") else None
         kept = _meta(rows) if options.get("kept") else None

@@ -1,5 +1,5 @@
-"""The kernels over tokens (covariance, selection, ratios), kept ids and samplers' thresholds, judged by what
-they occupy alone.
+"""The kernels over tokens (covariance, selection, ratios), parts of rows, kept ids and samplers' thresholds,
+judged by what they occupy alone.
 
 They move a few bytes a token or the rows of listed ids, a row of logits hundreds of thousands, and a
 threshold takes as many sweeps of a row as its values ask for: a bound on bandwidth would tell nothing.
@@ -48,7 +48,19 @@ def record(dtype: torch.dtype, gpu) -> list[Launch]:
         selection.selected_means(values, mask, mask, values)
         ratio.ratio_terms(values, values, values, mask, mask, bounds, (values, mask, values))
         ratio.kl_terms(values, values, mask, 3, False, 10.0, values)
-    return means + selections + ratios + _record_kept(dtype) + _record_lists(dtype) + _record_sampler(dtype)
+    return means + selections + ratios + _record_merge(dtype) + _record_kept(dtype) + _record_lists(dtype) + _record_sampler(dtype)
+
+
+def _record_merge(dtype: torch.dtype) -> list[Launch]:
+    """Of as many parts as a large group of ranks has."""
+    token_stats = importlib.import_module("rlkern.triton_kernels.token_stats")
+    n = TOKENS // 32
+    parts, of_rows, logp = _meta(64, n, State.TARGETS + 8, dtype=dtype), _meta(n, dtype=dtype), _meta(n, 8, dtype=dtype)
+    targets, mask = _meta(n, 8, dtype=torch.int64), _meta(n, dtype=torch.bool)
+    with _recording(token_stats) as launches:
+        out = (logp, of_rows, of_rows, of_rows, None, parts[0])
+        token_stats.token_stats_merge(parts, targets, mask, 0.7, -100, KeptKind.MIN_PROB, -3.0, out)
+    return launches
 
 
 def _record_kept(dtype: torch.dtype) -> list[Launch]:

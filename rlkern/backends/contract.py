@@ -36,13 +36,16 @@ target that is ELSEWHERE. The backward takes the state of the whole row. A targe
 its logp sends to all columns. It is not counted as ignored. Of whole rows from their parts:
 
     token_stats_merge(parts, targets, mask, temperature, ignore_index, kept_kind, log_kept, out)
-    token_stats_kept_masses(logits, targets, mask, temperature, ignore_index, kept_kind, state, out, softcap=0.0)
+    token_stats_kept_masses(logits, targets, mask, temperature, ignore_index, kept_kind, state, out,
+                            softcap=0.0)
 
-    parts        [P, N, State.TARGETS + K], P >= 1, the forward's state of each part, any strides over P and N,
-                 last stride 1; KEPT and THRESHOLD are not used. In a part with MAX -inf only the targets count
+    parts        [P, N, State.TARGETS + K], P >= 1, the forward's state of each part, any strides over P and
+                 N, last stride 1; KEPT and THRESHOLD are not used. Columns that are all -inf leave MAX -inf,
+                 and -inf at targets among them: of such a part only the targets count
     targets      token_stats_merge: of the whole rows. They only say which entries are ignored
-    out          token_stats_merge: as of token_stats_forward, with kept_logmass None. Parts are added in their
-                 order. A target that is NaN in all parts is NaN. THRESHOLD as kept_kind asks, KEPT 0
+    out          token_stats_merge: as of token_stats_forward, with kept_logmass None. The order of additions
+                 depends on P alone. A target that is NaN in all parts is NaN. THRESHOLD as kept_kind asks,
+                 KEPT 0
                  token_stats_kept_masses: [N, 2] contiguous: the sums of e^((x - MAX) / T) over the columns of
                  the part that are kept and over the others; zeros in skipped rows
     state        that of the whole rows. kept_logmass is -log1p(sum of the others / sum of the kept)

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from .contract import Keep, SetKind, mass_bits
-from .reference_parts import token_stats_kept_masses as token_stats_kept_masses
-from .reference_parts import token_stats_merge as token_stats_merge
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 
@@ -64,25 +62,32 @@ def _sets(keep: Keep, n: int) -> dict:
     }
 
 
+def _forward(kept_kind, log_kept, results, softcap) -> dict:
+    names = ("logp", "entropy", "logsumexp", "sum_sq_prob", "kept_logmass")
+    return {"softcap": softcap, "kept_kind": kept_kind, "log_kept": log_kept, **dict(zip(names, results, strict=True))}
+
+
 def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_kind, log_kept, out, softcap=0.0, keep=None, keep_out=None) -> None:
     """Raises IndexError for a target outside [0, V) that counts: its row is not skipped and it is not
     ignore_index. Also for a listed id or a list out of range, in a row that is not skipped."""
-    logp, entropy, logsumexp, sum_sq_prob, kept_logmass, state = out
+    *results, state = out
     rows = _rows(logits, targets, mask, temperature, ignore_index, state)
-    own = {
-        "softcap": softcap,
-        "kept_kind": kept_kind,
-        "log_kept": log_kept,
-        "logp": logp,
-        "entropy": entropy,
-        "logsumexp": logsumexp,
-        "sum_sq_prob": sum_sq_prob,
-        "kept_logmass": kept_logmass,
-    }
+    own = _forward(kept_kind, log_kept, results, softcap)
     if keep is None:
         return _cpu.token_stats_forward(rows, own)
     names = ("target_kept", "full_entropy", "full_logsumexp", "full_state")
     _cpu.token_stats_in_sets_forward(rows, own, _sets(keep, rows["rows"]), dict(zip(names, keep_out, strict=True)))
+
+
+def token_stats_merge(parts, targets, mask, temperature, ignore_index, kept_kind, log_kept, out) -> None:
+    *results, state = out
+    rows = {**_rows(parts, targets, mask, temperature, ignore_index, state), "rows": parts.shape[1]}
+    _cpu.token_stats_merge(rows, _forward(kept_kind, log_kept, results, 0.0), {"parts": len(parts)})
+
+
+def token_stats_kept_masses(logits, targets, mask, temperature, ignore_index, kept_kind, state, out, softcap=0.0) -> None:
+    rows = _rows(logits, targets, mask, temperature, ignore_index, state)
+    _cpu.token_stats_kept_masses(rows, {"softcap": softcap, "kept_kind": kept_kind, "masses": out})
 
 
 def token_stats_backward(logits, targets, mask, temperature, ignore_index, kept_kind, state, grads, out, softcap=0.0, keep=None, full=None) -> None:

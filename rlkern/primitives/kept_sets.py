@@ -257,7 +257,8 @@ def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = 
         width = {torch.int32: -(-vocab // 32), torch.uint8: -(-vocab // 8)}.get(entries.dtype, vocab)
         shape = lead if keep.kind == "at_least" else (*lead, width)
         if tuple(entries.shape) != shape:
-            raise ValueError(f"keep: Kept.{keep.kind} must be {shape} for {of} {tuple(x.shape)}, got {tuple(entries.shape)}")
+            padded = "" if vocab == x.shape[-1] else f" and vocab_size={vocab}"
+            raise ValueError(f"keep: Kept.{keep.kind} must be {shape} for {of} {tuple(x.shape)}{padded}, got {tuple(entries.shape)}")
     elif keep.rows is not None and tuple(keep.rows.shape) != lead:
         raise ValueError(f"keep: its rows must be {lead} for {of} {tuple(x.shape)}, got {tuple(keep.rows.shape)}")
     elif keep.begin is None and tuple(entries.shape[:-1]) != lead:

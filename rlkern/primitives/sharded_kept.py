@@ -16,7 +16,7 @@ from ..backends.contract import KeptKind, Outside, State
 from ..layout import counted_rows
 from ..operator import Operator, Steps, differentiable, values_readable
 from ..parallel import Shard
-from .kept_sets import Kept, check_kept, list_of_entry
+from .kept_sets import Kept, check_kept, check_outside, list_of_entry
 from .kept_stats import INSTEAD, KeptResults, Sets, backward, forward, overwrite, public_kept_stats, sets_of, with_empty_list
 from .parts import token_stats_merge
 from .row_stats import Options, Results, TokenStats, real_columns
@@ -123,8 +123,10 @@ def _forward(call, logits, targets, mask, row_temperature, entries, begin, end, 
     own = _OwnLists(*call(_own, y, counted, entries, begin, end, rows, *columns, sets.outside, sets.open_empty))
     of_rows = (targets, mask, row_temperature)
     part = KeptResults.from_flat(call(forward, logits, *of_rows, *own[:4], *o, *sets._replace(open_empty=False)))
-    state, target_kept = part.results.state, own.target_kept.view(targets.shape)
-    parts = all_parts((torch.cat([state, part.full_state], -1) if sets.with_full else state).unsqueeze(0), *group, *of_rows)
+    state: Any = part.results.state
+    target_kept = own.target_kept.view(targets.shape)
+    sent = state if part.full_state is None or not sets.with_full else torch.cat([state, part.full_state], -1)
+    parts = all_parts(sent.unsqueeze(0), *group, *of_rows)
     whole = Results(*call(token_stats_merge, parts[..., : state.shape[-1]], *of_rows, *o))
     results = part._replace(results=whole, target_kept=target_kept)
     if sets.with_full:
@@ -171,9 +173,10 @@ def sharded_kept_stats(shard: Shard, logits: Tensor, *rows: Any, keep: Kept, out
 # --- what ranks must agree on -------------------------------------------------------------------------------
 
 
-def check_kept_over_ranks(keep: Any, logits: Tensor, options: Options) -> None:
-    """TypeError or ValueError for what takes the sets of whole rows."""
+def check_kept_over_ranks(keep: Any, outside: str, logits: Tensor, targets: Tensor, options: Options) -> None:
+    """TypeError or ValueError for what is no list for the rows, or takes the sets of whole rows."""
     check_kept(keep, logits, "logits", logits.shape[-1], lists_only=True)
+    check_outside(outside, several=targets.dim() == logits.dim() and targets.shape[-1] > 1)
     if options.kept_kind != KeptKind.NONE:
         raise ValueError("keep over several ranks takes no min_p, min_prob or with_tail: expected None, None and False")
 

@@ -148,11 +148,11 @@ def token_stats(
             logit_scale=logit_scale,
             softcap=softcap,
         )
-        check_outside(outside, several=keep is not None and targets.dim() == logits.dim() and targets.shape[-1] > 1)
+        check_outside(outside)
         if keep is not None and segments is not None:
             raise ValueError(f"keep takes no segments: expected None, got {segments}")
         if keep is not None and world(group) > 1:
-            check_kept_over_ranks(keep, logits, rows[-1])
+            check_kept_over_ranks(keep, outside, logits, targets, rows[-1])
         return rows
 
     columns = Columns(group, vocab_start, vocab_size, segments)
@@ -171,6 +171,7 @@ def token_stats(
         y, counted, row_temperature, o = checked()
     if keep is not None:
         keep = check_kept(keep, logits, "logits", o.vocab_size or logits.shape[-1])
+        check_outside(outside, several=targets.dim() == logits.dim() and targets.shape[-1] > 1)
         if sharded and shard.ranks > 1:
             how: Any = {"keep": keep, "outside": outside, "with_full": bool(with_full), "in_place": bool(inplace_backward)}
             return sharded_kept_stats(shard, logits, y, counted, row_temperature, o, **how)
