@@ -27,7 +27,7 @@ from session import write
 
 import rlkern
 from rlkern.backends.contract import PairKind
-from rlkern.primitives.divergence import PairOptions
+from rlkern.primitives.pair_rows import PairOptions
 from rlkern.triton_kernels import pair, token_stats
 from rlkern.triton_kernels.launch import BackwardShape, ForwardShape, gpu
 

@@ -168,6 +168,11 @@ PYBIND11_MODULE(_cpu, m) {
                                                     fill(from, FIELD(divergence), FIELD(logp), FIELD(entropy), FIELD(logsumexp),
                                                          FIELD(other_logp), FIELD(other_entropy), FIELD(other_logsumexp));
                                                   });
+  define_rows_of<PairMixtureSums, py::dict, py::dict>(m, "pair_mixture_sums", &pair_mixture_sums,
+                                                      [=](const py::dict& pair, const py::dict& from, PairMixtureSums& call) {
+                                                        read_pair(pair, call);
+                                                        fill(from, FIELD(sums));
+                                                      });
   define_rows_of<PairBackward, py::dict, py::dict>(
       m, "pair_backward", &pair_backward, [=](const py::dict& pair, const py::dict& from, PairBackward& call) {
         read_pair(pair, call);
@@ -204,9 +209,6 @@ PYBIND11_MODULE(_cpu, m) {
   define_tokens<KeptRowsBackward>(m, "kept_rows_backward", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(n_targets), FIELD(logits), FIELD(offsets), FIELD(place), FIELD(temperature), FIELD(temperatures),
          FIELD(state), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq), FIELD(out));
-  });
-  define_tokens<CovarianceSums>(m, "covariance_sums", [](const py::dict& from, auto& call) {
-    fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums));
   });
   define_tokens<TokenCovariance>(m, "token_covariance", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums), FIELD(out));

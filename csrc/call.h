@@ -95,6 +95,10 @@ struct PairForward : Pair {
   void *divergence, *logp, *entropy, *logsumexp, *other_logp, *other_entropy, *other_logsumexp;  // Acc; any but divergence may be null
 };
 
+struct PairMixtureSums : Pair {  // the state is that of whole rows
+  void* sums;                    // Acc [rows, 2]
+};
+
 struct PairBackward : Pair {
   const void *g_divergence, *g_logp, *g_entropy, *g_logsumexp;  // Acc, each may be null
   Matrix out;                                                   // may be the logits
@@ -176,6 +180,7 @@ struct KeptWeight : Kept {  // the pairs are sorted by id
   F(token_stats_in_sets_forward, ForwardInSets)   \
   F(token_stats_in_sets_backward, BackwardInSets) \
   F(pair_forward, PairForward)                    \
+  F(pair_mixture_sums, PairMixtureSums)           \
   F(pair_backward, PairBackward)                  \
   F(row_moments_forward, MomentsForward)          \
   F(row_moments_backward, MomentsBackward)        \

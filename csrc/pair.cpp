@@ -448,6 +448,49 @@ void pair_forward_rows(const PairForward& call, int64_t begin, int64_t end) {
   }
 }
 
+// --- sums of a mixture over some columns -------------------------------------------------------------------
+
+// What contract.py has in `state` of where entries are counted from.
+template <class A>
+Frame<A> frame_of_state(const Pair& call, int64_t row) {
+  const A* state = static_cast<const A*>(call.state) + row * PairState::WIDTH;
+  Frame<A> frame = frame_of<A>(call, row);
+  frame.top = state[PairState::MAX];
+  frame.ref = state[PairState::REF];
+  frame.other_ref = state[PairState::OTHER_REF];
+  frame.offset = state[PairState::OFFSET];
+  return frame;
+}
+
+template <class T, int Kind>
+void mixture_sums_of_row(const PairMixtureSums& call, int64_t row) {
+  using A = Acc<T>;
+  const Frame<A> frame = frame_of_state<A>(call, row);
+  double f = 0, g = 0;
+  for_each_pair<T>(call, row, [&](const T* z, const T* w, int64_t n) {
+    const PairSums part = pair_sums<T, Kind, false, false>(z, w, n, frame, A(call.beta), 0);
+    f += part.a;
+    g += part.b;
+  });
+  const double rest = static_cast<const A*>(call.state)[row * PairState::WIDTH + PairState::REST];
+  const double total = std::isnan(frame.offset) ? kNaN : 1 + rest;  // NaN where a row is no distribution
+  put<A>(call.sums, 2 * row, f / total);
+  put<A>(call.sums, 2 * row + 1, g / total);
+}
+
+template <class T>
+void pair_mixture_sums_rows(const PairMixtureSums& call, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    if (is_skipped(call, row)) {
+      for (int64_t i : {2 * row, 2 * row + 1}) put<Acc<T>>(call.sums, i, 0);
+      continue;
+    }
+    with_kind(call.kind, [&](auto kind) {
+      if constexpr (kind >= PairKind::JSD) mixture_sums_of_row<T, kind>(call, row);
+    });
+  }
+}
+
 // --- backward ----------------------------------------------------------------------------------------------
 
 // dz = e (slope (g - base) + constant + linear t), t the exponent of e. 1 / T and the row's sum are folded in.
@@ -544,14 +587,10 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
   const double g_y = call.targets ? get<A>(call.g_logp, row) : 0;
   const double rest = state[PairState::REST], log_s0 = std::log1p(rest), mean_slope = state[PairState::MEAN_SLOPE];
   const int64_t y = call.targets ? call.targets[row] : 0;
-  const bool lost = g_y != 0 && (y < 0 || y >= call.vocab);
+  const bool inside = y >= 0 && y < call.vocab, lost = g_y != 0 && !inside && y != ELSEWHERE;
 
   PairCoefficients<A> c{};
-  c.frame = frame_of<A>(call, row);
-  c.frame.top = state[PairState::MAX];
-  c.frame.ref = state[PairState::REF];
-  c.frame.other_ref = state[PairState::OTHER_REF];
-  c.frame.offset = state[PairState::OFFSET];
+  c.frame = frame_of_state<A>(call, row);
   c.beta = A(call.beta);
   c.base = base_of(call, state[PairState::MEAN_SLOPE]);
   // Terms without upstream gradient are left out: 0 * (-inf) is NaN.
@@ -567,14 +606,14 @@ void pair_backward_row(const PairBackward& call, int64_t row) {
   const int kind = g_d == 0 ? int(PairKind::REVERSE_KL) : call.kind;
   void* out = const_cast<void*>(row_start(call, call.out, call.dtype, row));
   double slope = 1;  // at the target, of a softcap; read now: the gradient may be written over the logits
-  if (call.softcap > 0 && g_y != 0 && !lost)
+  if (call.softcap > 0 && g_y != 0 && inside)
     with_type(call.dtype, [&](auto logit) {
       const A raw = A(load_one(static_cast<const decltype(logit)*>(row_start(call, call.logits, call.dtype, row)) + y));
       slope = soft_cap(broadcast(raw), A(1 / call.softcap)).slope.v[0][0];
     });
   with_kind(kind, [&](auto kind) { write_pair_gradient<T, kind>(call, row, out, c); });
 
-  if (g_y == 0 || lost) return;
+  if (g_y == 0 || !inside) return;
   // At the target p - 1 is given beside p: no cancellation as p goes to 1.
   const double shifted = state[PairState::TARGET], u = shifted * inv_t, logp = u - log_s0;
   double here = others;
@@ -618,6 +657,10 @@ namespace RLKERN_ISA {
 
 void pair_forward(const PairForward& call, int64_t begin, int64_t end) {
   with_common_type(call, [&](auto logit) { pair_forward_rows<decltype(logit)>(call, begin, end); });
+}
+
+void pair_mixture_sums(const PairMixtureSums& call, int64_t begin, int64_t end) {
+  with_common_type(call, [&](auto logit) { pair_mixture_sums_rows<decltype(logit)>(call, begin, end); });
 }
 
 void pair_backward(const PairBackward& call, int64_t begin, int64_t end) {

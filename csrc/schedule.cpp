@@ -131,6 +131,7 @@ void pair_forward(const PairForward& call) {
   check_targets(call);
   run(active_kernels().pair_forward, call);
 }
+void pair_mixture_sums(const PairMixtureSums& call) { run(active_kernels().pair_mixture_sums, call); }
 void pair_backward(const PairBackward& call) { run_gradient(active_kernels().pair_backward, call, call.n_targets); }
 
 void row_moments_forward(const MomentsForward& call) {

@@ -14,6 +14,7 @@ void token_stats_backward(const Backward& call);
 void token_stats_in_sets_forward(const ForwardInSets& call);  // also for an id or a list out of range
 void token_stats_in_sets_backward(const BackwardInSets& call);
 void pair_forward(const PairForward& call);
+void pair_mixture_sums(const PairMixtureSums& call);
 void pair_backward(const PairBackward& call);
 void row_moments_forward(const MomentsForward& call);
 void row_moments_backward(const MomentsBackward& call);

@@ -382,7 +382,7 @@ def test_rows_have_the_same_bits_in_any_batch(backend, device):
         ({"other_grad": "yes"}, TypeError, "other_grad must be True or False, got 'yes'"),
         ({"kind": "cross_entropy", "other_grad": True}, ValueError, "other_grad: the cross entropy has no gradient by other here"),
         ({"logits": torch.zeros(3, 1).expand(3, 9), "inplace_backward": True}, ValueError, "inplace_backward"),
-        ({"group": object()}, ValueError, "group"),
+        ({"group": object()}, TypeError, "group"),
     ],
 )
 def test_refuses(change, error, message):

@@ -27,6 +27,8 @@ BACKENDS = {  # what each file of backends may import, of rlkern
     "reference_keep": {"backends"},
     "reference_kept": {"layout", "backends"},
     "reference_pair": {"layout", "backends"},
+    "reference_pair_parts": {"backends"},
+    "reference_pair_terms": {"backends"},
     "reference_parts": {"layout", "backends"},
     "reference_rows": set(),
     "reference_sampler": {"layout", "backends"},

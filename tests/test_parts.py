@@ -13,6 +13,7 @@ from rlkern.backends.contract import KeptKind, State
 from rlkern.primitives.parts import with_kept
 from rlkern.primitives.row_stats import IGNORED, Options, Results, targets_in_part
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted here; test_gpu_primitives.py has them on a card")
 V, IGNORE, INF, NAN = 61, -100, math.inf, math.nan
 CUTS = {1: (0, V), 2: (0, 17, V), 3: (0, 1, 2, V), 5: (0, 8, 16, 23, 60, V), 9: (0, 4, 5, 17, 18, 29, 40, 41, 50, V)}
 NAMES = ("logp", "entropy", "logsumexp", "sum_sq_prob")

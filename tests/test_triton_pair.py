@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
+from test_parallel_pairs import gradient_by_columns
 from test_triton_token_stats import nan_filled
 
 import rlkern
@@ -366,6 +367,28 @@ def test_gradient_by_the_other(kind, forward, shape):
         found.append(torch.autograd.grad(value, leaves, oracle.upstream([value])[0].to(value)))
     for got, want in zip(*found, strict=True):
         assert (got.double().cpu() - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["mixed_kl", "cross_entropy", "skew_forward_kl"])
+def test_segments_are_the_whole_rows(kind):
+    z, w = pair_of_rows(6, 1280, dtype=torch.float64)
+    z[1, :320] = w[2, 320:640] = -INF  # a part without mass of one row, and of the other
+    z[3, 640:960] = w[3, 640:960] = -INF
+    y = torch.tensor([0, 319, 500, 1279, -100, 700], device=DEVICE)
+    found = []
+    for options in ({"vocab": 1200}, {"vocab_size": 1200, "segments": 4}):
+        leaf = z.clone().requires_grad_()
+        stats = pair_stats(leaf, w, y.clamp(max=1199), kind=kind, beta=0.3, temperature=0.7, softcap=30.0, **options)
+        fields = [torch.where(t.isfinite(), t, 0) for t in (stats.divergence, stats.logp, stats.entropy, stats.logsumexp)]
+        weights = [g.to(t) for g, t in zip(oracle.upstream(fields), fields, strict=True)]
+        found.append((*stats, *torch.autograd.grad(fields, leaf, weights)))
+    for x, whole in zip(*found, strict=True):
+        torch.testing.assert_close(x, whole, rtol=1e-11, atol=1e-13)
+
+
+def test_the_gradient_of_some_columns_has_the_bits_of_all():
+    whole, parts = gradient_by_columns(DEVICE)
+    assert torch.equal(whole, parts)
 
 
 def test_a_target_outside_the_vocabulary_makes_nan():

@@ -1,10 +1,10 @@
 """Triton kernels, one file per primitive, with torch and triton only. See rlkern/backends/contract.py."""
 
-from .covariance import covariance_sums, token_covariance
+from .covariance import token_covariance
 from .did import did_entropy_backward, did_entropy_forward
 from .kept import kept_hidden_gradient, kept_logits, kept_rows_backward, kept_rows_forward, kept_weight_gradient
 from .moments import row_moments_backward, row_moments_forward
-from .pair import pair_backward, pair_forward
+from .pair import pair_backward, pair_forward, pair_merge, pair_mixture_sums
 from .ratio import kl_terms, ratio_terms
 from .sampler import sampler_threshold
 from .selection import select_bottom, select_fraction, selected_means
@@ -14,7 +14,6 @@ CHECKS_TARGETS = False  # a check would wait for the device
 
 __all__ = [
     "CHECKS_TARGETS",
-    "covariance_sums",
     "did_entropy_backward",
     "did_entropy_forward",
     "kept_hidden_gradient",
@@ -25,6 +24,8 @@ __all__ = [
     "kl_terms",
     "pair_backward",
     "pair_forward",
+    "pair_merge",
+    "pair_mixture_sums",
     "ratio_terms",
     "row_moments_backward",
     "row_moments_forward",

@@ -2,7 +2,8 @@
 
 pair_terms.py      functions of an entry of both rows
 pair_forward.py    one program a pair of rows
-pair_split.py      several programs a pair, for long rows
+pair_split.py      several programs a pair, for long rows; sums over a shard
+pair_parts.py      whole rows from their parts
 pair_backward.py   several programs a pair
 """
 
@@ -13,7 +14,8 @@ from .constants import PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_
 from .launch import device_of, gpu, pair_backward_shape, pair_forward_shape, row_options, starts_aligned, strides
 from .pair_backward import pair_backward_kernel
 from .pair_forward import pair_forward_kernel
-from .pair_split import PARTS, pair_merge_kernel, pair_mixture_part_kernel, pair_part_kernel
+from .pair_parts import pair_parts_merge_kernel
+from .pair_split import PARTS, pair_merge_kernel, pair_mixture_part_kernel, pair_mixture_sums_kernel, pair_part_kernel
 
 MIXTURES = tuple(kind.value for kind in (PAIR_KIND_JSD, PAIR_KIND_SKEW_FORWARD_KL, PAIR_KIND_SKEW_REVERSE_KL))
 
@@ -35,23 +37,36 @@ def _common(logits, other, targets, mask, temperature, other_temperature, state,
     return pointers, (temperature, other_temperature), [1.0 / cap if cap > 0 else 0.0 for cap in caps], options
 
 
-def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
-    divergence, logp, entropy, logsumexp, *others, state = out
-    pointers, temperatures, caps, options = _common(logits, other, targets, mask, temperature, other_temperature, state, softcap, other_softcap)
-    outer, inner, vocab = logits.shape
-    rows, has_targets = outer * inner, targets is not None
+def _outputs(out, has_targets):
+    """(what a kernel writes, though nobody may have asked for it, before the state; the specialisations)"""
+    divergence, logp, entropy, logsumexp, *others, _state = out
     stats, with_other = any(t is not None for t in (logp, entropy, logsumexp)), any(t is not None for t in others)
-    # What a kernel writes though nobody asked for it.
     wanted = (True, has_targets, stats, stats, has_targets and with_other, with_other, with_other)
     outputs = [
-        logits if not computed else torch.empty_like(divergence) if t is None else t
+        divergence if not computed else torch.empty_like(divergence) if t is None else t
         for t, computed in zip((divergence, logp, entropy, logsumexp, *others), wanted, strict=True)
     ]
-    options |= dict(KIND=kind, STATS=stats, OTHER=with_other)
-    mixture, align = kind in MIXTURES, options["ALIGN"]
+    return outputs, dict(STATS=stats, OTHER=with_other)
+
+
+def _tiles(logits, other, options):
+    """(launch shape, specialisations) of a forward"""
+    align = options["ALIGN"]
     aligned = starts_aligned(logits, align) and starts_aligned(other, options["OTHER_ALIGN"])
-    shape = pair_forward_shape(gpu(logits.device), vocab, logits.element_size(), aligned, options["SOFTCAP"] or options["OTHER_SOFTCAP"])
-    tile = dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
+    capped = options["SOFTCAP"] or options["OTHER_SOFTCAP"]
+    shape = pair_forward_shape(gpu(logits.device), logits.shape[-1], logits.element_size(), aligned, capped)
+    return shape, dict(ALIGNED=aligned, BLOCK=shape.block, LANES=shape.block // align, STAGES=shape.stages, num_warps=shape.warps)
+
+
+def pair_forward(logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, out, softcap=0.0, other_softcap=0.0) -> None:
+    state = out[-1]
+    pointers, temperatures, caps, options = _common(logits, other, targets, mask, temperature, other_temperature, state, softcap, other_softcap)
+    outer, inner, vocab = logits.shape
+    rows = outer * inner
+    outputs, asked = _outputs(out, targets is not None)
+    options |= dict(KIND=kind, **asked)
+    mixture = kind in MIXTURES
+    shape, tile = _tiles(logits, other, options)
     row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, ignore_index, *caps)
     with device_of(logits):
         if shape.splits == 1:
@@ -65,6 +80,29 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
             pair_mixture_part_kernel[(rows * shape.splits,)](*pointers, parts, *row_args, beta, **of_parts, **tile)
         of_rows = {name: value for name, value in options.items() if name not in ("ALIGN", "OTHER_ALIGN")}
         pair_merge_kernel[(rows,)](*pointers, parts, *outputs, state, *row_args, beta, **of_rows, MIXTURE=mixture, num_warps=1)
+
+
+def pair_mixture_sums(logits, other, mask, temperature, other_temperature, kind, beta, state, out, softcap=0.0, other_softcap=0.0) -> None:
+    pointers, temperatures, caps, options = _common(logits, other, None, mask, temperature, other_temperature, state, softcap, other_softcap)
+    outer, inner, vocab = logits.shape
+    _shape, tile = _tiles(logits, other, options)
+    row_args = (inner, *strides(logits), *strides(other), vocab, *temperatures, 0, *caps, beta)
+    with device_of(logits):
+        pair_mixture_sums_kernel[(outer * inner,)](*pointers, state, out, *row_args, KIND=kind, **options, **tile)
+
+
+def pair_merge(parts, mask, temperature, other_temperature, kind, beta, out) -> None:
+    n_parts, rows, _width = parts.shape
+    (mask_pointer, temperatures), first, options = row_options(parts[:1], mask, temperature, parts.dtype)
+    (_, other_temperatures), second, _ = row_options(parts[:1], None, other_temperature, parts.dtype)
+    has_targets = out[1] is not None
+    outputs, asked = _outputs(out, has_targets)
+    options |= dict(KIND=kind, K=int(has_targets), P_BLOCK=triton.next_power_of_2(n_parts), **asked)
+    pointers = parts, mask_pointer, temperatures, other_temperatures, *outputs, out[-1]
+    with device_of(parts):
+        pair_parts_merge_kernel[(rows,)](
+            *pointers, n_parts, *strides(parts), first, second, beta, SAME_TEMPERATURE=_same(temperature, other_temperature), num_warps=1, **options
+        )
 
 
 def pair_backward(

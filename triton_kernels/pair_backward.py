@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .constants import (
+    ELSEWHERE,
     PAIR_KIND_REVERSE_KL,
     PAIR_KIND_SKEW_FORWARD_KL,
     PAIR_MAX,
@@ -122,7 +123,7 @@ def pair_backward_kernel(
     at_target = tl.zeros((), ACC)
     if HAS_LOGP:
         y = tl.sum(targets, axis=0)
-        c0 = tl.where((y < 0) | (y >= vocab), float("nan"), c0)
+        c0 = tl.where(((y < 0) | (y >= vocab)) & (y != ELSEWHERE), float("nan"), c0)
         shifted = tl.load(state_row + PAIR_TARGET)
         # 1 - p without cancellation: at the maximum it is rest / S0, and elsewhere p <= 1/2.
         others = tl.where(shifted == 0, rest / (1.0 + rest), 1.0 - tl.exp2(exponent(shifted, 0.0, scale)) / (1.0 + rest))

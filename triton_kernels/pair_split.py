@@ -1,7 +1,8 @@
 """Divergences of long rows, forward: SPLITS programs sum a run of whole tiles each, then one merges them.
 
 As in token_stats_split.py. Two rows at once are long at half the vocabulary. The divergences from a mixture
-sweep the parts once more, when the offset of the whole pair is known.
+sweep the parts once more, when the offset of the whole pair is known. So do the shards of a vocabulary, which
+other processes sum.
 
 A pair's parts are [PARTS, SPLITS] in the accumulation dtype: what pair_sweep returns, then the two sums of
 mixture_sweep.
@@ -10,6 +11,7 @@ mixture_sweep.
 import triton
 import triton.language as tl
 
+from .constants import PAIR_MAX, PAIR_OFFSET, PAIR_OTHER_REF, PAIR_REST, PAIR_WIDTH
 from .math import sum_scaled
 from .pair_forward import (
     balanced,
@@ -164,6 +166,46 @@ def pair_mixture_part_kernel(
     )  # fmt: skip
     tl.store(parts_row + 14 * SPLITS + part, f)
     tl.store(parts_row + 15 * SPLITS + part, g)
+
+
+@triton.jit(do_not_specialize=BATCH_SHAPE)
+def pair_mixture_sums_kernel(
+    logits_ptr, other_ptr, targets_ptr, mask_ptr, temperature_ptr, other_temperature_ptr,  # [A, B, V] twice, [N] four times
+    state_ptr, sums_ptr,  # [N, PAIR_WIDTH], [N, 2]
+    inner, stride_a, stride_b, other_stride_a, other_stride_b, vocab, temperature, other_temperature, ignore_index,
+    inverse_cap: tl.float64, other_inverse_cap: tl.float64, beta: tl.float64,
+    KIND: tl.constexpr, K: tl.constexpr, K_BLOCK: tl.constexpr, HAS_MASK: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr, SAME_TEMPERATURE: tl.constexpr, SOFTCAP: tl.constexpr, OTHER_SOFTCAP: tl.constexpr,
+    ACC: tl.constexpr, ALIGN: tl.constexpr, OTHER_ALIGN: tl.constexpr, ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr, LANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """sum p f and sum p g over some columns, from the state of whole rows."""
+    row = tl.program_id(0)
+    row_ptr = logits_ptr + row_start(row, inner, stride_a, stride_b, ALIGN if ALIGNED else 1)
+    other_row_ptr = other_ptr + row_start(row, inner, other_stride_a, other_stride_b, OTHER_ALIGN if ALIGNED else 1)
+    row = row.to(tl.int64)
+    out = sums_ptr + 2 * row
+    active, _y = row_targets(row, targets_ptr, mask_ptr, ignore_index, K, K_BLOCK, HAS_MASK)
+    if not active:
+        tl.store(out, tl.zeros((), ACC))
+        tl.store(out + 1, tl.zeros((), ACC))
+        return
+    beta = tl.full((), beta, ACC)
+    inv_t = row_inv_temperature(temperature, temperature_ptr, row, ROW_TEMPERATURE, ACC)
+    other_inv_t = row_inv_temperature(other_temperature, other_temperature_ptr, row, ROW_TEMPERATURE, ACC)
+    state_row = state_ptr + row * PAIR_WIDTH
+    m = tl.load(state_row + PAIR_MAX)
+    other_ref = tl.load(state_row + PAIR_OTHER_REF)
+    offset = tl.load(state_row + PAIR_OFFSET)
+    f, g = mixture_sweep(
+        row_ptr, other_row_ptr, 0, vocab, beta, m, other_ref, offset, inv_t, other_inv_t, other_inv_t - inv_t,
+        tl.full((), inverse_cap, ACC), tl.full((), other_inverse_cap, ACC),
+        KIND, SAME_TEMPERATURE, SOFTCAP, OTHER_SOFTCAP, ACC, ALIGNED, BLOCK, LANES, STAGES,
+    )  # fmt: skip
+    # NaN where a row is no distribution.
+    total = tl.where(offset == offset, 1.0 + tl.load(state_row + PAIR_REST), float("nan"))
+    tl.store(out, f / total)
+    tl.store(out + 1, g / total)
 
 
 @triton.jit(do_not_specialize=BATCH_SHAPE)

@@ -72,7 +72,7 @@ Two rows at once, logits and those of another policy:
 
     logits, mask, temperature, ignore_index, softcap  as above
     other              [A, B, V] as logits, in any dtype but float64; float64 beside float64 logits
-    targets            [N, 1] or None
+    targets            [N, 1] or None; ELSEWHERE as above
     other_softcap      of other; as softcap
     other_temperature  as temperature; a float where temperature is one, a tensor where it is one
     kind, beta         a `PairKind` and its parameter, see primitives/divergence.py; only the reference has
@@ -85,7 +85,22 @@ Two rows at once, logits and those of another policy:
     grads              upstream gradients (divergence, logp, entropy, logsumexp), as above
 
 Skipped rows, ignored targets and rows without upstream gradient are as above. The gradient by `other` is
-that by logits with both rows' places exchanged: primitives/divergence.py does that.
+that by logits with both rows' places exchanged: primitives/pair_rows.py does that.
+
+Both may be the same columns of whole rows, as above. Of whole rows from their parts:
+
+    pair_merge(parts, mask, temperature, other_temperature, kind, beta, out)
+    pair_mixture_sums(logits, other, mask, temperature, other_temperature, kind, beta, state, out,
+                      softcap=0.0, other_softcap=0.0)
+
+    parts        [P, N, PairPart.WIDTH], P >= 1: of each part the forward's state, and what PairPart adds.
+                 With MAX -inf nothing else of the logits counts, with OTHER_MAX -inf nothing else of other
+    kind         pair_mixture_sums: JSD or later
+    state        that of whole rows, with REF = MAX
+    out          pair_merge: as of pair_forward, with REF = MAX. Parts are added in their order. Of a mixture
+                 the divergence and both MEAN_SLOPE are not there yet
+                 pair_mixture_sums: [N, 2] contiguous, sum p f and sum p g over the columns of the part. Their
+                 sums over all parts are the divergence and MEAN_SLOPE. Zeros in skipped rows
 
 Moments of rows, and the entropy of softmax((logits - reference) / T):
 
@@ -155,7 +170,6 @@ a mass being e^u 2^mass_bits(V), rounded to an integer. Integers have one sum in
 
 One number a token, over all tokens of a batch:
 
-    covariance_sums(logp, advantages, mask) -> sums
     token_covariance(logp, advantages, mask, sums, out)
     select_bottom(values, valid, count, out)
     select_fraction(values, valid, group, fraction, minimum, least, out)
@@ -163,10 +177,10 @@ One number a token, over all tokens of a batch:
     ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out)
     kl_terms(logp, reference, mask, kind, straight_through, clamp, out)
 
-    logp, advantages, values  [N] contiguous, all float32 or all float64; N >= 1 in the first three functions
+    logp, advantages, values  [N] contiguous, all float32 or all float64; N >= 1 in the first two functions
     mask, valid, group        [N] bool contiguous; the covariance masks tokens whose logp is not finite
-    sums             [P, 3] float64: (counted tokens, sum of their logp, sum of their advantages), in P parts;
-                     token_covariance takes their total, P = 1, or None for its own
+    sums             [1, 3] float64: (counted tokens, sum of their logp, sum of their advantages), or None for
+                     those of these tokens
     count            0-d int64 on the device; bounded to [0, number of valid entries]
     out              [N]: the covariances, 0 where masked; or bool, True for the `count` smallest valid
                      values; NaN is the largest, both zeros are equal, equals are in order of their index
@@ -261,6 +275,15 @@ class PairState:
     OTHER_MEAN_SLOPE = 9
     TARGET = 10  # z[y] - MAX, NaN for y outside [0, V)
     WIDTH = 11
+
+
+class PairPart:
+    """Columns of a part of a pair, after those of PairState: the forward's results of the part."""
+
+    DIVERGENCE = PairState.WIDTH
+    OTHER_ENTROPY = DIVERGENCE + 1
+    OTHER_LOGP = DIVERGENCE + 2
+    WIDTH = DIVERGENCE + 3
 
 
 class PairKind:

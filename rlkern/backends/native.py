@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from .contract import Keep, SetKind, mass_bits
+from .reference_pair_parts import pair_merge as pair_merge
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 
@@ -132,6 +133,11 @@ def pair_forward(logits, other, targets, mask, temperature, other_temperature, i
     _cpu.pair_forward(rows, pair, dict(zip(names, results, strict=True)))
 
 
+def pair_mixture_sums(logits, other, mask, temperature, other_temperature, kind, beta, state, out, softcap=0.0, other_softcap=0.0) -> None:
+    rows = _rows(logits, None, mask, temperature, 0, state)
+    _cpu.pair_mixture_sums(rows, _pair(other, other_temperature, kind, beta, softcap, other_softcap), {"sums": out})
+
+
 def pair_backward(
     logits, other, targets, mask, temperature, other_temperature, ignore_index, kind, beta, state, grads, out, softcap=0.0, other_softcap=0.0
 ) -> None:
@@ -208,13 +214,6 @@ def kept_rows_backward(logits, row, offsets, place, temperature, state, grads, o
     call = {"n": len(place), "n_targets": place.shape[1], "logits": logits, "offsets": offsets, "place": place}
     call |= {**_temperature(temperature), "state": state, **dict(zip(names, grads, strict=True)), "out": out}
     _cpu.kept_rows_backward(_TOKEN_DTYPES[logits.dtype], call)
-
-
-def covariance_sums(logp, advantages, mask) -> Tensor:
-    sums = logp.new_empty((1, 3), dtype=torch.float64)
-    call = {"n": logp.numel(), "logp": logp, "advantages": advantages, "mask": mask, "sums": sums}
-    _cpu.covariance_sums(_TOKEN_DTYPES[logp.dtype], call)
-    return sums
 
 
 def token_covariance(logp, advantages, mask, sums, out) -> None:

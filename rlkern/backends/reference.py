@@ -19,6 +19,8 @@ from .reference_kept import kept_rows_forward as kept_rows_forward
 from .reference_kept import kept_weight_gradient as kept_weight_gradient
 from .reference_pair import pair_backward as pair_backward
 from .reference_pair import pair_forward as pair_forward
+from .reference_pair import pair_mixture_sums as pair_mixture_sums
+from .reference_pair_parts import pair_merge as pair_merge
 from .reference_parts import token_stats_kept_masses as token_stats_kept_masses
 from .reference_parts import token_stats_merge as token_stats_merge
 from .reference_rows import inverse_temperature, listed_columns, skipped_rows, soft_cap, soft_cap_slope
@@ -266,7 +268,7 @@ def did_entropy_backward(logits, reference, mask, temperature, state, grad, out)
 # --- one number a token, over all tokens of a batch ---------------------------------------------------------
 
 
-def covariance_sums(logp, advantages, mask) -> Tensor:
+def _covariance_sums(logp, advantages, mask) -> Tensor:
     logp = logp.detach()
     mask = mask & logp.isfinite()
     sums = [torch.where(mask, x, 0).sum(dtype=torch.float64) for x in (logp, advantages)]
@@ -274,7 +276,7 @@ def covariance_sums(logp, advantages, mask) -> Tensor:
 
 
 def token_covariance(logp, advantages, mask, sums, out) -> None:
-    count, *totals = (covariance_sums(logp, advantages, mask) if sums is None else sums).sum(0)
+    count, *totals = (_covariance_sums(logp, advantages, mask) if sums is None else sums).sum(0)
     mean_logp, mean_advantage = ((total / count.clamp(min=1)).to(logp.dtype) for total in totals)
     out.copy_(torch.where(mask & logp.isfinite(), (advantages - mean_advantage) * (logp.detach() - mean_logp), 0))
 

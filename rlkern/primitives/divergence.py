@@ -8,9 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends
-from ..backends.contract import PairKind, PairState
-from ..backends.gradient_memory import new_gradient
+from ..backends.contract import PairKind
 from ..checks import (
     check_choice,
     check_count,
@@ -20,30 +18,20 @@ from ..checks import (
     check_logits,
     check_mask,
     check_number,
-    check_target_range,
     check_targets,
     check_temperature,
     check_transforms,
     computing_dtype,
     expect,
-    no_group,
+    shown,
 )
-from ..layout import as_rows
-from ..operator import Operator, differentiable, values_readable
+from ..parallel import is_sharded
+from .pair_rows import REFERENCE_ONLY, PairOptions, pair_rows
+from .sharded_pairs import agreed_pairs, sharded_pair_rows
+from .sharded_stats import Columns
 
 _KINDS = {name.lower(): kind for name, kind in vars(PairKind).items() if name.isupper()}
 KINDS = tuple(_KINDS)
-_EXCHANGED = {  # the same divergence with both distributions' places exchanged, and what becomes of beta
-    PairKind.REVERSE_KL: (PairKind.FORWARD_KL, False),
-    PairKind.FORWARD_KL: (PairKind.REVERSE_KL, False),
-    PairKind.MIXED_KL: (PairKind.MIXED_KL, True),
-    PairKind.JSD: (PairKind.JSD, True),
-    PairKind.SKEW_FORWARD_KL: (PairKind.SKEW_REVERSE_KL, False),
-    PairKind.SKEW_REVERSE_KL: (PairKind.SKEW_FORWARD_KL, False),
-    PairKind.ALPHA: (PairKind.ALPHA, True),
-    PairKind.TOTAL_VARIATION: (PairKind.TOTAL_VARIATION, False),
-}
-_REFERENCE_ONLY = (PairKind.ALPHA, PairKind.TOTAL_VARIATION)  # no trainer asks for them by name
 _SMALLEST_ALPHA = 1e-3  # the divergence divides by beta (1 - beta)
 
 
@@ -57,151 +45,6 @@ class PairStats(NamedTuple):
     other_entropy: Tensor
     logsumexp: Tensor
     other_logsumexp: Tensor
-
-
-class PairOptions(NamedTuple):
-    """What is asked of every pair, as the operators take it."""
-
-    temperature: float  # 1 beside a temperature for each row
-    other_temperature: float
-    ignore_index: int
-    kind: int
-    beta: float
-    vocab: int  # so many columns count
-    with_stats: bool  # the entropy and all that is the other's
-    other_grad: bool
-    softcap: float = 0.0  # as in contract.py
-    other_softcap: float = 0.0
-
-
-N_OPTIONS = len(PairOptions._fields)
-
-
-def new_pair_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
-    """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp, state)"""
-    o, rows = PairOptions(*options), logits.shape[:-1]
-
-    def new(wanted=True, *columns):
-        return logits.new_empty((*rows, *columns), dtype=computing_dtype(logits)) if wanted else None
-
-    logp, with_other = o.with_stats and targets is not None, o.with_stats or o.other_grad
-    return new(), new(logp), new(o.with_stats), new(o.with_stats), new(logp), new(o.with_stats), new(with_other), new(True, PairState.WIDTH)
-
-
-def _backend(device: torch.device, kind: int):
-    return backends.reference if kind in _REFERENCE_ONLY else backends.select(device)
-
-
-def _for_backend(logits, targets, mask, row_temperature, other_row_temperature, temperature, other_temperature):
-    """Targets [N, 1], mask and temperatures [N] as the backends want them; copied if need be."""
-    dtype, n = computing_dtype(logits), math.prod(logits.shape[:-1])
-    targets = None if targets is None else targets.contiguous().view(-1, 1)
-    mask = None if mask is None else mask.contiguous().view(-1)
-    if row_temperature is None and other_row_temperature is None:
-        return targets, mask, temperature, other_temperature
-    pairs = ((row_temperature, temperature), (other_row_temperature, other_temperature))
-    return (
-        targets,
-        mask,
-        *(logits.new_full((n,), number, dtype=dtype) if rows is None else rows.to(dtype).contiguous().view(-1) for rows, number in pairs),
-    )
-
-
-def compute_pair(logits, other, targets, mask, row_temperature, other_row_temperature, *options):
-    """The results of new_pair_results, computed."""
-    o = PairOptions(*options)
-    out = new_pair_results(logits, other, targets, mask, row_temperature, other_row_temperature, *options)
-    if out[0].numel() == 0:
-        return out
-    backend = _backend(logits.device, o.kind)
-    y, mask, t, other_t = _for_backend(logits, targets, mask, row_temperature, other_row_temperature, o.temperature, o.other_temperature)
-    if y is not None and not backend.CHECKS_TARGETS and values_readable(logits):
-        check_target_range(y, mask, o.ignore_index, o.vocab)
-    z, w = (as_rows(x)[..., : o.vocab] for x in (logits, other))
-    backend.pair_forward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, out, o.softcap, o.other_softcap)
-    return out
-
-
-def write_pair_gradient(out, logits, other, targets, mask, row_temperature, other_row_temperature, *args) -> None:
-    """The gradient by the logits into out, which may be the logits."""
-    o, (state, *grads) = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS : N_OPTIONS + 5]
-    rows, rows_of_out = as_rows(logits), as_rows(out)
-    rows_of_out[..., o.vocab :].zero_()
-    if state.numel() == 0:
-        return
-    y, mask, t, other_t = _for_backend(logits, targets, mask, row_temperature, other_row_temperature, o.temperature, o.other_temperature)
-    upstream = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
-    z, w, dz = (x[..., : o.vocab] for x in (rows, as_rows(other), rows_of_out))
-    backend, caps = _backend(logits.device, o.kind), (o.softcap, o.other_softcap)
-    backend.pair_backward(z, w, y, mask, t, other_t, o.ignore_index, o.kind, o.beta, state, upstream, dz, *caps)
-
-
-def exchange_pair(logits, other, targets, mask, row_temperature, other_row_temperature, *args):
-    """The arguments of write_pair_gradient for the divergence's gradient by `other`."""
-    o, state, g_divergence = PairOptions(*args[:N_OPTIONS]), args[N_OPTIONS], args[N_OPTIONS + 1]
-    kind, complement = _EXCHANGED[o.kind]
-    options = o._replace(temperature=o.other_temperature, other_temperature=o.temperature, softcap=o.other_softcap, other_softcap=o.softcap)
-    options = options._replace(kind=kind, beta=1 - o.beta if complement else o.beta)
-    s = state.unbind(-1)
-    mean_slope = s[PairState.OTHER_MEAN_SLOPE]
-    if kind == PairKind.SKEW_FORWARD_KL:
-        mean_slope = mean_slope.clamp(min=0)  # not below 0 by rounding: of this kind the sign says something
-    columns = torch.zeros_like(state)
-    for to, column in (
-        (PairState.MAX, s[PairState.OTHER_MAX]),
-        (PairState.REST, s[PairState.OTHER_REST]),
-        (PairState.REF, s[PairState.OTHER_REF]),
-        (PairState.OTHER_REF, s[PairState.REF]),
-        (PairState.OFFSET, -s[PairState.OFFSET]),
-        (PairState.MEAN_SLOPE, mean_slope),
-    ):
-        columns[..., to] = column
-    if targets is not None:  # they only tell which rows are skipped
-        ignored = targets == o.ignore_index
-        mask = ~ignored if mask is None else mask & ~ignored
-    return other, logits, None, mask, other_row_temperature, row_temperature, *options, columns, g_divergence, None, None, None
-
-
-def _backward(logits, other, *args):
-    *args, wanted = args
-    by_logits = by_other = None
-    if wanted[0]:
-        by_logits = new_gradient(logits)
-        write_pair_gradient(by_logits, logits, other, *args)
-    if wanted[1]:
-        by_other = new_gradient(other)
-        if args[4 + N_OPTIONS + 1] is None:  # no gradient by the divergence
-            by_other.zero_()
-        else:
-            write_pair_gradient(by_other, *exchange_pair(logits, other, *args))
-    return by_logits, by_other
-
-
-PAIR_ROWS = "Tensor? targets, Tensor? mask, Tensor? row_temperature, Tensor? other_row_temperature"
-PAIR_OPTIONS = "float temperature, float other_temperature, int ignore_index, int kind, float beta, SymInt vocab, bool with_stats, bool other_grad"
-PAIR_OPTIONS += ", float softcap, float other_softcap"
-PAIR_GRADIENTS = "Tensor state, Tensor? g_divergence, Tensor? g_logp, Tensor? g_entropy, Tensor? g_logsumexp"
-PAIR_RESULTS = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-_pair_stats = differentiable(
-    Operator(f"pair_stats(Tensor logits, Tensor other, {PAIR_ROWS}, {PAIR_OPTIONS}) -> {PAIR_RESULTS}", compute_pair, new_pair_results),
-    Operator(
-        f"pair_stats_backward(Tensor logits, Tensor other, {PAIR_ROWS}, {PAIR_OPTIONS}, {PAIR_GRADIENTS}, bool[] wanted) -> (Tensor, Tensor)",
-        run=_backward,
-        fake=lambda logits, other, *args: tuple(new_gradient(x) if wanted else None for x, wanted in zip((logits, other), args[-1], strict=True)),
-    ),
-    outputs=4,
-    constants=3,
-    wrt=2,
-    instead="use rlkern.reference.token_divergence",
-    overwrite=Operator(
-        f"pair_stats_backward_(Tensor(a!) logits, Tensor other, {PAIR_ROWS}, {PAIR_OPTIONS}, {PAIR_GRADIENTS}) -> ()",
-        run=lambda logits, *args: write_pair_gradient(logits, logits, *args),
-        fake=lambda *args: None,
-    ),
-)
-
-
-# --- public -------------------------------------------------------------------------------------------------
 
 
 def check_beta(kind: str, beta: float) -> float:
@@ -250,7 +93,6 @@ def pair_options(
     mask: Tensor | None,
     vocab: int | None,
     other_grad: bool,
-    group: Any,
     ignore_index: int,
     with_stats: bool,
     logit_scale: float,
@@ -262,7 +104,6 @@ def pair_options(
 
     of: the name of `logits`, whose leading dimensions are the rows. widths, counted: see `_check_vocab`.
     """
-    no_group(group)
     check_choice("kind", kind, KINDS)
     beta = check_beta(kind, beta)
     check_flags(other_grad=other_grad)
@@ -291,26 +132,54 @@ def pair_options(
 
 
 def _pair(
+    function: str,
     logits: Tensor,
     other: Tensor,
     targets: Tensor | None,
     *,
+    at: Columns,
+    vocab: int | None,
     inplace_backward: bool,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp)"""
-    check_logits(logits)
-    check_logits(other, "other")
-    expect("other", other, "float", "[..., V]", shape=(*logits.shape[:-1], other.shape[-1]), like=("logits", logits))
-    check_flags(inplace_backward=inplace_backward)
-    if inplace_backward:
-        check_inplace(logits)
-    widths = {"logits": logits.shape[-1], "other": other.shape[-1]}
-    *by_row, o = pair_options(logits, targets, of="logits", widths=widths, counted="columns", **options)
+    sharded = is_sharded(*at)
+
+    def checked() -> tuple:
+        least = 1 if at.group is None else 0
+        check_logits(logits, least=least)
+        check_logits(other, "other", least)
+        expect("other", other, "float", "[..., V]", shape=(*logits.shape[:-1], other.shape[-1]), like=("logits", logits))
+        check_flags(inplace_backward=inplace_backward)
+        if inplace_backward:
+            check_inplace(logits)
+        widths = {"logits": logits.shape[-1], "other": other.shape[-1]}
+        if sharded:
+            _check_shard(widths, vocab)
+        *by_row, o = pair_options(logits, targets, of="logits", widths=widths, counted="columns", vocab=vocab, **options)
+        if not sharded:
+            return *by_row, o
+        if o.kind in REFERENCE_ONLY:
+            raise ValueError(f"kind={options['kind']!r} takes no group, vocab_start, vocab_size or segments: expected another kind")
+        return *by_row, o._replace(vocab=0)  # the ranks will say
+
+    if sharded:
+        shard, (*by_row, o) = agreed_pairs(function, logits, other, options["kind"], at, checked)
+    else:
+        *by_row, o = checked()
     if (logits.dtype == torch.float64) != (other.dtype == torch.float64):
         other = other.to(computing_dtype(logits))
     other = other if o.other_grad else other.detach()
-    return _pair_stats(logits, other, *by_row, *o, in_place=bool(inplace_backward))
+    if sharded:
+        return sharded_pair_rows(shard, logits, other, *by_row, o, in_place=bool(inplace_backward))
+    return pair_rows(logits, other, *by_row, *o, in_place=bool(inplace_backward))
+
+
+def _check_shard(widths: dict[str, int], vocab: int | None) -> None:
+    if vocab is not None:
+        raise ValueError(f"vocab is for whole rows: with group, vocab_start, vocab_size or segments give vocab_size alone, got vocab={shown(vocab)}")
+    if len(set(widths.values())) > 1:
+        raise ValueError(f"logits and other must hold the same columns, got {widths['logits']} and {widths['other']}")
 
 
 def token_divergence(
@@ -329,7 +198,10 @@ def token_divergence(
     vocab: int | None = None,
     other_grad: bool = False,
     inplace_backward: bool = False,
-    group=None,
+    group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    segments: int | None = None,
 ) -> Tensor:
     """Full-vocabulary divergence by row of p = softmax(logits / temperature), the student or policy, and
     q = softmax(other / other_temperature), the teacher or reference:
@@ -372,7 +244,10 @@ def token_divergence(
         other_grad: whether `other` takes a gradient too; not for "cross_entropy". Without it `other` is
             used detached.
         inplace_backward: write the gradient over the logits, as in `token_stats`.
-        group: reserved for vocabulary-parallel logits; must be None.
+        group, vocab_start, vocab_size, segments: columns of the rows on several ranks, as in `token_stats`.
+            `other` is cut like the logits. The forward is one gather of 14 numbers a row, of a mixture one
+            more of 2, the backward none. vocab_size takes the place of vocab. Not for "alpha" and
+            "total_variation".
 
     Returns:
         [...] in float32 (float64 for float64 logits), freshly allocated. Weights, clamps and a factor
@@ -384,9 +259,11 @@ def token_divergence(
         -inf is NaN.
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes, devices or options other than the above.
+        TypeError, ValueError: for dtypes, shapes, devices or options other than the above; over a group as
+            `token_stats`.
     """
     return _pair(
+        "token_divergence",
         logits,
         other,
         None,
@@ -402,7 +279,7 @@ def token_divergence(
         vocab=vocab,
         other_grad=other_grad,
         inplace_backward=inplace_backward,
-        group=group,
+        at=Columns(group, vocab_start, vocab_size, segments),
         ignore_index=-100,
         with_stats=False,
     )[0]  # type: ignore[return-value]
@@ -425,7 +302,10 @@ def pair_stats(
     vocab: int | None = None,
     other_grad: bool = False,
     inplace_backward: bool = False,
-    group=None,
+    group: Any = None,
+    vocab_start: int | None = None,
+    vocab_size: int | None = None,
+    segments: int | None = None,
     ignore_index: int = -100,
 ) -> PairStats:
     """`token_divergence` with the log-probabilities and entropies of both rows, from one read of each.
@@ -450,6 +330,7 @@ def pair_stats(
         IndexError: for a target outside the vocabulary, as in `token_stats`.
     """
     divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp = _pair(
+        "pair_stats",
         logits,
         other,
         targets,
@@ -465,7 +346,7 @@ def pair_stats(
         vocab=vocab,
         other_grad=other_grad,
         inplace_backward=inplace_backward,
-        group=group,
+        at=Columns(group, vocab_start, vocab_size, segments),
         ignore_index=ignore_index,
         with_stats=True,
     )

@@ -15,18 +15,17 @@ from torch import Tensor
 
 from ..checks import check_count, check_target_range, computing_dtype, expect
 from ..operator import Operator, differentiable, values_readable
-from .divergence import (
+from .divergence import PairStats, pair_options
+from .pair_rows import (
     N_OPTIONS,
     PAIR_GRADIENTS,
     PAIR_OPTIONS,
     PAIR_RESULTS,
     PAIR_ROWS,
     PairOptions,
-    PairStats,
     compute_pair,
     exchange_pair,
     new_pair_results,
-    pair_options,
     write_pair_gradient,
 )
 from .plans import check_workspace
@@ -154,9 +153,12 @@ def _linear_pair(
     other_bias: Tensor | None,
     workspace: int | None,
     chunk_rows: int | None,
+    group: Any,
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp)"""
+    if group is not None:
+        raise ValueError("group: not of hidden states in this version, expected None; pair_stats and token_divergence take one with the logits")
     hidden, weight, bias = autocast(hidden, weight, bias)
     other_hidden, other_weight, other_bias = autocast(other_hidden, other_weight, other_bias)
     check_matrix(hidden, weight, bias)
@@ -221,7 +223,7 @@ def linear_token_divergence(
         chunk_rows: rows at a time instead: nothing is kept, and gradients of weight and bias are summed over
             the chunks in float32.
         kind, beta, temperature, other_temperature, logit_scale, softcap, other_logit_scale, other_softcap,
-            mask, vocab, group: as in `token_divergence`, for the rows of hidden. On a CPU masked rows are
+            mask, vocab: as in `token_divergence`, for the rows of hidden. On a CPU masked rows are
             left out of the products too.
 
     Returns:

@@ -40,8 +40,8 @@ def _split(args: Any) -> tuple[Options, _Ranks, Any]:
 def all_parts(parts: Tensor, group_name: str, ranks: int, *of_rows: Tensor | None) -> Tensor:
     """[P, ..., W] of this rank -> [ranks * P, ..., W].
 
-    of_rows: (targets, mask, row_temperature), which RLKERN_DEBUG=1 compares. Where they are not the same on
-    all ranks that is an error, on a GPU NaN in that row.
+    of_rows: targets, mask and temperatures, which RLKERN_DEBUG=1 compares. Where they are not the same on all
+    ranks that is an error, on a GPU NaN in that row.
     """
     if ranks == 1:
         return parts
@@ -50,13 +50,14 @@ def all_parts(parts: Tensor, group_name: str, ranks: int, *of_rows: Tensor | Non
     return gather(parts, group_name, ranks).flatten(0, 1)
 
 
-def _digest(parts: Tensor, targets: Tensor | None, mask: Tensor | None, row_temperature: Tensor | None) -> Tensor:
+def _digest(parts: Tensor, *of_rows: Tensor | None) -> Tensor:
     """[...] a number below 2^24 for each row, of all that must be the same on every rank."""
     rows = parts.shape[1:-1]
     digest = torch.zeros(rows, dtype=torch.int64, device=parts.device)
-    for x in (targets, mask, None if row_temperature is None else row_temperature.double().view(torch.int64)):
+    for x in of_rows:
         if x is not None:
-            for column in x.reshape(*rows, -1).unbind(-1):
+            whole = x.double().view(torch.int64) if x.is_floating_point() else x
+            for column in whole.reshape(*rows, -1).unbind(-1):
                 digest = (digest * 1000003 + column + 1) * 0x5851F42D4C957F2D
                 digest = digest ^ (digest >> 33)
     return (digest & 0xFFFFFF).to(parts.dtype)
@@ -124,14 +125,65 @@ def _target_span(targets: Tensor | None, mask: Tensor | None, ignore_index: int,
     return int(least), int(most)
 
 
+def new_payload(logits: Any, width: int, segments: Any, ranks: int) -> Tensor:
+    """What a rank sends of the rows of logits: [P, ..., width]."""
+    parts = segments // ranks if isinstance(segments, int) and segments else 1
+    return logits.new_empty(parts, *logits.shape[:-1], width, dtype=computing_dtype(logits))
+
+
 def part_payloads(logits: Any, targets: Any, second: bool, segments: Any, ranks: int) -> list[Tensor]:
     """What a call on these would send, as far as they say."""
     if not isinstance(logits, Tensor) or logits.dim() == 0 or not (targets is None or isinstance(targets, Tensor)):
         return []
-    parts = segments // ranks if isinstance(segments, int) and segments else 1
     n_targets = 0 if targets is None else 1 if targets.dim() < logits.dim() else targets.shape[-1]
     widths = (State.TARGETS + n_targets, 2) if second else (State.TARGETS + n_targets,)
-    return [logits.new_empty(parts, *logits.shape[:-1], width, dtype=computing_dtype(logits)) for width in widths]
+    return [new_payload(logits, width, segments, ranks) for width in widths]
+
+
+def agreed_rows(
+    function: str,
+    logits: Tensor,
+    at: Columns,
+    check: Callable[[], tuple],
+    payloads: Callable[[int], list[Tensor]],
+    *,
+    columns: Callable[[], int] | None = None,
+    options: Sequence[Any] = (),
+    largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
+) -> tuple[Shard, tuple]:
+    """(this rank's columns, the checked rows), once all ranks agree. Every rank raises if one does.
+
+    Args:
+        logits: [..., columns], or hidden states whose rows these are.
+        check: returns (targets, mask, ..., what is asked of every row), or raises.
+        payloads: returns what a call among so many ranks sends.
+        columns: how many this rank holds; None: those of logits. Called after the check.
+        options: what else must be the same on all ranks.
+        largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index).
+            Called after the check, where the host may read. IndexError for one outside the vocabulary.
+    """
+    with Meeting(function, at.group, logits) as meeting:
+        meeting.would_send(lambda: payloads(meeting.ranks))
+        rows = check()
+        y, mask, *_, o = rows
+        held = logits.shape[-1] if columns is None else columns()
+        check_sizes(held, meeting.ranks, at.vocab_start, at.vocab_size, at.segments)
+        if meeting.exchanges:
+            n_targets = -1 if y is None else 0 if y.dim() < logits.dim() else y.shape[-1]
+            asked = (*o, at.segments, *(x is None for x in rows[1:-1]), *options)
+            meeting.about(rows=logits.shape[:-1].numel(), targets=n_targets, dtype=logits.dtype, options=asked)
+            lowest, highest = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
+            largest = highest if largest_id is None else largest_id(y, mask, o.ignore_index)
+            meeting.covers(held, at.vocab_start, at.vocab_size, lowest, max(highest, largest))
+    shard = shard_of(meeting, held, at.vocab_start, at.vocab_size, at.segments)
+    out_of_range = refusing_targets(meeting, shard.vocab)
+    if out_of_range:
+        if dist.get_rank(at.group) in out_of_range:
+            y = y.reshape(logits.shape[:-1].numel(), -1)
+            check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, shard.vocab)
+            raise IndexError(f"keep holds the id {largest}, out of range for {shard.vocab} logits")
+        refuse(meeting, out_of_range)
+    return shard, rows
 
 
 def agreed_shard(
@@ -147,40 +199,20 @@ def agreed_shard(
     largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
     payloads: Callable[[], list[Tensor]] | None = None,
 ) -> tuple[Shard, tuple]:
-    """(this rank's columns, the checked rows), once all ranks agree. Every rank raises if one does.
+    """`agreed_rows` of `token_stats`. check returns (targets, mask, row_temperature, `Options`), or raises.
 
     Args:
-        logits: [..., columns], or hidden states whose rows these are.
-        check: returns (targets, mask, row_temperature, `Options`), or raises.
-        columns: how many this rank holds; None: those of logits. Called after the check.
         second: whether there is a second gather.
-        options: what else must be the same on all ranks.
-        largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index).
-            Called after the check, where the host may read. IndexError for one outside the vocabulary.
-        payloads: of the call's gathers, see `Meeting.would_send`; None: the parts of rows.
+        payloads: returns what the call sends; None: the parts of rows.
+        others: as in `agreed_rows`.
     """
-    with Meeting(function, at.group, logits) as meeting:
-        meeting.would_send(payloads or (lambda: part_payloads(logits, targets, second, at.segments, meeting.ranks)))
-        rows = check()
-        y, mask, row_temperature, o = rows
-        held = logits.shape[-1] if columns is None else columns()
-        check_sizes(held, meeting.ranks, at.vocab_start, at.vocab_size, at.segments)
-        if meeting.exchanges:
-            n_targets = -1 if y is None else 0 if y.dim() < logits.dim() else y.shape[-1]
-            asked = (*o, at.segments, mask is None, row_temperature is None, *options)
-            meeting.about(rows=logits.shape[:-1].numel(), targets=n_targets, dtype=logits.dtype, options=asked)
-            lowest, highest = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
-            largest = highest if largest_id is None else largest_id(y, mask, o.ignore_index)
-            meeting.covers(held, at.vocab_start, at.vocab_size, lowest, max(highest, largest))
-    shard = shard_of(meeting, held, at.vocab_start, at.vocab_size, at.segments)
-    out_of_range = refusing_targets(meeting, shard.vocab)
-    if out_of_range:
-        if dist.get_rank(at.group) in out_of_range:
-            y = y.reshape(logits.shape[:-1].numel(), -1)
-            check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, shard.vocab)
-            raise IndexError(f"keep holds the id {largest}, out of range for {shard.vocab} logits")
-        refuse(meeting, out_of_range)
-    return shard, (*rows[:3], o._replace(vocab_start=shard.start, vocab_size=shard.vocab))
+
+    def sends(ranks: int) -> list[Tensor]:
+        return part_payloads(logits, targets, second, at.segments, ranks) if payloads is None else payloads()
+
+    given = {"columns": columns, "options": options, "largest_id": largest_id}
+    shard, (*by_row, o) = agreed_rows(function, logits, at, check, sends, **given)  # type: ignore[arg-type]
+    return shard, (*by_row, o._replace(vocab_start=shard.start, vocab_size=shard.vocab))
 
 
 def sharded_row_stats(shard: Shard, logits: Tensor, *rows: Any, in_place: bool = False) -> tuple:
