@@ -40,14 +40,12 @@ def build_local_sampling_mask(
             ids[offsets[r] : offsets[r + 1]].
         response_indices: R response tokens, which the rows of logits predict; none twice.
         response_length: tokens of the response.
-        tp_rank: 0.
+        tp_rank: miles', not needed here: the lists are of ids of the whole vocabulary.
 
     Raises:
-        ValueError: tp_rank is not 0; numbers that do not fit one another.
+        ValueError: numbers that do not fit one another.
         TypeError, ValueError, IndexError: as `Kept.csr`.
     """
-    if tp_rank != 0:
-        raise ValueError(f"tp_rank must be 0, for logits of the whole vocabulary, got {tp_rank}")
     ids = torch.as_tensor(sampling_mask_ids, dtype=torch.int32, device=logits.device)
     offsets, rows = (torch.as_tensor(x, device=logits.device) for x in (sampling_mask_offsets, response_indices))
     if len(offsets) != response_length + 1:

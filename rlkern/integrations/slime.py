@@ -1,6 +1,6 @@
 """slime: log-probabilities over the nucleus that its rollouts send, by slime's names and arguments.
 
-    patch = rlkern.integrations.slime.patch()     # in every process that trains; tensor parallel size 1
+    patch = rlkern.integrations.slime.patch()     # in every process that trains
     patch.undo()                                  # or: with rlkern.integrations.slime.patch(): ...
 
 slime has no releases to go by: `patch` checks the signatures that it replaces. See docs/trainers/slime.md.
@@ -42,31 +42,29 @@ def calculate_log_probs_and_entropy(
         with_entropy_grad: False: the entropy has no gradient.
         chunk_size: slime's, not needed here.
         tp_group: whose ranks hold the vocabulary in order; None: the default group if there is one, as in
-            slime. With several ranks a mask is of this rank's columns.
+            slime. With several ranks a mask is of this rank's columns, and a `Kept` has lists, of ids of the
+            whole vocabulary.
 
     Raises:
-        ValueError: a `Kept` beside several ranks.
         TypeError, ValueError, IndexError: as `rlkern.token_stats`.
     """
     group, keep = group_or_default(tp_group), log_prob_keep_mask
-    if keep is None:
-        stats = primitives.token_stats(logits, tokens, with_entropy=bool(with_entropy), group=group)
-        logp = stats.logp
-        entropy: Tensor | None = stats.entropy
-    elif world(group) == 1:
-        stats = primitives.token_stats(logits, tokens, with_entropy=False, keep=keep, with_full=bool(with_entropy))
-        logp, entropy = stats.logp, stats.full_entropy
-    else:
+    full = bool(with_entropy) and keep is not None
+    entropy: Tensor | None = None
+    if isinstance(keep, Tensor) and world(group) > 1:
         logp = primitives.token_logprobs(_only_kept(logits, tokens, keep, group), tokens, group=group)
-        entropy = primitives.entropy_from_logits(logits, group=group) if with_entropy else None
+        if with_entropy:
+            entropy = primitives.entropy_from_logits(logits, group=group)
+    else:
+        options: dict[str, Any] = {"with_entropy": bool(with_entropy) and not full, "with_full": full}
+        stats = primitives.token_stats(logits, tokens, keep=keep, group=group, **options)
+        logp, entropy = stats.logp, stats.full_entropy if full else stats.entropy
     logp = logp.unsqueeze(-1) if len(logits) > 0 else logp  # slime's shape
     return logp, entropy if with_entropy_grad or entropy is None else entropy.detach()
 
 
-def _only_kept(logits: Tensor, tokens: Tensor, mask: Kept | Tensor, group: Any) -> Tensor:
+def _only_kept(logits: Tensor, tokens: Tensor, mask: Tensor, group: Any) -> Tensor:
     """This rank's columns with -inf where neither the mask nor a token of theirs is."""
-    if not isinstance(mask, Tensor):
-        raise ValueError(f"log_prob_keep_mask must be a bool tensor of this rank's columns beside several ranks, got {type(mask).__name__}")
     if mask.shape != logits.shape:
         raise ValueError(f"log_prob_keep_mask must have the shape of this rank's logits, {tuple(logits.shape)}, got {tuple(mask.shape)}")
     own = tokens - vocab_range(logits.shape[-1], group)[0]

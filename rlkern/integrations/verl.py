@@ -357,7 +357,7 @@ def linear_cross_entropy(
 
         return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
     rows, logits_dtype = hidden.reshape(-1, hidden.shape[-1]), computing_dtype(hidden)
-    options = {"temperature": temperature, "logits_dtype": logits_dtype, "group": dist_process_group, "hidden_grad": "partial"}
+    options: dict[str, Any] = {"temperature": temperature, "logits_dtype": logits_dtype, "group": dist_process_group, "hidden_grad": "partial"}
     stats = primitives.linear_token_stats(rows, weight, labels.reshape(-1), **options)
     return stats.logp, stats.entropy
 

@@ -1,6 +1,7 @@
 """Trainers' functions of vocabulary-parallel logits, on two gloo ranks, against formulas of whole rows."""
 
 import contextlib
+import functools
 import math
 import re
 import sys
@@ -74,6 +75,29 @@ def topk(ids):
     return torch.stack([ids, (ids + 9) % V, with_oov(ids)], -1)
 
 
+def csr(keep):
+    """Ids and offsets of each row's set."""
+    sets = rows(keep)
+    return sets.nonzero()[:, 1], torch.cat([torch.zeros(1, dtype=torch.int64), sets.sum(-1).cumsum(0)])
+
+
+def lists(keep):
+    return rlkern.Kept.csr(*csr(keep))
+
+
+def miles_lists(x, keep, tp_rank):
+    n = len(x)
+    return miles.build_local_sampling_mask(x, *csr(keep), torch.arange(n), response_length=n, tp_rank=tp_rank)
+
+
+def skyrl_scores(x, ids, group, start, **head):
+    values, offsets = csr(draw()[2])
+    support = SimpleNamespace(values=values, row_lengths=offsets.diff())
+    at = {"vocab_start_index": start, "vocab_end_index": start + 7, "tp_group": group}
+    options = {"compute_entropy": True, "entropy_requires_grad": True, **head}
+    return skyrl.sample_support_csr_scores(x, ids, support, torch.arange(len(ids)), **at, **options)[:2]
+
+
 def sharded(columns, group):
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
@@ -104,6 +128,13 @@ CALLS = {
     "slime kept": lambda x, ids, keep, group, start: slime.calculate_log_probs_and_entropy(
         rows(x), rows(ids), group, True, 2, own_columns(keep, start, x)
     ),
+    "slime, lists": lambda x, ids, keep, group, start: slime.calculate_log_probs_and_entropy(
+        rows(x), rows(ids), group, True, log_prob_keep_mask=lists(keep)
+    ),
+    "miles, lists": lambda x, ids, keep, group, start: miles.calculate_log_probs_and_entropy(
+        rows(x), rows(ids), group, True, sampling_mask=miles_lists(rows(x), keep, start // 7)
+    ),
+    "skyrl, lists": lambda x, ids, keep, group, start: skyrl_scores(rows(x), rows(ids), group, start),
     "slime kept, no entropy gradient": lambda x, ids, keep, group, start: slime.calculate_log_probs_and_entropy(
         rows(x), rows(ids), group, True, log_prob_keep_mask=own_columns(keep, start, x), with_entropy_grad=False
     ),
@@ -154,8 +185,12 @@ def summing_logp_of(x, ids):
     return torch.where(ids < V, logp_of(x, ids.clamp(max=V - 1)), lse.detach() - lse)
 
 
+def kept_of(x, ids, keep):
+    return x.masked_fill(~(keep | one_hot(ids, V).bool()), -math.inf)
+
+
 def kept_logp_of(x, ids, keep):
-    return logp_of(x.masked_fill(~(keep | one_hot(ids, V).bool()), -math.inf), ids)
+    return logp_of(kept_of(x, ids, keep), ids)
 
 
 def smoothed_of(x, ids, smoothing):
@@ -177,6 +212,9 @@ EXPECTED = {
     "verl": lambda x, ids, keep: (logp_of(x, ids), entropy_of(x), entropy_of(x), x.softmax(-1).square().sum(-1)),
     "slime": lambda x, ids, keep: (rows(logp_of(x, ids)).unsqueeze(-1), rows(entropy_of(x))),
     "slime kept": lambda x, ids, keep: (rows(kept_logp_of(x, ids, keep)).unsqueeze(-1), rows(entropy_of(x))),
+    "slime, lists": lambda x, ids, keep: (rows(kept_logp_of(x, ids, keep)).unsqueeze(-1), rows(entropy_of(x))),
+    "miles, lists": lambda x, ids, keep: (rows(kept_logp_of(x, ids, keep)).unsqueeze(-1), rows(entropy_of(x))),
+    "skyrl, lists": lambda x, ids, keep: (rows(kept_logp_of(x, ids, keep)), rows(entropy_of(kept_of(x, ids, keep)))),
     "slime kept, no entropy gradient": lambda x, ids, keep: (rows(kept_logp_of(x, ids, keep)).unsqueeze(-1), rows(entropy_of(x)).detach()),
     "miles": lambda x, ids, keep: (rows(logp_of(x, ids)).unsqueeze(-1), rows(entropy_of(x))),
     "nemo_rl": lambda x, ids, keep: (summing_logp_of(x, with_oov(ids)), logp_of(x, ids), -entropy_of(x)),
@@ -240,21 +278,30 @@ def test_on_two_ranks(dtype):
             assert torch.equal(a, b), f"{name} differs between the ranks"
 
 
-def verl_head(group, rank):
+def heads(group, rank):
     g = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(shape, generator=g, dtype=torch.float64).requires_grad_() for shape in ((B, S, 5), (V, 5)))
     shard = weight[rank * 7 : rank * 7 + 7]
-    results, gradient = with_gradient(hidden, verl.linear_cross_entropy(hidden, shard, draw()[1], T, "none", group))
-    exact, whole = with_gradient(hidden, [rows(f(hidden @ weight.T / T)) for f in (lambda x: logp_of(x, draw()[1]), entropy_of)])
-    torch.testing.assert_close(results, exact, rtol=1e-10, atol=1e-10)
-    return gradient, whole
+    _, ids, keep = draw()
+    head = {"lm_head_weight": shard, "temperature": T}
+    found = []
+    for call, over in (
+        (lambda: verl.linear_cross_entropy(hidden, shard, ids, T, "none", group), lambda x: x),
+        (lambda: skyrl_scores(rows(hidden), rows(ids), group, rank * 7, **head), lambda x: kept_of(x, ids, keep)),
+    ):
+        results, gradient = with_gradient(hidden, call())
+        x = over(hidden @ weight.T / T)
+        exact, whole = with_gradient(hidden, [rows(logp_of(x, ids)), rows(entropy_of(x))])
+        torch.testing.assert_close(list(results), exact, rtol=1e-10, atol=1e-10)
+        found.append((gradient, whole))
+    return found
 
 
-def test_verls_head():
-    """The gradient of hidden is a share of the sum, as in verl."""
-    (first, whole), (second, _) = on_ranks(2, verl_head)
-    torch.testing.assert_close(first + second, whole, rtol=1e-10, atol=1e-10)
-    assert (first - whole).abs().max() > 0.1
+def test_heads():
+    """verl's and SkyRL's: the gradient of hidden is a share of the sum, as there."""
+    for (first, whole), (second, _) in zip(*on_ranks(2, heads), strict=True):
+        torch.testing.assert_close(first + second, whole, rtol=1e-10, atol=1e-10)
+        assert (first - whole).abs().max() > 0.1
 
 
 def edges(group, rank):
@@ -277,7 +324,7 @@ def test_edges():
 
 def wrong(group, rank, name):
     whole, ids, keep = draw()
-    shard, sets = whole[..., rank * 7 : rank * 7 + 7], rlkern.Kept.ids(torch.zeros(B * S, 2, dtype=torch.int64))
+    shard, sets = whole[..., rank * 7 : rank * 7 + 7], rlkern.Kept.at_least(torch.zeros(B * S))
     calls = {
         "a target beyond": lambda: megatron.vocab_parallel_cross_entropy(shard, with_oov(ids), 0.0, group),
         "a target in the padding": lambda: megatron.vocab_parallel_cross_entropy(shard, ids, 0.0, group, vocab_size=12),
@@ -303,7 +350,7 @@ def wrong(group, rank, name):
         ("mask", ValueError, r"log_prob_keep_mask must have the shape of this rank's logits, \(6, 7\), got \(6, 14\)"),
         ("sampling", ValueError, "tp_group: vocabulary-parallel logits are not supported"),
         ("start", ValueError, "columns must follow one another, but they overlap at 0"),
-        ("sets", ValueError, "log_prob_keep_mask must be a bool tensor of this rank's columns"),
+        ("sets", TypeError, "keep must be made by Kept.ids"),
     ],
 )
 def test_errors(name, kind, message):
@@ -319,7 +366,7 @@ def test_without_megatron():
     for call in (megatron.patch, lambda: megatron.vocab_parallel_cross_entropy(*draw()[:2])):
         with pytest.raises(ImportError, match="megatron-core.*no module megatron"):
             call()
-    for trainer in (areal, nemo_rl, skyrl):
+    for trainer in (areal, nemo_rl, skyrl, miles):
         with pytest.raises(ImportError, match=r"patch needs .*github\.com.*no module"):
             trainer.patch()
 
@@ -359,6 +406,7 @@ def test_patching_the_others():
     for trainer, name, function in (
         (areal, "areal__utils__functional__vocab_parallel", "gather_logprobs"),
         (nemo_rl, "nemo_rl__distributed__model_utils", "ChunkedDistributedEntropy"),
+        (miles, "miles__backends__training_utils__loss_hub__math_utils", "calculate_log_probs_and_entropy"),
         (skyrl, "skyrl__backends__skyrl_train__distributed__megatron__model_utils", "DistributedLogprob"),
     ):
         ours = {n: getattr(trainer, n) for n in trainer.__all__}
@@ -398,8 +446,7 @@ def _copy(function):
     """Another object with the same arguments."""
     if isinstance(function, type):
         return type(function.__name__, (), {"apply": function.apply})
-    copy = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
-    return copy
+    return functools.wraps(function)(lambda *args, **options: None)
 
 
 def test_options_by_keyword_are_more():
