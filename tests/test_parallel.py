@@ -573,7 +573,8 @@ def compiled(group, rank):
 
     def loss(z, y, t):
         s = token_stats(z, y, temperature=t, group=group, min_p=0.1)
-        return (s.logp.sin() + s.entropy + s.kept_logmass).sum()
+        tail = token_stats(z, y, group=group, with_tail=True).tail_logmass
+        return (s.logp.sin() + s.entropy + s.kept_logmass + tail).sum()
 
     def of_head(h, w, y):
         return linear_token_stats(h, w, y, group=group).logp.sum()
