@@ -361,7 +361,7 @@ REFUSED = ("shape", "min_p", "no tensor", "integers", "range", "segments", "none
 
 @pytest.mark.parametrize("what", [*REFUSED, "rows", "targets", "dtype", "overlap", "gap", "vocab", "temperature", "options", "second"])
 def test_faults(what):
-    """Every rank raises. What they disagree on is the same error everywhere, and a correct call works afterwards."""
+    """Every rank raises. A disagreement is the same error everywhere. A correct call works afterwards."""
     where = 1
     results = on_ranks(3 if what in ("rows", "none") else 2, fault, what, where)
     errors = [error for error, _ in results]
