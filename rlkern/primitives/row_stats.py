@@ -162,7 +162,7 @@ def mark_kept(results: Results) -> None:
 
 
 def write_gradient(out, logits, targets, mask, row_temperature, *args) -> None:
-    """The backward, into out, which may be the logits. They may be some columns of rows: state is the rows'."""
+    """The backward, into out, which may be the logits. Of some columns too: state is the rows'."""
     o, (state, *grads) = Options(*args[: len(Options._fields)]), args[len(Options._fields) :]
     if logits.numel() == 0:
         return
