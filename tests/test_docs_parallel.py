@@ -84,6 +84,7 @@ def the_page(group, rank):
     }
     page |= {"ids": ids, "mask": mask, "old_logp": old_logp, "advantages": advantages, "inputs": inputs, "model": model}
     page |= {"logits_shard": shard.requires_grad_(), "weight_shard": weight.requires_grad_(), "hidden": hidden.detach().requires_grad_()}
+    page |= {"kept_ids": torch.stack([ids, (ids + 7) % V, (ids + 150) % V], -1), "teacher_shard": shard.detach().roll(1, 1)}
     page |= {"gather_from_sequence_parallel_region": lambda x, tensor_parallel_output_grad: GatherTokens.apply(x, group)}
     page |= {"hidden_part": hidden.detach().chunk(2)[rank].clone().requires_grad_()}
     batch = {"inputs": inputs, "ids": ids, "mask": mask, "old_logp": old_logp, "advantages": advantages}
@@ -107,6 +108,11 @@ def the_page(group, rank):
         elif "# Megatron, sequence parallel" in block:
             close(page["hidden_part"].grad, of_hidden.chunk(2)[rank])
             close(weight.grad, mine(of_weight.T).T)
+        elif "kept_ids" in block:
+            full = rlkern.Kept.ids(page["kept_ids"])
+            stats, kl = rlkern.token_stats(logits, ids, keep=full), rlkern.token_divergence(logits, logits.roll(1, 1).detach(), kind="reverse_kl")
+            close(page["stats"].logp[mask], stats.logp[mask])
+            close(page["kl"][mask], kl[mask])
         elif "parallelize_module" in block:
             got = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
             of_model = wanted(whole(inputs), *whole.parameters())
@@ -134,7 +140,7 @@ def close(got, wanted):
 
 
 def test_the_page_runs():
-    assert on_ranks(2, the_page) == [8, 8]
+    assert on_ranks(2, the_page) == [9, 9]
 
 
 FAULTS = {
