@@ -113,7 +113,8 @@ def pair_parts_merge_kernel(
     refs = _column(of_row, PAIR_REF, part, parts, stride_part, 0.0)
     other_refs = _column(of_row, PAIR_OTHER_REF, part, parts, stride_part, 0.0)
     offsets = _column(of_row, PAIR_OFFSET, part, parts, stride_part, 0.0)
-    best = part == tl.argmax(tl.where(both, log_p + log_q, NEG_INF), axis=0)
+    much = log_p + log_q
+    best = part == tl.argmax(tl.where(both & (much == much), much, NEG_INF), axis=0)
     ref = tl.sum(tl.where(best, refs, 0.0), axis=0)
     other_ref = tl.sum(tl.where(best, other_refs, 0.0), axis=0)
     offset = tl.sum(tl.where(best, offsets, 0.0), axis=0)
