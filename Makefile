@@ -27,8 +27,9 @@ BARE_TRAINERS := 'verl; python_version >= "3.11" and python_version < "3.13"' \
                  'openrlhf; python_version >= "3.11" and python_version < "3.13"'
 TESTS ?= tests
 WORKERS ?= 2
+RANKS ?= 2
 
-.PHONY: help setup quickstart lab diffusion kept-sets test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-parallel report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +47,9 @@ diffusion: $(VENV)/.built  ## BGPO on a small diffusion model: memory and reward
 
 kept-sets: $(VENV)/.built  ## importance ratios of tokens sampled with top-p, with and without the sampler's sets (ARGS="--top-p 0.95")
 	$(PY) examples/kept_sets.py $(ARGS)
+
+parallel: $(VENV)/.built  ## GRPO with the output matrix cut over RANKS=2 processes, compared with one process (ARGS="--steps 6")
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) examples/tensor_parallel.py $(ARGS)
 
 test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_operator.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)
@@ -81,6 +85,9 @@ bench-head: $(VENV)/.built  ## from hidden states to gradients: the linear head'
 
 bench-keep: $(VENV)/.built  ## rows over kept ids by format, against eager PyTorch; sampler_threshold against sorting
 	$(PY) benchmarks/kept_sets.py $(ARGS)
+
+bench-parallel: $(VENV)/.built  ## vocabularies cut over 1, 2 and 4 processes: time, traffic, against three all_reduces (ARGS="--rows 256")
+	$(PY) benchmarks/parallel.py $(ARGS)
 
 report: $(VENV)/.built  ## compile every GPU kernel offline and tabulate what the compiler made of it; needs no GPU
 	$(PY) benchmarks/report.py $(ARGS)

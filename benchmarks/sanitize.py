@@ -44,6 +44,9 @@ def variants():
         yield torch.bfloat16, vocab, "slice", {}
         yield torch.bfloat16, vocab, "rows", everything
     yield torch.bfloat16, 5000, "rows", {"targets": 3, "with_tail": True}
+    for dtype in (torch.bfloat16, torch.float32):  # rows in parts
+        yield dtype, 5120, "rows", {"segments": 8, "targets": 3, "mask": True, "min_p": 0.05}
+        yield dtype, 262_144, "slice", {"segments": 2, "with_tail": True}
     yield from others()
 
 

@@ -261,7 +261,7 @@ class KeptRow {
       bool kept = ignored || over == Over::everything;
       if (over == Over::list) {
         if (valid) place = list_.place(y.ids[k], place < list_.count ? place : 0);
-        places[k] = ignored ? kIgnored : valid ? place : kInvalid;
+        places[k] = ignored ? kIgnored : valid ? place : y.ids[k] == ELSEWHERE ? ELSEWHERE : kInvalid;
         kept |= valid && place < list_.count;
         ++place;
       } else if (over == Over::set) {
@@ -307,7 +307,8 @@ class KeptRow {
   Over take(int64_t row) {
     if (keep_.kind == SetKind::LISTS) {
       list_.take(keep_, row, call_.vocab);
-      return list_.count == 0 && keep_.open_empty ? Over::everything : Over::list;
+      const bool none = keep_.list && keep_.list[row] < 0;
+      return none || (list_.count == 0 && keep_.open_empty) ? Over::everything : Over::list;
     }
     set_.x = x_;
     set_.vocab = call_.vocab;

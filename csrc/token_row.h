@@ -32,9 +32,10 @@ template <class Row, class A>
 [[gnu::noinline]] Masses masses_above(const Row& row, A top, A scale, A threshold) {
   using T = typename Row::Tile;
   Masses masses{};
-  row.for_each_tile([&](const T* tile, int64_t n, Place) {
+  row.for_each_tile([&](const T* tile, int64_t n, Place place) {
     AccPack<T> outside{}, inside{};
     for (int64_t i = 0; i < n; i += kLanes<T>) {
+      prefetch_pack<T>(place.next + i * sizeof(T));
       const AccPack<T> shifted = load(tile + i) - top;
       const AccPack<T> e = power_of_two<sizeof(T) == 2>(shifted * scale);
       const Mask<A> is_kept = shifted >= threshold;

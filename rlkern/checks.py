@@ -325,10 +325,10 @@ def check_choice(name: str, value: str | int | None, choices: Iterable[str | int
         raise ValueError(f"unknown {name} {shown(value)}, expected one of {', '.join(map(repr, choices))}")
 
 
-def check_group(group: torch.distributed.ProcessGroup | None) -> None:
+def check_group(group: torch.distributed.ProcessGroup | None, name: str = "group") -> None:
     """None, a process group, or the backend of a process group."""
     if group is not None and not hasattr(group, "allreduce"):
-        raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {shown(group)}")
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup or None, got {shown(group)}")
 
 
 def check_generator(generator: torch.Generator | None, device: torch.device) -> None:

@@ -28,13 +28,13 @@ def world(group: Any) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def check_member(group: Any) -> None:
+def check_member(group: Any, name: str = "group") -> None:
     """None, or a process group that this process belongs to."""
     if torch.compiler.is_compiling():  # Dynamo looks into few attributes of a group
         return
     if group is not None and group is dist.GroupMember.NON_GROUP_MEMBER:
-        raise ValueError("group: this process does not belong to it")
-    check_group(group)
+        raise ValueError(f"{name}: this process does not belong to it")
+    check_group(group, name)
 
 
 def vocab_range(columns: int, group: Any = None) -> tuple[int, int]:
@@ -137,7 +137,7 @@ class Meeting:
         self.device = x.device if isinstance(x, Tensor) else None
         self.traced = torch.compiler.is_compiling() or (isinstance(x, Tensor) and traced(x))
         self.said = Said(0, 0, 0, 0, 0, 0, -1, 0, 0, 0)
-        self.payloads: list[Tensor] = []  # of a rank that refuses, where no header is exchanged
+        self.payloads: list[tuple[bool, Tensor]] = []  # of a rank that refuses, where no header is exchanged
         self.everyone: list[Said] = []  # all headers, once they were exchanged
 
     @property
@@ -160,9 +160,17 @@ class Meeting:
             self.said = self.said._replace(columns=columns, start=start, vocab=vocab, lowest=lowest, highest=highest)
 
     def would_send(self, payloads: Callable[[], list[Tensor]]) -> None:
-        """What the call sends, in its shape, dtype and device: sent as NaN if this rank refuses on a GPU."""
+        """What the call sends, in its shape, dtype and device: sent as NaN if this rank refuses on a GPU.
+        Integers are sent as the least of them."""
+        self._would(False, payloads)
+
+    def would_add(self, payloads: Callable[[], list[Tensor]]) -> None:
+        """As `would_send`, of what the ranks add up. Call both in the order of the collectives."""
+        self._would(True, payloads)
+
+    def _would(self, adds: bool, payloads: Callable[[], list[Tensor]]) -> None:
         if self.ranks > 1 and not self.exchanges and not self.traced:
-            self.payloads = payloads()
+            self.payloads += [(adds, payload) for payload in payloads()]
 
     @property
     def exchanges(self) -> bool:
@@ -183,9 +191,13 @@ class Meeting:
             return
         if self.exchanges:
             self._exchange(error is not None)
-        elif error is not None:
-            for payload in self.payloads:
-                gather(payload.fill_(float("nan")), self.group_name, self.ranks)
+        elif error is not None and self.ranks > 1:
+            for adds, payload in self.payloads:
+                payload.fill_(float("nan") if payload.dtype.is_floating_point else torch.iinfo(payload.dtype).min)
+                if adds:
+                    add_up(payload, self.group_name)
+                else:
+                    gather(payload, self.group_name, self.ranks)
 
     def _exchange(self, refuses: bool) -> None:
         mine = torch.tensor(self.said._replace(refused=int(refuses)), dtype=torch.int64, device=self.device or "cpu")

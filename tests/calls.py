@@ -141,6 +141,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (accumulator, draw | sequence | {"old_elbo": -8 + normal(B, 1), "ref_elbo": -8 + normal(B, 1), "kl_coef": 0.1}, ("logits",)),
         (accumulator, draw | sequence | {"mode": "exact", "old_elbo": -8 + normal(B, 1), "mc_weights": torch.ones(1)}, ("logits",)),
         (accumulator, draw | sequence | {"mode": "exact", "old_token_logp": logp}, ("logits",)),
+        (rlkern.batch_count, {"masks": [mask, mask[:1]], "aggregation": "seq-mean-token-sum"}, ()),
         (rlkern.token_covariance, {"logp": logp, "advantages": normal(B), "mask": mask}, ()),
         (rlkern.metrics.covariance_quantiles, {"covariance": normal(B, T), "mask": mask, "quantiles": (0.5, 1.0)}, ()),
         (rlkern.diffusion.count_masks, {"response_mask": mask, "num_mc": 4, "seed": 3, "complementary": True}, ()),

@@ -9,6 +9,9 @@ from oracle import check_confident
 
 import rlkern
 from rlkern import reference
+from rlkern.primitives import group_selection
+from rlkern.primitives.batch_ranks import Batch, batch_totals
+from rlkern.primitives.group_selection import random_values, share_with_means
 from rlkern.primitives.selection import select_bottom
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -371,6 +374,34 @@ def test_covariance_of_many_tokens(n, dtype):
     covariance = rlkern.token_covariance(x, a, torch.ones_like(x))
     torch.testing.assert_close(covariance.double(), expected, rtol=0, atol=3e-8 if dtype == torch.float32 else 1e-15)
     assert torch.equal(rlkern.token_covariance(x, a, torch.ones_like(x)), covariance)
+
+
+@pytest.mark.parametrize("most_listed", [1 << 22, 0], ids=["lists", "histograms"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_selection_over_ranks_as_on_cpus(monkeypatch, dtype, most_listed):
+    """What a rank computes between the collectives has the bits of a CPU. Nothing waits for the device."""
+    monkeypatch.setattr(group_selection, "MOST_LISTED", most_listed)
+    generator = torch.Generator().manual_seed(0)
+    logp, advantages, noise = (torch.randn(40, 1001, generator=generator, dtype=dtype) for _ in range(3))
+    mask, values = torch.rand(40, 1001, generator=generator) < 0.9, (noise * 100).round()
+    logp[0, ::50], values[1, ::50], values[2] = -math.inf, math.nan, -0.0
+
+    def of_a_rank(logp, advantages, mask, values, seed, count):
+        batch = Batch("", 1, 0, (mask.numel(),))
+        totals = batch_totals(logp, advantages, mask, batch, seed)
+        draw = random_values(mask, totals.seed, 3)
+        shares = [share_with_means(x.flatten(), mask.flatten(), count, batch, 5000, values.flatten(), totals.sums[1]) for x in (values, draw)]
+        exact = [totals.tokens, totals.sums, draw, *(x for own, means in shares for x in (own, means.chosen, means.added))]
+        return exact, [means.mean for _, means in shares]
+
+    given = [logp, advantages, mask, values, torch.tensor(1 << 61), torch.tensor(5000)]
+    expected, on_device = of_a_rank(*given), [x.cuda() for x in given]
+    of_a_rank(*on_device)
+    with no_wait():
+        got = of_a_rank(*on_device)
+    for ours, theirs in zip(got[0], expected[0], strict=True):
+        assert torch.equal(ours.cpu(), theirs)
+    torch.testing.assert_close([mean.cpu() for mean in got[1]], expected[1], rtol=1e-12, atol=0)
 
 
 def test_cuda_graph_of_a_selecting_loss():

@@ -776,3 +776,29 @@ def test_kept_lists_are_refilled_in_a_graph():
         graph.replay()
         for got, want in zip(results, step(), strict=True):
             assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "options", [{"with_sum_sq": True}, {"min_p": 0.05}, {"min_prob": 1e-3, "vocab_size": VOCAB - 100}, {"with_tail": True}], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_rows_in_segments(dtype, options):
+    """The kernels of shards: parts of rows, their merge, and the masses of what is kept. A graph captures them."""
+    x, y = random_logits(64, VOCAB, dtype=dtype), random_targets(VOCAB - 100, 64, 3)
+    if "vocab_size" in options:
+        x[:, VOCAB - 100 :] = math.nan
+
+    def step(segments=8):
+        leaf = x.detach().requires_grad_()
+        stats = rlkern.token_stats(leaf, y, segments=segments, **options)
+        fields = [value for value in stats if value is not None and value.is_floating_point()]
+        return [*fields, *torch.autograd.grad([f.sin().sum() for f in fields], leaf)]
+
+    got = [t.detach() for t in step()]
+    tolerance = max(TOLERANCE[dtype], 2**-7 if dtype == torch.bfloat16 else 0)
+    assert_close(got, [t.detach().double() for t in step(segments=None)], rtol=tolerance, atol=TOLERANCE[dtype])
+    with no_wait():
+        step()
+    graph, replayed = captured(step)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, replayed, strict=True))

@@ -13,6 +13,7 @@ from rlkern.backends.contract import KeptKind, State
 from rlkern.primitives.parts import with_kept
 from rlkern.primitives.row_stats import IGNORED, Options, Results, targets_in_part
 
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="interpreted here; test_gpu_primitives.py has them on a card")
 V, IGNORE, INF, NAN = 61, -100, math.inf, math.nan
 CUTS = {1: (0, V), 2: (0, 17, V), 3: (0, 1, 2, V), 5: (0, 8, 16, 23, 60, V), 9: (0, 4, 5, 17, 18, 29, 40, 41, 50, V)}
 NAMES = ("logp", "entropy", "logsumexp", "sum_sq_prob")
@@ -41,7 +42,7 @@ def merged(backend, parts, y, mask, temperature, kept=(KeptKind.NONE, 0.0)):
 
 
 def made_by(backend, count):
-    """The backend whose forward makes so many parts: each merges another's. Triton's interpreter makes few."""
+    """The backend whose forward makes so many parts. Each may merge another's: the interpreter makes few."""
     return reference if backend == "triton" and count > 3 else backends.select(torch.device("cpu"))
 
 
@@ -196,9 +197,9 @@ def test_many_parts_and_many_targets(backend):
     """As many as ranks of a large group."""
     module = backends.select(torch.device("cpu"))
     g = torch.Generator().manual_seed(0)
-    parts = torch.randn(300, 3, State.TARGETS + 40, generator=g, dtype=torch.float64)
+    parts = torch.randn(130, 3, State.TARGETS + 40, generator=g, dtype=torch.float64)
     parts[..., State.REST : State.TARGETS].exp_()
-    parts[..., State.TARGETS :][torch.rand(300, 3, 40, generator=g) < 0.99] = NAN
+    parts[..., State.TARGETS :][torch.rand(130, 3, 40, generator=g) < 0.97] = NAN
     parts[::7, :, State.MAX] = -INF
     parts[::7, :, State.REST] = NAN
     parts[::7, :, State.TARGETS :] = torch.where(parts[::7, :, State.TARGETS :].isnan(), NAN, -INF)

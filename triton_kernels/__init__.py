@@ -1,6 +1,6 @@
 """Triton kernels, one file per primitive, with torch and triton only. See rlkern/backends/contract.py."""
 
-from .covariance import covariance_sums, token_covariance
+from .covariance import token_covariance
 from .did import did_entropy_backward, did_entropy_forward
 from .kept import kept_hidden_gradient, kept_logits, kept_rows_backward, kept_rows_forward, kept_weight_gradient
 from .moments import row_moments_backward, row_moments_forward
@@ -14,7 +14,6 @@ CHECKS_TARGETS = False  # a check would wait for the device
 
 __all__ = [
     "CHECKS_TARGETS",
-    "covariance_sums",
     "did_entropy_backward",
     "did_entropy_forward",
     "kept_hidden_gradient",

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_AT_LEAST, SET_BITS, SET_LISTS, SET_MASK
+from .constants import ELSEWHERE, OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_AT_LEAST, SET_BITS, SET_LISTS, SET_MASK
 from .launch import starts_aligned, strides
 from .rows import NEG_INF
 
@@ -37,7 +37,7 @@ def _read_set(row, y, at_y, sets_ptr, set_start, vocab, ignore_index, KEEP: tl.c
     if OUTSIDE == OUTSIDE_INCLUDE:
         target += tl.sum(tl.where(has, 0, tl.where(counted & in_vocab, y + 1, 0)), axis=0).to(tl.int32)
     if OUTSIDE == OUTSIDE_EVERYTHING:
-        whole = whole | (tl.sum(tl.where(has, 0, counted.to(tl.int32)), axis=0) > 0)
+        whole = whole | (tl.sum(tl.where(has, 0, (counted & (y != ELSEWHERE)).to(tl.int32)), axis=0) > 0)
     return set_row, whole, target, has, has | (y == ignore_index)
 
 

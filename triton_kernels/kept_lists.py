@@ -14,7 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .constants import OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_LISTS, STATE_MAX, STATE_TARGETS
+from .constants import ELSEWHERE, OUTSIDE_EVERYTHING, OUTSIDE_INCLUDE, SET_LISTS, STATE_MAX, STATE_TARGETS
 from .launch import device_of, stats_options, strides, target_warps
 from .math import log1p, soft_cap, soft_cap_slope
 from .rows import BATCH_SHAPE, LOG2E, NEG_INF, row_inv_temperature, row_start, row_targets
@@ -67,7 +67,7 @@ def _read_list(
     has = (has != 0) & (y >= 0) & (y < vocab)
     largest = tl.max(largest, axis=0)
     impossible = (number >= lists) | (largest >= vocab)
-    whole = row < 0
+    whole = number < 0
     if OPEN_EMPTY:
         whole = (largest < 0) & (number < lists)
     has = has | whole
@@ -75,7 +75,7 @@ def _read_list(
     if OUTSIDE == OUTSIDE_INCLUDE:
         added = tl.sum(tl.where(has, 0, (counted & (y >= 0) & (y < vocab)).to(tl.int32)), axis=0)
     if OUTSIDE == OUTSIDE_EVERYTHING:
-        outside = tl.sum(tl.where(has, 0, counted.to(tl.int32)), axis=0)
+        outside = tl.sum(tl.where(has, 0, (counted & (y != ELSEWHERE)).to(tl.int32)), axis=0)
         whole = whole | ((outside > 0) & (number < lists) & (largest < vocab))
     return begin, end, added, impossible, whole, has
 

@@ -54,7 +54,7 @@ def token_stats_forward(logits, targets, mask, temperature, ignore_index, kept_k
         _forward(*rows, mask, *of_row, out, softcap, keep, target_kept)
         return
     whole_rows = listed_forward(*rows, mask, *of_row, out, softcap, keep, target_kept)
-    if full_state is None and (keep.open_empty or keep.outside == OUTSIDE_EVERYTHING.value):
+    if full_state is None and (keep.rows is not None or keep.open_empty or keep.outside == OUTSIDE_EVERYTHING.value):
         _forward(*rows, whole_rows, *of_row, out, softcap, zeros=False)
 
 

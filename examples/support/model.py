@@ -33,9 +33,13 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """ids [B, T] -> logits [B, T, V]"""
+    def hidden(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> what the output matrix is multiplied with [B, T, width]"""
         x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
         for block in self.blocks:
             x = block(x)
-        return F.linear(self.norm(x), self.tokens.weight)
+        return self.norm(x)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [B, T] -> logits [B, T, V]"""
+        return F.linear(self.hidden(ids), self.tokens.weight)

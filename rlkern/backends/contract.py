@@ -52,7 +52,8 @@ its logp sends to all columns. It is not counted as ignored. Of whole rows from 
 
 With `keep`, a `Keep`, each row's softmax is over a set S' of ids: its set S, and what `outside` says. All of
 the above, also `state` and the sets of kept_kind, is then that of a row at -inf outside S'. But nothing that
-stands there counts, not even NaN. The gradient there is exactly 0. There are targets, none ELSEWHERE.
+stands there counts, not even NaN. The gradient there is exactly 0. There are targets. One that is ELSEWHERE
+adds nothing to S', and is not what `outside` asks about.
 
     keep_out     forward: (target_kept [N, K] bool, full_entropy, full_logsumexp, full_state [N, 3]). The last
                  three may be None; they are of the whole row, without S': State.MAX, REST and MEAN_U.
@@ -169,7 +170,6 @@ a mass being e^u 2^mass_bits(V), rounded to an integer. Integers have one sum in
 
 One number a token, over all tokens of a batch:
 
-    covariance_sums(logp, advantages, mask) -> sums
     token_covariance(logp, advantages, mask, sums, out)
     select_bottom(values, valid, count, out)
     select_fraction(values, valid, group, fraction, minimum, least, out)
@@ -177,10 +177,10 @@ One number a token, over all tokens of a batch:
     ratio_terms(logp, old_logp, advantages, mask, unclipped, bounds, out)
     kl_terms(logp, reference, mask, kind, straight_through, clamp, out)
 
-    logp, advantages, values  [N] contiguous, all float32 or all float64; N >= 1 in the first three functions
+    logp, advantages, values  [N] contiguous, all float32 or all float64; N >= 1 in the first two functions
     mask, valid, group        [N] bool contiguous; the covariance masks tokens whose logp is not finite
-    sums             [P, 3] float64: (counted tokens, sum of their logp, sum of their advantages), in P parts;
-                     token_covariance takes their total, P = 1, or None for its own
+    sums             [1, 3] float64: (counted tokens, sum of their logp, sum of their advantages), or None for
+                     those of these tokens
     count            0-d int64 on the device; bounded to [0, number of valid entries]
     out              [N]: the covariances, 0 where masked; or bool, True for the `count` smallest valid
                      values; NaN is the largest, both zeros are equal, equals are in order of their index

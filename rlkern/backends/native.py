@@ -216,13 +216,6 @@ def kept_rows_backward(logits, row, offsets, place, temperature, state, grads, o
     _cpu.kept_rows_backward(_TOKEN_DTYPES[logits.dtype], call)
 
 
-def covariance_sums(logp, advantages, mask) -> Tensor:
-    sums = logp.new_empty((1, 3), dtype=torch.float64)
-    call = {"n": logp.numel(), "logp": logp, "advantages": advantages, "mask": mask, "sums": sums}
-    _cpu.covariance_sums(_TOKEN_DTYPES[logp.dtype], call)
-    return sums
-
-
 def token_covariance(logp, advantages, mask, sums, out) -> None:
     call = {"n": logp.numel(), "logp": logp, "advantages": advantages, "mask": mask, "sums": sums, "out": out}
     _cpu.token_covariance(_TOKEN_DTYPES[logp.dtype], call)

@@ -268,7 +268,7 @@ def did_entropy_backward(logits, reference, mask, temperature, state, grad, out)
 # --- one number a token, over all tokens of a batch ---------------------------------------------------------
 
 
-def covariance_sums(logp, advantages, mask) -> Tensor:
+def _covariance_sums(logp, advantages, mask) -> Tensor:
     logp = logp.detach()
     mask = mask & logp.isfinite()
     sums = [torch.where(mask, x, 0).sum(dtype=torch.float64) for x in (logp, advantages)]
@@ -276,7 +276,7 @@ def covariance_sums(logp, advantages, mask) -> Tensor:
 
 
 def token_covariance(logp, advantages, mask, sums, out) -> None:
-    count, *totals = (covariance_sums(logp, advantages, mask) if sums is None else sums).sum(0)
+    count, *totals = (_covariance_sums(logp, advantages, mask) if sums is None else sums).sum(0)
     mean_logp, mean_advantage = ((total / count.clamp(min=1)).to(logp.dtype) for total in totals)
     out.copy_(torch.where(mask & logp.isfinite(), (advantages - mean_advantage) * (logp.detach() - mean_logp), 0))
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .contract import Keep, Outside, SetKind
+from .contract import ELSEWHERE, Keep, Outside, SetKind
 
 
 class Columns(NamedTuple):
@@ -40,8 +40,10 @@ def _lists(keep: Keep, n: int, flat: slice, vocab: int) -> tuple[Tensor, Tensor,
     ids, beyond = padded_lists(keep, n, flat)
     listed = torch.zeros(len(ids), vocab + 1, dtype=torch.bool, device=ids.device)
     listed.scatter_(-1, torch.where((ids < 0) | (ids >= vocab), vocab, ids), True)
-    empty = (ids < 0).all(-1) & ~beyond
-    return listed[:, :vocab], empty & keep.open_empty, (ids >= vocab).any(-1) | beyond
+    open_ = (ids < 0).all(-1) & ~beyond & keep.open_empty
+    if keep.rows is not None:
+        open_ = open_ | (keep.rows[flat] < 0)
+    return listed[:, :vocab], open_, (ids >= vocab).any(-1) | beyond
 
 
 def columns(keep: Keep, x: Tensor, a: int, rows: slice, flat: slice, targets: Tensor, ignored: Tensor) -> Columns:
@@ -65,7 +67,7 @@ def columns(keep: Keep, x: Tensor, a: int, rows: slice, flat: slice, targets: Te
     index = y.clamp(0, vocab - 1)
     found = kept.gather(-1, index) & valid | open_.unsqueeze(-1) | ignored[flat]
     if keep.outside == Outside.EVERYTHING:
-        open_ = open_ | ~found.all(-1)
+        open_ = open_ | ~(found | (y == ELSEWHERE)).all(-1)
     inside = kept | open_.unsqueeze(-1)
     if keep.outside == Outside.INCLUDE:  # of one target a row
         inside = inside | (torch.arange(vocab, device=x.device) == y)

@@ -1,8 +1,12 @@
-"""NeMo-RL: log-probabilities over the top-k and top-p sets of the trainer's own logits, by NeMo-RL's names.
+"""NeMo-RL: log-probabilities and entropy of vocabulary-parallel logits, by NeMo-RL's names and arguments.
 
-As of NeMo-RL's main branch of August 2026: call these in place of its autograd functions; nothing is patched.
-Later versions replay the engine's sets, which is better: those of the current logits move with every update.
-See docs/kept_sets.md.
+    patch = rlkern.integrations.nemo_rl.patch()     # in every process that trains
+    patch.undo()                                    # or: with rlkern.integrations.nemo_rl.patch(): ...
+
+As of NeMo-RL's main branch of August 2026 (commit 7ea279ab). Those WithSampling are over the top-k and top-p
+sets of the trainer's own logits. They are not patched: later versions replay the engine's sets, which is
+better, for those of the current logits move with every update. See docs/trainers/megatron.md, and
+docs/kept_sets.md for the sets.
 """
 
 from __future__ import annotations
@@ -13,9 +17,15 @@ from torch import Tensor
 
 from .. import primitives
 from ..primitives import Kept
-from .one_rank import check_one_rank
+from .distributed_logprob import ChunkedDistributedEntropy, ChunkedDistributedGatherLogprob, ChunkedDistributedLogprob, DistributedLogprob
+from .patching import Patch
+from .versions import check_arguments, module_of
+from .vocab_parallel import check_one_rank
 
-__all__ = ["ChunkedDistributedLogprobWithSampling", "DistributedLogprobWithSampling"]
+__all__ = [
+    *("ChunkedDistributedEntropy", "ChunkedDistributedGatherLogprob", "ChunkedDistributedLogprob", "ChunkedDistributedLogprobWithSampling"),
+    *("DistributedLogprob", "DistributedLogprobWithSampling", "patch"),
+]
 
 
 class DistributedLogprobWithSampling:
@@ -60,3 +70,17 @@ class ChunkedDistributedLogprobWithSampling:
     ) -> Tensor:
         """As `DistributedLogprobWithSampling.apply`."""
         return DistributedLogprobWithSampling.apply(vocab_parallel_logits, target, tp_group, top_k, top_p, inference_only)
+
+
+def patch() -> Patch:
+    """Replaces the four functions without sampling wherever NeMo-RL imports them, until `undo`.
+
+    Raises:
+        ImportError: NeMo-RL is not there, or its functions take other arguments than known here.
+    """
+    model_utils = module_of("nemo_rl.distributed.model_utils", "rlkern.integrations.nemo_rl.patch needs NeMo-RL (github.com/NVIDIA-NeMo/RL)")
+    functions: dict[str, Any] = {
+        new.__name__: new for new in (DistributedLogprob, ChunkedDistributedLogprob, ChunkedDistributedGatherLogprob, ChunkedDistributedEntropy)
+    }
+    check_arguments("NeMo-RL", model_utils, functions)
+    return Patch.everywhere("nemo_rl", [(model_utils, name, new) for name, new in functions.items()])

@@ -27,7 +27,7 @@ from ..losses import LossOutput
 from ..losses.aggregate import own_aggregation
 from .patching import Patch
 from .registry import REGISTRY, check_offered, dry_run
-from .versions import other_arguments
+from .versions import check_arguments
 
 __all__ = [
     *("LOSSES", "check_loss", "compute_entropy", "patch", "policy_loss", "selective_log_softmax", "selective_log_softmax_with_kept"),
@@ -150,9 +150,5 @@ def patch() -> Patch:
     for function in (selective_topk_log_softmax, selective_log_softmax_with_sampling_mask, selective_log_softmax_with_kept):
         if hasattr(module, function.__name__):
             replacements[function.__name__] = function
-    for name, found, expected in other_arguments(module, replacements):
-        raise ImportError(
-            f"this prime-rl's {name} takes {found}, expected {expected}: rlkern does not know this version of prime-rl; "
-            "use a newer rlkern, or leave out patch()"
-        )
+    check_arguments("prime-rl", module, replacements)
     return Patch.everywhere("prime_rl", [(module, name, new) for name, new in replacements.items()])

@@ -1,6 +1,6 @@
 """slime: log-probabilities over the nucleus that its rollouts send, by slime's names and arguments.
 
-    patch = rlkern.integrations.slime.patch()     # in every process that trains; tensor parallel size 1
+    patch = rlkern.integrations.slime.patch()     # in every process that trains
     patch.undo()                                  # or: with rlkern.integrations.slime.patch(): ...
 
 slime has no releases to go by: `patch` checks the signatures that it replaces. See docs/trainers/slime.md.
@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import primitives
+from ..parallel import vocab_range, world
 from ..primitives import Kept
-from .one_rank import check_one_rank
 from .patching import Patch
-from .versions import other_arguments
+from .versions import check_arguments, module_of
+from .vocab_parallel import group_or_default
 
 __all__ = ["calculate_log_probs_and_entropy", "nucleus_sets", "patch"]
 
@@ -40,19 +41,35 @@ def calculate_log_probs_and_entropy(
             token outside of its set is added to it, as by slime. The entropy is of the whole vocabulary.
         with_entropy_grad: False: the entropy has no gradient.
         chunk_size: slime's, not needed here.
-        tp_group: of one rank.
+        tp_group: whose ranks hold the vocabulary in order; None: the default group if there is one, as in
+            slime. With several ranks a mask is of this rank's columns, and a `Kept` has lists, of ids of the
+            whole vocabulary.
 
     Raises:
-        ValueError: tp_group has several ranks.
         TypeError, ValueError, IndexError: as `rlkern.token_stats`.
     """
-    check_one_rank(tp_group, "slime")
-    keep = log_prob_keep_mask
+    group, keep = group_or_default(tp_group), log_prob_keep_mask
     full = bool(with_entropy) and keep is not None
-    stats = primitives.token_stats(logits, tokens, with_entropy=bool(with_entropy) and not full, keep=keep, with_full=full)
-    entropy = stats.full_entropy if full else stats.entropy
-    logp = stats.logp.unsqueeze(-1) if len(logits) > 0 else stats.logp  # slime's shape
+    entropy: Tensor | None = None
+    if isinstance(keep, Tensor) and world(group) > 1:
+        logp = primitives.token_logprobs(_only_kept(logits, tokens, keep, group), tokens, group=group)
+        if with_entropy:
+            entropy = primitives.entropy_from_logits(logits, group=group)
+    else:
+        options: dict[str, Any] = {"with_entropy": bool(with_entropy) and not full, "with_full": full}
+        stats = primitives.token_stats(logits, tokens, keep=keep, group=group, **options)
+        logp, entropy = stats.logp, stats.full_entropy if full else stats.entropy
+    logp = logp.unsqueeze(-1) if len(logits) > 0 else logp  # slime's shape
     return logp, entropy if with_entropy_grad or entropy is None else entropy.detach()
+
+
+def _only_kept(logits: Tensor, tokens: Tensor, mask: Tensor, group: Any) -> Tensor:
+    """This rank's columns with -inf where neither the mask nor a token of theirs is."""
+    if mask.shape != logits.shape:
+        raise ValueError(f"log_prob_keep_mask must have the shape of this rank's logits, {tuple(logits.shape)}, got {tuple(mask.shape)}")
+    own = tokens - vocab_range(logits.shape[-1], group)[0]
+    is_token = own.unsqueeze(-1) == torch.arange(logits.shape[-1], device=logits.device)
+    return logits.masked_fill(~(mask.bool() | is_token), -torch.inf)
 
 
 def _loaded(x: Any) -> Any:
@@ -123,14 +140,9 @@ def patch() -> Patch:
     Raises:
         ImportError: slime is not there, or a function is missing or takes other arguments than known here.
     """
-    try:
-        from megatron.core import mpu
-        from slime.backends.megatron_utils import loss
-        from slime.utils import ppo_utils
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] not in ("slime", "megatron"):
-            raise
-        raise ImportError(f"rlkern.integrations.slime.patch needs slime and Megatron (github.com/THUDM/slime): no module {error.name}") from None
+    needed = "rlkern.integrations.slime.patch needs slime and Megatron (github.com/THUDM/slime)"
+    loss, ppo_utils = module_of("slime.backends.megatron_utils.loss", needed), module_of("slime.utils.ppo_utils", needed)
+    mpu = module_of("megatron.core.mpu", needed)
 
     def _build_topp_keep_mask(
         T: int,  # noqa: N803
@@ -147,9 +159,5 @@ def patch() -> Patch:
 
     replacements = [(ppo_utils, calculate_log_probs_and_entropy), (loss, _build_topp_keep_mask)]
     for module, new in replacements:
-        for name, found, expected in other_arguments(module, {new.__name__: new}):
-            raise ImportError(
-                f"this slime's {name} takes {found}, expected {expected}: rlkern does not know this version of slime; "
-                "use a newer rlkern, or leave out patch()"
-            )
+        check_arguments("slime", module, {new.__name__: new})
     return Patch.everywhere("slime", [(module, new.__name__, new) for module, new in replacements])

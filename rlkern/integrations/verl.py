@@ -27,10 +27,12 @@ from ..primitives.reductions import sequence_mean
 from .patching import Patch
 from .registry import check_offered, dry_run
 from .versions import Releases
+from .vocab_parallel import tensor_parallel_group
 
 __all__ = [
     *("LOSSES", "SUPPORTED_VERSIONS", "FusedLinearForPPO", "check_config", "entropy_from_logits", "linear_cross_entropy"),
-    *("logprobs_from_logits", "patch", "register", "unregister"),
+    *("logprobs_from_logits", "patch", "register", "unregister", "vocab_parallel_entropy", "vocab_parallel_entropy_with_chunking"),
+    *("vocab_parallel_log_probs_from_logits", "vocab_parallel_sum_pi_squared"),
 ]
 
 SUPPORTED_VERSIONS = ("0.8.0", "0.9.0", "0.9.1")
@@ -344,15 +346,19 @@ def linear_cross_entropy(
     """verl.utils.kernel.linear_cross_entropy.linear_cross_entropy: hidden [..., H], weight [V, H], labels
     [...] -> log-probabilities and entropy in nats, float32 [N], of all leading dimensions in one.
 
-    The logits are float32, also of 16-bit operands, as in verl's kernel. A vocabulary over several processes
-    of a group, and other reductions than "none", go to verl's own.
+    The logits are float32, also of 16-bit operands, as in verl's kernel. Other reductions than "none" go to
+    verl's own.
+
+    dist_process_group: whose ranks hold the vocabulary in order, weight [V / ranks, H]. The gradient of
+        hidden is this rank's share: the sum over ranks is the caller's, as in verl.
     """
-    if reduction.lower() != "none" or (dist_process_group is not None and dist_process_group.size() > 1):
+    if reduction.lower() != "none":
         from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
 
         return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
     rows, logits_dtype = hidden.reshape(-1, hidden.shape[-1]), computing_dtype(hidden)
-    stats = primitives.linear_token_stats(rows, weight, labels.reshape(-1), temperature=temperature, logits_dtype=logits_dtype)
+    options: dict[str, Any] = {"temperature": temperature, "logits_dtype": logits_dtype, "group": dist_process_group, "hidden_grad": "partial"}
+    stats = primitives.linear_token_stats(rows, weight, labels.reshape(-1), **options)
     return stats.logp, stats.entropy
 
 
@@ -368,11 +374,47 @@ class FusedLinearForPPO(torch.nn.Module):
         return stats.logp, stats.entropy
 
 
+# --- the same of vocabulary-parallel logits (Megatron) ------------------------------------------------------
+
+
+def vocab_parallel_log_probs_from_logits(logits: Tensor, labels: Tensor) -> Tensor:
+    """verl.utils.megatron.tensor_parallel's: [..., V / tp] and [...] -> [...], float32.
+
+    Over Megatron's tensor-parallel group. The logits are not written to. Raises ImportError without
+    megatron-core; TypeError, ValueError, IndexError as `rlkern.token_stats`.
+    """
+    return primitives.token_logprobs(logits, labels, group=tensor_parallel_group())
+
+
+def vocab_parallel_entropy(vocab_parallel_logits: Tensor) -> Tensor:
+    """verl.utils.megatron.tensor_parallel's: [..., V / tp] -> [...] in nats, over Megatron's group."""
+    return primitives.entropy_from_logits(vocab_parallel_logits, group=tensor_parallel_group())
+
+
+def vocab_parallel_entropy_with_chunking(vocab_parallel_logits: Tensor, chunk_size: int = 2048) -> Tensor:
+    """As `vocab_parallel_entropy`; chunks are not needed here."""
+    return vocab_parallel_entropy(vocab_parallel_logits)
+
+
+def vocab_parallel_sum_pi_squared(vocab_parallel_logits: Tensor) -> Tensor:
+    """verl.utils.megatron.tensor_parallel's: sum p^2, [..., V / tp] -> [...], over Megatron's group."""
+    unused = vocab_parallel_logits.new_zeros(vocab_parallel_logits.shape[:-1], dtype=torch.int64)
+    options = {"with_entropy": False, "with_sum_sq": True, "group": tensor_parallel_group()}
+    return primitives.token_stats(vocab_parallel_logits, unused, **options).sum_sq_prob
+
+
+_VOCAB_PARALLEL = (
+    *(vocab_parallel_log_probs_from_logits, vocab_parallel_entropy, vocab_parallel_entropy_with_chunking),
+    vocab_parallel_sum_pi_squared,
+)
+
+
 def patch(*, inplace_backward: bool = False) -> Patch:
     """Replaces verl's functions of log-probabilities and entropy, from logits and from hidden states.
 
     Those are logprobs_from_logits, entropy_from_logits and entropy_from_logits_with_chunking, and what its
-    fused kernels (use_fused_kernels=True) call: FusedLinearForPPO and linear_cross_entropy.
+    fused kernels (use_fused_kernels=True) call: FusedLinearForPPO and linear_cross_entropy. Where
+    megatron-core is installed, also the vocab_parallel_* functions of its Megatron engine.
 
     They are replaced wherever verl imports them, now or later, until the `Patch` is undone. An engine that
     was built meanwhile keeps the entropy function that it took then.
@@ -399,6 +441,13 @@ def patch(*, inplace_backward: bool = False) -> Patch:
         (fused_linear, "FusedLinearForPPO", FusedLinearForPPO),
         (fused_kernel, "linear_cross_entropy", linear_cross_entropy),
     ]
+    try:
+        tensor_parallel = import_module("verl.utils.megatron.tensor_parallel")
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "megatron":
+            raise
+    else:
+        replacements += [(tensor_parallel, f.__name__, f) for f in _VOCAB_PARALLEL if hasattr(tensor_parallel, f.__name__)]
     return Patch.everywhere("verl", replacements)
 
 
@@ -411,12 +460,10 @@ def check_config(config: Mapping) -> None:
     Raises:
         ImportError: verl is not there, or not one of SUPPORTED_VERSIONS.
         ValueError, TypeError: policy_loss.loss_mode names a loss of rlkern's that is not registered, or one
-            with options that it does not take. Or `patch` stands in this process, and the config has verl
-            compute log-probabilities elsewhere (Megatron).
+            with options that it does not take.
     """
     _RELEASES.check()
     from verl.trainer.ppo.core_algos import POLICY_LOSS_REGISTRY
-    from verl.utils import torch_functional
 
     mode = _get(config, "policy_loss.loss_mode", "vanilla")
     if mode.startswith(PREFIX):
@@ -425,8 +472,3 @@ def check_config(config: Mapping) -> None:
             raise ValueError(f"policy_loss.loss_mode {mode!r} is not registered in this process; call register() there. Registered: {known}")
         own = {"config": dict(config) | {"global_batch_info": {}}}
         dry_run(POLICY_LOSS_REGISTRY[mode], **own, loss_agg_mode=_get(config, "loss_agg_mode", "token-mean"))
-    if torch_functional.entropy_from_logits is entropy_from_logits and config.get("strategy") == "megatron":
-        raise ValueError(
-            "with actor.strategy=megatron verl does not call the functions that patch() replaces: "
-            "change strategy, or leave out patch() (the registered losses work)"
-        )

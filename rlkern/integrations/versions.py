@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from importlib import import_module
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -40,6 +42,19 @@ class Releases(NamedTuple):
         return release
 
 
+def module_of(name: str, needed: str) -> ModuleType:
+    """The module of a trainer, by its full name. ImportError if the trainer is not there, or its Megatron.
+
+    needed: what needs it, and what it is, for the error.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in (name.partition(".")[0], "megatron"):
+            raise  # the trainer is there, and something that it needs is not
+        raise ImportError(f"{needed}: no module {error.name}") from None
+
+
 def _arguments(function: Any) -> list[str] | int:
     """What a caller may rely on: a function's argument names; function.apply is called by position."""
     if isinstance(function, type) and issubclass(function, torch.autograd.Function):
@@ -52,10 +67,23 @@ def _arguments(function: Any) -> list[str] | int:
 def other_arguments(owner: Any, replacements: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     """(name, arguments, expected) of each function of the owner whose arguments are not its replacement's.
 
-    The arguments are None where the owner has no such function.
+    The arguments are None where the owner has no such function. A replacement may have more options, by
+    keyword only.
     """
     for name, replacement in replacements.items():
         found = getattr(owner, name, None)
         arguments, expected = None if found is None else _arguments(found), _arguments(replacement)
+        if isinstance(arguments, list) and isinstance(expected, list):
+            options = [p.name for p in inspect.signature(replacement).parameters.values() if p.kind is p.KEYWORD_ONLY and p.default is not p.empty]
+            expected = [argument for argument in expected if argument in arguments or argument not in options]
         if arguments != expected:
             yield name, arguments, expected
+
+
+def check_arguments(trainer: str, owner: Any, replacements: Mapping[str, Any]) -> None:
+    """Raises ImportError if `other_arguments` finds any: what is there is another version of the trainer."""
+    for name, found, expected in other_arguments(owner, replacements):
+        raise ImportError(
+            f"this {trainer}'s {name} takes {found}, expected {expected}: rlkern does not know this version of {trainer}; "
+            "use a newer rlkern, or leave out patch()"
+        )

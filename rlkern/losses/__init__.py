@@ -1,6 +1,6 @@
 """Losses by family, and what goes with one of them: schedules, histories, masks."""
 
-from .aggregate import LossOutput, aggregate
+from .aggregate import LossOutput, aggregate, batch_count
 from .distillation.kdrl import kd_coefficient as kd_coefficient
 from .distillation.kdrl import kdrl_loss
 from .distillation.kdrl import reward_guided_mask as reward_guided_mask
@@ -31,6 +31,7 @@ __all__ = [  # the flat names of rlkern
     "FusedOutput",
     "LossOutput",
     "aggregate",
+    "batch_count",
     "bradley_terry_loss",
     "cispo_loss",
     "clip_cov_loss",

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import as_bool, check_group, check_logp, check_number, check_tokens, expect, numbers, per_token, shown
+from ..checks import as_bool, check_logp, check_number, check_tokens, expect, numbers, per_token, shown
 from ..operator import Operator
-
-
-def _sums(logp, advantages, mask):
-    if logp.numel() == 0:
-        return logp.new_zeros(3, dtype=torch.float64)
-    return backends.select(logp.device).covariance_sums(logp.contiguous(), advantages.contiguous(), mask.contiguous()).sum(0)
+from .batch_ranks import Call, Totals, agreed_batch, batch_totals, would_add_totals
 
 
 def _covariance(logp, advantages, mask, sums):
@@ -27,11 +22,6 @@ def _covariance(logp, advantages, mask, sums):
     return out
 
 
-_covariance_sums = Operator(
-    "covariance_sums(Tensor logp, Tensor advantages, Tensor mask) -> Tensor",
-    run=_sums,
-    fake=lambda logp, *_: logp.new_empty(3, dtype=torch.float64),
-)
 _token_covariance = Operator(
     "token_covariance(Tensor logp, Tensor advantages, Tensor mask, Tensor? sums) -> Tensor",
     run=_covariance,
@@ -47,28 +37,33 @@ def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: t
             it would make every mean infinite.
         advantages: [B, T], [B, 1] or [B] float that does not require grad.
         mask: [B, T] bool or number; nonzero counts. Masked places may hold NaN.
-        group: data-parallel processes to take the means over (one all_reduce of three numbers), if any.
+        group: processes that hold the rows of a batch between them, to take the means over: one sum of
+            integers, after an exchange of the arguments' dtypes on CPUs. The means are exact and rounded
+            once, so the result does not depend on how many ranks there are and which rows and padding each
+            holds.
 
     Returns:
         [B, T] float32 (float64 for float64 logp), 0 where masked, detached. Equal advantages give about 0.
 
     Raises:
-        TypeError, ValueError: for dtypes, shapes and devices other than these.
+        TypeError, ValueError: for dtypes, shapes and devices other than these. With a group on CPUs every
+            rank raises if one does, or if they disagree on the dtype.
     """
-    check_logp(logp)
-    check_tokens("mask", mask, logp, "real")
-    check_group(group)
-    return covariance_of(logp, per_token("advantages", advantages, logp), as_bool(mask), group)
+
+    def checked() -> tuple[Tensor, Tensor]:
+        check_logp(logp)
+        check_tokens("mask", mask, logp, "real")
+        return per_token("advantages", advantages, logp), as_bool(mask)
+
+    call = Call("token_covariance", group)
+    batch, (a, counted) = agreed_batch(call, logp, checked, lambda _: (), lambda meeting, _: would_add_totals(meeting, logp))
+    return covariance_of(logp, a, counted, None if batch is None else batch_totals(logp, a, counted, batch))
 
 
-def covariance_of(logp: Tensor, advantages: Tensor, mask: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
-    """`token_covariance` of checked inputs: advantages [B, T] in the dtype of the computation, mask bool."""
-    logp = numbers(logp, advantages.dtype)
-    sums = None
-    if group is not None:
-        sums = _covariance_sums(logp.detach(), advantages, mask)
-        torch.distributed.all_reduce(sums, group=group)
-    return _token_covariance(logp, advantages, mask, sums)
+def covariance_of(logp: Tensor, advantages: Tensor, mask: Tensor, totals: Totals | None = None) -> Tensor:
+    """`token_covariance` of checked inputs: advantages [B, T] in the dtype of the computation, mask bool.
+    totals: those of the whole batch, or None for those of the inputs."""
+    return _token_covariance(numbers(logp, advantages.dtype), advantages, mask, None if totals is None else totals.sums)
 
 
 @torch.no_grad()

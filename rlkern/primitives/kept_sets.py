@@ -227,6 +227,16 @@ def _listed(ids: Tensor, begin: Tensor, end: Tensor, rows: Tensor | None, empty:
     return Kept(ids, begin, end, rows, empty)
 
 
+def list_of_entry(begin: Tensor, end: Tensor, size: int) -> Tensor:
+    """[size] the list that each entry is in, as many as there are lists for none."""
+    lists, at = len(begin), torch.arange(size, device=begin.device)
+    if lists == 0:
+        return torch.zeros_like(at)
+    of_entry = torch.searchsorted(begin.contiguous().long(), at, right=True) - 1
+    before = of_entry.clamp(min=0)
+    return torch.where((of_entry >= 0) & (at < end[before]), before, lists)
+
+
 def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = False) -> Kept:
     """keep is a `Kept`, or a bool tensor, for rows x [..., anything], called `of`, over `vocab` ids."""
     if isinstance(keep, Tensor) and keep.dtype == torch.bool and not lists_only:
@@ -247,7 +257,8 @@ def check_kept(keep: Any, x: Tensor, of: str, vocab: int, *, lists_only: bool = 
         width = {torch.int32: -(-vocab // 32), torch.uint8: -(-vocab // 8)}.get(entries.dtype, vocab)
         shape = lead if keep.kind == "at_least" else (*lead, width)
         if tuple(entries.shape) != shape:
-            raise ValueError(f"keep: Kept.{keep.kind} must be {shape} for {of} {tuple(x.shape)}, got {tuple(entries.shape)}")
+            padded = "" if vocab == x.shape[-1] else f" and vocab_size={vocab}"
+            raise ValueError(f"keep: Kept.{keep.kind} must be {shape} for {of} {tuple(x.shape)}{padded}, got {tuple(entries.shape)}")
     elif keep.rows is not None and tuple(keep.rows.shape) != lead:
         raise ValueError(f"keep: its rows must be {lead} for {of} {tuple(x.shape)}, got {tuple(keep.rows.shape)}")
     elif keep.begin is None and tuple(entries.shape[:-1]) != lead:

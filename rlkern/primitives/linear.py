@@ -18,9 +18,9 @@ from ..checks import check_choice, check_count, check_flags, check_number, check
 from ..dtensors import is_dtensor, local_head
 from ..layout import counted_rows
 from ..operator import Operator, Steps, differentiable, values_readable
-from ..parallel import Shard, add_up, is_sharded
+from ..parallel import UNKNOWN, Shard, add_up, is_sharded
 from .kept_sets import Kept, check_kept, check_outside
-from .linear_kept import linear_kept_stats
+from .linear_kept import Cut, kept_payloads, linear_kept_stats
 from .parts import merge, parts_of, pieces_of, state_of_nothing, token_stats_merge
 from .plans import check_logits_dtype, check_workspace, cut
 from .projection import GradientSums, Head, Rows, add_product, autocast, blocks, check_num_valid, gathering, new_gradients, whole_head
@@ -40,6 +40,7 @@ from .row_stats import (
     row_options,
     write_gradient,
 )
+from .sharded_kept import largest_kept_id, what_keep_says
 from .sharded_stats import Columns, agreed_shard, all_parts
 
 
@@ -448,8 +449,8 @@ def linear_token_stats(
         round_logits: round the kept logits to hidden's dtype, as a model's own head does.
         group, vocab_start, vocab_size, segments: as in `token_stats`, for a matrix whose rows are cut over
             the ranks of a group; so are bias and the adapter's B. hidden is the same on all ranks. One
-            gather, however the products are cut. Not with min_p, min_prob, with_tail or keep, but for
-            vocab_size alone.
+            gather, however the products are cut: with keep, of the kept logits. Not with min_p, min_prob or
+            with_tail, but for vocab_size alone. With keep no segments.
         hidden_grad: the gradient of hidden is a sum over the ranks, and so is what A of an adapter gets.
             "all_reduce" adds it up. "partial" leaves that to the caller, whose hidden came through
             Megatron's copy_to_tensor_model_parallel_region, or through a gather that scatters its gradient.
@@ -517,26 +518,34 @@ def linear_token_stats(
             keep = _check_keep(keep, outside, max_dense_rows, round_logits, hidden, weight, targets, o, lora, weight_grad_out)
             if not (group is None and segments is None) and whole_rows:
                 raise ValueError("group and segments take no min_p, min_prob or with_tail here: a second round would need the logits again")
-            if is_sharded(*at) and keep is not None:
-                raise ValueError("group, vocab_start, vocab_size and segments do not go with keep here: expected None")
+            if segments is not None and keep is not None:
+                raise ValueError(f"keep takes no segments: expected None, got {segments}")
             checked = parameters, how
             return rows
 
         if is_sharded(*at):
-            options = (num_valid, hidden_grad, lora is None)
-            shard, rows = agreed_shard("linear_token_stats", hidden, targets, at, check, columns=lambda: weight.shape[0], options=options)
+            said: Any = {"columns": lambda: weight.shape[0], "options": (num_valid, hidden_grad, lora is None, outside, max_dense_rows, round_logits)}
+            if keep is not None:
+                said["payloads"] = partial(kept_payloads, hidden, keep, targets, max_dense_rows)
+            if isinstance(keep, Kept):
+                said["largest_id"] = partial(largest_kept_id, keep, hidden)
+            said["options"] += what_keep_says(keep)
+            shard, rows = agreed_shard("linear_token_stats", hidden, targets, at, check, **said)
         else:
             shard, rows = Shard("", 1, 0, 0, 0), check()
         y, counted, row_temperature, o = rows
         parameters, how = checked
+        how = how._replace(segments=shard.segments, group_name=shard.group_name, ranks=shard.ranks)
+        run = _linear_token_stats if shard.ranks == 1 and not shard.segments else _sharded_linear_stats
         if keep is not None:
 
             def dense(hidden, *of_rows):
-                return _linear_token_stats(hidden, weight, bias, None, None, *of_rows, *how, *o, around=gathered)
+                return run(hidden, weight, bias, None, None, *of_rows, *how, *o, around=gathered)
 
+            if shard.vocab == UNKNOWN:
+                raise ValueError("keep needs vocab_size beside vocab_start: an id may be no rank's")
+            cut_over = None if shard.ranks == 1 else Cut(shard.group_name, shard.ranks, shard.start, shard.vocab, how.sums_hidden)
             matrix, vector = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-            how_kept: Any = (outside, max_dense_rows, bool(round_logits), dense, gathered)
+            how_kept: Any = (outside, max_dense_rows, bool(round_logits), dense, gathered, cut_over)
             return linear_kept_stats(hidden, matrix, vector, y, counted, row_temperature, o, keep, *how_kept)
-        how = how._replace(segments=shard.segments, group_name=shard.group_name, ranks=shard.ranks)
-        run = _linear_token_stats if shard.ranks == 1 and not shard.segments else _sharded_linear_stats
         return public_stats(o, *run(*parameters, y, counted, row_temperature, *how, *o, around=gathered))

@@ -2,6 +2,7 @@
 
 Three operators. The first turns a `Kept` into pairs (row, id), sorted by row. The second is their logits, the
 third what `token_stats` computes, of every row's pairs. Each has one number a pair; nothing has size [N, V].
+Where ranks hold the rows of the matrix between them, each computes its own pairs' logits, and gets the rest.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from ..backends.gradient_memory import empty
 from ..backends.reference_rows import soft_cap, soft_cap_slope
 from ..checks import computing_dtype
 from ..layout import as_rows, counted_rows
-from ..operator import Operator, differentiable, values_readable
-from .kept_sets import Kept
+from ..operator import Operator, Steps, differentiable, values_readable
+from ..parallel import add_up, gather
+from .kept_sets import Kept, list_of_entry
 from .row_stats import Options, Results, TokenStats
 
 # --- pairs --------------------------------------------------------------------------------------------------
@@ -58,8 +60,6 @@ def _row_of_entry(entries: Tensor, n: int, begin, end, rows, counted: Tensor) ->
     if begin is None:
         return number.unsqueeze(-1).expand(n, size // max(n, 1)).reshape(-1), None
     lists = len(begin)
-    if lists == 0:
-        return torch.full((size,), n, device=entries.device), None
     owner, shared = number, None
     if rows is not None:
         of_row = torch.where(counted & (rows >= 0) & (rows < lists), rows, lists).long()
@@ -67,10 +67,8 @@ def _row_of_entry(entries: Tensor, n: int, begin, end, rows, counted: Tensor) ->
         again = (in_order == in_order.roll(1)) & (in_order < lists) & (number > 0)
         shared = torch.zeros_like(again).scatter_(0, order, again)
         owner = torch.full((lists + 1,), n, device=entries.device).scatter_(0, of_row.masked_fill(shared, lists), number)
-    at = torch.arange(size, device=entries.device)
-    of_entry = torch.searchsorted(begin.contiguous().long(), at, right=True) - 1
-    inside = (of_entry >= 0) & (at < end[of_entry.clamp(min=0)])
-    return torch.where(inside, owner[of_entry.clamp(min=0)], n), shared
+    owner = torch.cat([owner[:lists], owner.new_full((1,), n)])
+    return owner[list_of_entry(begin, end, size)], shared
 
 
 def _pairs(entries, targets, begin, end, rows, mask, ignore_index, vocab, outside, open_empty, max_dense_rows) -> Pairs:
@@ -190,17 +188,70 @@ def _logits_backward(hidden, weight, bias, ids, row, offsets, grad, wanted):
 
 
 _INSTEAD = "use rlkern.reference.token_stats of torch.nn.functional.linear(hidden, weight, bias), -inf where an id is not kept"
-_kept_logits = differentiable(
-    Operator("kept_logits(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor row, Tensor offsets) -> Tensor", _logits, _new_logits),
-    Operator(
-        "kept_logits_backward(Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor row, Tensor offsets, Tensor grad, bool[] wanted) "
-        "-> (Tensor, Tensor, Tensor)",
-        run=_logits_backward,
-        fake=_new_gradients,
-    ),
+_PAIRS = "Tensor hidden, Tensor weight, Tensor? bias, Tensor ids, Tensor row, Tensor offsets"
+_logits_of = Operator(f"kept_logits({_PAIRS}) -> Tensor", _logits, _new_logits)
+_logits_backward_of = Operator(
+    f"kept_logits_backward({_PAIRS}, Tensor grad, bool[] wanted) -> (Tensor, Tensor, Tensor)", _logits_backward, _new_gradients
+)
+_kept_logits = differentiable(_logits_of, _logits_backward_of, wrt=3, instead=_INSTEAD)
+
+
+# --- over ranks ---------------------------------------------------------------------------------------------
+
+
+class Cut(NamedTuple):
+    """How the rows of the matrix are cut over the ranks of a group."""
+
+    group_name: str
+    ranks: int
+    start: int  # the id of this rank's first row
+    vocab: int
+    sums_hidden: bool  # over the ranks, in the backward
+
+
+def _own_pairs(ids: Tensor, row: Tensor, n: int, columns: int, cut: Cut) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(ids, row, offsets) of the pairs whose id is among this rank's, in front; where each stands among all.
+    A pair of an id outside the vocabulary is everyone's: NaN."""
+    own = (ids >= cut.vocab) | ((ids >= cut.start) & (ids < cut.start + columns))
+    row, order = torch.where(own, row, n).sort(stable=True)
+    ids = torch.where((ids < cut.vocab) & own, ids - cut.start, columns)[order]
+    return ids, row, torch.searchsorted(row, torch.arange(n + 1, dtype=row.dtype, device=row.device)), order
+
+
+def _gathered_logits(call, hidden, weight, bias, ids, row, offsets, *cut) -> tuple:
+    c = Cut(*cut)
+    *own, order = _own_pairs(ids, row, len(offsets) - 1, len(weight), c)
+    logits = call(_logits_of, hidden, weight, bias, *own)
+    logits = gather(torch.zeros_like(logits).scatter(0, order, logits), c.group_name, c.ranks)
+    return (logits.sum(0), *own, order)  # each is one rank's, and 0 on the others
+
+
+def _own_gradients(call, hidden, weight, bias, ids, row, offsets, *args) -> tuple:
+    c, (*own, order, grad, wanted) = Cut(*args[: len(Cut._fields)]), args[len(Cut._fields) :]
+    d_hidden, *others = call(_logits_backward_of, hidden, weight, bias, *own, grad[order], wanted)
+    if c.sums_hidden and wanted[0]:
+        d_hidden = add_up(d_hidden, c.group_name)
+    return (d_hidden, *others)
+
+
+_kept_logits_of_all = differentiable(
+    Steps("sharded_kept_logits", _gathered_logits, _logits_of),
+    Steps("sharded_kept_logits_backward", _own_gradients, _logits_backward_of),
     wrt=3,
     instead=_INSTEAD,
 )
+
+
+def kept_payloads(hidden: Any, keep: Any, targets: Any, max_dense_rows: Any) -> list[Tensor]:
+    """What is gathered, as far as these arguments say: the logits of all pairs, and parts of dense rows."""
+    if not (isinstance(hidden, Tensor) and isinstance(keep, Kept) and isinstance(targets, Tensor)) or hidden.dim() == 0:
+        return []
+    acc, n = computing_dtype(hidden), hidden.shape[:-1].numel()
+    payloads = [hidden.new_empty(keep.entries.numel() + n, dtype=acc)]
+    if isinstance(max_dense_rows, int) and max_dense_rows > 0 and n > 0:
+        n_targets = 1 if targets.dim() < hidden.dim() else targets.shape[-1]
+        payloads.append(hidden.new_empty(1, max_dense_rows, State.TARGETS + n_targets, dtype=acc))
+    return payloads
 
 
 # --- statistics of each row's pairs -------------------------------------------------------------------------
@@ -309,19 +360,28 @@ def linear_kept_stats(
     round_logits: bool,
     dense: Callable[..., Results],
     gathered: Callable[[], Any] | None,
+    cut: Cut | None = None,
 ) -> TokenStats:
     """`token_stats` of each row's kept logits, from checked arguments.
 
     dense: (hidden [D, H], targets, mask, row_temperature) -> what the operator of `linear_token_stats`
         returns, for the rows over the whole vocabulary.
     gathered: as in `linear_token_stats`.
+    cut: None: the matrix is whole.
     """
     lead, n = hidden.shape[:-1], hidden.shape[:-1].numel()
     y = targets.reshape(n, targets.shape[-1] if targets.dim() == hidden.dim() else 1)
     rows, counted, t = (None if x is None else x.reshape(n) for x in (keep.rows, mask, row_temperature))
     lists = (keep.entries.reshape(-1), y, keep.begin, keep.end, rows, counted)
-    pairs = Pairs(*_kept_pairs(*lists, options.ignore_index, weight.shape[0], outside, keep.empty == "everything", max_dense_rows))
-    logits = _kept_logits(hidden, weight, bias, pairs.ids, pairs.row, pairs.offsets, around=gathered)
+    vocab = options.vocab_size or weight.shape[0]
+    pairs = Pairs(*_kept_pairs(*lists, options.ignore_index, vocab, outside, keep.empty == "everything", max_dense_rows))
+    of_pairs = (hidden, weight, bias, pairs.ids, pairs.row, pairs.offsets)
+    if cut is not None:
+        logits = _kept_logits_of_all(*of_pairs, *cut, around=gathered)
+    else:
+        if vocab < len(weight):  # no row of the padding stands for ids outside the vocabulary
+            of_pairs = (*of_pairs[:3], torch.where(pairs.ids < vocab, pairs.ids, len(weight)), *of_pairs[4:])
+        logits = _kept_logits(*of_pairs, around=gathered)
     if round_logits:
         logits = logits.to(hidden.dtype).to(logits.dtype)
     if options.softcap > 0:

@@ -127,6 +127,14 @@ def targets_in_part(targets: Tensor | None, start: int, stop: int, vocab: int, i
     return here.masked_fill(targets == ignore_index, IGNORED)
 
 
+def targets_here(targets: Tensor | None, columns: int, options: Options) -> tuple[Tensor | None, int]:
+    """(targets, ignore_index) of these columns of whole rows, without their padding."""
+    o, real = options, real_columns(columns, options)
+    if o.vocab_start == 0 and real >= o.vocab_size:
+        return targets, o.ignore_index
+    return targets_in_part(targets, o.vocab_start, o.vocab_start + real, o.vocab_size, o.ignore_index), IGNORED
+
+
 def compute(logits, targets, mask, row_temperature, *options) -> Results:
     """The forward of whole rows; see `Options`."""
     o = Options(*options)
@@ -162,16 +170,13 @@ def write_gradient(out, logits, targets, mask, row_temperature, *args) -> None:
     upstream = [None if g is None else g.to(state.dtype).contiguous() for g in grads]
     rows = as_rows(logits)
     rows_of_out = rows if out is logits else as_rows(out)
-    ignore_index, columns = o.ignore_index, logits.shape[-1]
-    if o.vocab_size:
-        real = real_columns(columns, o)
-        if o.vocab_start or real < o.vocab_size:
-            y, ignore_index = targets_in_part(y, o.vocab_start, o.vocab_start + real, o.vocab_size, ignore_index), IGNORED
-        if real < columns:
-            rows_of_out[..., real:].zero_()
-            rows, rows_of_out = rows[..., :real], rows_of_out[..., :real]
-        if real == 0:
-            return
+    real = real_columns(logits.shape[-1], o)
+    if real < logits.shape[-1]:
+        rows_of_out[..., real:].zero_()
+        rows, rows_of_out = rows[..., :real], rows_of_out[..., :real]
+    if real == 0:
+        return
+    y, ignore_index = targets_here(y, logits.shape[-1], o)
     backend = backends.select(logits.device)
     backend.token_stats_backward(rows, y, mask, temperature, ignore_index, o.kept_kind, state, upstream, rows_of_out, o.softcap)
 

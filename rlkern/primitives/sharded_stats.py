@@ -131,7 +131,7 @@ def new_payload(logits: Any, width: int, segments: Any, ranks: int) -> Tensor:
     return logits.new_empty(parts, *logits.shape[:-1], width, dtype=computing_dtype(logits))
 
 
-def _payloads(logits: Any, targets: Any, second: bool, segments: Any, ranks: int) -> list[Tensor]:
+def part_payloads(logits: Any, targets: Any, second: bool, segments: Any, ranks: int) -> list[Tensor]:
     """What a call on these would send, as far as they say."""
     if not isinstance(logits, Tensor) or logits.dim() == 0 or not (targets is None or isinstance(targets, Tensor)):
         return []
@@ -149,6 +149,7 @@ def agreed_rows(
     *,
     columns: Callable[[], int] | None = None,
     options: Sequence[Any] = (),
+    largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
 ) -> tuple[Shard, tuple]:
     """(this rank's columns, the checked rows), once all ranks agree. Every rank raises if one does.
 
@@ -158,6 +159,8 @@ def agreed_rows(
         payloads: returns what a call among so many ranks sends.
         columns: how many this rank holds; None: those of logits. Called after the check.
         options: what else must be the same on all ranks.
+        largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index).
+            Called after the check, where the host may read. IndexError for one outside the vocabulary.
     """
     with Meeting(function, at.group, logits) as meeting:
         meeting.would_send(lambda: payloads(meeting.ranks))
@@ -169,14 +172,16 @@ def agreed_rows(
             n_targets = -1 if y is None else 0 if y.dim() < logits.dim() else y.shape[-1]
             asked = (*o, at.segments, *(x is None for x in rows[1:-1]), *options)
             meeting.about(rows=logits.shape[:-1].numel(), targets=n_targets, dtype=logits.dtype, options=asked)
-            span = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
-            meeting.covers(held, at.vocab_start, at.vocab_size, *span)
+            lowest, highest = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
+            largest = highest if largest_id is None else largest_id(y, mask, o.ignore_index)
+            meeting.covers(held, at.vocab_start, at.vocab_size, lowest, max(highest, largest))
     shard = shard_of(meeting, held, at.vocab_start, at.vocab_size, at.segments)
     out_of_range = refusing_targets(meeting, shard.vocab)
     if out_of_range:
         if dist.get_rank(at.group) in out_of_range:
             y = y.reshape(logits.shape[:-1].numel(), -1)
             check_target_range(y, None if mask is None else mask.reshape(-1), o.ignore_index, shard.vocab)
+            raise IndexError(f"keep holds the id {largest}, out of range for {shard.vocab} logits")
         refuse(meeting, out_of_range)
     return shard, rows
 
@@ -191,16 +196,22 @@ def agreed_shard(
     columns: Callable[[], int] | None = None,
     second: bool = False,
     options: Sequence[Any] = (),
+    largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
+    payloads: Callable[[], list[Tensor]] | None = None,
 ) -> tuple[Shard, tuple]:
     """`agreed_rows` of `token_stats`. check returns (targets, mask, row_temperature, `Options`), or raises.
 
-    second: whether there is a second gather.
+    Args:
+        second: whether there is a second gather.
+        payloads: returns what the call sends; None: the parts of rows.
+        others: as in `agreed_rows`.
     """
 
-    def payloads(ranks: int) -> list[Tensor]:
-        return _payloads(logits, targets, second, at.segments, ranks)
+    def sends(ranks: int) -> list[Tensor]:
+        return part_payloads(logits, targets, second, at.segments, ranks) if payloads is None else payloads()
 
-    shard, (*by_row, o) = agreed_rows(function, logits, at, check, payloads, columns=columns, options=options)
+    given = {"columns": columns, "options": options, "largest_id": largest_id}
+    shard, (*by_row, o) = agreed_rows(function, logits, at, check, sends, **given)  # type: ignore[arg-type]
     return shard, (*by_row, o._replace(vocab_start=shard.start, vocab_size=shard.vocab))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -9,10 +10,11 @@ from torch import Tensor
 from ..backends.contract import KeptKind
 from ..checks import check_flags, check_inplace, check_logits, check_mask, check_temperature, check_transforms
 from ..dtensors import is_dtensor, local_columns
-from ..parallel import is_sharded
+from ..parallel import is_sharded, world
 from .kept_sets import Kept, check_kept, check_outside
 from .kept_stats import kept_stats
 from .row_stats import Options, TokenStats, public_stats, row_options, row_stats
+from .sharded_kept import check_kept_over_ranks, kept_part_payloads, largest_kept_id, sharded_kept_stats, what_keep_says
 from .sharded_stats import Columns, agreed_shard, sharded_row_stats
 
 
@@ -75,7 +77,9 @@ def token_stats(
         keep: the ids S that each row's softmax is over, as the sampler left them: a `Kept`, or a bool tensor
             [..., V]. Values and gradients are those of logits at -inf outside S. What stands there does not
             count, not even NaN, and its gradient is 0. Lists are the fastest form: only listed logits are
-            read, and the gradient is one write. min_p and min_prob look inside S. Not with with_tail.
+            read, and the gradient is one write. min_p and min_prob look inside S. Not with with_tail or
+            segments. Over several ranks only lists, the same on all of them, of ids of the whole vocabulary;
+            not with min_p or min_prob. With a vocab_size the sets are of so many ids.
         outside: what to do where a target is not in S. "include" adds it to S. "everything" takes the whole
             vocabulary for that row. "minus_inf" gives logp = -inf, without gradient, and is for targets
             [..., K] too.
@@ -130,7 +134,7 @@ def token_stats(
         check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, inplace_backward=inplace_backward, with_full=with_full)
         if inplace_backward:
             check_inplace(logits)
-        return row_options(
+        rows = row_options(
             logits,
             targets,
             mask=mask,
@@ -144,21 +148,34 @@ def token_stats(
             logit_scale=logit_scale,
             softcap=softcap,
         )
+        check_outside(outside)
+        if keep is not None and segments is not None:
+            raise ValueError(f"keep takes no segments: expected None, got {segments}")
+        if keep is not None and world(group) > 1:
+            check_kept_over_ranks(keep, outside, logits, targets, rows[-1])
+        return rows
 
     columns = Columns(group, vocab_start, vocab_size, segments)
     sharded = is_sharded(*columns)
     if sharded:
         second = not (min_p is None and min_prob is None) or bool(with_tail)
-        shard, (y, counted, row_temperature, o) = agreed_shard(
-            "token_stats", logits, targets, columns, checked, second=second, options=(with_full, keep is None)
-        )
+        options = (with_full, outside, *what_keep_says(keep))
+        of_keep: Any = {}
+        if keep is not None:
+            of_keep["payloads"] = partial(kept_part_payloads, logits, targets, with_full)
+        if isinstance(keep, Kept):
+            of_keep["largest_id"] = partial(largest_kept_id, keep, logits)
+        shard, rows = agreed_shard("token_stats", logits, targets, columns, checked, second=second, options=options, **of_keep)
+        y, counted, row_temperature, o = rows
     else:
         y, counted, row_temperature, o = checked()
     if keep is not None:
-        keep = check_kept(keep, logits, "logits", logits.shape[-1])
+        keep = check_kept(keep, logits, "logits", o.vocab_size or logits.shape[-1])
         check_outside(outside, several=targets.dim() == logits.dim() and targets.shape[-1] > 1)
+        if sharded and shard.ranks > 1:
+            how: Any = {"keep": keep, "outside": outside, "with_full": bool(with_full), "in_place": bool(inplace_backward)}
+            return sharded_kept_stats(shard, logits, y, counted, row_temperature, o, **how)
         return kept_stats(logits, y, counted, row_temperature, o, keep, outside, bool(with_full), bool(inplace_backward))
-    check_outside(outside)
     if sharded:
         results = sharded_row_stats(shard, logits, y, counted, row_temperature, o, in_place=bool(inplace_backward))
     else:

@@ -7,6 +7,7 @@ import multiprocessing
 import pickle
 import sys
 import threading
+import types
 
 import pytest
 import torch
@@ -492,3 +493,25 @@ def test_dpo_losses_and_options_are_checked_first(loss, options, error, message)
 def test_dpo_trainer_of_1_14_is_refused_by_name():
     with pytest.raises(ImportError, match=r"since 1\.15, found TRL 1\.14.*pip install 'trl>=1\.15'"):
         dpo()
+
+
+@pytest.mark.parametrize(
+    "loss, options, capacity",
+    [
+        ("clip_cov", {}, 2),  # 2e-4 of 4 * 3 * 1000
+        ("clip_cov", {"select_ratio": 0.5}, 3000),  # what a process has
+        ("kl_cov", {"preset": "prime"}, 24),
+        ("kl_cov", {"preset": "verl", "min_count": 30}, 30),
+        ("lp_reg", {"rho_positive": 0.02}, 240),
+        ("lp_reg", {"rho": 0.0}, 1),
+    ],
+)
+def test_selection_over_processes(loss, options, capacity):
+    """With lists as long as the longest completions could need, whatever a process's own have."""
+    trainer = types.SimpleNamespace(_rlkern_loss=loss, _rlkern_options=options | {"select_over": "group"}, max_completion_length=1000)
+    trainer.accelerator, mask = types.SimpleNamespace(num_processes=4), torch.ones(3, 700)
+    assert integration.GRPOTrainer._rlkern_ranks(trainer, mask) == {"group": torch.distributed.group.WORLD, "capacity": capacity}
+    trainer.accelerator.num_processes = 1
+    assert integration.GRPOTrainer._rlkern_ranks(trainer, mask) == {}
+    trainer._rlkern_options, trainer.accelerator.num_processes = options, 4
+    assert integration.GRPOTrainer._rlkern_ranks(trainer, mask) == {}

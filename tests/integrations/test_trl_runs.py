@@ -167,9 +167,12 @@ def test_sapo_loss_equals_trls_own(tiny_model):
 @pytest.mark.parametrize("loss", ["clip_cov", "kl_cov", "lp_reg", "nft"])
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_losses_that_trl_lacks_train(tiny_model, loss, iterations):
-    options = {"clip_cov": {"select_ratio": 0.3, "cov_low": -1.0}, "kl_cov": {"select_ratio": 0.2}, "lp_reg": {"rho": 0.3, "min_p": 0.1}, "nft": {}}[
-        loss
-    ]
+    options = {
+        "clip_cov": {"select_ratio": 0.3, "cov_low": -1.0},
+        "kl_cov": {"select_ratio": 0.2, "select_over": "group"},
+        "lp_reg": {"rho": 0.3, "min_p": 0.1},
+        "nft": {},
+    }[loss]
     extra = {"policy_loss": loss, "policy_loss_options": options}
     with integration.patch():
         run = trl_runs.grpo(tiny_model, integration.GRPOTrainer, extra=extra, max_steps=4, num_iterations=iterations, beta=0.1 * (iterations - 1))

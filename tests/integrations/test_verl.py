@@ -401,10 +401,6 @@ def test_check_config():
         rlkern_verl.check_config(config(policy={"loss_mode": "rlkern_clip_cov", "clip_cov_ratio": 2.0}))
     with pytest.raises(ValueError, match="'rlkern_lp_reg' is not registered"):
         rlkern_verl.check_config(config(policy={"loss_mode": "rlkern_lp_reg"}))
-    megatron = {**config(), "strategy": "megatron"}
-    rlkern_verl.check_config(megatron)
-    with rlkern_verl.patch(), pytest.raises(ValueError, match="strategy=megatron verl does not call"):
-        rlkern_verl.check_config(megatron)
 
 
 # --- log-probabilities and entropy --------------------------------------------------------------------------
@@ -574,18 +570,16 @@ def test_linear_cross_entropy_does_not_round_the_logits():
         assert (ours - expected).abs().max() < 1e-5 < 1e-3 < (less - expected).abs().max()
 
 
-def test_linear_cross_entropy_of_several_processes_is_verls(monkeypatch):
+def test_other_reductions_of_linear_cross_entropy_are_verls(monkeypatch):
     calls = []
     monkeypatch.setattr(fused_kernel.LinearCrossEntropy, "apply", lambda *args: calls.append(args))
     hidden, weight, labels = torch.randn(3, 4, 8), torch.randn(10, 8), torch.randint(10, (3, 4))
-    one, two = types.SimpleNamespace(size=lambda: 1), types.SimpleNamespace(size=lambda: 2)
-    logp, entropy = rlkern_verl.linear_cross_entropy(hidden, weight, labels, 2.0, "none", one)
+    logp, entropy = rlkern_verl.linear_cross_entropy(hidden, weight, labels, 2.0, "none", None)
     stats = rlkern.token_stats((hidden @ weight.T).flatten(0, 1), labels.flatten(), temperature=2.0)
     torch.testing.assert_close((logp, entropy), (stats.logp, stats.entropy))
     assert not calls
-    for arguments in ((2.0, "none", two), (2.0, "mean")):
-        rlkern_verl.linear_cross_entropy(hidden, weight, labels, *arguments)
-    assert [call[3:] for call in calls] == [(2.0, "none", two), (2.0, "mean", None)]
+    rlkern_verl.linear_cross_entropy(hidden, weight, labels, 2.0, "mean")
+    assert [call[3:] for call in calls] == [(2.0, "mean", None)]
 
 
 def test_compiled_entropy():

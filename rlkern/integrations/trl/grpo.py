@@ -23,8 +23,9 @@ _COMPUTED = ("proxy_logp", "success_rate", "correct")  # what the trainer has be
 POLICY_LOSSES = {name: loss.function for name, loss in REGISTRY.items() if set(loss.needs) <= set(_COMPUTED)}
 _AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")  # of `aggregate`, under TRL's loss_type
 # Arguments that the trainer gives, and so not options
-_GIVEN = (*TOKENS, *_COMPUTED, "weights", "rollout_is_weights", "aggregation", "normalizer", "kept_logmass")
+_GIVEN = (*TOKENS, *_COMPUTED, "group", "capacity", "row_offset", "weights", "rollout_is_weights", "aggregation", "normalizer", "kept_logmass")
 _MIN_P = 0.02  # Lp-Reg's paper
+_FRACTIONS = {"clip_cov": {"select_ratio": 2e-4}, "kl_cov": {"select_ratio": 2e-3}, "lp_reg": {"rho": 0.01, "rho_positive": 0.0}}  # by default
 
 
 class GRPOTrainer(_GRPOTrainer):
@@ -50,7 +51,11 @@ class GRPOTrainer(_GRPOTrainer):
     TRL's. "gmpo" and "nft" refuse them.
 
     Metrics of the loss are logged as "rlkern/<name>": those of all tokens of all micro-batches and processes
-    since the last log (`merge_metrics`). clip_cov, kl_cov and lp_reg select within the micro-batch.
+    since the last log (`merge_metrics`).
+
+    clip_cov, kl_cov and lp_reg select among the tokens of a process's micro-batch. With select_over="group"
+    among their options they select among those of all processes' micro-batches that come at the same time,
+    as one process would.
 
     Raises:
         UnknownTRLError: for a release of TRL that has not been tested.
@@ -222,8 +227,17 @@ class GRPOTrainer(_GRPOTrainer):
         options |= _weights(self._rlkern_loss, inputs.get("importance_sampling_ratio"), mask)
         if options.get("kl_term") == "full":
             options["kept_logmass"] = scored["kept_logmass"]
+        options |= self._rlkern_ranks(mask)
         arguments = REGISTRY[self._rlkern_loss].arguments
         return POLICY_LOSSES[self._rlkern_loss](*(given[name] for name in arguments), **options)
+
+    def _rlkern_ranks(self, mask: Tensor) -> dict[str, Any]:
+        """The processes, for a loss that selects over all of them."""
+        if self._rlkern_options.get("select_over") != "group" or self.accelerator.num_processes == 1:
+            return {}
+        # Completions are padded to a length that differs by process.
+        capacity = selection_capacity(self._rlkern_loss, self._rlkern_options, len(mask) * self.max_completion_length, self.accelerator.num_processes)
+        return {"group": torch.distributed.group.WORLD, "capacity": capacity}
 
     def _rlkern_normalizer(self, inputs: dict[str, Any], mode: str) -> float | Tensor | None:
         if self.loss_type == "dr_grpo":
@@ -234,6 +248,13 @@ class GRPOTrainer(_GRPOTrainer):
         if mode != "train":
             return tokens
         return tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+
+
+def selection_capacity(name: str, options: dict[str, Any], entries: int, processes: int) -> int:
+    """How many tokens a process may have to give, where each has up to so many entries; the same on all."""
+    fractions = [default if options.get(option) is None else options[option] for option, default in _FRACTIONS[name].items()]
+    least = 1 if name == "lp_reg" or options.get("min_count") is None else options["min_count"]
+    return max(1, min(entries, max(int(entries * processes * max(fractions)), least)))
 
 
 def _weights(name: str, weights: Tensor | None, mask: Tensor) -> dict[str, Tensor]:

@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...checks import check_count, check_flags, check_fraction, check_generator, check_group, check_number
+from ...checks import check_count, check_flags, check_fraction, check_generator, check_number
+from ...parallel import Meeting
+from ...primitives.batch_ranks import Batch, Call, Totals, agreed_batch, batch_totals, drawn_seed, would_add_totals
 from ...primitives.covariance import covariance_of
-from ...primitives.ratio import clipped_ratio
-from ...primitives.selection import select_random_fraction, selected_means
+from ...primitives.group_selection import random_values, would_send_list
+from ...primitives.ratio import PolicyInputs, clipped_ratio
+from ...primitives.selection import first_row, fraction_capacity, select_fraction_of_batch, select_random_fraction, selected_means
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs, selected_tokens, with_preset
 
@@ -39,6 +42,9 @@ def clip_cov_loss(
     keep_value: bool = False,
     generator: torch.Generator | None = None,
     group: torch.distributed.ProcessGroup | None = None,
+    select_over: str = "rank",
+    row_offset: int | None = None,
+    capacity: int | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
     aggregation: str = "token-mean",
@@ -69,28 +75,54 @@ def clip_cov_loss(
         selected: [B, T] bool or number, tokens to leave out instead, drawn over an optimizer's batch, say.
         keep_value: keep the tokens' loss and drop only their gradient, as the paper's Listing 1 does.
         generator: for the draw, on logp's device.
-        group: data-parallel processes to take the two means over. Each still draws among its own tokens.
+        group: data-parallel processes that hold the rows of a batch between them. The two means are over all
+            of them, exact and rounded once, see `token_covariance`.
+        select_over: with a group, "rank" draws for each process among its own tokens; "group" draws among
+            those of all as many as one process would, and the same ones wherever the rows are. That takes two
+            collectives: a sum of 21 integers (137 for float64) and a gather of 2 (capacity + 1) numbers.
+        row_offset, capacity: for select_over="group", as in `select_random`.
 
     Returns, Raises: as `ppo_loss`; metrics also: selected_fraction, covariance_mean, covariance_selected.
+    With select_over="group" these three are of the whole batch and the same on all ranks; the others are of
+    this process. With a group on CPUs every rank raises if one does, or if they disagree on what to select.
     """
     given = {"clip_low": clip_low, "clip_high": clip_high, "closed_band": closed_band, "min_count": min_count}
-    o = with_preset(PRESETS, preset, "prime", **given)
-    check_selection(o, select_ratio, cov_low, cov_high)
-    check_flags(keep_value=keep_value)
-    check_group(group)
-    x = policy_inputs(
-        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
-    )
-    check_generator(generator, logp.device)
-    covariance = covariance_of(logp, x.advantages, x.mask, group)
+
+    def checked() -> tuple[dict[str, Any], PolicyInputs, Tensor | None]:
+        o = with_preset(PRESETS, preset, "prime", **given)
+        check_selection(o, select_ratio, cov_low, cov_high)
+        check_flags(keep_value=keep_value)
+        x = policy_inputs(
+            logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+        )
+        check_generator(generator, logp.device)
+        return o, x, None if selected is None else selected_tokens(selected, x)
+
+    def would_exchange(meeting: Meeting, batch: Batch) -> None:
+        would_add_totals(meeting, logp)
+        if select_over == "group" and selected is None:
+            keys = logp.new_empty((), dtype=torch.float32)
+            would_send_list(meeting, keys, fraction_capacity(batch, select_ratio, 1 if min_count is None else min_count, capacity))
+
+    def options(checked: Any) -> tuple:
+        return select_ratio, cov_low, cov_high, *checked[0].values(), selected is None
+
+    call, totals, metrics = Call("clip_cov_loss", group, capacity, row_offset, select_over), None, None
+    batch, (o, x, chosen) = agreed_batch(call, logp, checked, options, would_exchange)
+    if batch is not None:
+        draws = select_over == "group" and chosen is None
+        totals = batch_totals(logp, x.advantages, x.mask, batch, drawn_seed(batch, logp.device, generator) if draws else None)
+    covariance = covariance_of(logp, x.advantages, x.mask, totals)
     ratio = clipped_ratio(x, o["clip_low"], o["clip_high"])
-    if selected is not None:
-        selected = selected_tokens(selected, x)
-    else:
-        inside = in_band(covariance, cov_low, cov_high, o["closed_band"])
-        selected = select_random_fraction(ratio.free & inside, x.mask, select_ratio, minimum=o["min_count"], generator=generator)
-    terms = ratio.terms.held(selected) if keep_value else ratio.terms.dropped(selected)
-    metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
+    if chosen is None:
+        candidates = ratio.free & in_band(covariance, cov_low, cov_high, o["closed_band"])
+        if totals is None or select_over == "rank":
+            chosen = select_random_fraction(candidates, x.mask, select_ratio, minimum=o["min_count"], generator=generator)
+        else:
+            keys = random_values(candidates, totals.seed, first_row(logp, totals.batch, row_offset)).view(logp.shape)
+            chosen, metrics = select_over_batch(keys, candidates, covariance, totals, select_ratio, o["min_count"], capacity)
+    metrics = {**ratio.metrics, **(metrics or selection_metrics(covariance, chosen, x.mask))}
+    terms = ratio.terms.held(chosen) if keep_value else ratio.terms.dropped(chosen)
     return LossOutput(aggregate_terms(x.weigh(terms), x.mask, ratio.tokens, aggregation, normalizer), metrics)
 
 
@@ -117,7 +149,20 @@ def in_band(covariance: Tensor, low: float, high: float, closed: bool) -> Tensor
     return (covariance > low) & (covariance < high)
 
 
+_METRICS = ("selected_fraction", "covariance_mean", "covariance_selected")
+
+
 def selection_metrics(covariance: Tensor, selected: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """selected_fraction; covariance_mean over all tokens; covariance_selected, 0 if none is selected."""
-    names = ("selected_fraction", "covariance_mean", "covariance_selected")
-    return dict(zip(names, selected_means(covariance, selected, mask), strict=True))
+    return dict(zip(_METRICS, selected_means(covariance, selected, mask), strict=True))
+
+
+def select_over_batch(
+    values: Tensor, candidates: Tensor, covariance: Tensor, totals: Totals, fraction: float, minimum: int, capacity: int | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what is selected here of the smallest of all ranks' values, `selection_metrics` of the whole batch)"""
+    options: dict[str, Any] = {"minimum": minimum, "capacity": capacity, "carried": covariance, "added": covariance.sum(dtype=torch.float64)}
+    choice = select_fraction_of_batch(values, candidates, totals.tokens, fraction, totals.batch, **options)
+    means, count = choice.means, totals.tokens.clamp(min=1)
+    metrics = (means.chosen / count, means.added / count, means.mean)
+    return choice.selected, {name: value.to(covariance.dtype) for name, value in zip(_METRICS, metrics, strict=True)}

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ...checks import check_count, check_fraction, check_group, check_number
+from ...checks import check_count, check_fraction, check_number
+from ...parallel import Meeting
+from ...primitives.batch_ranks import Batch, Call, agreed_batch, batch_totals, would_add_totals
 from ...primitives.covariance import covariance_of
+from ...primitives.group_selection import would_send_list
 from ...primitives.kl import kl_penalty
-from ...primitives.ratio import clipped_ratio
-from ...primitives.selection import select_fraction
+from ...primitives.ratio import PolicyInputs, clipped_ratio
+from ...primitives.selection import fraction_capacity, select_fraction
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import policy_inputs, selected_tokens, with_preset
-from .clip_cov import selection_metrics
+from .clip_cov import select_over_batch, selection_metrics
 
 PRESETS = {
     "paper": {"select_ratio": 2e-3, "kl_coef": 1.0, "min_count": 0},
@@ -33,6 +38,8 @@ def kl_cov_loss(
     min_count: int | None = None,
     selected: Tensor | None = None,
     group: torch.distributed.ProcessGroup | None = None,
+    select_over: str = "rank",
+    capacity: int | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
     aggregation: str = "token-mean",
@@ -58,26 +65,44 @@ def kl_cov_loss(
         select_ratio: a fraction of the tokens, in [0, 1], not a percentage. None takes the preset's.
         kl_coef: >= 0. None takes the preset's, as for min_count.
         selected: [B, T] bool or number, tokens to penalise instead, chosen over an optimizer's batch, say.
-        group: data-parallel processes to take the two means over. Each still selects among its own tokens.
+        group, select_over, capacity: as in `clip_cov_loss`. "rank" selects for each process among its own
+            tokens, "group" what one process would; equals go to lower ranks first.
 
-    Returns, Raises: as `ppo_loss`, without clip fractions. Metrics also: selected_fraction, covariance_mean,
-    covariance_selected, and abs_log_ratio, the mean of |logp - old_logp| (the official code's KL).
+    Returns, Raises: as `clip_cov_loss`, without clip fractions. Metrics also: abs_log_ratio, the mean of
+    |logp - old_logp| (the official code's KL).
     """
-    o = with_preset(PRESETS, preset, "prime", select_ratio=select_ratio, kl_coef=kl_coef, min_count=min_count)
-    check_fraction("select_ratio", o["select_ratio"])
-    check_number("kl_coef", o["kl_coef"], 0)
-    check_count("min_count", o["min_count"])
-    check_group(group)
-    x = policy_inputs(
-        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
-    )
-    covariance = covariance_of(logp, x.advantages, x.mask, group)
+
+    def checked() -> tuple[dict[str, Any], PolicyInputs, Tensor | None]:
+        o = with_preset(PRESETS, preset, "prime", select_ratio=select_ratio, kl_coef=kl_coef, min_count=min_count)
+        check_fraction("select_ratio", o["select_ratio"])
+        check_number("kl_coef", o["kl_coef"], 0)
+        check_count("min_count", o["min_count"])
+        x = policy_inputs(
+            logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+        )
+        return o, x, None if selected is None else selected_tokens(selected, x)
+
+    def would_exchange(meeting: Meeting, batch: Batch) -> None:
+        would_add_totals(meeting, logp)
+        if select_over == "group" and selected is None:
+            o = with_preset(PRESETS, preset, "prime", select_ratio=select_ratio, min_count=min_count)
+            would_send_list(meeting, logp, fraction_capacity(batch, o["select_ratio"], o["min_count"], capacity))
+
+    def options(checked: Any) -> tuple:
+        return checked[0]["select_ratio"], checked[0]["min_count"], selected is None
+
+    call = Call("kl_cov_loss", group, capacity, None, select_over)
+    batch, (o, x, chosen) = agreed_batch(call, logp, checked, options, would_exchange)
+    totals = None if batch is None else batch_totals(logp, x.advantages, x.mask, batch)
+    covariance = covariance_of(logp, x.advantages, x.mask, totals)
     ratio = clipped_ratio(x, with_distance=True)
-    if selected is not None:
-        selected = selected_tokens(selected, x)
-    else:  # the largest
-        selected = select_fraction(-covariance, ratio.free, x.mask, o["select_ratio"], minimum=o["min_count"])
-    distance = kl_penalty(logp, logp.detach() if old_logp is None else old_logp, selected, "abs", None)
+    fraction, least, metrics = o["select_ratio"], o["min_count"], None
+    if chosen is None:  # the largest
+        if totals is None or select_over == "rank":
+            chosen = select_fraction(-covariance, ratio.free, x.mask, fraction, minimum=least)
+        else:
+            chosen, metrics = select_over_batch(-covariance, ratio.free, covariance, totals, fraction, least, capacity)
+    metrics = {**ratio.metrics, **(metrics or selection_metrics(covariance, chosen, x.mask))}
+    distance = kl_penalty(logp, logp.detach() if old_logp is None else old_logp, chosen, "abs", None)
     terms = x.weigh(ratio.terms.plus(distance.scaled(o["kl_coef"])))
-    metrics = {**ratio.metrics, **selection_metrics(covariance, selected, x.mask)}
     return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), metrics)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ...checks import check_choice, check_count, check_fraction, check_number, check_tokens, numbers
+from ...parallel import Meeting
+from ...primitives.batch_ranks import Batch, Call, added_up, agreed_batch
+from ...primitives.group_selection import would_send_list
 from ...primitives.kinks import bounded
 from ...primitives.kl import check_kl, kl_penalty, resolve
-from ...primitives.ratio import clean, clipped_ratio
-from ...primitives.selection import select_fraction, selected_means
+from ...primitives.ratio import PolicyInputs, clean, clipped_ratio
+from ...primitives.selection import fraction_capacity, select_fraction, select_fraction_of_batch, selected_means
 from ...primitives.token_terms import TokenTerms
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs
@@ -23,6 +27,32 @@ SELECTIONS = ("negative", "all")
 def _rarest(logp: Tensor, among: Tensor, rho: float, min_count: int) -> Tensor:
     """A group's lowest fraction rho by logp, at least one token; none if these are fewer than min_count."""
     return select_fraction(logp, among, among, rho, minimum=1, least=min_count)
+
+
+def _rarest_of_batch(
+    logp: Tensor,
+    mask: Tensor,
+    groups: list[tuple[Tensor, Tensor, float]],  # a group, those of it that may be selected, rho
+    kl_of: Callable[[Tensor], TokenTerms],
+    batch: Batch,
+    min_count: int,
+    capacity: int | None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what is selected here, metrics of all ranks) by `_rarest` of the groups' tokens on all ranks."""
+    sizes = [mask.sum(), *(among.sum() for among, _, _ in groups)]
+    tokens, *sizes = added_up(torch.stack([*sizes, *[mask.sum()] * (3 - len(sizes))]), batch).unbind()
+    selected, chosen = torch.zeros_like(mask), torch.zeros_like(tokens)
+    total = torch.zeros_like(tokens, dtype=torch.float64)
+    for (among, candidates, fraction), size in zip(groups, sizes, strict=False):
+        carried = torch.where(candidates, kl_of(candidates).values, math.nan)
+        rarest, means = select_fraction_of_batch(
+            logp, among, size, fraction, batch, minimum=1, least=min_count, capacity=capacity, carried=carried
+        )  # fmt: skip
+        selected = selected | (candidates & rarest)
+        chosen, total = chosen + means.chosen, total + means.chosen * means.mean
+    metrics = {"selected_fraction": chosen / tokens.clamp(min=1), "proxy_kl": total / chosen.clamp(min=1)}
+    refused = tokens < 0  # by a rank whose arguments are wrong, where the host cannot be told
+    return selected, {name: torch.where(refused, math.nan, value).to(logp.dtype) for name, value in metrics.items()}
 
 
 def _full_kl(logp: Tensor, kept_logmass: Tensor | None, proxy_kl: Tensor | None) -> Tensor:
@@ -55,6 +85,9 @@ def lp_reg_loss(
     select_from: str | None = None,
     min_count: int = 2,
     rho_positive: float = 0.0,
+    group: torch.distributed.ProcessGroup | None = None,
+    select_over: str = "rank",
+    capacity: int | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
     aggregation: str = "token-mean",
@@ -96,40 +129,74 @@ def lp_reg_loss(
         select_from: "negative" or "all", the group that rho refers to; None takes that of kl_term above.
         min_count: with fewer tokens no regularisation. The code's 2: none below 200 negatives at rho = 0.01.
         rho_positive: for "sampled", the same among A > 0 (the code's logp_pos_k_percent, always 0).
+        group: data-parallel processes that hold the rows of a batch between them.
+        select_over: with a group, "rank" compares the tokens of each process. "group" compares those of all
+            and selects what one process would. That takes two collectives, a sum of 3 integers and a gather
+            of 2 (capacity + 1) numbers; with rho_positive one gather more.
+        capacity: for select_over="group", as in `select_bottom`, for each sign of A.
         weights: as in `ppo_loss`; multiply the regulariser too.
 
     Returns:
         LossOutput as that of `ppo_loss`; metrics also: selected_fraction, and proxy_kl, its mean over the
-        selected tokens (0 if there are none).
+        selected tokens (0 if there are none). With select_over="group" these two are of the whole batch, and
+        the same on all ranks.
 
     Raises:
-        TypeError, ValueError: as `ppo_loss`, and for options of the other kl_term.
+        TypeError, ValueError: as `ppo_loss`, and for options of the other kl_term. With a group on CPUs every
+            rank raises if one does, or if they disagree on what to select.
     """
-    _check(kl_term, select_from, rho, rho_positive, kl_coef, min_count, kl_kind, kl_clamp, kept_logmass, proxy_kl)
-    check_clip(clip_low, clip_high)
-    x = policy_inputs(
-        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
-    )
-    check_tokens("proxy_logp", proxy_logp, logp)
-    own, proxy = (numbers(t, x.advantages.dtype) for t in (logp, proxy_logp))
-    negative, sampled = x.mask & (x.advantages < 0), kl_term == "sampled"
+
+    def checked() -> PolicyInputs:
+        _check(kl_term, select_from, rho, rho_positive, kl_coef, min_count, kl_kind, kl_clamp, kept_logmass, proxy_kl)
+        check_clip(clip_low, clip_high)
+        x = policy_inputs(
+            logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+        )
+        check_tokens("proxy_logp", proxy_logp, logp)
+        if kl_term == "full":
+            _full_kl(logp, kept_logmass, proxy_kl)
+        return x
+
+    def would_exchange(meeting: Meeting, batch: Batch) -> None:
+        if select_over == "group":
+            meeting.would_add(lambda: [logp.new_empty(3, dtype=torch.int64)])
+            for fraction in (rho, rho_positive) if rho_positive else (rho,):
+                would_send_list(meeting, logp, fraction_capacity(batch, fraction, 1, capacity))
+
+    call, what = Call("lp_reg_loss", group, capacity, None, select_over), (rho, rho_positive, min_count, kl_term, select_from)
+    batch, x = agreed_batch(call, logp, checked, lambda _: what, would_exchange)
+    sampled = kl_term == "sampled"
     from_all = (select_from or ("negative" if sampled else "all")) == "all"
-    selected = negative & _rarest(own, x.mask if from_all else negative, rho, min_count)
-    if sampled:
-        if rho_positive:
-            selected = selected | _rarest(own, x.mask & (x.advantages > 0), rho_positive, min_count)
-        selected = selected & (own < proxy)
-        ratio = clipped_ratio(x, clip_low, clip_high, unclipped=selected)
-        policy, kl = ratio.terms, kl_penalty(logp, proxy, selected, kl_kind, kl_clamp)
+    own, proxy = (numbers(t, x.advantages.dtype) for t in (logp, proxy_logp))
+    negative, positive = x.mask & (x.advantages < 0), x.mask & (x.advantages > 0)
+    fits = own < proxy if sampled else proxy > -math.inf
+    groups = [(x.mask if from_all else negative, negative & fits, rho)]
+    if rho_positive:
+        groups.append((positive, positive & fits, rho_positive))
+
+    def kl_of(where: Tensor) -> TokenTerms:
+        if sampled:
+            return kl_penalty(logp, proxy, where, kl_kind, kl_clamp)
+        return TokenTerms(logp, torch.where(where, _full_kl(logp, kept_logmass, proxy_kl).to(own.dtype), 0))
+
+    if batch is not None and select_over == "group":
+        selected, kl_metrics = _rarest_of_batch(own, x.mask, groups, kl_of, batch, min_count, capacity)
+        kl = kl_of(selected)
     else:
-        selected = selected & (proxy > -math.inf)
+        selected = torch.zeros_like(x.mask)
+        for among, candidates, fraction in groups:
+            selected = selected | (candidates & _rarest(own, among, fraction, min_count))
+        kl = kl_of(selected)
+        selected_fraction, _, mean_kl = selected_means(kl.values, selected, x.mask)
+        kl_metrics = {"selected_fraction": selected_fraction, "proxy_kl": mean_kl}
+    if sampled:
+        ratio = clipped_ratio(x, clip_low, clip_high, unclipped=selected)
+        policy = ratio.terms
+    else:
         ratio, p = clipped_ratio(x, clip_low, clip_high), clean(x)
         policy = TokenTerms(logp, -p.advantages * bounded(p.ratio, 1 - clip_low, 1 + clip_high))
-        kl = TokenTerms(logp, torch.where(selected, _full_kl(logp, kept_logmass, proxy_kl).to(own.dtype), 0))
-    selected_fraction, _, mean_kl = selected_means(kl.values, selected, x.mask)
-    metrics = {"selected_fraction": selected_fraction, "proxy_kl": mean_kl, **ratio.metrics}
     terms = x.weigh(policy.plus(kl.scaled(kl_coef)))
-    return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), {**kl_metrics, **ratio.metrics})
 
 
 def _check(kl_term, select_from, rho, rho_positive, kl_coef, min_count, kl_kind, kl_clamp, kept_logmass, proxy_kl) -> None:
