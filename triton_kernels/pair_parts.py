@@ -20,13 +20,13 @@ from .constants import (
     PAIR_OTHER_MEAN_SLOPE,
     PAIR_OTHER_REF,
     PAIR_OTHER_REST,
-    PART_DIVERGENCE,
-    PART_OTHER_ENTROPY,
-    PART_OTHER_LOGP,
     PAIR_REF,
     PAIR_REST,
     PAIR_TARGET,
     PAIR_WIDTH,
+    PART_DIVERGENCE,
+    PART_OTHER_ENTROPY,
+    PART_OTHER_LOGP,
 )
 from .math import excess, log1p
 from .pair_forward import write_no_pair
