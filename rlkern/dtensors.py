@@ -57,7 +57,7 @@ def local_columns(name: str, x: Any, group: Any, vocab_start: int | None, vocab_
 
 
 def _columns(x: Any, mesh_dim: int, dim: int, vocab_size: int | None) -> dict[str, Any]:
-    """group=, vocab_start= and vocab_size= of a DTensor whose `dim` is sharded over that dimension of its mesh."""
+    """group=, vocab_start= and vocab_size= of a DTensor with `dim` sharded over a dimension of its mesh."""
     mesh, vocab = x.device_mesh, x.shape[dim]
     most = -(-vocab // mesh.size(mesh_dim))  # as torch.chunk cuts: the last ranks may hold less, or nothing
     start = min(vocab, most * mesh.get_local_rank(mesh_dim))
@@ -67,7 +67,7 @@ def _columns(x: Any, mesh_dim: int, dim: int, vocab_size: int | None) -> dict[st
 def local_head(
     hidden: Any, weight: Any, bias: Any, group: Any, vocab_start: int | None, vocab_size: int | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None], dict[str, Any], Rows | None]:
-    """((hidden, weight, bias) of this process, keywords for them, the rows) of an output matrix [V, H] that is a DTensor.
+    """((hidden, weight, bias) of this process, keywords for them, the rows) of a DTensor of weight [V, H].
 
     With a DTensor of hidden states, replicated where the matrix is sharded; or with plain ones and the group
     that the matrix is sharded over. Raises TypeError and ValueError for anything else.

@@ -120,7 +120,7 @@ class Steps:
         return self.steps(_directly, *args)
 
     def op(self, *args: Any) -> Any:
-        return self.steps(_dispatched, *args)
+        return _without_none(args[0], self.steps(_dispatched, *args))
 
 
 def _directly(operator: Operator, *args: Any) -> Any:

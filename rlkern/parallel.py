@@ -285,7 +285,7 @@ def check_tiling(function: str, everyone: Sequence[Said], vocab: int) -> None:
 
 
 def shard_of(meeting: Meeting, columns: int, vocab_start: int | None, vocab_size: int | None, segments: int | None) -> Shard:
-    """This rank's columns, after the meeting. Raises ValueError, on all ranks alike, where the ranks' do not fit."""
+    """This rank's columns, after the meeting. ValueError on all ranks where these do not fit."""
     ranks = meeting.ranks
     if ranks == 1:
         return Shard(*_SOLE, 0, columns if vocab_size is None else vocab_size, segments or 0)

@@ -783,7 +783,7 @@ def test_kept_lists_are_refilled_in_a_graph():
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_rows_in_segments(dtype, options):
-    """The kernels of shards: parts of rows, their merge, and the masses of what is kept. A graph captures them."""
+    """The kernels of shards: parts of rows, their merge, the masses of what is kept. Captured too."""
     x, y = random_logits(64, VOCAB, dtype=dtype), random_targets(VOCAB - 100, 64, 3)
     if "vocab_size" in options:
         x[:, VOCAB - 100 :] = math.nan

@@ -153,6 +153,7 @@ def test_no_grad_and_detached(backend, device):
 def test_opcheck(kept_kind, targets):
     x, y = inputs(2, 5, 33)
     x = x.detach()
+    y = y.clamp(max=29)  # below a vocabulary of 30
     y = {"one": y, "several": y.unsqueeze(-1).repeat(1, 1, 3), "none": None}[targets]
     row_temperature, mask = torch.rand(2, 5) + 0.5, torch.rand(2, 5) > 0.3
     forward = (

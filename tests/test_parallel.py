@@ -361,7 +361,7 @@ REFUSED = ("shape", "min_p", "no tensor", "integers", "range", "segments", "none
 
 @pytest.mark.parametrize("what", [*REFUSED, "rows", "targets", "dtype", "overlap", "gap", "vocab", "temperature", "options", "second"])
 def test_faults(what):
-    """Every rank raises. What they disagree on is the same error everywhere, and a correct call works afterwards."""
+    """Every rank raises. A disagreement is the same error everywhere. A correct call works afterwards."""
     where = 1
     results = on_ranks(3 if what in ("rows", "none") else 2, fault, what, where)
     errors = [error for error, _ in results]
@@ -573,7 +573,8 @@ def compiled(group, rank):
 
     def loss(z, y, t):
         s = token_stats(z, y, temperature=t, group=group, min_p=0.1)
-        return (s.logp.sin() + s.entropy + s.kept_logmass).sum()
+        tail = token_stats(z, y, group=group, with_tail=True).tail_logmass
+        return (s.logp.sin() + s.entropy + s.kept_logmass + tail).sum()
 
     def of_head(h, w, y):
         return linear_token_stats(h, w, y, group=group).logp.sum()

@@ -118,7 +118,7 @@ token_stats_merge = Operator(
 
 
 def with_kept(results: Results, masses: Tensor, targets: Tensor | None, mask: Tensor | None, options: Options) -> Results:
-    """The results of a merge with what is kept, from the masses [P, ..., 2] of the parts, added in their order."""
+    """The results of a merge with what is kept: the parts' masses [P, ..., 2], added in their order."""
     state = results.state
     total = masses[0]
     for i in range(1, len(masses)):

@@ -302,9 +302,9 @@ class GradientSums:
 
 
 def check_matrix(hidden: Any, weight: Any, bias: Any, prefix: str = "", also: torch.dtype | None = None, least: int = 1) -> None:
-    """hidden [..., H], weight [V, H] with V >= least, bias [V] or None, of one dtype and device; prefix: of their names.
+    """hidden [..., H], weight [V, H] with V >= least, bias [V] or None, of one dtype and device.
 
-    also: another dtype that weight and bias may have.
+    prefix: of their names. also: another dtype that weight and bias may have.
     """
     check_logits(hidden, f"{prefix}hidden")
     for name, x in (("weight", weight), ("bias", bias)):

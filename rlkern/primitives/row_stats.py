@@ -1,4 +1,4 @@
-"""The operator behind `token_stats`: statistics of rows of logits, and their gradient, whole or by columns."""
+"""The operator behind `token_stats`: statistics of rows of logits, and their gradient, also by columns."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def mark_kept(results: Results) -> None:
 
 
 def write_gradient(out, logits, targets, mask, row_temperature, *args) -> None:
-    """The backward, into out, which may be the logits: some or all columns of rows of which state is the whole's."""
+    """The backward, into out, which may be the logits. Of some columns too: state is the rows'."""
     o, (state, *grads) = Options(*args[: len(Options._fields)]), args[len(Options._fields) :]
     if logits.numel() == 0:
         return

@@ -87,8 +87,9 @@ def token_stats(
         group: a torch.distributed.ProcessGroup whose ranks hold the columns of the same rows between them.
             All arguments but the logits must be the same on all ranks, and so must be the upstream gradients.
             Results are those of the whole rows, the same bits on every rank. A rank gets the gradient of its
-            own columns; it may hold none. The forward is one gather of State.TARGETS + K numbers a row (min_p, min_prob and
-            with_tail: another of 2), the backward none. DTensor logits need no group, see below.
+            own columns; it may hold none. The forward is one gather of 6 + K numbers a row for K targets
+            (min_p, min_prob and with_tail: another of 2), the backward none. DTensor logits need no group,
+            see below.
         vocab_start: the id of this rank's first column; None: rank * columns. Targets are ids of the whole
             vocabulary.
         vocab_size: V. Columns of ids from there on are padding: they are not read, and their gradient is 0.
