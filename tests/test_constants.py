@@ -46,6 +46,11 @@ def test_codes_in_triton(triton, name):
     assert found == {key.upper(): code for key, code in CODES[name].items()}
 
 
+def test_columns_of_a_part_in_triton(triton):
+    found = {key.removeprefix("PART_"): column for key, column in triton.items() if key.startswith("PART_")}
+    assert found == {key: column for key, column in vars(contract.PairPart).items() if key.isupper() and key != "WIDTH"}
+
+
 def test_the_largest_exponent(cpp, triton):
     assert cpp["LARGEST_EXPONENT"] == triton["LARGEST_EXPONENT"] == contract.LARGEST_EXPONENT
 

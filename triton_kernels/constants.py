@@ -11,7 +11,7 @@ import triton.language as tl
     PAIR_OTHER_MAX, PAIR_OTHER_REST, PAIR_OTHER_MEAN_SLOPE, PAIR_TARGET, PAIR_WIDTH,
 ) = (tl.constexpr(column) for column in range(12))  # fmt: skip
 
-PAIR_PART_DIVERGENCE, PAIR_PART_OTHER_ENTROPY, PAIR_PART_OTHER_LOGP = (tl.constexpr(column) for column in range(11, 14))
+PART_DIVERGENCE, PART_OTHER_ENTROPY, PART_OTHER_LOGP = (tl.constexpr(column) for column in range(11, 14))
 
 (
     PAIR_KIND_REVERSE_KL, PAIR_KIND_FORWARD_KL, PAIR_KIND_MIXED_KL, PAIR_KIND_CROSS_ENTROPY,

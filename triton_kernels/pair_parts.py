@@ -20,13 +20,13 @@ from .constants import (
     PAIR_OTHER_MEAN_SLOPE,
     PAIR_OTHER_REF,
     PAIR_OTHER_REST,
-    PAIR_PART_DIVERGENCE,
-    PAIR_PART_OTHER_ENTROPY,
-    PAIR_PART_OTHER_LOGP,
     PAIR_REF,
     PAIR_REST,
     PAIR_TARGET,
     PAIR_WIDTH,
+    PART_DIVERGENCE,
+    PART_OTHER_ENTROPY,
+    PART_OTHER_LOGP,
 )
 from .math import excess, log1p
 from .pair_forward import write_no_pair
@@ -101,7 +101,7 @@ def pair_parts_merge_kernel(
     part_m = _column(of_row, PAIR_MAX, part, parts, stride_part, NEG_INF)
     part_other_m = _column(of_row, PAIR_OTHER_MAX, part, parts, stride_part, NEG_INF)
     other_rest = _column(of_row, PAIR_OTHER_REST, part, parts, stride_part, 0.0)
-    other_u = log1p(other_rest) - _column(of_row, PAIR_PART_OTHER_ENTROPY, part, parts, stride_part, 0.0)
+    other_u = log1p(other_rest) - _column(of_row, PART_OTHER_ENTROPY, part, parts, stride_part, 0.0)
     m, rest, mean_u, no_p, log_p = _side(
         part_m, _column(of_row, PAIR_REST, part, parts, stride_part, 0.0), _column(of_row, PAIR_MEAN_U, part, parts, stride_part, 0.0),
         part, inv_t, P_BLOCK,
@@ -113,7 +113,8 @@ def pair_parts_merge_kernel(
     refs = _column(of_row, PAIR_REF, part, parts, stride_part, 0.0)
     other_refs = _column(of_row, PAIR_OTHER_REF, part, parts, stride_part, 0.0)
     offsets = _column(of_row, PAIR_OFFSET, part, parts, stride_part, 0.0)
-    best = part == tl.argmax(tl.where(both, log_p + log_q, NEG_INF), axis=0)
+    much = log_p + log_q
+    best = part == tl.argmax(tl.where(both & (much == much), much, NEG_INF), axis=0)
     ref = tl.sum(tl.where(best, refs, 0.0), axis=0)
     other_ref = tl.sum(tl.where(best, other_refs, 0.0), axis=0)
     offset = tl.sum(tl.where(best, offsets, 0.0), axis=0)
@@ -137,7 +138,7 @@ def pair_parts_merge_kernel(
 
     value, slope = rest * 0.0, rest * 0.0
     if KIND < PAIR_KIND_JSD:
-        of_part = _column(of_row, PAIR_PART_DIVERGENCE, part, parts, stride_part, 0.0)
+        of_part = _column(of_row, PART_DIVERGENCE, part, parts, stride_part, 0.0)
         infinite = both & (of_part == float("inf"))
         phi, gained = excess(x), _difference(p, q, x)
         reverse = tl.sum(tl.where(tl.abs(x) <= NEAR, p * phi, gained - p * x), axis=0)
@@ -171,7 +172,7 @@ def pair_parts_merge_kernel(
         shifted = _found(_column(of_row, PAIR_TARGET, part, parts, stride_part, float("nan")) + tl.where(no_p, 0.0, part_m - m))
         tl.store(logp_ptr + row, shifted * inv_t - log_s0)
         if OTHER:
-            tl.store(other_logp_ptr + row, _found(_column(of_row, PAIR_PART_OTHER_LOGP, part, parts, stride_part, float("nan")) + log_q))
+            tl.store(other_logp_ptr + row, _found(_column(of_row, PART_OTHER_LOGP, part, parts, stride_part, float("nan")) + log_q))
     state_row = state_ptr + row * PAIR_WIDTH
     tl.store(state_row + PAIR_MAX, m)
     tl.store(state_row + PAIR_REST, rest)
