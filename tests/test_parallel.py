@@ -522,6 +522,12 @@ def dtensors(group, rank, world):
             token_stats(DTensor.from_local(x, mesh, wrong), y, **beside)
         except ValueError as error:
             out[str(wrong)] = str(error)
+    other = distribute_tensor(x.flip(0), mesh, placements)
+    leaf, same = distribute_tensor(x, mesh, placements).requires_grad_(), x.clone().requires_grad_()
+    for z, w in ((leaf, other), (same, x.flip(0))):
+        pair = rlkern.pair_stats(z, w, y, kind="jsd")
+        (pair.divergence + pair.logp * pair.entropy).sum().backward()
+    torch.testing.assert_close(leaf.grad.full_tensor(), same.grad, rtol=1e-9, atol=1e-9)
     # an output matrix, with hidden states replicated or with the group
     hidden, weight, bias = (torch.randn(*s, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) for s in ((4, 5, 6), (9, 6), (9,)))
     plain = [t.clone().requires_grad_() for t in (hidden, weight, bias)]

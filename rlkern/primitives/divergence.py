@@ -25,6 +25,7 @@ from ..checks import (
     expect,
     shown,
 )
+from ..dtensors import is_dtensor, local_columns
 from ..parallel import is_sharded
 from .pair_rows import REFERENCE_ONLY, PairOptions, pair_rows
 from .sharded_pairs import agreed_pairs, sharded_pair_rows
@@ -143,6 +144,15 @@ def _pair(
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     """(divergence, logp, entropy, logsumexp, other_logp, other_entropy, other_logsumexp)"""
+    if is_dtensor(logits):
+        if not is_dtensor(other):
+            raise TypeError(f"other must be a DTensor like logits, got {type(other).__name__}")
+        local, of_columns, placed = local_columns("logits", logits, at.group, at.vocab_start, at.vocab_size)
+        other = other.redistribute(logits.device_mesh, logits.placements).to_local()
+        options |= {name: placed.local(options[name]) for name in ("mask", "temperature", "other_temperature")}
+        at = Columns(**of_columns, segments=at.segments)
+        results = _pair(function, local, other, placed.local(targets), at=at, vocab=vocab, inplace_backward=inplace_backward, **options)
+        return tuple(map(placed.whole, results)) if is_dtensor(targets) else results
     sharded = is_sharded(*at)
 
     def checked() -> tuple:
@@ -245,7 +255,7 @@ def token_divergence(
             used detached.
         inplace_backward: write the gradient over the logits, as in `token_stats`.
         group, vocab_start, vocab_size, segments: columns of the rows on several ranks, as in `token_stats`.
-            `other` is cut like the logits. The forward is one gather of 14 numbers a row, of a mixture one
+            `other` is cut like the logits, and a DTensor if they are. The forward is one gather of 14 numbers a row, of a mixture one
             more of 2, the backward none. vocab_size takes the place of vocab. Not for "alpha" and
             "total_variation".
 
