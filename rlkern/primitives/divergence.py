@@ -134,9 +134,9 @@ def pair_options(
 
 def _pair(
     function: str,
-    logits: Tensor,
-    other: Tensor,
-    targets: Tensor | None,
+    logits: Any,  # tensors, or DTensors
+    other: Any,
+    targets: Any,
     *,
     at: Columns,
     vocab: int | None,
