@@ -255,9 +255,9 @@ def token_divergence(
             used detached.
         inplace_backward: write the gradient over the logits, as in `token_stats`.
         group, vocab_start, vocab_size, segments: columns of the rows on several ranks, as in `token_stats`.
-            `other` is cut like the logits, and a DTensor if they are. The forward is one gather of 14 numbers a row, of a mixture one
-            more of 2, the backward none. vocab_size takes the place of vocab. Not for "alpha" and
-            "total_variation".
+            `other` is cut like the logits, and a DTensor if they are. The forward is one gather of 14 numbers
+            a row, of a mixture one more of 2, the backward none. vocab_size takes the place of vocab. Not for
+            "alpha" and "total_variation".
 
     Returns:
         [...] in float32 (float64 for float64 logits), freshly allocated. Weights, clamps and a factor
