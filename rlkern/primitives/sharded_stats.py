@@ -212,7 +212,7 @@ def agreed_shard(
 
     given = {"columns": columns, "options": options, "largest_id": largest_id}
     shard, (*by_row, o) = agreed_rows(function, logits, at, check, sends, **given)  # type: ignore[arg-type]
-    return shard, (*by_row, o._replace(vocab_start=shard.start, vocab_size=shard.vocab))
+    return shard, (*by_row, Options(*o[:-2], shard.start, shard.vocab))  # Dynamo of torch 2.6 knows no _replace
 
 
 def sharded_row_stats(shard: Shard, logits: Tensor, *rows: Any, in_place: bool = False) -> tuple:
