@@ -97,7 +97,6 @@ class Shard(NamedTuple):
 
 
 UNKNOWN = 1 << 62  # as vocab: more than any id
-_SOLE = ("", 1)
 
 
 class Said(NamedTuple):
@@ -284,23 +283,31 @@ def check_tiling(function: str, everyone: Sequence[Said], vocab: int) -> None:
         raise ValueError(f"{function}: vocab_size must be at most the columns of all ranks, {end}, got {vocab}")
 
 
-def shard_of(meeting: Meeting, columns: int, vocab_start: int | None, vocab_size: int | None, segments: int | None) -> Shard:
-    """This rank's columns, after the meeting. ValueError on all ranks where these do not fit."""
-    ranks = meeting.ranks
+def shard_of(
+    function: str,
+    group: Any,
+    columns: int,
+    vocab_start: int | None,
+    vocab_size: int | None,
+    segments: int | None,
+    everyone: Sequence[Said] = (),
+) -> Shard:
+    """This rank's columns. everyone: the headers, where exchanged; ValueError where these do not fit."""
+    ranks = world(group)
     if ranks == 1:
-        return Shard(*_SOLE, 0, columns if vocab_size is None else vocab_size, segments or 0)
-    start, vocab = first_column(meeting.group, columns, vocab_start), vocab_size
-    if meeting.everyone:
-        sizes = [said.vocab for said in meeting.everyone]
+        return Shard("", 1, 0, columns if vocab_size is None else vocab_size, segments or 0)
+    start, vocab = first_column(group, columns, vocab_start), vocab_size
+    if everyone:
+        sizes = [said.vocab for said in everyone]
         if len(set(sizes)) > 1:
             given = ", ".join("None" if v == -1 else str(v) for v in sizes)
-            raise ValueError(f"{meeting.function}: the ranks of the group must agree on vocab_size, got {given} by rank")
+            raise ValueError(f"{function}: the ranks of the group must agree on vocab_size, got {given} by rank")
         if vocab is None:
-            vocab = max(said.start + said.columns for said in meeting.everyone)
-        check_tiling(meeting.function, meeting.everyone, vocab)
+            vocab = max(said.start + said.columns for said in everyone)
+        check_tiling(function, everyone, vocab)
     elif vocab is None:
         vocab = ranks * columns if vocab_start is None else UNKNOWN
-    return Shard(meeting.group_name, ranks, start, vocab, (segments or 0) // ranks)
+    return Shard(group.group_name, ranks, start, vocab, (segments or 0) // ranks)
 
 
 def refusing_targets(meeting: Meeting, vocab: int) -> list[int]:

@@ -17,7 +17,7 @@ from ..backends.contract import KeptKind, State
 from ..checks import check_target_range, computing_dtype
 from ..dtensors import is_dtensor
 from ..operator import DEBUG, Steps, differentiable, traced
-from ..parallel import Meeting, Shard, check_sizes, gather, refuse, refusing_targets, shard_of
+from ..parallel import Meeting, Shard, check_sizes, gather, refuse, refusing_targets, shard_of, world
 from .parts import token_stats_kept_masses, token_stats_merge, token_stats_parts, with_kept
 from .row_stats import INSTEAD, Options, Results, backward, overwrite, row_stats
 
@@ -162,6 +162,11 @@ def agreed_rows(
         largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index).
             Called after the check, where the host may read. IndexError for one outside the vocabulary.
     """
+    if torch.compiler.is_compiling():  # nobody meets: the host reads nothing
+        rows = check()
+        held = logits.shape[-1] if columns is None else columns()
+        check_sizes(held, world(at.group), at.vocab_start, at.vocab_size, at.segments)
+        return shard_of(function, at.group, held, at.vocab_start, at.vocab_size, at.segments), rows
     with Meeting(function, at.group, logits) as meeting:
         meeting.would_send(lambda: payloads(meeting.ranks))
         rows = check()
@@ -175,7 +180,7 @@ def agreed_rows(
             lowest, highest = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
             largest = highest if largest_id is None else largest_id(y, mask, o.ignore_index)
             meeting.covers(held, at.vocab_start, at.vocab_size, lowest, max(highest, largest))
-    shard = shard_of(meeting, held, at.vocab_start, at.vocab_size, at.segments)
+    shard = shard_of(function, at.group, held, at.vocab_start, at.vocab_size, at.segments, meeting.everyone)
     out_of_range = refusing_targets(meeting, shard.vocab)
     if out_of_range:
         if dist.get_rank(at.group) in out_of_range:
@@ -212,7 +217,7 @@ def agreed_shard(
 
     given = {"columns": columns, "options": options, "largest_id": largest_id}
     shard, (*by_row, o) = agreed_rows(function, logits, at, check, sends, **given)  # type: ignore[arg-type]
-    return shard, (*by_row, Options(*o[:-2], shard.start, shard.vocab))  # Dynamo of torch 2.6 knows no _replace
+    return shard, (*by_row, o._replace(vocab_start=shard.start, vocab_size=shard.vocab))
 
 
 def sharded_row_stats(shard: Shard, logits: Tensor, *rows: Any, in_place: bool = False) -> tuple:
