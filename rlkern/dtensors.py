@@ -14,6 +14,10 @@ def is_dtensor(x: Any) -> bool:
     return hasattr(x, "device_mesh")  # without an import of torch.distributed.tensor, which takes a while
 
 
+def _shown(name: str, x: Any) -> str:
+    return f"{name} has placements {tuple(x.placements)}"
+
+
 class Rows(NamedTuple):
     """How the rows of a DTensor lie on its mesh."""
 
@@ -44,12 +48,12 @@ def local_columns(name: str, x: Any, group: Any, vocab_start: int | None, vocab_
 
     if group is not None or vocab_start is not None:
         raise ValueError(f"{name} is a DTensor, which says itself how it is sharded: expected group and vocab_start None")
-    last, given = x.dim() - 1, f"{name} has placements {tuple(x.placements)}"
+    last = x.dim() - 1
     over = [i for i, placement in enumerate(x.placements) if getattr(placement, "dim", None) in (last, -1)]
     if any(placement.is_partial() for placement in x.placements):
-        raise ValueError(f"{given}: expected Shard or Replicate, redistribute what is Partial")
+        raise ValueError(f"{_shown(name, x)}: expected Shard or Replicate, redistribute what is Partial")
     if len(over) > 1 or any(type(x.placements[i]).__name__ != "Shard" for i in over):
-        raise ValueError(f"{given}: expected the last dimension as Shard({last}) on at most one dimension of the mesh")
+        raise ValueError(f"{_shown(name, x)}: expected the last dimension as Shard({last}) on at most one dimension of the mesh")
     rows = Rows(x.device_mesh, tuple(Replicate() if i in over else placement for i, placement in enumerate(x.placements)))
     if not over:
         return x.to_local(), {"group": None, "vocab_start": None, "vocab_size": vocab_size}, rows
@@ -78,23 +82,23 @@ def local_head(
         raise TypeError("weight must be a DTensor beside a DTensor of hidden, got a plain tensor")
     if vocab_start is not None:
         raise ValueError(f"weight is a DTensor, which says itself how it is sharded: expected vocab_start None, got {vocab_start}")
-    mesh, given = weight.device_mesh, f"weight has placements {tuple(weight.placements)}"
+    mesh = weight.device_mesh
     over = [i for i, placement in enumerate(weight.placements) if type(placement).__name__ == "Shard" and placement.dim == 0]
     if is_dtensor(hidden):
         if group is not None:
             raise ValueError("hidden and weight are DTensors, which say themselves how they are sharded: expected group None")
         if hidden.device_mesh != mesh:
             raise ValueError(f"hidden and weight must be on one mesh, got {hidden.device_mesh} and {mesh}")
-        given += f", hidden {tuple(hidden.placements)}"
         if any(placement.is_partial() or getattr(placement, "dim", None) in (hidden.dim() - 1, -1) for placement in hidden.placements):
-            raise ValueError(f"{given}: expected hidden sharded by rows or replicated")
+            raise ValueError(f"{_shown('hidden', hidden)}: expected it sharded by rows or replicated")
         over = [i for i in over if hidden.placements[i].is_replicate()]
     else:
         over = [i for i in over if mesh.get_group(i) == group]
     others = [placement for i, placement in enumerate(weight.placements) if i not in over]
     if len(over) != 1 or not all(placement.is_replicate() for placement in others):
         where = "where hidden is replicated" if is_dtensor(hidden) else "that of group"
-        raise ValueError(f"{given}: expected weight as Shard(0) on one dimension of the mesh, {where}, and replicated on others")
+        both = f"{_shown('weight', weight)}{', ' + _shown('hidden', hidden) if is_dtensor(hidden) else ''}"
+        raise ValueError(f"{both}: expected weight as Shard(0) on one dimension of the mesh, {where}, and replicated on others")
     at, of_weight, rows = _columns(weight, over[0], 0, vocab_size), list(weight.placements), None
     if is_dtensor(hidden):
         of_hidden = list(hidden.placements)
