@@ -120,9 +120,9 @@ class Operators:
             self.op, self.backward_op, (other, _), wanted = ops.pair_stats, ops.pair_stats_backward, y, [[True, False]]
             options = PairOptions(1.0, 1.0, -100, getattr(PairKind, case.computes.upper()), 0.5, case.vocab, False, False)
             self.args, self.grads = (other, None, None, None, None, *options), (grads[0], None, None, None, *wanted)
-        else:  # no mask, no kept set, the entropy, no softcap
+        else:  # no mask, no kept set, the entropy, no softcap, whole rows
             self.op, self.backward_op = ops.token_stats, ops.token_stats_backward
-            self.args, self.grads = (y, None, None, 1.0, -100, 0, 0.0, False, True, 0.0), (*grads, None, None, None)
+            self.args, self.grads = (y, None, None, 1.0, -100, 0, 0.0, False, True, 0.0, 0, 0), (*grads, None, None, None)
         self.state = self.forward()[-1]
 
     def forward(self, i: int = 0):

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from isas import every_isa
 from kept_oracle import OUTSIDE, Case, draw_case
 from oracle import TOLERANCE
-from ranks import on_ranks
+from ranks import compiles, on_ranks
 from torch._dynamo.testing import CompileCounter
 
 import rlkern
@@ -478,6 +478,7 @@ def compiled(group, rank):
     return same, counter.frame_count
 
 
+@compiles
 def test_compile():
     for same, compilations in on_ranks(2, compiled):
         assert same == [True, True, True] and compilations <= 2

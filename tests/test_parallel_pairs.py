@@ -5,7 +5,7 @@ import math
 import pair_oracle as oracle
 import pytest
 import torch
-from ranks import on_ranks, try_on_ranks
+from ranks import compiles, on_ranks, try_on_ranks
 
 import rlkern
 from rlkern import gkd_divergence, pair_stats, token_divergence
@@ -262,6 +262,7 @@ def compiled(group, rank):
     return all(torch.allclose(x, y, rtol=1e-6, atol=1e-6) for x, y in zip(*found, strict=True))
 
 
+@compiles
 def test_compiles_as_one_graph():
     assert on_ranks(2, compiled) == [True, True]
 

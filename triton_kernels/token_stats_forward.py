@@ -460,15 +460,16 @@ def token_stats_forward_kernel(
         row_ptr, 0, vocab, vocab, scale, inverse_cap, set_row, whole_row, target,
         SUM_SQ, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES, STAGES,
     )  # fmt: skip
-    m, rest, mean_u, sum_sq = distribution(m, ties, s0, s1, s2, SUM_SQ)
     kept = tl.zeros((), ACC)
     dropped = tl.zeros((), ACC)
     if KEPT:
-        delta = kept_threshold(log1p(rest), log_kept, inv_t, KEPT, ACC)
+        _rest, log_s0, _nothing = log_total(m, ties, s0)
+        delta = kept_threshold(log_s0, log_kept, inv_t, KEPT, ACC)
         kept, dropped = kept_sweep(
             row_ptr, 0, vocab, vocab, m, delta, scale, inverse_cap, listed_ptr + row * K, set_row, whole_row, target,
             K, K_BLOCK, KEPT, KEEP, SOFTCAP, ACC, ALIGN, SHIFTED, BLOCK, LANES,
         )  # fmt: skip
+    m, rest, mean_u, sum_sq = distribution(m, ties, s0, s1, s2, SUM_SQ)
     write_row(
         row_ptr, row, y, has, m, rest, mean_u, sum_sq, kept, dropped, inv_t, inverse_cap,
         logp_ptr, entropy_ptr, lse_ptr, sum_sq_ptr, kept_ptr, state_ptr, vocab, ignore_index, log_kept,

@@ -34,6 +34,7 @@ PAIR_FORWARD = {
     "pair jsd +softcap": {"kind": PairKind.JSD, "softcap": SOFTCAP, **_PAIR},
 }
 FORWARD |= PAIR_FORWARD
+FORWARD |= {"pair mixture sums": {"kind": PairKind.JSD, "sums": True, **_PAIR}}
 FORWARD |= {"forward +softcap": {"softcap": SOFTCAP}, "forward +kept +softcap": {"kept": 1, "softcap": SOFTCAP}}
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
@@ -245,7 +246,9 @@ def _launch_pair(module, case: Case, rows: int, logits, other, mask) -> None:
     targets = _meta(rows, 1, dtype=torch.int64) if stats else None
     common = (logits, other, targets, mask, TEMPERATURE, TEMPERATURE, IGNORE, options["kind"], BETA)
     caps = (options.get("softcap", 0.0),) * 2
-    if case.backward:
+    if options.get("sums"):
+        module.pair_mixture_sums(logits, other, mask, TEMPERATURE, TEMPERATURE, options["kind"], BETA, state, _meta(rows, 2), *caps)
+    elif case.backward:
         grads = tuple(_meta(rows) if name in options["grads"] else None for name in PAIR_GRADS)
         module.pair_backward(*common, state, grads, new_gradient(logits), *caps)
     else:

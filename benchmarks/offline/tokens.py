@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from rlkern.backends.contract import Keep, KeptKind, Outside, SetKind, State
+from rlkern.backends.contract import Keep, KeptKind, Outside, PairKind, PairPart, PairState, SetKind, State
 
 from .build import build, target
 from .cases import Launch, _meta, _recording
@@ -60,7 +60,11 @@ def _record_merge(dtype: torch.dtype) -> list[Launch]:
     with _recording(token_stats) as launches:
         out = (logp, of_rows, of_rows, of_rows, None, parts[0])
         token_stats.token_stats_merge(parts, targets, mask, 0.7, -100, KeptKind.MIN_PROB, -3.0, out)
-    return launches
+    pair, state = importlib.import_module("rlkern.triton_kernels.pair"), _meta(n, PairState.WIDTH, dtype=dtype)
+    with _recording(pair) as of_pairs:
+        parts = _meta(64, n, PairPart.WIDTH, dtype=dtype)
+        pair.pair_merge(parts, mask, 0.7, 0.7, PairKind.MIXED_KL, 0.5, (*(of_rows,) * 7, state))
+    return launches + of_pairs
 
 
 def _record_kept(dtype: torch.dtype) -> list[Launch]:

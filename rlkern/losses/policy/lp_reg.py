@@ -168,10 +168,11 @@ def lp_reg_loss(
     sampled = kl_term == "sampled"
     from_all = (select_from or ("negative" if sampled else "all")) == "all"
     own, proxy = (numbers(t, x.advantages.dtype) for t in (logp, proxy_logp))
-    negative, positive = x.mask & (x.advantages < 0), x.mask & (x.advantages > 0)
+    negative = x.mask & (x.advantages < 0)
     fits = own < proxy if sampled else proxy > -math.inf
     groups = [(x.mask if from_all else negative, negative & fits, rho)]
     if rho_positive:
+        positive = x.mask & (x.advantages > 0)
         groups.append((positive, positive & fits, rho_positive))
 
     def kl_of(where: Tensor) -> TokenTerms:
@@ -183,9 +184,9 @@ def lp_reg_loss(
         selected, kl_metrics = _rarest_of_batch(own, x.mask, groups, kl_of, batch, min_count, capacity)
         kl = kl_of(selected)
     else:
-        selected = torch.zeros_like(x.mask)
-        for among, candidates, fraction in groups:
-            selected = selected | (candidates & _rarest(own, among, fraction, min_count))
+        selected, *others = (candidates & _rarest(own, among, fraction, min_count) for among, candidates, fraction in groups)
+        for other in others:
+            selected = selected | other
         kl = kl_of(selected)
         selected_fraction, _, mean_kl = selected_means(kl.values, selected, x.mask)
         kl_metrics = {"selected_fraction": selected_fraction, "proxy_kl": mean_kl}
