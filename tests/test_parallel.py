@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracle import FIELDS, TOLERANCE
-from ranks import COMPILES, WORLDS, compiles, Processes, on_ranks, try_on_ranks
+from ranks import COMPILES, WORLDS, Processes, compiles, on_ranks, try_on_ranks
 
 import rlkern
 from rlkern import entropy_from_logits, linear_token_stats, sequence_logps, token_logprobs, token_stats

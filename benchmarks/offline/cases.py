@@ -32,9 +32,9 @@ PAIR_FORWARD = {
     "pair cross_entropy": {"kind": PairKind.CROSS_ENTROPY, **_PAIR},
     "pair jsd": {"kind": PairKind.JSD, **_PAIR},
     "pair jsd +softcap": {"kind": PairKind.JSD, "softcap": SOFTCAP, **_PAIR},
+    "pair mixture sums": {"kind": PairKind.JSD, "sums": True, **_PAIR},
 }
 FORWARD |= PAIR_FORWARD
-FORWARD |= {"pair mixture sums": {"kind": PairKind.JSD, "sums": True, **_PAIR}}
 FORWARD |= {"forward +softcap": {"softcap": SOFTCAP}, "forward +kept +softcap": {"kept": 1, "softcap": SOFTCAP}}
 BACKWARD = {
     "backward logp": {"grads": ("logp",)},
