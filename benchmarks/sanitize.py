@@ -85,6 +85,11 @@ def _logits(dtype, vocab, layout, generator):
     return storage, x
 
 
+def few_columns(options) -> int:
+    """For Triton's interpreter."""
+    return 16 * options["segments"] if "segments" in options else 33
+
+
 def check(dtype, vocab, layout, options, device="cuda") -> str | None:
     """Runs one variant forward and backward; returns what is wrong with it, or None."""
     if "of" in options:
@@ -260,7 +265,7 @@ def main() -> int:
     chosen = list(variants())
     if args.rehearse:  # a few, on rows short enough for Triton's interpreter
         few = chosen[:: 2 * len(_TOLERANCE) + 3]
-        chosen = [(dtype, 16 * options["segments"] if "segments" in options else 33, layout, options) for dtype, _, layout, options in few]
+        chosen = [(dtype, few_columns(options), layout, options) for dtype, _, layout, options in few]
     mine = chosen[args.part[0] :: args.part[1]]
     wrong = 0
     for variant in mine:

@@ -125,6 +125,8 @@ def check_logits(logits: Tensor, name: str = "logits", least: int = 1) -> None:
     """[..., V] of a dtype that kernels take, with V >= least."""
     if not isinstance(logits, Tensor):
         raise TypeError(f"{name} must be a tensor [..., V], got {type(logits).__name__}")
+    if logits.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {logits.layout}")
     if logits.dtype not in _FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {logits.dtype}")
     if logits.dim() == 0 or logits.shape[-1] < least:
@@ -245,6 +247,8 @@ def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int |
 
 def check_inplace(logits: Tensor) -> None:
     """Logits whose memory their gradient may overwrite."""
+    if logits.numel() == 0:
+        return
     if logits.stride(-1) != 1 and logits.shape[-1] > 1:
         raise ValueError(f"inplace_backward writes the gradient over the logits: their last stride must be 1, got {logits.stride(-1)}")
     if any(size > 1 and stride == 0 for size, stride in zip(logits.shape, logits.stride(), strict=True)):

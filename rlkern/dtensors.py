@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,7 @@ class Rows(NamedTuple):
 
     mesh: Any
     placements: tuple  # Replicate where the columns are sharded
+    shape: tuple  # of all rows
 
     def local(self, x: Any) -> Any:
         """This process's part of a tensor by row. What is no DTensor has only local rows already."""
@@ -36,7 +38,9 @@ class Rows(NamedTuple):
             return None
         from torch.distributed.tensor import DTensor
 
-        return DTensor.from_local(x, self.mesh, self.placements, run_check=False)
+        shape = torch.Size((*self.shape, *x.shape[len(self.shape) :]))
+        strides = [shape[i + 1 :].numel() for i in range(len(shape))]
+        return DTensor.from_local(x, self.mesh, self.placements, run_check=False, shape=shape, stride=tuple(strides))
 
 
 def local_columns(name: str, x: Any, group: Any, vocab_start: int | None, vocab_size: int | None) -> tuple[Tensor, dict[str, Any], Rows]:
@@ -54,7 +58,8 @@ def local_columns(name: str, x: Any, group: Any, vocab_start: int | None, vocab_
         raise ValueError(f"{_shown(name, x)}: expected Shard or Replicate, redistribute what is Partial")
     if len(over) > 1 or any(type(x.placements[i]).__name__ != "Shard" for i in over):
         raise ValueError(f"{_shown(name, x)}: expected the last dimension as Shard({last}) on at most one dimension of the mesh")
-    rows = Rows(x.device_mesh, tuple(Replicate() if i in over else placement for i, placement in enumerate(x.placements)))
+    placements = tuple(Replicate() if i in over else placement for i, placement in enumerate(x.placements))
+    rows = Rows(x.device_mesh, placements, tuple(x.shape[:-1]))
     if not over:
         return x.to_local(), {"group": None, "vocab_start": None, "vocab_size": vocab_size}, rows
     return x.to_local(), _columns(x, over[0], last, vocab_size), rows
@@ -102,7 +107,7 @@ def local_head(
     at, of_weight, rows = _columns(weight, over[0], 0, vocab_size), list(weight.placements), None
     if is_dtensor(hidden):
         of_hidden = list(hidden.placements)
-        rows = Rows(mesh, tuple(of_hidden))
+        rows = Rows(mesh, tuple(of_hidden), tuple(hidden.shape[:-1]))
         of_weight = [Partial() if placement.is_shard() else w for placement, w in zip(of_hidden, of_weight, strict=True)]
         of_hidden[over[0]] = Partial()
         hidden = hidden.to_local(grad_placements=of_hidden)

@@ -16,9 +16,9 @@ def as_rows(x: Tensor) -> Tensor:
     if x.dim() < 3:
         return x.unsqueeze(0) if x.dim() == 2 else x.view(1, 1, -1)
     try:
-        return x.view(-1, x.shape[-2], x.shape[-1])
+        return x.view(x.shape[:-2].numel(), x.shape[-2], x.shape[-1])
     except RuntimeError:  # leading strides that do not merge
-        return x.contiguous().view(-1, x.shape[-2], x.shape[-1])
+        return x.contiguous().view(x.shape[:-2].numel(), x.shape[-2], x.shape[-1])
 
 
 def chunk_elements(x: Tensor) -> int:

@@ -10,7 +10,7 @@ NaN, which the others find in their results. RLKERN_DEBUG=1 sends the header the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -114,7 +114,7 @@ class Said(NamedTuple):
     highest: int
 
 
-_NAMES = {"rows": "the number of rows", "targets": "the number of targets a row", "dtype": "the dtype", "options": "the options"}
+_NAMES = {"rows": "the number of rows", "targets": "the number of targets a row", "dtype": "the dtype"}
 
 
 class Meeting:
@@ -138,17 +138,18 @@ class Meeting:
         self.said = Said(0, 0, 0, 0, 0, 0, -1, 0, 0, 0)
         self.payloads: list[tuple[bool, Tensor]] = []  # of a rank that refuses, where no header is exchanged
         self.everyone: list[Said] = []  # all headers, once they were exchanged
+        self.asked: Mapping[str, Any] = {}
 
     @property
     def group_name(self) -> str:
         return "" if self.ranks == 1 else self.group.group_name
 
-    def about(self, *, rows: int = 0, targets: int = 0, dtype: Any = None, options: Sequence[Any] = ()) -> None:
-        """What must be the same on all ranks."""
+    def about(self, *, rows: int = 0, targets: int = 0, dtype: Any = None, options: Mapping[str, Any] | None = None) -> None:
+        """What must be the same on all ranks; options by name."""
         if self.ranks == 1:
             return
-        text = repr((self.function, tuple(options))).encode()
-        digest = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
+        self.asked = {"the function": self.function, **(options or {})}
+        digest = digest_of(repr(self.asked).encode())
         code = _DTYPES.index(dtype) if dtype in _DTYPES else -1
         self.said = self.said._replace(rows=rows, targets=targets, dtype=code, options=digest)
 
@@ -211,7 +212,17 @@ class Meeting:
         for field, name in _NAMES.items():
             values = [getattr(said, field) for said in self.everyone]
             if len(set(values)) > 1:
-                raise ValueError(f"{self.function}: the ranks of the group must agree on {name}, got {_by_rank(field, values)}")
+                self._disagree(name, [_dtype_name(value) for value in values] if field == "dtype" else values)
+        if len({said.options for said in self.everyone}) > 1:
+            asked: list[Any] = [None] * self.ranks
+            dist.all_gather_object(asked, self.asked, group=self.group)
+            for name in dict.fromkeys(name for options in asked for name in options):
+                values = [options.get(name) for options in asked]
+                if any(value != values[0] for value in values):
+                    self._disagree(name, values)
+
+    def _disagree(self, what: str, by_rank: Sequence[Any]) -> NoReturn:
+        raise ValueError(f"{self.function}: the ranks of the group must agree on {what}, got {', '.join(map(str, by_rank))} by rank")
 
 
 def refuse(meeting: Meeting, ranks: Sequence[int]) -> NoReturn:
@@ -224,14 +235,13 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank {numbers}" if len(ranks) == 1 else f"ranks {numbers}"
 
 
-def _by_rank(field: str, values: Sequence[int]) -> str:
-    if field == "options":
-        alike: dict[int, list[int]] = {}
-        for rank, value in enumerate(values):
-            alike.setdefault(value, []).append(rank)
-        return " against ".join(f"those of {_ranks(ranks)}" for ranks in alike.values())
-    shown_values = [str(_DTYPES[v]).removeprefix("torch.") if field == "dtype" and v >= 0 else str(v) for v in values]
-    return f"{', '.join(shown_values)} by rank"
+def _dtype_name(code: int) -> str:
+    return str(_DTYPES[code]).removeprefix("torch.") if code >= 0 else "another"
+
+
+def digest_of(data: Any) -> int:
+    """A number of 56 bits, the same in every process."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=7).digest(), "big")
 
 
 # --- shards of a vocabulary ---------------------------------------------------------------------------------
@@ -264,8 +274,6 @@ def check_sizes(columns: int, ranks: int, vocab_start: int | None, vocab_size: i
     if columns * ranks % (16 * segments) or columns * ranks // segments * (segments // ranks) != columns:
         wanted = f"a multiple of {16 * segments}, for segments of the same size on every number of ranks"
         raise ValueError(f"segments={segments} needs columns on all ranks that are {wanted}, got {ranks} x {columns}: pad the vocabulary")
-    if vocab_start is not None and vocab_start % columns:
-        raise ValueError(f"segments needs ranks with the same number of columns, got vocab_start={vocab_start} beside {columns} columns")
 
 
 def check_tiling(function: str, everyone: Sequence[Said], vocab: int) -> None:
@@ -297,6 +305,9 @@ def shard_of(
     if ranks == 1:
         return Shard("", 1, 0, columns if vocab_size is None else vocab_size, segments or 0)
     start, vocab = first_column(group, columns, vocab_start), vocab_size
+    if segments is not None and start != first_column(group, columns, None):
+        wanted = first_column(group, columns, None)
+        raise ValueError(f"{function}: segments needs columns in the order of the ranks, here from {wanted} on, got vocab_start={start}")
     if everyone:
         sizes = [said.vocab for said in everyone]
         if len(set(sizes)) > 1:
@@ -304,6 +315,8 @@ def shard_of(
             raise ValueError(f"{function}: the ranks of the group must agree on vocab_size, got {given} by rank")
         if vocab is None:
             vocab = max(said.start + said.columns for said in everyone)
+        if vocab == 0:
+            raise ValueError(f"{function}: some rank must hold a column, got none on any")
         check_tiling(function, everyone, vocab)
     elif vocab is None:
         vocab = ranks * columns if vocab_start is None else UNKNOWN

@@ -362,9 +362,12 @@ def test_gloo(loss):
     "options, words",
     [
         ({"refusing": (1,)}, "kl_cov_loss: rank 1 of the group refused its arguments"),
-        ({"select_ratio": (0.1, 0.2, 0.1)}, "the ranks of the group must agree on the options, got those of ranks 0, 2 against those of rank 1"),
-        ({"capacity": (4, 4, 5)}, "must agree on the options"),
-        ({"select_over": ("group", "group", "rank")}, "must agree on the options"),
+        (
+            {"select_ratio": (0.1, 0.2, 0.1)},
+            "the ranks of the group must agree on what to select, got (0.1, 1, True), (0.2, 1, True), (0.1, 1, True) by rank",
+        ),
+        ({"capacity": (4, 4, 5)}, "must agree on capacity, got 4, 4, 5 by rank"),
+        ({"select_over": ("group", "group", "rank")}, "must agree on select_over"),
     ],
 )
 def test_disagreement(options, words):

@@ -293,8 +293,8 @@ def faulty(group, rank, change, only):
 @pytest.mark.parametrize(
     ("change", "only", "error", "message"),
     [
-        ({"kind": "jsd"}, 1, ValueError, "must agree on the options, got those of rank 0 against those of rank 1"),
-        ({"other": torch.zeros(2, 64, dtype=torch.bfloat16)}, 1, ValueError, "must agree on the options"),
+        ({"kind": "jsd"}, 1, ValueError, "must agree on kind, got reverse_kl, jsd by rank"),
+        ({"other": torch.zeros(2, 64, dtype=torch.bfloat16)}, 1, ValueError, "must agree on other's dtype, got float32, bfloat16 by rank"),
         ({"targets": torch.tensor([0, 128])}, None, IndexError, "target 128 of row 1 is out of range for 128 logits"),
         ({"other": torch.zeros(2, 60)}, None, ValueError, "logits and other must hold the same columns, got 64 and 60"),
         ({"vocab": 60}, None, ValueError, "give vocab_size alone, got vocab=60"),

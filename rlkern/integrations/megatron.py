@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import primitives
 from ..checks import check_number
-from ..parallel import add_up, world
+from ..parallel import Meeting, add_up, world
+from ..primitives.sharded_stats import part_payloads
 from .patching import Patch
 from .versions import check_arguments, module_of
 from .vocab_parallel import tensor_parallel_group
@@ -47,10 +48,13 @@ def vocab_parallel_cross_entropy(
         ImportError: no tp_group, and megatron-core is not installed.
         TypeError, ValueError, IndexError: as `rlkern.token_stats`; for another label_smoothing.
     """
-    check_number("label_smoothing", label_smoothing, 0, 1)
-    if label_smoothing == 1:
-        raise ValueError("label_smoothing must be in [0, 1), got 1")
     group = tensor_parallel_group(tp_group)
+    with Meeting("vocab_parallel_cross_entropy", group, vocab_parallel_logits) as meeting:
+        meeting.would_send(lambda: part_payloads(vocab_parallel_logits, target, False, None, meeting.ranks))
+        check_number("label_smoothing", label_smoothing, 0, 1)
+        if label_smoothing == 1:
+            raise ValueError("label_smoothing must be in [0, 1), got 1")
+        meeting.about(options={"label_smoothing": label_smoothing, "vocab_size": vocab_size})
     stats = primitives.token_stats(vocab_parallel_logits, target, with_entropy=False, group=group, vocab_size=vocab_size)
     if label_smoothing == 0:
         return -stats.logp

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import primitives
-from ..parallel import vocab_range, world
+from ..parallel import Meeting, vocab_range, world
 from ..primitives import Kept
+from ..primitives.sharded_stats import part_payloads
 from .patching import Patch
 from .versions import check_arguments, module_of
 from .vocab_parallel import group_or_default
@@ -52,7 +53,11 @@ def calculate_log_probs_and_entropy(
     full = bool(with_entropy) and keep is not None
     entropy: Tensor | None = None
     if isinstance(keep, Tensor) and world(group) > 1:
-        logp = primitives.token_logprobs(_only_kept(logits, tokens, keep, group), tokens, group=group)
+        with Meeting("calculate_log_probs_and_entropy", group, logits) as meeting:
+            meeting.would_send(lambda: part_payloads(logits, tokens, False, None, meeting.ranks))
+            kept = _only_kept(logits, tokens, keep, group)
+            meeting.about(options={"with_entropy": bool(with_entropy)})
+        logp = primitives.token_logprobs(kept, tokens, group=group)
         if with_entropy:
             entropy = primitives.entropy_from_logits(logits, group=group)
     else:

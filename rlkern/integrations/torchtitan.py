@@ -15,6 +15,7 @@ from .. import primitives
 from ..checks import check_choice, check_count
 from ..dtensors import is_dtensor
 from ..parallel import world
+from ..primitives.sharded_stats import Columns, refuse_rows
 
 __all__ = ["compute_logprobs"]
 
@@ -33,8 +34,11 @@ class _LossParallelCrossEntropy:
             TypeError, ValueError, IndexError: as `rlkern.token_stats`; for another reduction. On CPUs for
                 another number of columns.
         """
-        check_choice("reduction", reduction, ("sum", "none"))
-        check_count("global_vocab_size", global_vocab_size, 1)
+        try:
+            check_choice("reduction", reduction, ("sum", "none"))
+            check_count("global_vocab_size", global_vocab_size, 1)
+        except Exception as error:
+            refuse_rows(error, logits, Columns(tp_group))
         share = -(-global_vocab_size // world(tp_group))
         start = min(global_vocab_size, share * (0 if tp_group is None else distributed.get_rank(tp_group)))
         loss = -primitives.token_logprobs(logits, labels, group=tp_group, vocab_start=start, vocab_size=global_vocab_size)

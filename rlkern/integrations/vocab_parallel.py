@@ -9,6 +9,7 @@ from torch import Tensor, distributed
 
 from .. import primitives
 from ..parallel import world
+from ..primitives.sharded_stats import Columns, refuse_rows
 from .versions import module_of
 
 
@@ -42,8 +43,11 @@ def silent_logprobs(logits: Tensor, targets: Tensor, group: Any, vocab_start: in
     target. logits [..., V / ranks]; targets [...] or [..., K]; None is the default group.
     """
     group = group_or_default(group)
-    vocab = world(group) * logits.shape[-1]
-    known = (targets >= 0) & (targets < vocab)
+    try:
+        vocab = world(group) * logits.shape[-1]
+        known = (targets >= 0) & (targets < vocab)
+    except Exception as error:
+        refuse_rows(error, logits, Columns(group))
     at = {"group": group, "vocab_start": vocab_start, "vocab_size": vocab}
     stats = primitives.token_stats(logits, torch.where(known, targets, 0), with_entropy=False, **at)
     lse = stats.logsumexp if targets.dim() < logits.dim() else stats.logsumexp.unsqueeze(-1)

@@ -176,7 +176,7 @@ def batch_count(
         for meeting in (everyone, context):
             if meeting.exchanges:
                 rows = sum(map(len, kept)) if meeting is context and what == "sequences" else 0
-                meeting.about(rows=rows, options=(aggregation, context_group is None))
+                meeting.about(rows=rows, options={"aggregation": aggregation, "context_group": context_group is not None})
     if what == "rows":
         count = kept[0].new_full((), sum(map(len, kept)), dtype=torch.int64)
     elif what == "tokens":

@@ -204,8 +204,8 @@ def linear_fused_loss(
 
     Args:
         hidden, weight, targets, bias, logits_dtype, num_valid, gathered, temperature, ignore_index,
-            logit_scale, softcap, group: as in `linear_token_stats`. A loss by its name takes hidden [B, T, H]
-            and targets [B, T].
+            logit_scale, softcap: as in `linear_token_stats`; group must be None. A loss by its name takes
+            hidden [B, T, H] and targets [B, T].
         old_logp, advantages, mask: as in `ppo_loss`, without gradient. old_logp may be None (on-policy), the
             mask too (all tokens), the advantages with "ce".
         loss: "ppo" (that of GRPO too), "reinforce", "cispo", "sapo": as the losses of these names. "ce":

@@ -76,7 +76,8 @@ def agreed_batch(
                 payloads(meeting, batch)
             raise
         if meeting.exchanges:
-            meeting.about(dtype=computing_dtype(x), options=(call.capacity, call.select_over, *asked))
+            said = {"capacity": call.capacity, "select_over": call.select_over, "what to select": tuple(asked)}
+            meeting.about(dtype=computing_dtype(x), options=said)
             meeting.covers(size, 0, None)
     return (batch._replace(sizes=tuple(said.columns for said in meeting.everyone)) if meeting.everyone else batch), checked
 

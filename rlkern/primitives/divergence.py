@@ -29,7 +29,7 @@ from ..dtensors import is_dtensor, local_columns
 from ..parallel import is_sharded
 from .pair_rows import REFERENCE_ONLY, PairOptions, pair_rows
 from .sharded_pairs import agreed_pairs, sharded_pair_rows
-from .sharded_stats import Columns
+from .sharded_stats import Columns, refuse_rows
 
 _KINDS = {name.lower(): kind for name, kind in vars(PairKind).items() if name.isupper()}
 KINDS = tuple(_KINDS)
@@ -376,7 +376,10 @@ def gkd_divergence(logits: Tensor, other: Tensor, beta: float, **options) -> Ten
     same. The options are those of `token_divergence` without kind. Raises as that, TypeError for a kind, and
     ValueError for a beta outside [0, 1].
     """
-    if "kind" in options:
-        raise TypeError(f"gkd_divergence takes no kind, beta chooses it; got {options['kind']!r}")
-    kind, beta = gkd_kind(beta)
+    try:
+        if "kind" in options:
+            raise TypeError(f"gkd_divergence takes no kind, beta chooses it; got {options['kind']!r}")
+        kind, beta = gkd_kind(beta)
+    except Exception as error:
+        refuse_rows(error, logits, Columns(options.get("group")))
     return token_divergence(logits, other, kind=kind, beta=beta, **options)

@@ -41,7 +41,7 @@ from .row_stats import (
     write_gradient,
 )
 from .sharded_kept import largest_kept_id, what_keep_says
-from .sharded_stats import Columns, agreed_shard, all_parts
+from .sharded_stats import Columns, agreed_shard, all_parts, refuse_rows
 
 
 class _How(NamedTuple):
@@ -477,14 +477,18 @@ def linear_token_stats(
         stats = linear_token_stats(hidden, weight, bias=bias, **{"hidden_grad": hidden_grad, **options, **columns})
         return TokenStats(*map(placed.whole, stats)) if placed is not None and is_dtensor(targets) else stats
     at = Columns(group, vocab_start, vocab_size, segments)
-    check_choice("hidden_grad", hidden_grad, ("all_reduce", "partial"))
-    with gathering(gathered):
+    try:
+        context = gathering(gathered)
+    except Exception as error:
+        refuse_rows(error, hidden, at)
+    with context:
         checked: Any = None  # what the rows' check leaves beside them
 
         def check() -> tuple:
             nonlocal hidden, weight, bias, keep, checked
             if targets is None:
                 raise TypeError("targets must be an integer tensor, got None")
+            check_choice("hidden_grad", hidden_grad, ("all_reduce", "partial"))
             hidden, weight, bias = whole_head(hidden, weight, bias, least=1 if group is None else 0)
             check_flags(with_sum_sq=with_sum_sq, with_entropy=with_entropy, with_tail=with_tail, fixed_blocks=fixed_blocks)
             _check_weight_grad_out(weight_grad_out, weight)
@@ -524,12 +528,22 @@ def linear_token_stats(
             return rows
 
         if is_sharded(*at):
-            said: Any = {"columns": lambda: weight.shape[0], "options": (num_valid, hidden_grad, lora is None, outside, max_dense_rows, round_logits)}
+
+            def asked() -> dict[str, Any]:
+                (hidden, _, bias, lora_hidden, _), how = checked
+                given = {"hidden": hidden, "lora": lora_hidden}
+                options = {f"the gradient of {name}": x is not None and x.requires_grad and torch.is_grad_enabled() for name, x in given.items()}
+                options |= {f"the width of {name}": None if x is None else x.shape[-1] for name, x in given.items()}
+                options |= {"hidden's dtype, cast": str(hidden.dtype), "the logits' dtype": str(_logits_dtype(hidden, how)), "bias": bias is not None}
+                options |= {"lora's scale": None if lora is None else float(lora[2]), "num_valid": num_valid, "hidden_grad": hidden_grad}
+                options |= {"outside": outside, "max_dense_rows": max_dense_rows, "round_logits": bool(round_logits)}
+                return options | what_keep_says(keep)
+
+            said: Any = {"columns": lambda: weight.shape[0], "options": asked}
             if keep is not None:
                 said["payloads"] = partial(kept_payloads, hidden, keep, targets, max_dense_rows)
             if isinstance(keep, Kept):
                 said["largest_id"] = partial(largest_kept_id, keep, hidden)
-            said["options"] += what_keep_says(keep)
             shard, rows = agreed_shard("linear_token_stats", hidden, targets, at, check, **said)
         else:
             shard, rows = Shard("", 1, 0, 0, 0), check()

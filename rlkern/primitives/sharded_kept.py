@@ -15,7 +15,7 @@ from torch import Tensor
 from ..backends.contract import KeptKind, Outside, State
 from ..layout import counted_rows
 from ..operator import Operator, Steps, differentiable, values_readable
-from ..parallel import Shard
+from ..parallel import Shard, digest_of
 from .kept_sets import Kept, check_kept, check_outside, list_of_entry
 from .kept_stats import INSTEAD, KeptResults, Sets, backward, forward, overwrite, public_kept_stats, sets_of, with_empty_list
 from .parts import token_stats_merge
@@ -187,11 +187,15 @@ def kept_part_payloads(logits: Any, targets: Any, with_full: Any) -> list[Tensor
     return [x.new_empty(*x.shape[:-1], x.shape[-1] + beside) for x in part_payloads(logits, targets, False, None, 1)]
 
 
-def what_keep_says(keep: Any) -> tuple:
-    """What is the same on all ranks if their lists are, without a look at these."""
+def what_keep_says(keep: Any) -> dict[str, Any]:
+    """What is the same on all ranks if their lists are, by name. Reads values."""
     if not isinstance(keep, Kept):
-        return (keep is None,)
-    return keep.kind, keep.empty, keep.entries.numel(), None if keep.begin is None else len(keep.begin), keep.rows is None
+        return {"keep": "None" if keep is None else "given"}
+    said: dict[str, Any] = {"keep": keep.kind, "keep's empty": keep.empty}
+    if keep.kind == "ids":
+        for name, x in (("ids", keep.entries), ("begin", keep.begin), ("end", keep.end), ("rows", keep.rows)):
+            said[f"keep's {name}"] = None if x is None else digest_of(x.detach().cpu().long().contiguous().numpy().tobytes())
+    return said
 
 
 def largest_kept_id(keep: Kept, logits: Tensor, targets: Tensor, mask: Tensor | None, ignore_index: int) -> int:

@@ -6,7 +6,7 @@ tail a second one of two. The gradient needs none: the state of whole rows is on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -105,6 +105,9 @@ _sharded_stats = differentiable(
 )
 
 
+_KEPT = {KeptKind.NONE: "none", KeptKind.MIN_P: "min_p", KeptKind.MIN_PROB: "min_prob", KeptKind.UNLISTED: "with_tail"}
+
+
 class Columns(NamedTuple):
     """Which columns of the rows a call holds, as its caller says."""
 
@@ -148,7 +151,7 @@ def agreed_rows(
     payloads: Callable[[int], list[Tensor]],
     *,
     columns: Callable[[], int] | None = None,
-    options: Sequence[Any] = (),
+    options: Callable[[], Mapping[str, Any]] | None = None,
     largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
 ) -> tuple[Shard, tuple]:
     """(this rank's columns, the checked rows), once all ranks agree. Every rank raises if one does.
@@ -158,7 +161,7 @@ def agreed_rows(
         check: returns (targets, mask, ..., what is asked of every row), or raises.
         payloads: returns what a call among so many ranks sends.
         columns: how many this rank holds; None: those of logits. Called after the check.
-        options: what else must be the same on all ranks.
+        options: returns what else must be the same on all ranks, by name. Called after the check.
         largest_id: of the ids that keep= lists for rows that count, from (targets, mask, ignore_index).
             Called after the check, where the host may read. IndexError for one outside the vocabulary.
     """
@@ -175,7 +178,12 @@ def agreed_rows(
         check_sizes(held, meeting.ranks, at.vocab_start, at.vocab_size, at.segments)
         if meeting.exchanges:
             n_targets = -1 if y is None else 0 if y.dim() < logits.dim() else y.shape[-1]
-            asked = (*o, at.segments, *(x is None for x in rows[1:-1]), *options)
+            asked = {"the rows' shape": tuple(logits.shape[:-1]), **o._asdict(), "segments": at.segments}
+            for name, x in zip(("mask", "a temperature by row", "other_temperature by row"), rows[1:-1], strict=False):
+                asked[name] = "None" if x is None else "given"
+            if isinstance(o, Options):  # by the names of the arguments
+                asked["min_p, min_prob or with_tail"] = _KEPT[asked.pop("kept_kind")]
+            asked |= {} if options is None else options()
             meeting.about(rows=logits.shape[:-1].numel(), targets=n_targets, dtype=logits.dtype, options=asked)
             lowest, highest = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
             largest = highest if largest_id is None else largest_id(y, mask, o.ignore_index)
@@ -200,7 +208,7 @@ def agreed_shard(
     *,
     columns: Callable[[], int] | None = None,
     second: bool = False,
-    options: Sequence[Any] = (),
+    options: Callable[[], Mapping[str, Any]] | None = None,
     largest_id: Callable[[Tensor, Tensor | None, int], int] | None = None,
     payloads: Callable[[], list[Tensor]] | None = None,
 ) -> tuple[Shard, tuple]:

@@ -160,13 +160,16 @@ def token_stats(
     sharded = is_sharded(*columns)
     if sharded:
         second = not (min_p is None and min_prob is None) or bool(with_tail)
-        options = (with_full, outside, *what_keep_says(keep))
+
+        def asked() -> dict[str, Any]:
+            return {"with_full": bool(with_full), "outside": outside, **what_keep_says(keep)}
+
         of_keep: Any = {}
         if keep is not None:
             of_keep["payloads"] = partial(kept_part_payloads, logits, targets, with_full)
         if isinstance(keep, Kept):
             of_keep["largest_id"] = partial(largest_kept_id, keep, logits)
-        shard, rows = agreed_shard("token_stats", logits, targets, columns, checked, second=second, options=options, **of_keep)
+        shard, rows = agreed_shard("token_stats", logits, targets, columns, checked, second=second, options=asked, **of_keep)
         y, counted, row_temperature, o = rows
     else:
         y, counted, row_temperature, o = checked()
