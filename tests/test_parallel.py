@@ -482,6 +482,79 @@ def test_linear_refuses_what_needs_the_logits_again():
         linear_token_stats(torch.randn(3, 4), weight, y, keep=keep, segments=8)
 
 
+def head_fault(group, rank, what):
+    """What each rank raises for output matrices that differ, and then the gradient of a correct call."""
+    hidden, weight, _, targets, _, (a, b) = head(torch.float32, 48)
+    start, end = vocab_range(24, group)
+    weight, b = weight[start:end].requires_grad_(), b[start:end]
+    hidden, options, autocast = hidden.requires_grad_(), {}, False
+    if rank == 1:
+        options = {"hidden_grad": {"hidden_grad": "all"}, "scale": {"lora": (a, b, 2.0)}, "bias": {"bias": torch.zeros(24)}}.get(what, {})
+        options |= {"gathered": {"gathered": 3}, "rank": {"lora": (a[:3], b[:, :3], 0.5)}}.get(what, {})
+        autocast = what == "autocast"
+        hidden = {"gradient": hidden.detach(), "width": torch.cat([hidden, hidden], -1).detach().requires_grad_()}.get(what, hidden)
+        weight = torch.cat([weight, weight], -1) if what == "width" else weight
+    elif what in ("scale", "rank"):
+        options = {"lora": (a, b, 0.5)}
+    error = None
+    try:
+        with torch.autocast("cpu", enabled=autocast):
+            linear_token_stats(hidden, weight, targets, group=group, **options).logp.sum().backward()
+    except Exception as raised:
+        error = type(raised).__name__, str(raised)
+    hidden, weight = (x.detach()[..., :16].requires_grad_() for x in (hidden, weight))
+    linear_token_stats(hidden, weight, targets, group=group).logp.sum().backward()
+    return error, hidden.grad
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("gradient", "must agree on the gradient of hidden, got True, False by rank"),
+        ("autocast", "must agree on hidden's dtype, cast, got torch.float32, torch.bfloat16 by rank"),
+        ("width", "must agree on the width of hidden, got 16, 32 by rank"),
+        ("rank", "must agree on the width of lora, got 4, 3 by rank"),
+        ("scale", "must agree on lora's scale, got 0.5, 2.0 by rank"),
+        ("bias", "must agree on bias, got False, True by rank"),
+        ("hidden_grad", "rank 1 of the group refused its arguments"),
+        ("gathered", "rank 1 of the group refused its arguments"),
+    ],
+)
+def test_faults_of_an_output_matrix(what, message):
+    """What the backward would add up is agreed on before."""
+    (error, gradient), (other, same) = on_ranks(2, head_fault, what)
+    assert message in error[1] and torch.equal(gradient, same)
+    assert other == error or "unknown hidden_grad" in other[1] or "gathered must be" in other[1]
+
+
+def corners(group, rank):
+    """A right call: a shard of four dimensions without columns, in place. Then three wrong ones."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(3, 1, 2, 6, generator=g), torch.randint(0, 6, (3, 1, 2), generator=g)
+    mine, errors = (x if rank == 0 else x[..., :0]).clone().requires_grad_(), []
+    stats = token_stats(mine * 1, y, group=group, vocab_start=6 * rank, min_p=0.1, inplace_backward=True)
+    torch.testing.assert_close(stats.kept_logmass, token_stats(x, y, min_p=0.1).kept_logmass)
+    stats.logp.sum().backward()
+    x, y = torch.randn(2, 4, 16, generator=g), torch.randint(0, 32, (2, 4), generator=g)
+    for change in (
+        {"logits": x.transpose(0, 1), "targets": y.t()} if rank else {},
+        {"vocab_start": 16 - 16 * rank, "segments": 2},
+        {"logits": x[..., :0], "vocab_start": 0},
+    ):
+        try:
+            token_stats(**{"logits": x, "targets": y, "group": group, **change})
+        except ValueError as error:
+            errors.append(str(error))
+    return mine.grad.shape, errors
+
+
+def test_corners():
+    expected = ("agree on the rows' shape", "columns in the order of the ranks", "some rank must hold a column")
+    for shape, errors in on_ranks(2, corners):
+        assert shape[:3] == (3, 1, 2)
+        assert all(part in error for part, error in zip(expected, errors, strict=True)), errors
+
+
 # --- DTensor, compilers -------------------------------------------------------------------------------------
 
 
@@ -559,13 +632,19 @@ def two_dimensions(group, rank):
     mesh = init_device_mesh("cpu", (4, 2), mesh_dim_names=("dp", "tp"))
     x, y = torch.randn(4, 5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.arange(20).view(4, 5) % 9
     whole = x.clone().requires_grad_()
-    token_logprobs(whole, y).sin().sum().backward()
+    whole_logp = token_logprobs(whole, y)
+    whole_logp.sin().sum().backward()
     leaf, targets = distribute_tensor(x, mesh, [Shard(0), Shard(2)]).requires_grad_(), distribute_tensor(y, mesh, [Shard(0), Replicate()])
     token_logprobs(leaf, targets).sin().sum().backward()
     torch.testing.assert_close(leaf.grad.full_tensor(), whole.grad, rtol=1e-10, atol=1e-10)
+    x, y = x[:3], y[:3]  # none on the last of four
+    z, targets_of_3 = distribute_tensor(x, mesh, [Shard(0), Shard(2)]), distribute_tensor(y, mesh, [Shard(0), Replicate()])
+    uneven = token_logprobs(z, targets_of_3)
+    assert uneven.shape == (3, 5)
+    torch.testing.assert_close(uneven.mean().full_tensor(), token_logprobs(x, y).mean(), rtol=1e-10, atol=1e-10)
     local = token_logprobs(leaf, targets.to_local())
     dp = mesh.get_local_rank(0)
-    torch.testing.assert_close(local, token_logprobs(x, y)[dp : dp + 1], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(local, whole_logp[dp : dp + 1], rtol=1e-10, atol=1e-10)
     return True
 
 

@@ -211,9 +211,10 @@ def agreed_pairs(function: str, logits: Tensor, other: Any, kind: Any, at: Colum
         widths = (PairPart.WIDTH, 2) if kind in ("jsd", "skew_forward_kl", "skew_reverse_kl") else (PairPart.WIDTH,)
         return [new_payload(logits, width, at.segments, ranks) for width in widths]
 
-    shard, (*by_row, o) = agreed_rows(
-        function, logits, at, check, payloads, options=lambda: {"kind": kind, "other's dtype": str(other.dtype).removeprefix("torch.")}
-    )
+    def asked() -> dict[str, Any]:
+        return {"kind": kind, "other's dtype": str(other.dtype).removeprefix("torch.")}
+
+    shard, (*by_row, o) = agreed_rows(function, logits, at, check, payloads, options=asked)
     return shard, (*by_row, o._replace(vocab=shard.vocab))
 
 
