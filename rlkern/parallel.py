@@ -305,9 +305,12 @@ def shard_of(
     if ranks == 1:
         return Shard("", 1, 0, columns if vocab_size is None else vocab_size, segments or 0)
     start, vocab = first_column(group, columns, vocab_start), vocab_size
-    if segments is not None and start != first_column(group, columns, None):
-        wanted = first_column(group, columns, None)
-        raise ValueError(f"{function}: segments needs columns in the order of the ranks, here from {wanted} on, got vocab_start={start}")
+    if segments is not None:
+        held = [(said.start, said.columns) for said in everyone]
+        even = all(where == (rank * columns, columns) for rank, where in enumerate(held))
+        if not even or (not everyone and start != first_column(group, columns, None)):
+            shown_ranges = ", ".join(f"[{first}, {first + size})" for first, size in held or [(start, columns)])
+            raise ValueError(f"{function}: segments needs ranks with as many columns each, in their order, got {shown_ranges}")
     if everyone:
         sizes = [said.vocab for said in everyone]
         if len(set(sizes)) > 1:

@@ -426,6 +426,7 @@ def disagreeing(group, rank):
         x, y, mask, temperature = draw(40, torch.float32)
         start, end = vocab_range(20, group)
         token_logprobs(x[..., start:end], y, temperature=temperature, mask=mask, group=group)
+        assert token_logprobs(x[:0, ..., start:end], y[:0], group=group).shape == (0, 6)
         errors = []
         for change in ("y", "mask", "temperature"):
             targets, counted, t = y.clone(), mask.clone(), temperature.clone()
@@ -539,6 +540,7 @@ def corners(group, rank):
     for change in (
         {"logits": x.transpose(0, 1), "targets": y.t()} if rank else {},
         {"vocab_start": 16 - 16 * rank, "segments": 2},
+        {"logits": torch.cat([x, x], -1) if rank else x, "vocab_start": 16 * rank, "segments": 2},
         {"logits": x[..., :0], "vocab_start": 0},
     ):
         try:
@@ -549,7 +551,8 @@ def corners(group, rank):
 
 
 def test_corners():
-    expected = ("agree on the rows' shape", "columns in the order of the ranks", "some rank must hold a column")
+    in_order = "segments needs ranks with as many columns each, in their order"
+    expected = ("agree on the rows' shape", in_order, in_order, "some rank must hold a column")
     for shape, errors in on_ranks(2, corners):
         assert shape[:3] == (3, 1, 2)
         assert all(part in error for part, error in zip(expected, errors, strict=True)), errors

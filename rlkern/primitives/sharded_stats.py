@@ -57,7 +57,7 @@ def _digest(parts: Tensor, *of_rows: Tensor | None) -> Tensor:
     for x in of_rows:
         if x is not None:
             whole = x.double().view(torch.int64) if x.is_floating_point() else x
-            for column in whole.reshape(*rows, -1).unbind(-1):
+            for column in whole.reshape(*rows, whole.shape[-1] if whole.dim() > len(rows) else 1).unbind(-1):
                 digest = (digest * 1000003 + column + 1) * 0x5851F42D4C957F2D
                 digest = digest ^ (digest >> 33)
     return (digest & 0xFFFFFF).to(parts.dtype)
