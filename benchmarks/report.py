@@ -1,6 +1,7 @@
 """The GPU kernels judged without a GPU: what the compiler makes of each, for each architecture.
 
-    python benchmarks/report.py [--arch sm_90 ...] [--all | --others | --variants] [--json FILE] [--waves]
+    python benchmarks/report.py [--arch sm_90 ...] [--all | --others | --common | --variants] [--json FILE]
+        [--waves]
 
 Exits with 2 for an unknown architecture, and where Triton or its disassemblers are missing.
 """
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--all", action="store_true", help="every variant on every type and row layout, minutes instead of seconds")
     which.add_argument("--others", action="store_true", help="only those that are left out without --all")
+    which.add_argument("--common", action="store_true", help="of the usual variants only those in bfloat16 on the common row layout")
     which.add_argument("--variants", action="store_true", help="only the launch shapes that variants.py times on an H100")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--waves", action="store_true", help="also predict what splitting rows over several programs is worth, by the number of rows")
@@ -47,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
 
         chosen = launch_cases()
     else:
-        chosen = cases.all_cases() if options.all else cases.other_cases() if options.others else cases.core_cases()
+        choice = "all" if options.all else "others" if options.others else "common" if options.common else "core"
+        chosen = {"all": cases.all_cases, "others": cases.other_cases, "common": cases.common_cases, "core": cases.core_cases}[choice]()
     token_types = tuple(tokens.DTYPES) if options.all else ("fp64",) if options.others else ("fp32",)
     rows = report.analyse_all(chosen, archs, options.jobs)
     over_tokens = [] if options.variants else [row for arch in archs for row in tokens.analyse(arch, token_types)]

@@ -111,7 +111,7 @@ def test_equal_to_whole_rows(world, several, cuts):
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 def test_every_backend_and_option(options, backend):
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float32,) if backend == "triton" else (torch.float64, torch.float32):  # the interpreter is slow
         args = (43, "uneven", dtype, True, options)
         compare(on_ranks(2, part_of_stats, *args, backend), *args)
 
@@ -124,8 +124,13 @@ def test_one_column():
 # --- bits ---------------------------------------------------------------------------------------------------
 
 
-def bits_of(group, rank, backend, segments, vocab, options):
+def rows_of_bits(backend):
     x, y, *_ = draw(256, torch.float32)
+    return (x[0, :4], y[0, :4]) if backend == "triton" else (x, y)  # the interpreter is slow
+
+
+def bits_of(group, rank, backend, segments, vocab, options):
+    x, y = rows_of_bits(backend)
     start, end = vocab_range(256 // dist.get_world_size(group), group)
     with rlkern.use_backend(backend):
         y = y.clamp(max=(vocab or 256) - 1)
@@ -136,7 +141,7 @@ def bits_of(group, rank, backend, segments, vocab, options):
 @pytest.mark.parametrize("backend", ["reference", "native", "triton"])
 @pytest.mark.parametrize(("vocab", "options"), [(None, {"with_sum_sq": True}), (250, {"min_p": 0.05})], ids=["all", "padded"])
 def test_segments_give_the_same_bits_on_any_number_of_ranks(backend, vocab, options):
-    x, y, *_ = draw(256, torch.float32)
+    x, y = rows_of_bits(backend)
     with rlkern.use_backend(backend):
         alone = [value for value in token_stats(x, y.clamp(max=(vocab or 256) - 1), segments=8, vocab_size=vocab, **options) if value is not None]
     for world in (1, 2, 4, 8):
@@ -589,7 +594,7 @@ def dtensors(group, rank, world):
         return (s.logp.sin() + s.entropy).sum()
 
     leaf, same = distribute_tensor(x, mesh, placements).requires_grad_(), x.clone().requires_grad_()
-    (torch.compile(loss, fullgraph=True, backend="aot_eager") if COMPILES else loss)(leaf, y).backward()
+    (torch.compile(loss, fullgraph=True, backend="aot_eager") if COMPILES and world == 2 else loss)(leaf, y).backward()
     loss(same, y).backward()
     torch.testing.assert_close(leaf.grad.full_tensor(), same.grad, rtol=1e-10, atol=1e-10)
     for wrong, beside in (([Partial()], {}), ([Shard(2)], {"group": group})):
@@ -669,7 +674,7 @@ def compiled(group, rank):
     torch._dynamo.reset()
     fast, fast_head = (torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager") for f in (loss, of_head))
     g = torch.Generator().manual_seed(0)
-    for n in (6, 9, 11):
+    for n in (6, 9):
         x, y = torch.randn(n, 40, generator=g), torch.randint(0, 40, (n,), generator=g)
         part, t = x[:, start:end].clone().requires_grad_(), torch.rand(n, generator=g) + 0.5
         for a, b in zip(*(torch.autograd.grad(f(part, y, t), part) for f in (fast, loss)), strict=True):

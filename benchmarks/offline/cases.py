@@ -108,6 +108,11 @@ def core_cases() -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
+def common_cases() -> list[Case]:
+    """Those of them in bf16 on the common layout."""
+    return [case for case in core_cases() if (case.dtype, case.layout) == ("bf16", "V=151936")]
+
+
 def all_cases() -> list[Case]:
     """Every variant of token_stats on every type and layout. Of tails, sets, masses and the others, which
     share its loads, some, of softcaps the common one."""
