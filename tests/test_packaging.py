@@ -43,6 +43,7 @@ def sources_compiled_once(tmp_path_factory):
     objects = tmp_path_factory.mktemp("objects")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CMAKE_CXX_COMPILER_LAUNCHER", f"{sys.executable};{ROOT / 'tests' / 'compile_once.py'};{objects}")
+        patch.setenv("CMAKE_ARGS", "-DRLKERN_BASELINE_ONLY=ON")
         patch.setenv("PATH", sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"])  # this environment's CMake, in `python` too
         yield
 
