@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     which.add_argument("--others", action="store_true", help="only those that are left out without --all")
     which.add_argument("--common", action="store_true", help="of the usual variants only those in bfloat16 on the common row layout")
     which.add_argument("--variants", action="store_true", help="only the launch shapes that variants.py times on an H100")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="of these only every Nth (default: all)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--waves", action="store_true", help="also predict what splitting rows over several programs is worth, by the number of rows")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compiler processes (default: one per core)")
@@ -50,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         chosen = launch_cases()
     else:
         choice = "all" if options.all else "others" if options.others else "common" if options.common else "core"
-        chosen = {"all": cases.all_cases, "others": cases.other_cases, "common": cases.common_cases, "core": cases.core_cases}[choice]()
+        chosen = {"all": cases.all_cases, "others": cases.other_cases, "common": cases.common_cases, "core": cases.core_cases}[choice]()[
+            :: options.every
+        ]
     token_types = tuple(tokens.DTYPES) if options.all else ("fp64",) if options.others else ("fp32",)
     rows = report.analyse_all(chosen, archs, options.jobs)
     over_tokens = [] if options.variants else [row for arch in archs for row in tokens.analyse(arch, token_types)]

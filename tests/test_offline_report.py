@@ -171,10 +171,10 @@ def test_budgets(arch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["sm_90"])  # `make report ARGS=--others` compiles for all
-def test_budgets_of_every_other_variant_type_and_layout(arch, tmp_path):
-    rows, over_tokens = report_on(tmp_path, "--others", "--arch", arch, "--jobs", "1")
-    assert len(by_case(rows)) == len(cases.other_cases()) == len(cases.all_cases()) - len(cases.core_cases())
+@pytest.mark.parametrize("arch", ["sm_90"])  # `make report ARGS=--others` compiles all of them, for all
+def test_budgets_of_half_of_the_other_variants_types_and_layouts(arch, tmp_path):
+    rows, over_tokens = report_on(tmp_path, "--others", "--every", "2", "--arch", arch, "--jobs", "1")
+    assert len(cases.other_cases()) == len(cases.all_cases()) - len(cases.core_cases()) == 2 * len(by_case(rows)) - len(cases.other_cases()) % 2
     assert {row["dtype"] for row in over_tokens} == {"fp64"} and over_budget(over_tokens) == []
     assert [what for case in by_case(rows) for what in violations(case)] == []
 
