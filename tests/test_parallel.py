@@ -712,10 +712,10 @@ def test_the_ranges_of_ids():
     assert vocab_range(7) == (0, 7)
     with pytest.raises(ValueError, match="columns must be at least 1"):
         vocab_range(0)
-    assert try_on_ranks(3, lambda_free_range) == [(0, 7), (7, 14), (14, 21)]
+    assert try_on_ranks(3, range_of_seven) == [(0, 7), (7, 14), (14, 21)]
 
 
-def lambda_free_range(group, rank):
+def range_of_seven(group, rank):
     return vocab_range(7, group)
 
 

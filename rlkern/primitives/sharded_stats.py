@@ -117,7 +117,7 @@ class Columns(NamedTuple):
     segments: int | None = None
 
 
-def _target_span(targets: Tensor | None, mask: Tensor | None, ignore_index: int, rows: int) -> tuple[int, int]:
+def _target_span(targets: Tensor | None, mask: Tensor | None, ignore_index: int) -> tuple[int, int]:
     """The least and the greatest of the targets that count, (0, 0) without any. Reads values."""
     if targets is None or targets.numel() == 0:
         return 0, 0
@@ -185,7 +185,7 @@ def agreed_rows(
                 asked["min_p, min_prob or with_tail"] = _KEPT[asked.pop("kept_kind")]
             asked |= {} if options is None else options()
             meeting.about(rows=logits.shape[:-1].numel(), targets=n_targets, dtype=logits.dtype, options=asked)
-            lowest, highest = _target_span(y, mask, o.ignore_index, logits.dim() - 1)
+            lowest, highest = _target_span(y, mask, o.ignore_index)
             largest = highest if largest_id is None else largest_id(y, mask, o.ignore_index)
             meeting.covers(held, at.vocab_start, at.vocab_size, lowest, max(highest, largest))
     shard = shard_of(function, at.group, held, at.vocab_start, at.vocab_size, at.segments, meeting.everyone)
