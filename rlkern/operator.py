@@ -46,6 +46,11 @@ def watched(x: Tensor) -> bool:
     return traced(x) or _dispatch_modes() > 0
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func is active: it takes PyTorch's own operations alone."""
+    return not _is_compiling() and _transform() is not None
+
+
 def values_readable(x: Tensor) -> bool:
     """Whether the host may read x: its values are on the CPU, or RLKERN_DEBUG=1 asks to wait for them."""
     own_values = type(x) in _ORDINARY or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
@@ -149,7 +154,9 @@ def once(gradient: Tensor, x: Tensor, instead: str) -> Tensor:
     return _Once.apply(gradient, x, instead)
 
 
-def _refuse_torch_func(operator: Operator) -> None:
+def refuse_torch_func(operator: Operator) -> None:
+    """For an operator that a Function differentiates."""
+
     def refuse(ctx, *grads):
         raise RuntimeError("rlkern's operators are differentiated by torch.autograd, once, through rlkern's functions; not by torch.func")
 
@@ -304,7 +311,7 @@ def differentiable(
         for operator in part.operators if isinstance(part, Steps) else (part,):
             if operator.name not in _refusing:
                 _refusing.add(operator.name)
-                _refuse_torch_func(operator)
+                refuse_torch_func(operator)
     n, name, shown = forward.tensors, forward.name, outputs + constants
     _rules[name] = _Rule(forward, backward, overwrite, consume, outputs, shown, wrt, instead)
 

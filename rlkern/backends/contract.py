@@ -194,6 +194,17 @@ One number a token, over all tokens of a batch:
     kl_terms         see primitives/kl.py; kind a `KLKind`; out [2, N]
 
 The rows of [2, N] are values and their derivatives by logp.
+
+Sums over the sequences of a pack:
+
+    sequence_sums(values, mask, cu_seqlens, out)
+
+    values       [K, N] contiguous, float32 or float64; masked places may hold anything
+    mask         [N] bool contiguous
+    cu_seqlens   [S + 1] int64 contiguous, S >= 1; sequence i is [cu_seqlens[i], cu_seqlens[i + 1]). On a GPU
+                 nobody has checked them: places outside [0, N) are not read
+    out          [K, S] float64: sums in float64 of the counted values, 0 of nothing. The order in which a
+                 sequence is added up depends on its own tokens alone
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from .contract import Keep, SetKind, mass_bits
+from .reference import sequence_sums as sequence_sums
 from .reference_pair_parts import pair_merge as pair_merge
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed

@@ -9,6 +9,7 @@ from .kept_sets import Kept
 from .kl import kl_estimate
 from .linear import linear_token_stats
 from .linear_divergence import linear_pair_stats, linear_token_divergence
+from .packing import Packed, packed
 from .plans import LinearPlan, linear_plan
 from .row_stats import TokenStats
 from .sampler import sampler_threshold
@@ -20,6 +21,7 @@ __all__ = [
     "Kept",
     "LinearPlan",
     "NLPOStats",
+    "Packed",
     "PairStats",
     "TokenStats",
     "entropy_from_logits",
@@ -33,6 +35,7 @@ __all__ = [
     "next_tokens",
     "nlpo_keep_set",
     "nlpo_stats",
+    "packed",
     "pair_stats",
     "sampler_threshold",
     "sequence_logps",
