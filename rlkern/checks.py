@@ -155,10 +155,13 @@ def check_ignore_index(ignore_index: int) -> int:
     return ignore_index
 
 
-def check_mask(mask: Tensor | None, logits: Tensor, of: str = "logits") -> Tensor | None:
-    """A mask of rows as bool; None stays None."""
+def check_mask(mask: Any, logits: Tensor, of: str = "logits") -> Tensor | None:
+    """A mask of rows as bool; None stays None. A pack's is taken in the shape of the rows."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor) and hasattr(mask, "seq_idx"):  # a Packed, which is defined above this file
+        mask = mask.mask
+        mask = mask.reshape(logits.shape[:-1]) if mask.numel() == logits.shape[:-1].numel() else mask
     expect("mask", mask, "real", "[...]", shape=logits.shape[:-1], like=(of, logits))
     return as_bool(mask)
 

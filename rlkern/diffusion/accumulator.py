@@ -15,6 +15,7 @@ from ..checks import check_choice, check_count, check_index, check_number, expec
 from ..operator import values_readable
 from ..primitives.elbo import elbo_rows
 from ..primitives.kinks import number
+from ..primitives.packing import Packed
 from .bgpo import Exact, bgpo_loss, check_elbo, check_old, exact_objective, log_ratio
 from .options import Given, advantage_vector, bgpo_options, factor, scale_factor, vector
 
@@ -171,7 +172,7 @@ class BGPOAccumulator:
         targets: Tensor,
         *,
         weight: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Packed | None = None,
         old_token_logp: Tensor | None = None,
         seq_idx: Tensor | None = None,
         temperature: float | Tensor = 1.0,
@@ -201,7 +202,7 @@ class BGPOAccumulator:
         targets: Tensor,
         *,
         weight: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Packed | None = None,
         old_token_logp: Tensor | None = None,
         seq_idx: Tensor | None = None,
         temperature: float | Tensor = 1.0,

@@ -24,6 +24,7 @@ from ..operator import values_readable
 from ..primitives.elbo import ELBORows, elbo_rows
 from ..primitives.kinks import bounded
 from ..primitives.kl import ESTIMATES
+from ..primitives.packing import Packed
 from ..primitives.ratio import clipped_surrogate
 from .options import Given, Options, advantage_vector, bgpo_options, factor, other_elbo, scale_factor
 
@@ -131,7 +132,7 @@ def bgpo_loss(
     old_elbo: Tensor | None = None,
     *,
     mc_weight: float | Tensor,
-    mask: Tensor | None = None,
+    mask: Tensor | Packed | None = None,
     seq_weight: float | Tensor | None = None,
     ratio_scale: float | Tensor | None = None,
     clip: tuple[float, float] | None = None,

@@ -28,13 +28,13 @@ from ..checks import (
     check_tokens,
     computing_dtype,
     expect,
-    per_token,
 )
-from ..losses.aggregate import LossOutput, aggregate
+from ..losses.aggregate import LossOutput, aggregate_values, check_aggregation, check_parts
 from ..losses.arguments import policy_tokens
 from ..losses.policy.grpo import grpo_loss
 from ..losses.preference.dpo import dpo_loss
 from ..primitives.kinks import number
+from ..primitives.packing import Packed, Rows, per_sequence, per_token, sequences_of
 from ..primitives.reductions import masked_mean, total
 
 
@@ -110,13 +110,13 @@ def diffu_grpo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     reference_logp: Tensor | None = None,
     kl_coef: float = 0.0,
     clip_low: float = 0.5,
     clip_high: float = 0.5,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """diffu-GRPO of d1, arXiv 2504.12216: `grpo_loss` on one guess of the whole response.
@@ -149,7 +149,7 @@ def unigrpo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     reference_logp: Tensor | None = None,
     kl_coef: float = 0.0,
@@ -181,7 +181,7 @@ def unigrpo_loss(
     )
 
 
-def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight: Tensor) -> Tensor:
+def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight: Tensor, *, packed: Packed | None = None) -> Tensor:
     """coupled-GRPO's estimate for every token (DiffuCoder, arXiv 2506.20639), for `diffu_grpo_loss`:
 
         logp_k = 1/2 (full_logp_k + weight_j pair_logp_jk),    j the draw of a complementary pair that masks k
@@ -194,6 +194,8 @@ def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight
         pair_logp: [B, 2, T] float.
         pair_mask: [B, 2, T] bool or number, the tokens that each draw masks.
         weight: [B, 2] float, detached.
+        packed: a `Packed` of N tokens: full_logp has N elements in any shape, pair_logp and pair_mask are
+            two of these, [2, ...], weight is [S, 2].
 
     Returns:
         [B, T], float32 (float64 for float64 full_logp). Gradients flow into both log-probabilities. 0.5
@@ -202,21 +204,28 @@ def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight
     Raises:
         TypeError, ValueError: for dtypes, shapes and devices other than the above.
     """
-    check_logp(full_logp, "full_logp")
-    batch, length = full_logp.shape
     like = ("full_logp", full_logp)
-    expect("pair_logp", pair_logp, "float", "[B, 2, T]", shape=(batch, 2, length), like=like)
+    dtype = computing_dtype(full_logp) if isinstance(full_logp, Tensor) else None
+    if packed is None:
+        check_logp(full_logp, "full_logp")
+        batch, length = full_logp.shape
+        expect("pair_logp", pair_logp, "float", "[B, 2, T]", shape=(batch, 2, length), like=like)
+        expect("weight", weight, "float", "[B, 2]", shape=(batch, 2), like=like)
+        by_draw, draws_at = weight.detach().to(dtype).unsqueeze(-1), 1
+    else:
+        sequences = sequences_of(packed, full_logp, "full_logp")
+        expect("pair_logp", pair_logp, "float", "[2, ...]", shape=(2, *full_logp.shape), like=like)
+        expect("weight", weight, "float", "[S, 2]", shape=(sequences.lengths.shape[0], 2), like=like)
+        by_draw, draws_at = torch.stack([sequences.spread(w) for w in weight.detach().to(dtype).unbind(-1)]), 0
     check_tokens("pair_mask", pair_mask, pair_logp, kind="real", of="pair_logp")
-    expect("weight", weight, "float", "[B, 2]", shape=(batch, 2), like=like)
-    dtype = computing_dtype(full_logp)
-    guessed = torch.where(as_bool(pair_mask), pair_logp.to(dtype) * weight.detach().to(dtype).unsqueeze(-1), 0)
-    return 0.5 * (full_logp.to(dtype) + guessed.sum(1))
+    guessed = torch.where(as_bool(pair_mask), pair_logp.to(dtype) * by_draw, 0)
+    return 0.5 * (full_logp.to(dtype) + guessed.sum(draws_at))
 
 
 def wd1_loss(
     logp: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     psi: float = 1.0,
     group_size: int | None = None,
@@ -245,9 +254,9 @@ def wd1_loss(
         TypeError, ValueError: for dtypes, shapes, devices and numbers other than the above.
     """
     check_number("psi", psi, 0)
-    check_logp(logp)
-    batch = logp.shape[0]
-    expect("advantages", advantages, "float", "[B] or [B, 1]", shape=((batch,), (batch, 1)), like=("logp", logp))
+    sequences = sequences_of(mask, logp)
+    per_sequence("advantages", advantages, logp, sequences)  # its checks
+    batch = sequences.lengths.shape[0]
     size = max(batch, 1) if group_size is None else group_size
     check_count("group_size", size, 1)
     if batch % size:
@@ -255,12 +264,12 @@ def wd1_loss(
     p = policy_tokens(logp, None, advantages, mask, normalizer=normalizer)
     scores = psi * advantages.to(p.logp.dtype).view(-1, size)
     attract = scores.softmax(-1)
-    weight = (attract - (-scores).softmax(-1)).reshape(batch, 1)
+    weight = p.sequences.spread((attract - (-scores).softmax(-1)).reshape(batch))
     values = -weight * torch.where(weight == 0, 0, p.logp)  # 0 even at logp = -inf
     groups = max(len(scores), 1)
     ess = (1 / (size * attract.square().sum(-1))).sum() / groups
     metrics = {"effective_sample_size": ess, "groups": number(len(scores), scores)}
-    return LossOutput(aggregate(values, p.mask, "token-mean", groups if normalizer is None else normalizer), metrics)
+    return LossOutput(aggregate_values(values, p.sequences, "token-mean", groups if normalizer is None else normalizer), metrics)
 
 
 def spg_loss(
@@ -268,11 +277,11 @@ def spg_loss(
     advantages: Tensor,
     draw_mask: Tensor,
     weight: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     beta: float = 1.5,
     upper_weight: float = 0.5,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """Sandwiched policy gradient (SPG), arXiv 2510.09541.
@@ -294,7 +303,8 @@ def spg_loss(
         advantages: [B], [B, 1] or [B, T] float.
         draw_mask: [B, n, T] bool or number, the tokens that each draw masks.
         weight: [B, n] float, detached.
-        mask: [B, T] bool or number, nonzero for the response's tokens.
+        mask: [B, T] bool or number, nonzero for the response's tokens. Or a `Packed` of N tokens: logp and
+            draw_mask are then [n, N] (a draw in any shape of N elements), weight is [S, n].
         beta: > 0; 1 to 2 in the paper.
         upper_weight: u, a fraction in [0, 1].
         aggregation, normalizer: as in `aggregate`.
@@ -307,34 +317,45 @@ def spg_loss(
     """
     check_positive("beta", beta)
     check_fraction("upper_weight", upper_weight)
-    expect("logp", logp, "float", "[B, n, T]")
-    if logp.shape[1] == 0:
-        raise ValueError(f"logp must be [B, n, T] with at least one draw, got shape {tuple(logp.shape)}")
+    check_aggregation(aggregation, normalizer)
+    draws_at = 0 if isinstance(mask, Packed) else 1
+    layout = "[n, ...], N tokens a draw" if isinstance(mask, Packed) else "[B, n, T]"
+    expect("logp", logp, "float", layout, shape=logp.shape if isinstance(logp, Tensor) else ())
+    if logp.dim() < 2 or (logp.dim() != 3 and draws_at == 1) or logp.shape[draws_at] == 0:
+        raise ValueError(f"logp must be {layout} with at least one draw, got shape {tuple(logp.shape)}")
     check_tokens("draw_mask", draw_mask, logp, kind="real")
-    expect("weight", weight, "float", "[B, n]", shape=logp.shape[:2], like=("logp", logp))
-    check_tokens("mask", mask, logp[:, 0], kind="real")
-    mask = as_bool(mask)
+    one = logp.select(draws_at, 0)
+    sequences = sequences_of(mask, one)
+    n, size = logp.shape[draws_at], sequences.lengths.shape[0]
+    expect("weight", weight, "float", "[B, n]", shape=(size, n), like=("logp", logp))
+    mask = sequences.mask
     logp = logp.to(computing_dtype(logp))
-    advantages = torch.where(mask, per_token("advantages", advantages, logp[:, 0]), 0)
-    masked = as_bool(draw_mask) & mask.unsqueeze(1)
-    impossible = (advantages == 0).unsqueeze(1) & logp.isneginf()  # 0 times it would be NaN
+    advantages = torch.where(mask, per_token("advantages", advantages, one, sequences), 0)
+    masked = as_bool(draw_mask) & mask.unsqueeze(draws_at)
+    impossible = (advantages == 0).unsqueeze(draws_at) & logp.isneginf()  # 0 times it would be NaN
     logp = torch.where(masked & ~impossible, logp, 0)
-    weight = torch.where(masked, weight.detach().to(logp.dtype).unsqueeze(-1), 0)
-    elbo = (weight * logp).sum(1) / logp.shape[1]
-    eubo = evidence_upper_bound(logp, weight, mask, beta)
+    by_draw = torch.stack([sequences.spread(w).expand_as(one) for w in weight.detach().to(logp.dtype).unbind(-1)], draws_at)
+    weight = torch.where(masked, by_draw, 0)
+    elbo = (weight * logp).sum(draws_at) / n
+    eubo = evidence_upper_bound(logp, weight, sequences, beta, draws_at)
     estimate = torch.where(advantages < 0, upper_weight * eubo + (1 - upper_weight) * elbo, elbo)
     metrics = {"elbo": masked_mean(elbo, mask), "eubo": masked_mean(eubo, mask), "tokens": total(mask, eubo.dtype)}
-    return LossOutput(aggregate(-advantages * estimate, mask, aggregation, normalizer), metrics)
+    check_parts(sequences, aggregation, normalizer)
+    return LossOutput(aggregate_values(-advantages * estimate, sequences, aggregation, normalizer), metrics)
 
 
-def evidence_upper_bound(logp: Tensor, weight: Tensor, mask: Tensor, beta: float) -> Tensor:
-    """EUBO [B, T] of logp and weight [B, n, T], both 0 where a draw does not mask."""
-    ever = (weight > 0).any(1)
+def evidence_upper_bound(logp: Tensor, weight: Tensor, sequences: Rows | Packed, beta: float, draws_at: int = 1) -> Tensor:
+    """EUBO [B, T] of logp and weight [B, n, T], both 0 where a draw does not mask.
+
+    draws_at: the dimension n.
+    """
+    ever = (weight > 0).any(draws_at)
     # A token that no draw masks gets finite numbers here: an all -inf log-sum-exp has no gradient.
-    empty = torch.zeros_like(logp).masked_fill(ever.unsqueeze(1), -math.inf)
+    empty = torch.zeros_like(logp).masked_fill(ever.unsqueeze(draws_at), -math.inf)
     exponents = torch.where(weight > 0, weight.log() + beta * logp, empty)
-    eubo = torch.where(ever, (exponents.logsumexp(1) - math.log(logp.shape[1])) / beta, 0)
-    return eubo * (mask.sum(-1, keepdim=True).to(eubo.dtype) / ever.sum(-1, keepdim=True).clamp(min=1))
+    eubo = torch.where(ever, (exponents.logsumexp(draws_at) - math.log(logp.shape[draws_at])) / beta, 0)
+    covered = sequences.sum(ever.to(eubo.dtype)).clamp(min=1)
+    return eubo * sequences.spread(sequences.lengths.to(eubo.dtype) / covered)
 
 
 def espo_loss(

@@ -5,6 +5,7 @@ from .distillation.kdrl import kd_coefficient as kd_coefficient
 from .distillation.kdrl import kdrl_loss
 from .distillation.kdrl import reward_guided_mask as reward_guided_mask
 from .fused import FusedOutput, linear_fused_loss
+from .log_ratio_sums import log_ratio_sums
 from .policy.cispo import cispo_loss
 from .policy.clip_cov import clip_cov_loss
 from .policy.epo import EntropyHistory as EntropyHistory
@@ -44,6 +45,7 @@ __all__ = [  # the flat names of rlkern
     "kdrl_loss",
     "kl_cov_loss",
     "linear_fused_loss",
+    "log_ratio_sums",
     "lp_reg_loss",
     "lse_penalty",
     "nash_md_loss",

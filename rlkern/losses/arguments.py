@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LARGEST_EXPONENT
-from ..checks import as_bool, check_choice, check_logp, check_number, check_tokens, expect, per_token
+from ..checks import as_bool, check_choice, check_number, check_tokens
+from ..primitives.packing import Packed, per_sequence, per_token, sequences_of
 from ..primitives.ratio import PolicyInputs, PolicyTokens, clean
-from .aggregate import check_aggregation
+from .aggregate import check_aggregation, check_parts
 
 
 def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
@@ -26,11 +27,11 @@ def policy_inputs(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     weights: Tensor | None = None,
     log_ratio_clamp: float | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> PolicyInputs:
     """Checks the arguments that every policy loss takes.
@@ -48,18 +49,17 @@ def policy_inputs(
     check_aggregation(aggregation, normalizer)
     if log_ratio_clamp is not None:
         check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)
-    check_logp(logp)
+    sequences = sequences_of(mask, logp)
+    check_parts(sequences, aggregation, normalizer)
     if old_logp is not None:
         check_tokens("old_logp", old_logp, logp)
-    check_tokens("mask", mask, logp, "real")
-
-    advantages = per_token("advantages", advantages, logp)
+    advantages = per_token("advantages", advantages, logp, sequences)
     if weights is not None:
-        weights = per_token("weights", weights, logp)
-    return PolicyInputs(logp, old_logp, advantages, as_bool(mask), weights, log_ratio_clamp)
+        weights = per_token("weights", weights, logp, sequences)
+    return PolicyInputs(logp, old_logp, advantages, sequences, weights, log_ratio_clamp)
 
 
-def policy_tokens(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor, **options) -> PolicyTokens:
+def policy_tokens(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor | Packed, **options) -> PolicyTokens:
     """`policy_inputs`, made safe to compute with."""
     return clean(policy_inputs(logp, old_logp, advantages, mask, **options))
 
@@ -78,20 +78,33 @@ def with_preset(presets: Mapping[str, Mapping[str, Any]], preset: str | None, de
     return {option: table.get(option) if value is None else value for option, value in options.items()}
 
 
+def refuse_split(x: PolicyInputs) -> None:
+    """For losses that compare tokens of a batch, and would need those of the other ranks."""
+    if x.sequences.group_name:
+        raise ValueError(
+            "this loss compares the tokens of a batch, so it takes no pack with group=: choose tokens on each rank, as selected=, or use group="
+        )
+
+
+def whole_sums(values: Tensor, p: PolicyTokens, log_ratio_sums: Tensor | None) -> Tensor:
+    """[B] or [S]: the sum of each whole sequence, with the gradient of the tokens here.
+
+    log_ratio_sums: the caller's sums over all parts of the sequences, if there are several micro-batches.
+    """
+    own = p.sequences.sum(values)
+    if log_ratio_sums is None:
+        if not p.sequences.whole:
+            raise ValueError("parts of sequences (full_lengths=) need log_ratio_sums= [S], added up over the parts: see rlkern.log_ratio_sums")
+        return own
+    return per_sequence("log_ratio_sums", log_ratio_sums, p.logp, p.sequences) + (own - own.detach())
+
+
 # --- losses without advantages ------------------------------------------------------------------------------
 
 
-def ratio_tokens(logp: Tensor, old_logp: Tensor | None, mask: Tensor) -> PolicyTokens:
+def ratio_tokens(logp: Tensor, old_logp: Tensor | None, mask: Tensor | Packed, **options) -> PolicyTokens:
     """`policy_tokens` without advantages: they are 1."""
-    shaped = isinstance(logp, Tensor) and logp.dim() == 2
-    return policy_tokens(logp, old_logp, logp.detach().new_ones(logp.shape[0]) if shaped else torch.ones(0), mask)
-
-
-def per_sequence(name: str, x: Tensor, tokens: PolicyTokens) -> Tensor:
-    """x [B] or [B, 1], bool or real, detached, as [B, 1] in the tokens' dtype; 0 without tokens."""
-    n = tokens.logp.shape[0]
-    expect(name, x, "real", "[B] or [B, 1]", shape=((n,), (n, 1)), like=("logp", tokens.logp))
-    return torch.where(tokens.mask.any(-1, keepdim=True), x.detach().to(tokens.logp.dtype).view(n, 1), 0)
+    return policy_tokens(logp, old_logp, torch.ones_like(logp.detach()) if isinstance(logp, Tensor) else torch.ones(0), mask, **options)
 
 
 def log_ratio_to(name: str, other_logp: Tensor, tokens: PolicyTokens) -> Tensor:

@@ -8,15 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_choice, check_count, check_flags, check_number, check_tokens, computing_dtype, per_token, shown
+from ..checks import check_choice, check_count, check_flags, check_number, check_tokens, computing_dtype, shown
 from ..operator import traced
 from ..primitives.kl import check_kl, kl_penalty
 from ..primitives.known import KnownLoss, RowStats, check_sum, known_loss
 from ..primitives.linear import linear_token_stats
+from ..primitives.packing import Packed, Rows, per_token
 from ..primitives.plans import check_logits_dtype, check_workspace, rows_at_once
 from ..primitives.projection import check_num_valid, gathering, whole_head
 from ..primitives.row_stats import TokenStats, row_options
-from .aggregate import LossOutput, aggregate, aggregate_terms
+from .aggregate import LossOutput, aggregate_terms, aggregate_values
 from .policy.cispo import cispo_loss
 from .policy.ppo import ppo_loss
 from .policy.reinforce import reinforce_loss
@@ -57,9 +58,15 @@ class _NamedLoss:
     the others' statistics: those that are not known yet may be 0."""
 
     def __init__(
-        self, policy: Callable[[Tensor], LossOutput], mask: Tensor, zeros: Tensor, how: tuple, kl: _Penalty | None, coefs: tuple[float, float]
+        self,
+        policy: Callable[[Tensor], LossOutput],
+        sequences: Rows | Packed,
+        zeros: Tensor,
+        how: tuple,
+        kl: _Penalty | None,
+        coefs: tuple[float, float],
     ):
-        self.policy, self.mask, self.zeros, self.how, self.kl = policy, mask, zeros, how, kl
+        self.policy, self.sequences, self.zeros, self.how, self.kl = policy, sequences, zeros, how, kl
         self.entropy_coef, self.lse_coef = coefs
         self.metrics: dict[str, Tensor] = {}
 
@@ -67,17 +74,21 @@ class _NamedLoss:
         loss, metrics = self.policy(logp)
         aggregation, normalizer = self.how
         if self.kl is not None:
-            tokens = self.mask.sum().clamp(min=1)
-            kl = kl_penalty(logp, self.kl.reference_logp, self.mask, self.kl.kind, self.kl.clamp)
+            tokens = self.sequences.mask.sum().clamp(min=1)
+            kl = kl_penalty(logp, self.kl.reference_logp, self.sequences.mask, self.kl.kind, self.kl.clamp)
             metrics = {**metrics, "kl": kl.values.sum() / tokens}
             if self.kl.scale is not None:
                 kl = kl.scaled(self.kl.scale).dropped(self.kl.scale == 0)
-            loss = loss + aggregate_terms(kl.scaled(self.kl.coef), self.mask, tokens, aggregation, normalizer)
+            loss = loss + aggregate_terms(kl.scaled(self.kl.coef), self.sequences, tokens, aggregation, normalizer)
         if self.entropy_coef:
-            loss = loss - self.entropy_coef * aggregate(entropy, self.mask, aggregation, normalizer)
+            loss = loss - self.entropy_coef * aggregate_values(entropy, self.sequences, aggregation, normalizer)
         if self.lse_coef:
-            loss = loss + lse_penalty(logsumexp, self.mask, coef=self.lse_coef, aggregation=aggregation, normalizer=normalizer)
+            loss = loss + lse_penalty(logsumexp, self.mask(), coef=self.lse_coef, aggregation=aggregation, normalizer=normalizer)
         return LossOutput(loss, metrics)
+
+    def mask(self) -> Tensor | Packed:
+        """As losses take it."""
+        return self.sequences if isinstance(self.sequences, Packed) else self.sequences.mask
 
     def of_rows(self, rows: RowStats) -> Tensor:
         return self.of(*(self._among_all(x, rows.index) for x in (rows.logp, rows.entropy, rows.logsumexp))).loss
@@ -124,14 +135,16 @@ def _policy(loss: str, of_policy: dict[str, Any], shared: dict[str, Any], *given
     return lambda logp: function(logp, *given, **own, **shared)
 
 
-def _kl(mask: Tensor, zeros: Tensor, reference_logp, coef: float, kind: str, clamp: float | None, scale) -> _Penalty | None:
+def _kl(sequences: Rows | Packed, zeros: Tensor, reference_logp, coef: float, kind: str, clamp: float | None, scale) -> _Penalty | None:
     check_kl(kind, clamp)
     if reference_logp is None:
         if coef != 0:
             raise ValueError(f"kl_coef={coef} needs reference_logp= [B, T]")
         return None
     check_tokens("reference_logp", reference_logp, zeros, of="targets")
-    return _Penalty(reference_logp, coef, kind, clamp, None if scale is None else torch.where(mask, per_token("kl_scale", scale, zeros), 0))
+    if scale is not None:
+        scale = torch.where(sequences.mask, per_token("kl_scale", scale, zeros, sequences, of="targets"), 0)
+    return _Penalty(reference_logp, coef, kind, clamp, scale)
 
 
 def _check_expected(expected_grad: float | Tensor) -> float | Tensor:
@@ -152,7 +165,7 @@ def linear_fused_loss(
     targets: Tensor,
     old_logp: Tensor | None = None,
     advantages: Tensor | None = None,
-    mask: Tensor | None = None,
+    mask: Tensor | Packed | None = None,
     *,
     loss: str | Callable[[RowStats], Tensor] = "ppo",
     bias: Tensor | None = None,
@@ -179,7 +192,7 @@ def linear_fused_loss(
     cap: float | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
     min_p: float | None = None,
     min_prob: float | None = None,
@@ -207,7 +220,8 @@ def linear_fused_loss(
             logit_scale, softcap: as in `linear_token_stats`; group must be None. A loss by its name takes
             hidden [B, T, H] and targets [B, T].
         old_logp, advantages, mask: as in `ppo_loss`, without gradient. old_logp may be None (on-policy), the
-            mask too (all tokens), the advantages with "ce".
+            mask too (all tokens), the advantages with "ce". With a `Packed` as mask hidden is [N, H] or [1,
+            N, H].
         loss: "ppo" (that of GRPO too), "reinforce", "cispo", "sapo": as the losses of these names. "ce":
             -logp, with advantages as weights if given. Or a function of `RowStats`, in plain PyTorch, that
             returns the sum over the rows it is given, its normaliser included. It sees each row once, in
@@ -265,12 +279,14 @@ def linear_fused_loss(
         if callable(loss):
             given = {"old_logp": old_logp, "advantages": advantages, "reference_logp": reference_logp, "kl_scale": kl_scale, "weights": weights}
             coefs = {"kl_coef": kl_coef, "entropy_coef": entropy_coef, "lse_coef": lse_coef}
-            how = {"kl_clamp": kl_clamp, "aggregation": None if aggregation == "token-mean" else aggregation, "normalizer": normalizer}
+            how: Any = {"kl_clamp": kl_clamp, "aggregation": aggregation, "normalizer": normalizer}
+            if isinstance(aggregation, str) and aggregation == "token-mean":
+                del how["aggregation"]
             _refuse("a loss that is a function", **given, **how, **of_policy, **{name: c or None for name, c in coefs.items()})
             of: Any = _CallersLoss(loss)
         elif isinstance(loss, str):
             check_choice("loss", loss, LOSSES)
-            if hidden.dim() != 3 or targets.shape != hidden.shape[:2]:
+            if not isinstance(mask, Packed) and (hidden.dim() != 3 or targets.shape != hidden.shape[:2]):
                 raise ValueError(f"loss={loss!r} takes hidden [B, T, H] and targets [B, T], got {tuple(hidden.shape)} and {tuple(targets.shape)}")
             if entropy_coef and not with_entropy:
                 raise ValueError(f"entropy_coef={entropy_coef} needs with_entropy=True, got False")
@@ -281,9 +297,10 @@ def linear_fused_loss(
                 advantages = torch.ones_like(zeros)
             among = targets != ignore_index if counted is None else counted & (targets != ignore_index)
             shared = {"weights": weights, "aggregation": aggregation, "normalizer": normalizer}
-            policy = _policy(loss, of_policy, shared, old_logp, advantages, among)
-            kl = _kl(among, zeros, reference_logp, kl_coef, kl_kind, kl_clamp, kl_scale)
-            of = _NamedLoss(policy, among, zeros, (aggregation, normalizer), kl, (entropy_coef, lse_coef))
+            sequences = mask.like(zeros).among(among) if isinstance(mask, Packed) else Rows(among)
+            policy = _policy(loss, of_policy, shared, old_logp, advantages, sequences if isinstance(mask, Packed) else among)
+            kl = _kl(sequences, zeros, reference_logp, kl_coef, kl_kind, kl_clamp, kl_scale)
+            of = _NamedLoss(policy, sequences, zeros, (aggregation, normalizer), kl, (entropy_coef, lse_coef))
             of.of(zeros, zeros, zeros)  # raises for arguments that do not fit
         else:
             raise TypeError(f"loss must be one of {', '.join(LOSSES)} or a function of RowStats, got {shown(loss)}")

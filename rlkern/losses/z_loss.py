@@ -8,6 +8,7 @@ from torch.nn.functional import logsigmoid
 
 from ..checks import FINITE, check_choice, check_number, check_positive, computing_dtype, expect
 from ..primitives.moments import row_moments
+from ..primitives.packing import Packed, sequences_of
 from .aggregate import aggregate, check_aggregation
 
 REDUCTIONS = ("sum", "mean", "none")
@@ -63,10 +64,10 @@ def spherical_z_loss(
 
 def lse_penalty(
     logsumexp: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     coef: float = 1e-4,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """coef * logsumexp(logits)^2, aggregated: keeps the softmax normaliser near 1.
@@ -76,7 +77,7 @@ def lse_penalty(
     Args:
         logsumexp: [B, T] (any shape for the token modes), from `token_stats(...).logsumexp`, whose gradient
             it uses: 2 coef lse p per logit.
-        mask: shaped like it; what it excludes may hold anything.
+        mask: shaped like it, or a `Packed`; what it excludes may hold anything.
         coef: lambda, >= 0; PaLM uses 1e-4.
         aggregation, normalizer: as in `rlkern.aggregate`.
 
@@ -89,6 +90,10 @@ def lse_penalty(
     check_number("coef", coef, 0)
     check_aggregation(aggregation, normalizer)
     expect("logsumexp", logsumexp, "float", "[...]")
-    expect("mask", mask, "real", "[...]", like=("logsumexp", logsumexp))
-    logsumexp = torch.where(mask != 0, logsumexp, 0).to(computing_dtype(logsumexp))
+    if isinstance(mask, Packed):
+        counted = sequences_of(mask, logsumexp, "logsumexp").mask
+    else:
+        expect("mask", mask, "real", "[...]", like=("logsumexp", logsumexp))
+        counted = mask != 0
+    logsumexp = torch.where(counted, logsumexp, 0).to(computing_dtype(logsumexp))
     return coef * aggregate(logsumexp.square(), mask, aggregation, normalizer)

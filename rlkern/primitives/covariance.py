@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..checks import as_bool, check_logp, check_number, check_tokens, expect, numbers, per_token, shown
+from ..checks import as_bool, check_number, expect, numbers, shown
 from ..operator import Operator
 from .batch_ranks import Call, Totals, agreed_batch, batch_totals, would_add_totals
+from .packing import Packed, per_token, sequences_of
 
 
 def _covariance(logp, advantages, mask, sums):
@@ -29,7 +30,7 @@ _token_covariance = Operator(
 )
 
 
-def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
+def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor | Packed, *, group: torch.distributed.ProcessGroup | None = None) -> Tensor:
     """cov_i = (A_i - mean A)(logp_i - mean logp), both means over all counted tokens.
 
     Args:
@@ -51,9 +52,10 @@ def token_covariance(logp: Tensor, advantages: Tensor, mask: Tensor, *, group: t
     """
 
     def checked() -> tuple[Tensor, Tensor]:
-        check_logp(logp)
-        check_tokens("mask", mask, logp, "real")
-        return per_token("advantages", advantages, logp), as_bool(mask)
+        sequences = sequences_of(mask, logp)
+        if sequences.group_name:
+            raise ValueError("token_covariance compares tokens of a batch: it takes no pack with group=, but group= itself")
+        return per_token("advantages", advantages, logp, sequences), sequences.mask
 
     call = Call("token_covariance", group)
     batch, (a, counted) = agreed_batch(call, logp, checked, lambda _: (), lambda meeting, _: would_add_totals(meeting, logp))

@@ -9,24 +9,10 @@ from torch import Tensor
 
 from ..checks import check_flags, check_ignore_index, check_logits, check_mask, check_targets, computing_dtype, expect, shown
 from ..operator import values_readable
+from .packing import Packed, Rows, pack_of, per_token
 from .token_stats import token_logprobs
 
 __all__ = ["ELBORows", "elbo_rows", "masked_elbo"]
-
-
-class _SequenceSums(torch.autograd.Function):
-    """[N] -> [num_seqs]: segment_reduce with an indexed backward. Its own runs one thread a sequence on a
-    GPU. seq_idx is num_seqs in a row that belongs to no sequence."""
-
-    @staticmethod
-    def forward(ctx, values, seq_idx, offsets):
-        ctx.save_for_backward(seq_idx)
-        return torch.segment_reduce(values, "sum", offsets=offsets, unsafe=True)  # no checks that wait for a GPU
-
-    @staticmethod
-    def backward(ctx, gradient):
-        (seq_idx,) = ctx.saved_tensors
-        return torch.cat([gradient, gradient.new_zeros(1)])[seq_idx], None, None
 
 
 class ELBORows(NamedTuple):
@@ -35,9 +21,11 @@ class ELBORows(NamedTuple):
     targets: Tensor
     counted: Tensor  # bool
     weight: Tensor  # accumulation dtype, 0 where not counted
-    num_seqs: int
-    offsets: Tensor | None = None  # packed: sequence i is [offsets[i], offsets[i + 1]); else None
-    seq_idx: Tensor | None = None  # packed: the sequence of each row, num_seqs for none
+    sequences: Rows | Packed
+
+    @property
+    def num_seqs(self) -> int:
+        return self.sequences.lengths.shape[0] if isinstance(self.sequences, Packed) else self.sequences.num_seqs
 
     def token_logp(self, logits: Tensor, **options) -> Tensor:
         """`token_logprobs` of the counted rows, 0 elsewhere."""
@@ -45,10 +33,7 @@ class ELBORows(NamedTuple):
 
     def sums(self, values: Tensor) -> Tensor:
         """The weighted sum of each sequence, always in the same order: [B, S] or [N] -> [B]."""
-        values = self.weight * values
-        if self.offsets is None:
-            return values.sum(-1)
-        return _SequenceSums.apply(values, self.seq_idx, self.offsets)
+        return self.sequences.sum(self.weight * values)
 
     def old(self, old_token_logp: Tensor) -> Tensor:
         """Stored log-probabilities detached, 0 where not counted. Raises TypeError, ValueError."""
@@ -56,7 +41,17 @@ class ELBORows(NamedTuple):
         return torch.where(self.counted, old_token_logp.detach().to(self.weight.dtype), 0)
 
 
-def _check_packing(seq_idx: Tensor | None, num_seqs: int | None, logits: Tensor) -> None:
+def _check_packing(pack: Packed | None, seq_idx: Tensor | None, num_seqs: int | None, logits: Tensor) -> None:
+    if pack is not None:
+        if seq_idx is not None or num_seqs is not None:
+            raise ValueError("a Packed as mask says which sequence a row belongs to: seq_idx and num_seqs must be None")
+        if not pack.whole:
+            raise ValueError("an ELBO is a sum over the whole sequence: it takes no parts of sequences (full_lengths=)")
+        if isinstance(pack.num_seqs, Tensor):
+            raise ValueError("ELBOs are one a sequence: packed(...) needs num_seqs=, so that the host knows their number")
+        if logits.shape[:-1].numel() != pack.mask.numel():
+            raise ValueError(f"logits must have the {pack.mask.numel()} tokens of the pack, [N, V] or [1, N, V], got shape {tuple(logits.shape)}")
+        return
     if seq_idx is None:
         if num_seqs is not None:
             raise ValueError(f"num_seqs belongs to packed rows [N, V] with seq_idx=, got {num_seqs} without one")
@@ -81,10 +76,12 @@ def _check_packing(seq_idx: Tensor | None, num_seqs: int | None, logits: Tensor)
             raise ValueError(f"seq_idx must be in [0, {num_seqs}), got {seq_idx[0].item()} to {seq_idx[-1].item()} with num_seqs={num_seqs}")
 
 
-def _row_weights(weight: Tensor, logits: Tensor, packed: bool) -> Tensor:
+def _row_weights(weight: Tensor, logits: Tensor, pack: Packed | None, packed_rows: bool) -> Tensor:
     """The weights, one a row: [B, S] or [N]. Raises TypeError, ValueError."""
+    if pack is not None:
+        return per_token("weight", weight, logits[..., 0].detach(), pack, of="logits[..., 0]")
     rows = tuple(logits.shape[:-1])
-    shapes, layout = ((rows,), "[N]") if packed else ((rows, rows[:1], (rows[0], 1)), "[B, S], [B] or [B, 1]")
+    shapes, layout = ((rows,), "[N]") if packed_rows else ((rows, rows[:1], (rows[0], 1)), "[B, S], [B] or [B, 1]")
     expect("weight", weight, "float", layout, shape=shapes, like=("logits", logits), detached=True)
     weight = weight.to(computing_dtype(logits))
     return (weight.unsqueeze(-1) if weight.dim() < len(rows) else weight).expand(rows)
@@ -95,17 +92,19 @@ def elbo_rows(
     targets: Tensor,
     weight: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | Packed | None = None,
     seq_idx: Tensor | None = None,
     num_seqs: int | None = None,
     ignore_index: int = -100,
 ) -> ELBORows:
     """Checks the arguments of `masked_elbo`, with its errors, and reads nothing of the logits."""
     check_logits(logits)
-    _check_packing(seq_idx, num_seqs, logits)
+    pack = mask if isinstance(mask, Packed) else None
+    _check_packing(pack, seq_idx, num_seqs, logits)
+    pack = None if pack is None else pack.like(logits[..., 0])
     targets = check_targets(targets, logits, several=False)
     mask = check_mask(mask, logits)
-    weight = _row_weights(weight, logits, seq_idx is not None)
+    weight = _row_weights(weight, logits, pack, seq_idx is not None)
     # A row of weight 0 adds nothing, so it is not read.
     counted = (targets != check_ignore_index(ignore_index)) & (weight != 0)
     if mask is not None:
@@ -116,13 +115,16 @@ def elbo_rows(
         if bad.any():
             got = weight[bad][0].item()
             raise ValueError(f"weight must be finite and not negative wherever mask counts, got {got} (1/t needs t > 0: draw t from (0, 1])")
+    if pack is not None:
+        return ELBORows(targets, counted, weight, pack._replace(mask=counted))  # lengths, which nobody asks for, stay
     if seq_idx is None or num_seqs is None:
-        return ELBORows(targets, counted, weight, logits.shape[0])
+        return ELBORows(targets, counted, weight, Rows(counted))
     seq_idx = seq_idx.long()
     firsts = torch.arange(num_seqs + 1, device=seq_idx.device)
     offsets = torch.searchsorted(seq_idx.contiguous(), firsts)
     # On a GPU nobody has checked seq_idx: one out of range must not be used as an index.
-    return ELBORows(targets, counted, weight, num_seqs, offsets, torch.where((seq_idx >= 0) & (seq_idx < num_seqs), seq_idx, num_seqs))
+    seq_idx = torch.where((seq_idx >= 0) & (seq_idx < num_seqs), seq_idx, num_seqs)
+    return ELBORows(targets, counted, weight, pack_of(offsets, seq_idx, counted, num_seqs))
 
 
 def masked_elbo(
@@ -130,7 +132,7 @@ def masked_elbo(
     targets: Tensor,
     weight: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Tensor | Packed | None = None,
     seq_idx: Tensor | None = None,
     num_seqs: int | None = None,
     temperature: float | Tensor = 1.0,
@@ -154,10 +156,11 @@ def masked_elbo(
     Args:
         logits: [B, S, V], or [N, V] with `seq_idx`; float32, bfloat16, float16 or float64.
         targets: [B, S] or [N] integer, the clean tokens. `ignore_index` does not count, masked or not.
-        weight: [B, S], [B] (one t a sequence) or packed [N]; float that does not require grad. Where counted
-            it is finite and not negative, elsewhere anything. A row of weight 0 does not count.
+        weight: [B, S], [B] (one t a sequence) or packed [N] (with a `Packed` also [S]);
+            float that does not require grad. Where counted it is finite and not negative, elsewhere anything. A row of weight 0 does not count.
         mask: shaped like targets, bool or number: the positions that this draw masked, never prompt or
-            padding. None counts every row.
+            padding. None counts every row. Or a `Packed` whose mask these are: logits are [N, V] or [1, N,
+            V], weight one a row or [S], seq_idx and num_seqs None.
         seq_idx: [N] integer in [0, num_seqs), ascending: the sequence of each packed row.
         num_seqs: the number of sequences, with `seq_idx`. A sequence without rows has ELBO 0.
         temperature, inplace_backward: as in `rlkern.token_stats`. The papers always use temperature 1.

@@ -12,22 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import as_bool, check_group, check_logp, check_tokens, computing_dtype, expect, shown
+from ..checks import as_bool, check_logp, check_tokens, computing_dtype, expect, shown
 from ..operator import values_readable
 from ..parallel import Meeting, add_up, gather, world
 from .sequence_sums import sequence_sums, spread, wide
 
-__all__ = ["Packed", "Rows", "packed", "per_sequence", "per_token", "sequences_of"]
+__all__ = ["Packed", "Rows", "packed", "pack_of", "per_sequence", "per_token", "sequences_of"]
 
 
 class Rows(NamedTuple):
     """Padded sequences, one a row."""
 
     mask: Tensor  # [B, T] bool
-
-    group = None
-    group_name = ""
-    whole = True
 
     @property
     def lengths(self) -> Tensor:
@@ -37,6 +33,18 @@ class Rows(NamedTuple):
     @property
     def num_seqs(self) -> int:
         return self.mask.shape[0]
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    @property
+    def split(self) -> bool:
+        return False
+
+    @property
+    def group_name(self) -> str:
+        return ""
 
     def among(self, mask: Tensor) -> Rows:
         """The same sequences with other tokens that count."""
@@ -105,8 +113,13 @@ class Packed(NamedTuple):
     whole: bool = True
 
     @property
+    def split(self) -> bool:
+        """Whether other tokens of the sequences are elsewhere: on other ranks, in other micro-batches."""
+        return self.own_lengths is not None
+
+    @property
     def group_name(self) -> str:
-        """ "" where no other rank holds tokens."""
+        """Of the other ranks, empty where there are none."""
         return "" if self.group is None or world(self.group) == 1 else self.group.group_name
 
     def like(self, x: Tensor) -> Packed:
@@ -115,6 +128,8 @@ class Packed(NamedTuple):
 
     def among(self, mask: Tensor) -> Packed:
         """The same sequences with other tokens that count, bool in the shape of the mask."""
+        if not self.whole:
+            raise ValueError("parts of sequences (full_lengths=) do not know which tokens of the other parts count")
         mask = mask & (self.seq_idx < self.cu_seqlens.shape[0] - 1)
         own = _counts(mask, self.cu_seqlens)
         if not self.group_name:
@@ -331,7 +346,7 @@ def _from_offsets(form: str, x: Any, mask: Tensor | None, seq_lens, num_seqs, nu
         expect("seq_lens", seq_lens, "integer", "[S]", shape=(size,), like=(form, cu_seqlens))
         ends = torch.nn.functional.pad(cu_seqlens[:-1] + seq_lens, (0, 1))
         seq_idx = torch.where(places < ends[seq_idx], seq_idx, size)
-    return _pack(cu_seqlens, seq_idx, mask, size)
+    return pack_of(cu_seqlens, seq_idx, mask, size)
 
 
 def _from_ids(form: str, ids: Tensor, mask: Tensor | None, padding_id, num_seqs, num_tokens) -> Packed:
@@ -347,7 +362,7 @@ def _from_ids(form: str, ids: Tensor, mask: Tensor | None, padding_id, num_seqs,
     order = starts.reshape(-1).cumsum(0) - 1
     size = tokens if num_seqs is None else num_seqs
     cu_seqlens = torch.searchsorted(order, torch.arange(size + 1, device=ids.device))
-    return _pack(cu_seqlens, order.clamp(max=size), mask, starts.sum() if num_seqs is None else size)
+    return pack_of(cu_seqlens, order.clamp(max=size), mask, starts.sum() if num_seqs is None else size)
 
 
 def _tokens(x: Tensor | None, num_tokens: int | None, of: str = "mask") -> int:
@@ -358,7 +373,8 @@ def _tokens(x: Tensor | None, num_tokens: int | None, of: str = "mask") -> int:
     return x.numel()
 
 
-def _pack(cu_seqlens: Tensor, seq_idx: Tensor, mask: Tensor | None, num_seqs: int | Tensor) -> Packed:
+def pack_of(cu_seqlens: Tensor, seq_idx: Tensor, mask: Tensor | None, num_seqs: int | Tensor) -> Packed:
+    """The pack of int64 indices that agree; mask of N elements, None for all."""
     inside = seq_idx < cu_seqlens.shape[0] - 1
     mask = inside if mask is None else inside & as_bool(mask).reshape(-1)
     return Packed(cu_seqlens, seq_idx, mask, _counts(mask, cu_seqlens), num_seqs)

@@ -17,19 +17,28 @@ from ..backends.contract import LARGEST_EXPONENT, SUMMARY
 from ..checks import numbers
 from ..operator import Operator
 from .kinks import bounded
+from .packing import Packed, Rows
 from .reductions import fraction, masked_mean
 from .token_terms import TokenTerms
 
 
 class PolicyInputs(NamedTuple):
-    """The checked arguments of policy losses, not cleaned: masked places may hold anything."""
+    """The checked arguments of policy losses, not cleaned: masked places may hold anything.
+
+    [B, T] stands for the shape of logp: with a pack that is any shape of N elements.
+    """
 
     logp: Tensor  # [B, T] float, with its gradient
     old_logp: Tensor | None  # [B, T] float
     advantages: Tensor  # [B, T], in the dtype of the computation
-    mask: Tensor  # [B, T] bool
+    sequences: Rows | Packed  # which of them count
     weights: Tensor | None  # as the advantages
     log_ratio_clamp: float | None
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T] bool"""
+        return self.sequences.mask
 
     def weigh(self, terms: TokenTerms) -> TokenTerms:
         """Times the importance weights, if there are any."""
@@ -37,7 +46,7 @@ class PolicyInputs(NamedTuple):
 
 
 class PolicyTokens(NamedTuple):
-    """The tokens of a batch, [B, T], float32 (float64 for float64 logp).
+    """The tokens of a batch, [B, T] or as packed, float32 (float64 for float64 logp).
 
     No value and no gradient comes from masked ones. Only logp, log_ratio and ratio carry gradient.
     """
@@ -46,8 +55,13 @@ class PolicyTokens(NamedTuple):
     log_ratio: Tensor  # log pi / pi_old, 0 where masked; never clamped
     ratio: Tensor  # exp(log_ratio), 1 where masked; finite, so its product with A = 0 is 0
     advantages: Tensor  # without gradient, 0 where masked
-    mask: Tensor  # bool
+    sequences: Rows | Packed  # which of them count
     weights: Tensor | None  # without gradient, 0 where masked; None stands for 1
+
+    @property
+    def mask(self) -> Tensor:
+        """bool"""
+        return self.sequences.mask
 
     def keep(self, x: Tensor) -> Tensor:
         """x [B, T] detached, in the dtype of the computation and 0 where masked."""
@@ -66,7 +80,7 @@ def clean(x: PolicyInputs) -> PolicyTokens:
     """Checked inputs made safe to compute with."""
     logp, log_ratio, ratio, advantages = _clean(x.logp, x.old_logp, x.advantages, x.mask, *exponent_bounds(x.log_ratio_clamp))
     weights = None if x.weights is None else torch.where(x.mask, x.weights, 0)
-    return PolicyTokens(logp, log_ratio, ratio, advantages, x.mask, weights)
+    return PolicyTokens(logp, log_ratio, ratio, advantages, x.sequences, weights)
 
 
 def exponent_bounds(log_ratio_clamp: float | None) -> tuple[float | None, float]:
@@ -135,7 +149,7 @@ def clipped_ratio(
 def ratio_terms(x: PolicyInputs) -> TokenTerms:
     """The ratio itself, bounded as in `clean`; 0 where masked."""
     minus_one = x.advantages.new_full(x.logp.shape, -1)
-    return clipped_ratio(PolicyInputs(x.logp, x.old_logp, minus_one, x.mask, None, x.log_ratio_clamp)).terms
+    return clipped_ratio(PolicyInputs(x.logp, x.old_logp, minus_one, x.sequences, None, x.log_ratio_clamp)).terms
 
 
 def _new_ratio_terms(logp, old_logp, advantages, *args):

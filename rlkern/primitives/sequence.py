@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..checks import check_flags, expect, shown
 from .kept_sets import Kept
+from .packing import Packed
 from .sharded_stats import Columns, refuse_rows
 from .token_stats import token_logprobs
 
@@ -23,10 +24,12 @@ def check_labels(labels: Tensor, logits: Tensor) -> None:
     expect("labels", labels, "integer", "[..., T]", shape=logits.shape[:-1], like=("logits", logits))
 
 
-def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
+def next_tokens(labels: Tensor, ignore_index: int = -100, *, packed: Packed | None = None) -> Tensor:
     """Labels moved one to the left, `ignore_index` last: what a causal model predicts. [..., T] -> [..., T].
 
     The logits stay whole. Slicing them instead costs a zero-fill and a copy of all logits in the backward.
+    With packed labels, N elements in any shape, `ignore_index` stands at the last place of every sequence:
+    without that a sequence's last token predicts the first one of the next.
     """
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a tensor [..., T], got {type(labels).__name__}")
@@ -40,7 +43,15 @@ def next_tokens(labels: Tensor, ignore_index: int = -100) -> Tensor:
         least, most = torch.iinfo(labels.dtype).min, torch.iinfo(labels.dtype).max
         if not isinstance(ignore_index, int) or not least <= ignore_index <= most:
             raise ValueError(f"ignore_index must be an integer that labels of {labels.dtype} can hold, got {ignore_index}")
-    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if packed is None:
+        return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must be a Packed or None, got {shown(packed)}")
+    if labels.numel() != packed.seq_idx.numel():
+        raise ValueError(f"labels must have the {packed.seq_idx.numel()} tokens of the pack, got shape {tuple(labels.shape)}")
+    here, none = packed.seq_idx.reshape(-1), packed.cu_seqlens.shape[0] - 1
+    last = (here != F.pad(here[1:], (0, 1), value=none)) | (here == none) if here.numel() else here.bool()
+    return torch.where(last, ignore_index, F.pad(labels.reshape(-1), (0, 1), value=ignore_index)[1:]).view(labels.shape)
 
 
 def sequence_logps(

@@ -38,9 +38,9 @@ class TokenTerms:
         """[B, T] with gradient, for functions that are not linear."""
         return _Attached.apply(self._logp, self._rows, False) if self.one_pass else self._rows
 
-    def sum_over(self, divisor: float | Tensor) -> Tensor:
-        """The sum of terms / divisor, with gradient."""
-        rows = self._rows / divisor
+    def sum_over(self, divisor: float | Tensor | None) -> Tensor:
+        """The sum of terms / divisor, with gradient; None divides by nothing."""
+        rows = self._rows if divisor is None else self._rows / divisor
         return _Attached.apply(self._logp, rows, True) if self.one_pass else rows.sum()
 
     # Methods, not operators: Dynamo does not trace operators between an object and a tensor.

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from ...advantages import Groups
-from ...checks import FINITE, check_choice, check_number, check_tokens, expect, per_token
+from ...checks import FINITE, check_choice, check_number, check_tokens, expect
 from ...primitives.kl import kl_estimate
+from ...primitives.packing import Packed, per_token
 from ...primitives.ratio import PolicyTokens, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean
-from ..aggregate import LossOutput, aggregate
+from ..aggregate import LossOutput, aggregate_values, check_parts
 from ..arguments import check_clip, policy_inputs
 
 ESTIMATES = ("k1", "k2", "k3", "exact")
@@ -21,7 +22,7 @@ def kdrl_loss(
     old_logp: Tensor | None,
     teacher_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     kd: str = "k2",
     kd_coef: float = 5e-3,
@@ -32,7 +33,8 @@ def kdrl_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
-    aggregation: str = "token-mean",
+    weights: Tensor | None = None,
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """GRPO's loss plus kd_coef times an estimate of KL(student || teacher) a token, d = logp - teacher_logp:
@@ -57,7 +59,8 @@ def kdrl_loss(
         kd_mask: [B], [B, 1] or [B, T]: distil only where it is nonzero, see `reward_guided_mask`.
         kd_norm: what the distillation term is averaged over: "all" tokens, or the "kept" ones, with this
             batch's own counts.
-        clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
+        clip_low, clip_high, dual_clip, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
+            `weights` do not touch the distillation.
 
     Returns:
         LossOutput(loss, metrics): those of `ppo_loss`, kd (mean estimate over all tokens), kd_fraction
@@ -73,18 +76,27 @@ def kdrl_loss(
     if (teacher_kl is None) == (kd == "exact"):
         given = "None" if teacher_kl is None else "given"
         raise ValueError(f"teacher_kl= [B, T] belongs to kd='exact', got kd={kd!r} and teacher_kl {given}")
-    x = policy_inputs(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
+    x = policy_inputs(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
     p = clean(x)
     divergence = _divergence(kd, teacher_logp, teacher_kl, p)
-    kept = p.mask if kd_mask is None else p.mask & (per_token("kd_mask", kd_mask, p.logp, "real") != 0)
+    kept = p.mask if kd_mask is None else p.mask & (per_token("kd_mask", kd_mask, p.logp, p.sequences, "real") != 0)
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
-    values = ratio.terms.tensor()
+    values = x.weigh(ratio.terms).tensor()
     if kd_norm == "all":
-        loss = aggregate(values + kd_coef * torch.where(kept, divergence, 0), p.mask, aggregation, normalizer)
+        loss = aggregate_values(values + kd_coef * torch.where(kept, divergence, 0), p.sequences, aggregation, normalizer)
     else:
-        loss = aggregate(values, p.mask, aggregation, normalizer) + kd_coef * aggregate(divergence, kept, aggregation)
+        loss = aggregate_values(values, p.sequences, aggregation, normalizer) + kd_coef * _kept_mean(divergence, kept, p, aggregation)
     metrics = {**ratio.metrics, "kd": masked_mean(divergence, p.mask), "kd_fraction": fraction(kept, p.mask, p.logp.dtype)}
     return LossOutput(loss, metrics)
+
+
+def _kept_mean(divergence: Tensor, kept: Tensor, p: PolicyTokens, aggregation: str | Tensor) -> Tensor:
+    """With the counts of the kept tokens."""
+    sequences = p.sequences.among(kept)
+    check_parts(sequences, aggregation, None)
+    return aggregate_values(divergence, sequences, aggregation, None)
 
 
 def _divergence(kd: str, teacher_logp, teacher_kl, p: PolicyTokens) -> Tensor:

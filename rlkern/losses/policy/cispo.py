@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ...checks import check_positive
 from ...primitives.kinks import clamped
+from ...primitives.packing import Packed
 from ...primitives.ratio import ratio_metrics
 from ...primitives.reductions import fraction
-from ..aggregate import LossOutput, aggregate
+from ..aggregate import LossOutput, aggregate_values
 from ..arguments import check_clip, policy_tokens
 
 
@@ -16,14 +17,14 @@ def cispo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     cap: float | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A logp or, with cap, -sg(min(r, cap)) A logp per token.
@@ -49,4 +50,4 @@ def cispo_loss(
     ratio = p.ratio.detach()
     values = p.weigh(-clamped(ratio, low, high) * p.advantages * p.score())
     cut = {"clip_fraction_low": fraction(ratio < low, p.mask, ratio.dtype), "clip_fraction_high": fraction(ratio > high, p.mask, ratio.dtype)}
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), {**cut, **ratio_metrics(p)})
+    return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), {**cut, **ratio_metrics(p)})

@@ -12,10 +12,11 @@ from ...parallel import Meeting
 from ...primitives.batch_ranks import Batch, Call, Totals, agreed_batch, batch_totals, drawn_seed, would_add_totals
 from ...primitives.covariance import covariance_of
 from ...primitives.group_selection import random_values, would_send_list
+from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyInputs, clipped_ratio
 from ...primitives.selection import first_row, fraction_capacity, select_fraction_of_batch, select_random_fraction, selected_means
 from ..aggregate import LossOutput, aggregate_terms
-from ..arguments import check_clip, policy_inputs, selected_tokens, with_preset
+from ..arguments import check_clip, policy_inputs, refuse_split, selected_tokens, with_preset
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"clip_low": None, "clip_high": None, "closed_band": True, "min_count": 0},
@@ -28,7 +29,7 @@ def clip_cov_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     select_ratio: float = 2e-4,
     cov_low: float = 1.0,
@@ -47,7 +48,7 @@ def clip_cov_loss(
     capacity: int | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """PPO's clipped loss, but zero for a few random tokens of a covariance band: arXiv 2505.22617, Eq. 10-12.
@@ -95,6 +96,7 @@ def clip_cov_loss(
         x = policy_inputs(
             logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
         )
+        refuse_split(x)
         check_generator(generator, logp.device)
         return o, x, None if selected is None else selected_tokens(selected, x)
 
@@ -123,7 +125,7 @@ def clip_cov_loss(
             chosen, metrics = select_over_batch(keys, candidates, covariance, totals, select_ratio, o["min_count"], capacity)
     metrics = {**ratio.metrics, **(metrics or selection_metrics(covariance, chosen, x.mask))}
     terms = ratio.terms.held(chosen) if keep_value else ratio.terms.dropped(chosen)
-    return LossOutput(aggregate_terms(x.weigh(terms), x.mask, ratio.tokens, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_terms(x.weigh(terms), x.sequences, ratio.tokens, aggregation, normalizer), metrics)
 
 
 def check_selection(o: dict[str, Any], select_ratio: float, cov_low: float, cov_high: float) -> None:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from ...checks import FINITE, check_choice, check_count, check_number, check_tokens, expect
 from ...primitives.kinks import excess, number
+from ...primitives.packing import Packed, per_sequence
 from ...primitives.ratio import PolicyTokens, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean
-from ..aggregate import LossOutput, aggregate
-from ..arguments import check_clip, per_sequence, policy_inputs
+from ..aggregate import LossOutput, aggregate_values
+from ..arguments import check_clip, policy_inputs
 
 
 @dataclass
@@ -70,7 +71,7 @@ def epo_loss(
     old_logp: Tensor | None,
     entropy: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     mean_entropy: float | Tensor | None,
     coef: float = 1e-3,
@@ -83,7 +84,8 @@ def epo_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
-    aggregation: str = "token-mean",
+    weights: Tensor | None = None,
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """PPO minus coef (H - beta alpha P). P is a penalty on H outside of a band around the history's mean h.
@@ -104,8 +106,8 @@ def epo_loss(
         coef, alpha, beta: see above; beta from `epo_beta(step, total_steps)`. coef=1e-3 is the paper's; the
             code's yaml has 1.
         kappa_low, kappa_high: the band. The published runs use 0 (no floor) and 2, with alpha 0.05 or 0.1.
-        clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`. All three
-            terms are aggregated alike.
+        clip_low, clip_high, dual_clip, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
+            `weights` do not touch the entropy. All three terms are aggregated alike.
 
     Returns:
         LossOutput(loss, metrics): those of `ppo_loss`, entropy (the batch mean, for the history),
@@ -118,7 +120,9 @@ def epo_loss(
     for name, value in {"coef": coef, "alpha": alpha, "beta": beta}.items():
         check_number(name, value, 0)
     check_band(kappa_low, kappa_high, smoothing)
-    x = policy_inputs(logp, old_logp, advantages, mask, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer)
+    x = policy_inputs(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
     p = clean(x)
     check_tokens("entropy", entropy, p.logp)
     h = torch.where(p.mask, entropy.to(p.logp.dtype), 0)
@@ -131,7 +135,7 @@ def epo_loss(
         bonus = h - beta * alpha * outside_band(below, above, smoothing)
     metrics["entropy_low_fraction"] = fraction(below > 0, p.mask, h.dtype)
     metrics["entropy_high_fraction"] = fraction(above > 0, p.mask, h.dtype)
-    return LossOutput(aggregate(ratio.terms.tensor() - coef * bonus, p.mask, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_values(x.weigh(ratio.terms).tensor() - coef * bonus, p.sequences, aggregation, normalizer), metrics)
 
 
 def check_band(kappa_low: float, kappa_high: float, smoothing: str) -> None:
@@ -150,7 +154,7 @@ def history_mean(mean_entropy: float | Tensor, p: PolicyTokens) -> Tensor:
         return number(mean_entropy, p.logp)
     if mean_entropy.dim() == 0:
         return mean_entropy.detach().to(p.logp.dtype)
-    return per_sequence("mean_entropy", mean_entropy, p)
+    return p.sequences.spread(per_sequence("mean_entropy", mean_entropy, p.logp, p.sequences))
 
 
 def outside_band(below: Tensor, above: Tensor, smoothing: str) -> Tensor:

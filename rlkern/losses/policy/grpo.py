@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...checks import check_flags, check_number, check_tokens, per_token
+from ...checks import check_flags, check_number, check_tokens
 from ...primitives.kl import check_kl, is_unbiased, kl_penalty
+from ...primitives.packing import Packed, per_token
 from ...primitives.ratio import clipped_ratio, ratio_terms
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs
@@ -16,7 +17,7 @@ def grpo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     reference_logp: Tensor | None = None,
     kl_coef: float = 0.0,
@@ -29,7 +30,7 @@ def grpo_loss(
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """PPO's loss plus kl_coef * kl_scale * KL(pi || pi_ref) at the token taken: arXiv 2402.03300 Eq. 3, 4.
@@ -71,7 +72,7 @@ def grpo_loss(
     elif kl_coef != 0:
         raise ValueError(f"kl_coef={kl_coef} needs reference_logp= [B, T]")
     if kl_scale is not None:
-        kl_scale = torch.where(x.mask, per_token("kl_scale", kl_scale, logp), 0)
+        kl_scale = torch.where(x.mask, per_token("kl_scale", kl_scale, logp, x.sequences), 0)
 
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
     terms, metrics = x.weigh(ratio.terms), ratio.metrics
@@ -83,4 +84,4 @@ def grpo_loss(
         if kl_scale is not None:
             kl = kl.scaled(kl_scale).dropped(kl_scale == 0)  # a ratio times an estimate may overflow
         terms = terms.plus(kl.scaled(kl_coef))
-    return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_terms(terms, x.sequences, ratio.tokens, aggregation, normalizer), metrics)

@@ -7,23 +7,24 @@ from torch import Tensor
 from ...backends.contract import LARGEST_EXPONENT
 from ...checks import check_number
 from ...primitives.kinks import bounded
+from ...primitives.packing import Packed
 from ...primitives.ratio import clip_fractions, clipped_surrogate, ratio_metrics
-from ...primitives.reductions import sequence_mean
-from ..aggregate import LossOutput, aggregate
-from ..arguments import check_clip, policy_tokens
+from ..aggregate import LossOutput, aggregate_values
+from ..arguments import check_clip, policy_tokens, whole_sums
 
 
 def gspo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
     log_ratio_clamp: float = 10.0,
+    log_ratio_sums: Tensor | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "seq-mean-token-mean",
+    aggregation: str | Tensor = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """PPO's clip on s_t = sg(s) pi_t / sg(pi_t), s = exp(mean over the sequence of logp - old_logp).
@@ -38,6 +39,8 @@ def gspo_loss(
         logp, old_logp, advantages, mask, clip_low, clip_high, weights, aggregation, normalizer: as in
             `ppo_loss`. The clip bounds are those of a sequence ratio, three orders of magnitude tighter.
         log_ratio_clamp: upper bound of the mean log ratio (verl: 10), in [0, 80]; no gradient beyond.
+        log_ratio_sums: [S], for sequences in several micro-batches: `rlkern.log_ratio_sums` of their parts,
+            added up.
 
     Returns, Raises: as `ppo_loss`; the clip fractions are of tokens in clipped sequences.
     """
@@ -46,8 +49,9 @@ def gspo_loss(
     p = policy_tokens(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
-    exponent = sequence_mean(p.log_ratio.detach(), p.mask) + (p.logp - p.logp.detach())
+    mean = whole_sums(p.log_ratio.detach(), p, log_ratio_sums) / p.sequences.lengths.clamp(min=1)
+    exponent = p.sequences.spread(mean) + (p.logp - p.logp.detach())
     ratio = bounded(exponent, high=log_ratio_clamp).exp()
     values = p.weigh(clipped_surrogate(ratio, p.advantages, clip_low, clip_high))
     metrics = {**clip_fractions(ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high), **ratio_metrics(p)}
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), metrics)

@@ -13,10 +13,11 @@ from ...primitives.batch_ranks import Batch, Call, agreed_batch, batch_totals, w
 from ...primitives.covariance import covariance_of
 from ...primitives.group_selection import would_send_list
 from ...primitives.kl import kl_penalty
+from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyInputs, clipped_ratio
 from ...primitives.selection import fraction_capacity, select_fraction
 from ..aggregate import LossOutput, aggregate_terms
-from ..arguments import policy_inputs, selected_tokens, with_preset
+from ..arguments import policy_inputs, refuse_split, selected_tokens, with_preset
 from .clip_cov import select_over_batch, selection_metrics
 
 PRESETS = {
@@ -30,7 +31,7 @@ def kl_cov_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     select_ratio: float | None = None,
     kl_coef: float | None = None,
@@ -42,7 +43,7 @@ def kl_cov_loss(
     capacity: int | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """-A r, + kl_coef |logp - old_logp| at the largest covariances: arXiv 2505.22617, Eq. 13, 14, Listing 1.
@@ -80,6 +81,7 @@ def kl_cov_loss(
         x = policy_inputs(
             logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
         )
+        refuse_split(x)
         return o, x, None if selected is None else selected_tokens(selected, x)
 
     def would_exchange(meeting: Meeting, batch: Batch) -> None:
@@ -105,4 +107,4 @@ def kl_cov_loss(
     metrics = {**ratio.metrics, **(metrics or selection_metrics(covariance, chosen, x.mask))}
     distance = kl_penalty(logp, logp.detach() if old_logp is None else old_logp, chosen, "abs", None)
     terms = x.weigh(ratio.terms.plus(distance.scaled(o["kl_coef"])))
-    return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_terms(terms, x.sequences, ratio.tokens, aggregation, normalizer), metrics)

@@ -14,11 +14,12 @@ from ...primitives.batch_ranks import Batch, Call, added_up, agreed_batch
 from ...primitives.group_selection import would_send_list
 from ...primitives.kinks import bounded
 from ...primitives.kl import check_kl, kl_penalty, resolve
+from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyInputs, clean, clipped_ratio
 from ...primitives.selection import fraction_capacity, select_fraction, select_fraction_of_batch, selected_means
 from ...primitives.token_terms import TokenTerms
 from ..aggregate import LossOutput, aggregate_terms
-from ..arguments import check_clip, policy_inputs
+from ..arguments import check_clip, policy_inputs, refuse_split
 
 KL_TERMS = ("sampled", "full")
 SELECTIONS = ("negative", "all")
@@ -71,7 +72,7 @@ def lp_reg_loss(
     old_logp: Tensor | None,
     proxy_logp: Tensor,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     rho: float = 0.01,
     kl_coef: float = 1.0,
@@ -90,7 +91,7 @@ def lp_reg_loss(
     capacity: int | None = None,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """A policy gradient that pulls the rarest tokens with A < 0 to a proxy q: the policy without its noise.
@@ -152,6 +153,7 @@ def lp_reg_loss(
         x = policy_inputs(
             logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
         )
+        refuse_split(x)
         check_tokens("proxy_logp", proxy_logp, logp)
         if kl_term == "full":
             _full_kl(logp, kept_logmass, proxy_kl)
@@ -197,7 +199,7 @@ def lp_reg_loss(
         ratio, p = clipped_ratio(x, clip_low, clip_high), clean(x)
         policy = TokenTerms(logp, -p.advantages * bounded(p.ratio, 1 - clip_low, 1 + clip_high))
     terms = x.weigh(policy.plus(kl.scaled(kl_coef)))
-    return LossOutput(aggregate_terms(terms, x.mask, ratio.tokens, aggregation, normalizer), {**kl_metrics, **ratio.metrics})
+    return LossOutput(aggregate_terms(terms, x.sequences, ratio.tokens, aggregation, normalizer), {**kl_metrics, **ratio.metrics})
 
 
 def _check(kl_term, select_from, rho, rho_positive, kl_coef, min_count, kl_kind, kl_clamp, kept_logmass, proxy_kl) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 from ...backends.contract import LARGEST_EXPONENT
 from ...checks import check_choice, check_fraction, check_number, shown
 from ...primitives.kinks import bounded
+from ...primitives.packing import Packed, per_sequence
 from ...primitives.ratio import ratio_metrics
 from ...primitives.reductions import fraction, masked_mean, total
-from ..aggregate import LossOutput, aggregate, check_aggregation
-from ..arguments import per_sequence, ratio_tokens
+from ..aggregate import LossOutput, aggregate, aggregate_values
+from ..arguments import ratio_tokens, whole_sums
 
 NORMALIZERS = {"token": 1000.0, "sequence": 1.0}  # of the official code: the loss is a sum divided by it
 
@@ -23,7 +24,7 @@ def nft_loss(
     old_logp: Tensor | None,
     success_rate: Tensor,
     correct: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     normalize: int = 1,
     neg_weight: float = 1.0,
@@ -32,7 +33,8 @@ def nft_loss(
     ratio_type: str = "token",
     rate_bounds: tuple[float, float] = (0.02, 0.98),
     log_ratio_clamp: float = 10.0,
-    aggregation: str | None = None,
+    log_ratio_sums: Tensor | None = None,
+    aggregation: str | Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """NFT. With R = pi / pi_old, c the success rate of the prompt and k whether the response is right:
@@ -57,6 +59,7 @@ def nft_loss(
         clamp_pos: the same straight-through clamp for R in the first term.
         ratio_type: "token", or "sequence": one R a response, exp(sum of its log ratios).
         log_ratio_clamp: log R is clamped from above. Here no gradient flows beyond.
+        log_ratio_sums: for ratio_type "sequence", as in `gspo_loss`.
         aggregation: None is the official sum over the batch divided by a constant, `normalizer` (default 1000
             for "token", 1 for "sequence"). That loss grows with the batch. For "token", any mode of
             `aggregate`.
@@ -72,23 +75,26 @@ def nft_loss(
     check_choice("normalize", normalize, (0, 1, 2))
     check_numbers(neg_weight, clamp_neg, clamp_pos, log_ratio_clamp, rate_bounds)
     check_choice("ratio_type", ratio_type, NORMALIZERS)
+    if ratio_type == "token" and log_ratio_sums is not None:
+        raise ValueError("log_ratio_sums is for ratio_type 'sequence', got it with 'token'")
     if aggregation is not None and ratio_type == "sequence":
-        raise ValueError(f"ratio_type 'sequence' has one loss a response: aggregation must be None, got {aggregation!r}")
-    check_aggregation("token-mean" if aggregation is None else aggregation, normalizer)
-    tokens = ratio_tokens(logp, old_logp, mask)
-    c = per_sequence("success_rate", success_rate, tokens).clamp(*rate_bounds)
-    k = per_sequence("correct", correct, tokens)
-    log_ratio, counted = tokens.log_ratio, tokens.mask
+        raise ValueError(f"ratio_type 'sequence' has one loss a response: aggregation must be None, got {shown(aggregation)}")
+    if aggregation is None:
+        aggregation, normalizer = "token-mean", NORMALIZERS[ratio_type] if normalizer is None else normalizer
+    tokens = ratio_tokens(logp, old_logp, mask, aggregation=aggregation, normalizer=normalizer)
+    sequences = tokens.sequences
+    c = per_sequence("success_rate", success_rate, tokens.logp, sequences).clamp(*rate_bounds)
+    k = per_sequence("correct", correct, tokens.logp, sequences)
     if ratio_type == "sequence":
-        log_ratio, counted = log_ratio.sum(-1, keepdim=True), counted.any(-1, keepdim=True)
+        log_ratio, counted = whole_sums(tokens.log_ratio, tokens, log_ratio_sums), sequences.lengths > 0
+    else:
+        log_ratio, counted, c, k = tokens.log_ratio, tokens.mask, sequences.spread(c), sequences.spread(k)
     log_ratio = bounded(log_ratio, high=log_ratio_clamp)
     ratio = log_ratio.exp()
     prox = (1 - c * ratio) / (1 - c)
     positive = log_ratio if clamp_pos == 0 else log_at_least(ratio, clamp_pos)
     weight = (1.0, 1 - c, ((1 - c) / c).sqrt())[int(normalize)]
     losses = -weight * (k * positive + (1 - k) * neg_weight * log_at_least(prox, clamp_neg))
-    if aggregation is None:
-        aggregation, normalizer = "token-mean", NORMALIZERS[ratio_type] if normalizer is None else normalizer
     metrics = {
         **ratio_metrics(tokens),
         "positive_fraction": masked_mean(k.expand_as(losses), counted),
@@ -96,7 +102,12 @@ def nft_loss(
         "success_rate": masked_mean(c.expand_as(losses), counted),
         "answers": total(counted, losses.dtype),
     }
-    return LossOutput(aggregate(losses, counted, aggregation, normalizer), metrics)
+    if ratio_type == "token":
+        return LossOutput(aggregate_values(losses, sequences, aggregation, normalizer), metrics)
+    share = sequences.share(losses.dtype)
+    if share is not None:  # parts of the loss add up to it, and each has the whole gradient of the tokens here
+        losses = losses + losses.detach() * (share - 1)
+    return LossOutput(aggregate(losses, counted, "token-mean", normalizer), metrics)
 
 
 def log_at_least(x: Tensor, low: float) -> Tensor:

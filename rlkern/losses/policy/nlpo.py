@@ -6,24 +6,24 @@ PPO over the vocabulary that a lagging mask policy leaves open.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...advantages import whiten
 from ...checks import check_flags, check_number, check_tokens
-from ...primitives.ratio import clipped_ratio
+from ...primitives.packing import Packed
+from ...primitives.ratio import clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean, total
-from ..aggregate import LossOutput, aggregate
-from ..arguments import check_clip, policy_inputs, policy_tokens
+from ..aggregate import LossOutput, aggregate_values
+from ..arguments import check_clip, policy_inputs, refuse_split
 
 
 def nlpo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     entropy: Tensor | None = None,
     entropy_coef: float = 0.0,
@@ -32,7 +32,8 @@ def nlpo_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
-    aggregation: str = "token-mean",
+    weights: Tensor | None = None,
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """PPO's loss on the log-probabilities of `nlpo_stats`, as RL4LMs runs it.
@@ -46,7 +47,8 @@ def nlpo_loss(
         entropy: [B, T] of `nlpo_stats`; gradients flow into it.
         entropy_coef: how much of the entropy is subtracted from the loss (RL4LMs: 0).
         normalize_advantages: to mean 0 and std 1 over the tokens of this minibatch.
-        clip_low, clip_high, dual_clip, log_ratio_clamp, aggregation, normalizer: as in `ppo_loss`.
+        clip_low, clip_high, dual_clip, log_ratio_clamp, weights, aggregation, normalizer: as in `ppo_loss`.
+            `weights` do not touch the entropy.
 
     Returns:
         LossOutput(loss, metrics): those of `ppo_loss`, outside_fraction (tokens left out for being outside of
@@ -60,15 +62,19 @@ def nlpo_loss(
     check_flags(normalize_advantages=normalize_advantages)
     if entropy is None and entropy_coef != 0:
         raise ValueError(f"entropy_coef={entropy_coef} needs entropy= [B, T]")
-    options: dict[str, Any] = {"log_ratio_clamp": log_ratio_clamp, "aggregation": aggregation, "normalizer": normalizer}
-    given = policy_tokens(logp, old_logp, advantages, mask, **options)
+    x = policy_inputs(
+        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+    )
+    given = clean(x)
     inside = given.mask & (given.logp > -math.inf)
     if old_logp is not None:
         inside = inside & (given.keep(old_logp) > -math.inf)
-    standard = whiten(given.advantages, inside) if normalize_advantages else given.advantages
-    x = policy_inputs(logp, old_logp, standard, inside, **options)
+    x = x._replace(sequences=x.sequences.among(inside))
+    if normalize_advantages:
+        refuse_split(x)
+        x = x._replace(advantages=whiten(given.advantages, inside))
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
-    values, metrics = ratio.terms.tensor(), ratio.metrics
+    values, metrics = x.weigh(ratio.terms).tensor(), ratio.metrics
     metrics["outside_fraction"] = fraction(~inside, given.mask, given.logp.dtype)
     metrics["mask_tokens"] = total(given.mask, given.logp.dtype)
     if entropy is not None:
@@ -76,4 +82,4 @@ def nlpo_loss(
         h = torch.where(inside, entropy.to(values.dtype), 0)
         values = values - entropy_coef * h
         metrics["entropy"] = masked_mean(h, inside)
-    return LossOutput(aggregate(values, inside, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_values(values, x.sequences, aggregation, normalizer), metrics)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ...primitives.packing import Packed
 from ...primitives.ratio import clipped_ratio
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs
@@ -13,14 +14,14 @@ def ppo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = 20.0,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """With r = exp(logp - old_logp), per token and for A < 0 at most -A dual_clip:
@@ -37,14 +38,16 @@ def ppo_loss(
         old_logp: [B, T] float, those of the policy that the step started from. None is on-policy: the ratio
             is 1, the gradient -A.
         advantages: [B, T], [B, 1] or [B] float; they must not require grad.
-        mask: [B, T] bool or number; nonzero counts. Anything may stand where it is 0, NaN included.
+        mask: [B, T] bool or number; nonzero counts. Anything may stand where it is 0, NaN included. Or a
+            `Packed` (`rlkern.packed`) of N tokens: what is [B, T] here then has N elements in any shape, the
+            same for all, and what is [B] or [B, 1] is [S] or [S, 1].
         clip_low, clip_high: no gradient for A < 0 below r = 1 - clip_low, nor for A > 0 above 1 + clip_high.
             clip_low in [0, 1].
         dual_clip: c >= 1 bounds the ratio of tokens with A < 0; None does not.
         log_ratio_clamp: bounds the log ratio to [-c, c] before exp; no gradient beyond. None bounds it at 80,
             where float32 is still finite.
         weights: [B, T], [B, 1] or [B] float, multiplied with the per-token loss; they must not require grad.
-        aggregation, normalizer: from tokens to one number, see `aggregate`.
+        aggregation, normalizer: from tokens to one number, see `aggregate`; aggregation may be weights.
 
     Returns:
         LossOutput(loss, metrics): 0-d, float32 (float64 for float64 logp). Metrics: clip_fraction_low,
@@ -60,5 +63,5 @@ def ppo_loss(
         logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
     )
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
-    loss = aggregate_terms(x.weigh(ratio.terms), x.mask, ratio.tokens, aggregation, normalizer)
+    loss = aggregate_terms(x.weigh(ratio.terms), x.sequences, ratio.tokens, aggregation, normalizer)
     return LossOutput(loss, ratio.metrics)

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from ...checks import check_number
 from ...primitives.kinks import clamped
+from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyTokens, ratio_metrics
 from ...primitives.reductions import fraction
-from ..aggregate import LossOutput, aggregate
+from ..aggregate import LossOutput, aggregate_values
 from ..arguments import policy_tokens
 
 
@@ -26,11 +27,11 @@ def reinforce_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     square_coef: float = 0.0,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """-A logp per token: REINFORCE, the plain policy gradient of verl and TRL.
@@ -51,18 +52,18 @@ def reinforce_loss(
     values = p.weigh(-p.advantages * p.score())
     if square_coef:
         values = values + (0.5 * square_coef) * p.log_ratio.square()
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), _metrics(p, None))
+    return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), _metrics(p, None))
 
 
 def tis_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     cap: float = 1.0,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """-sg(min(r, cap)) A logp per token: truncated importance sampling, ROLL's "tis" at cap=1.
@@ -76,18 +77,18 @@ def tis_loss(
     check_number("cap", cap, 0)
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
     values = p.weigh(-_truncated(p, cap) * p.advantages * p.score())
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), _metrics(p, cap))
+    return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), _metrics(p, cap))
 
 
 def topr_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     cap: float = 1.0,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """Tapered off-policy REINFORCE (arXiv 2503.14286): -A logp for A >= 0, -sg(min(r, cap)) A logp for A < 0.
@@ -99,4 +100,4 @@ def topr_loss(
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
     weight = torch.where(p.advantages < 0, _truncated(p, cap), 1)
     values = p.weigh(-weight * p.advantages * p.score())
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), _metrics(p, cap))
+    return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), _metrics(p, cap))

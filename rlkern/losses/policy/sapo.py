@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ...checks import check_positive
 from ...primitives.kinks import number
+from ...primitives.packing import Packed
 from ...primitives.ratio import ratio_metrics
-from ..aggregate import LossOutput, aggregate
+from ..aggregate import LossOutput, aggregate_values
 from ..arguments import policy_tokens
 
 
@@ -16,13 +17,13 @@ def sapo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     tau_positive: float = 1.0,
     tau_negative: float = 1.05,
     log_ratio_clamp: float | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "seq-mean-token-mean",
+    aggregation: str | Tensor = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """-A (4 / tau) sigmoid(tau (r - 1)) per token, tau by the sign of A: arXiv 2511.20347.
@@ -43,4 +44,4 @@ def sapo_loss(
     )
     tau = torch.where(p.advantages > 0, number(tau_positive, p.logp), number(tau_negative, p.logp))
     values = p.weigh(-p.advantages * (4 / tau) * torch.sigmoid(tau * (p.ratio - 1)))
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), ratio_metrics(p))
+    return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), ratio_metrics(p))

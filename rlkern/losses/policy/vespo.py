@@ -8,36 +8,49 @@ import torch
 from torch import Tensor
 
 from ...backends.contract import LARGEST_EXPONENT
-from ...checks import check_number, per_token
+from ...checks import check_number
 from ...primitives.kinks import number
+from ...primitives.packing import Packed, per_token
 from ...primitives.ratio import PolicyTokens, ratio_metrics
 from ...primitives.reductions import masked_mean
-from ..aggregate import LossOutput, aggregate
-from ..arguments import policy_tokens
+from ..aggregate import LossOutput, aggregate_values
+from ..arguments import policy_tokens, whole_sums
 
 _LARGEST = 20.0  # of any log ratio, as in TRL
 _SMALLEST = math.log(1e-8)  # of a weight and of the sequence; that of a token is -20
 
 
 def _log_weight(weights: Tensor, p: PolicyTokens) -> Tensor:
-    """The log of the sequence's importance weight [B, 1], given so or as its tokens' weights [B, T]."""
-    logs = per_token("rollout_is_weights", weights, p.logp).log().clamp(_SMALLEST, _LARGEST)
-    return torch.where(p.mask, logs, 0).sum(-1, keepdim=True) if weights.shape == p.logp.shape else logs[:, :1]
+    """The log of the sequence's importance weight [B], given so or as its tokens' weights [B, T]."""
+    by_token = per_token("rollout_is_weights", weights, p.logp, p.sequences)
+    if weights.shape == p.logp.shape:
+        return p.sequences.sum(_log(by_token))
+    return _log(weights.detach().to(p.logp.dtype).reshape(-1))
+
+
+def _log(weights: Tensor) -> Tensor:
+    return weights.log().clamp(_SMALLEST, _LARGEST)
+
+
+def bounded_log_ratio(d: Tensor) -> Tensor:
+    """What log W adds up."""
+    return d.clamp(-_LARGEST, _LARGEST)
 
 
 def vespo_loss(
     logp: Tensor,
     old_logp: Tensor | None,
     advantages: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     k_positive: float = 2.0,
     lambda_positive: float = 3.0,
     k_negative: float = 3.0,
     lambda_negative: float = 2.0,
     rollout_is_weights: Tensor | None = None,
+    log_ratio_sums: Tensor | None = None,
     weights: Tensor | None = None,
-    aggregation: str = "token-mean",
+    aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """-sg(phi(W)) A logp per token, phi(W) = exp(lambda) W^k exp(-lambda W): arXiv 2602.10693.
@@ -57,6 +70,7 @@ def vespo_loss(
         k_negative, lambda_negative: the kernel for A < 0.
         rollout_is_weights: >= 0, without gradient: [B, T] float, or [B, 1] or [B], whose log enters the sum
             once. They go into W, and through phi; `weights` multiply a token's loss instead.
+        log_ratio_sums: as in `gspo_loss`; rollout weights are then one a sequence.
 
     Returns, Raises: as `ppo_loss`, without clip fractions; metrics also: kernel_mean, over the tokens.
     """
@@ -65,14 +79,14 @@ def vespo_loss(
         check_number(name, value, 0)
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
     with torch.no_grad():
-        log_w = p.log_ratio.clamp(-_LARGEST, _LARGEST).sum(-1, keepdim=True)
+        log_w = whole_sums(bounded_log_ratio(p.log_ratio), p, log_ratio_sums)
         if rollout_is_weights is not None:
             log_w = log_w + _log_weight(rollout_is_weights, p)
-        log_w = log_w.clamp(_SMALLEST, _LARGEST)
+        log_w = p.sequences.spread(log_w.clamp(_SMALLEST, _LARGEST))
         negative = p.advantages < 0
         k = torch.where(negative, number(k_negative, log_w), number(k_positive, log_w))
         rate = torch.where(negative, number(lambda_negative, log_w), number(lambda_positive, log_w))
         kernel = (rate + k * log_w - rate * log_w.exp()).clamp(max=LARGEST_EXPONENT).exp()
     values = p.weigh(-kernel * p.advantages * p.score())
     metrics = {"kernel_mean": masked_mean(kernel, p.mask), **ratio_metrics(p)}
-    return LossOutput(aggregate(values, p.mask, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), metrics)

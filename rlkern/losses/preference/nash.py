@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from ...checks import check_number, check_positive
+from ...primitives.packing import Packed, per_sequence
 from ...primitives.ratio import PolicyTokens
 from ...primitives.reductions import masked_mean, total
-from ..aggregate import LossOutput, aggregate, check_aggregation
-from ..arguments import log_ratio_to, per_sequence, ratio_tokens
+from ..aggregate import LossOutput, aggregate_values
+from ..arguments import log_ratio_to, ratio_tokens
 
 
 def nash_md_loss(
     logp: Tensor,
     reference_logp: Tensor,
     win_prob: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     beta: float = 0.1,
-    aggregation: str = "seq-mean-token-sum",
+    aggregation: str | Tensor = "seq-mean-token-sum",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """Nash-MD, as TRL has it. The mean over responses of
@@ -46,8 +47,7 @@ def nash_md_loss(
         TypeError, ValueError: for dtypes, shapes, devices and options other than the above.
     """
     check_number("beta", beta, 0)
-    check_aggregation(aggregation, normalizer)
-    tokens = ratio_tokens(logp, None, mask)
+    tokens = ratio_tokens(logp, None, mask, aggregation=aggregation, normalizer=normalizer)
     anchors = {"reference": (beta, log_ratio_to("reference_logp", reference_logp, tokens))}
     return _preference_loss(tokens, win_prob, anchors, aggregation, normalizer)
 
@@ -57,11 +57,11 @@ def nash_mp_loss(
     reference_logp: Tensor,
     target_logp: Tensor,
     win_prob: Tensor,
-    mask: Tensor,
+    mask: Tensor | Packed,
     *,
     beta: float = 0.1,
     eta: float = 1.0,
-    aggregation: str = "seq-mean-token-sum",
+    aggregation: str | Tensor = "seq-mean-token-sum",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """Nash-MP ("Nash Prox" in the paper's second version), Nash-MD with a second anchor: mean over responses
@@ -83,8 +83,7 @@ def nash_mp_loss(
     """
     check_number("beta", beta, 0)
     check_positive("eta", eta)
-    check_aggregation(aggregation, normalizer)
-    tokens = ratio_tokens(logp, None, mask)
+    tokens = ratio_tokens(logp, None, mask, aggregation=aggregation, normalizer=normalizer)
     anchors = {
         "reference": (beta, log_ratio_to("reference_logp", reference_logp, tokens)),
         "target": (beta / eta, log_ratio_to("target_logp", target_logp, tokens)),
@@ -92,21 +91,24 @@ def nash_mp_loss(
     return _preference_loss(tokens, win_prob, anchors, aggregation, normalizer)
 
 
-def _preference_loss(tokens: PolicyTokens, win_prob: Tensor, anchors: dict[str, tuple[float, Tensor]], aggregation: str, normalizer) -> LossOutput:
+def _preference_loss(
+    tokens: PolicyTokens, win_prob: Tensor, anchors: dict[str, tuple[float, Tensor]], aggregation: str | Tensor, normalizer
+) -> LossOutput:
     """REINFORCE on win_prob - 1/2, with a detached pull of each token towards the anchors.
 
     anchors: name -> (coefficient, log ratio to it).
     """
-    win_prob = per_sequence("win_prob", win_prob, tokens)
+    sequences = tokens.sequences
+    win_prob = per_sequence("win_prob", win_prob, tokens.logp, sequences)
     pull = torch.zeros_like(tokens.logp)
     for coefficient, log_ratio in anchors.values():
         pull = pull + coefficient * log_ratio.detach()
-    values = (pull - torch.where(tokens.mask, win_prob - 0.5, 0)) * tokens.logp
-    responses, dtype = tokens.mask.any(-1, keepdim=True), tokens.logp.dtype
+    values = (pull - torch.where(tokens.mask, sequences.spread(win_prob - 0.5), 0)) * tokens.logp
+    responses, dtype = sequences.lengths > 0, tokens.logp.dtype
     metrics = {
         "win_prob": masked_mean(win_prob, responses),
         "sequences": total(responses, dtype),
         "tokens": total(tokens.mask, dtype),
         **{f"kl_{name}": masked_mean(log_ratio, tokens.mask) for name, (_, log_ratio) in anchors.items()},
     }
-    return LossOutput(aggregate(values, tokens.mask, aggregation, normalizer), metrics)
+    return LossOutput(aggregate_values(values, tokens.sequences, aggregation, normalizer), metrics)
