@@ -93,6 +93,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
     groups, rewards = ids(B, n=3), ids(B, n=5) / 4
     packed = {"logits": normal(B * T, V), "targets": ids(B * T), "weight": per_row.flatten(), "mask": mask.flatten()}
     packed |= {"seq_idx": ids(B * T, n=4).sort().values, "num_seqs": 5}
+    pack = rlkern.packed(torch.tensor([0, 1, 1, B * T - 2]), mask)
     draw = {"logits": logits, "targets": targets, "mask": mask, "weight": per_row}
     sequence = {"advantages": normal(B), "seq_weight": 0.25, "num_mc": 1, "ratio_scale": torch.full((B,), 0.2), "clip": (0.2, 0.2), "dual_clip": 3.0}
     table = [
@@ -133,7 +134,16 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.pair_stats, {"logits": logits, "other": normal(B, T, V), "kind": "skew_reverse_kl", "temperature": 0.7}, ("logits",)),
         (rlkern.gkd_divergence, {"logits": logits, "other": normal(B, T, V), "beta": 0.5, "mask": mask}, ("logits",)),
         (rlkern.token_stats, {"logits": logits, "targets": ids(B, T, K), "with_tail": True}, ("logits",)),
+        (rlkern.packed, {"cu_seqlens": torch.tensor([0, 2, 2, 5]), "mask": torch.ones(7), "seq_lens": torch.tensor([2, 0, 2]), "num_seqs": 3,
+                         "num_tokens": 7}, ()),
+        (rlkern.packed, {"lengths": [3, 0, 2], "num_tokens": 6, "full_lengths": torch.tensor([3, 4, 5])}, ()),
+        (rlkern.packed, {"position_ids": torch.tensor([[0, 1, 0], [0, 1, 2]]), "mask": mask[:2, :3], "num_seqs": 4}, ()),
+        (rlkern.packed, {"segment_ids": torch.tensor([[1, 1, 2, 0], [1, 2, 2, 2]]), "padding_id": 0}, ()),
+        (rlkern.log_ratio_sums, {"logp": logp, "old_logp": logp + 0.1, "mask": mask, "of": "gmpo", "advantages": normal(B)}, ()),
+        (rlkern.log_ratio_sums, {"logp": logp.flatten(), "old_logp": None, "mask": pack, "of": "vespo"}, ()),
+        (rlkern.next_tokens, {"labels": targets, "packed": pack}, ()),
         (rlkern.masked_elbo, packed, ("logits",)),
+        (rlkern.masked_elbo, {"logits": packed["logits"], "targets": packed["targets"], "mask": pack, "weight": per_row[:3, 0]}, ("logits",)),
         (rlkern.masked_elbo, draw | {"weight": per_row[:, 0], "old_token_logp": logp}, ("logits",)),
         (rlkern.bgpo_loss, packed | {"advantages": normal(5), "mc_weight": 0.5, "preset": "paper"}, ("logits",)),
         (rlkern.bgpo_loss, draw | {"advantages": normal(B), "mc_weight": 0.5, "preset": "reference", "lengths": torch.full((B,), T),

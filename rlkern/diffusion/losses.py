@@ -34,7 +34,7 @@ from ..losses.arguments import policy_tokens
 from ..losses.policy.grpo import grpo_loss
 from ..losses.preference.dpo import dpo_loss
 from ..primitives.kinks import number
-from ..primitives.packing import Packed, Rows, per_sequence, per_token, sequences_of
+from ..primitives.packing import Packed, Rows, check_packed, per_sequence, per_token, sequences_of
 from ..primitives.reductions import masked_mean, total
 
 
@@ -213,6 +213,7 @@ def coupled_logp(full_logp: Tensor, pair_logp: Tensor, pair_mask: Tensor, weight
         expect("weight", weight, "float", "[B, 2]", shape=(batch, 2), like=like)
         by_draw, draws_at = weight.detach().to(dtype).unsqueeze(-1), 1
     else:
+        check_packed(packed)
         sequences = sequences_of(packed, full_logp, "full_logp")
         expect("pair_logp", pair_logp, "float", "[2, ...]", shape=(2, *full_logp.shape), like=like)
         expect("weight", weight, "float", "[S, 2]", shape=(sequences.lengths.shape[0], 2), like=like)

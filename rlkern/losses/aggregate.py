@@ -36,9 +36,9 @@ def check_aggregation(mode: str | Tensor, normalizer: float | Tensor | None = No
     """Raises ValueError or TypeError for a mode not in `MODES`, wrong weights or a wrong normalizer."""
     if isinstance(mode, Tensor):
         if not mode.is_floating_point() or mode.requires_grad:
-            raise TypeError(f"aggregation weights must be floats without gradient, got {mode.dtype}, requires_grad={mode.requires_grad}")
+            raise TypeError(f"aggregation mode: weights must be floats without gradient, got {mode.dtype}, requires_grad={mode.requires_grad}")
         if normalizer is not None:
-            raise ValueError(f"aggregation weights leave nothing to divide by: normalizer must be None, got {normalizer}")
+            raise ValueError(f"aggregation mode: weights leave nothing to divide by: normalizer must be None, got {normalizer}")
         return
     check_choice("aggregation mode", mode, MODES)
     if isinstance(normalizer, Tensor):
@@ -157,7 +157,7 @@ def _scale(
 ) -> tuple[Tensor | None, float | Tensor]:
     """(what multiplies each token, or None; what divides the sum). tokens: how many count here, if known."""
     if isinstance(mode, Tensor):
-        return per_token("aggregation", mode, values, sequences, of="values"), 1
+        return per_token("aggregation mode (weights)", mode, values, sequences, of="values"), 1
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(values.dtype)  # a float64 one would make the loss float64
     if mode in TOKEN_MODES:

@@ -56,7 +56,9 @@ def _check_packing(pack: Packed | None, seq_idx: Tensor | None, num_seqs: int | 
         if num_seqs is not None:
             raise ValueError(f"num_seqs belongs to packed rows [N, V] with seq_idx=, got {num_seqs} without one")
         if logits.dim() != 3:
-            raise ValueError(f"logits must be [B, S, V], or [N, V] with seq_idx= and num_seqs=, got shape {tuple(logits.shape)}")
+            raise ValueError(
+                f"logits must be [B, S, V], or [N, V] with seq_idx= and num_seqs=, or with a Packed as mask, got shape {tuple(logits.shape)}"
+            )
         return
     if logits.dim() != 2:
         raise ValueError(f"packed logits, with seq_idx [N], must be [N, V], got shape {tuple(logits.shape)}")
@@ -157,7 +159,8 @@ def masked_elbo(
         logits: [B, S, V], or [N, V] with `seq_idx`; float32, bfloat16, float16 or float64.
         targets: [B, S] or [N] integer, the clean tokens. `ignore_index` does not count, masked or not.
         weight: [B, S], [B] (one t a sequence) or packed [N] (with a `Packed` also [S]);
-            float that does not require grad. Where counted it is finite and not negative, elsewhere anything. A row of weight 0 does not count.
+            float that does not require grad. Where counted it is finite and not negative, elsewhere anything.
+            A row of weight 0 does not count.
         mask: shaped like targets, bool or number: the positions that this draw masked, never prompt or
             padding. None counts every row. Or a `Packed` whose mask these are: logits are [N, V] or [1, N,
             V], weight one a row or [S], seq_idx and num_seqs None.

@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import as_bool, check_logp, check_tokens, computing_dtype, expect, shown
+from ..checks import as_bool, check_tokens, computing_dtype, expect, shown
 from ..operator import values_readable
 from ..parallel import Meeting, add_up, gather, world
 from .sequence_sums import sequence_sums, spread, wide
 
-__all__ = ["Packed", "Rows", "packed", "pack_of", "per_sequence", "per_token", "sequences_of"]
+__all__ = ["Packed", "Rows", "check_packed", "packed", "pack_of", "per_sequence", "per_token", "sequences_of"]
 
 
 class Rows(NamedTuple):
@@ -270,7 +270,7 @@ def packed(
         size = where.cu_seqlens.shape[0] - 1
         meeting.would_add(lambda: [where.cu_seqlens.new_empty(size)])
         if full_lengths is not None:
-            expect("full_lengths", full_lengths, "integer", "[S]", shape=(size,), like=("the tokens", where.mask))
+            expect(f"full_lengths (one a sequence of {_form(forms)})", full_lengths, "integer", "[S]", shape=(size,), like=("the tokens", where.mask))
             if values_readable(full_lengths) and (full_lengths < where.lengths).any():
                 raise ValueError("full_lengths must be at least the tokens that count here, got fewer for some sequence")
         if meeting.exchanges:
@@ -283,11 +283,15 @@ def packed(
     return where._replace(lengths=total, own_lengths=where.lengths, group=group)
 
 
-def _checked(forms: dict[str, Any], mask, padding_id, seq_lens, num_seqs, num_tokens) -> Packed:
+def _form(forms: dict[str, Any]) -> str:
     given = [name for name, x in forms.items() if x is not None]
     if len(given) != 1:
         raise ValueError(f"packed needs exactly one of {', '.join(forms)}, got {' and '.join(given) if given else 'none'}")
-    (form,) = given
+    return given[0]
+
+
+def _checked(forms: dict[str, Any], mask, padding_id, seq_lens, num_seqs, num_tokens) -> Packed:
+    form = _form(forms)
     x = forms[form]
     for name, tensor in {form: x, "mask": mask, "seq_lens": seq_lens}.items():
         if isinstance(tensor, Tensor) and tensor.is_nested:
@@ -296,10 +300,12 @@ def _checked(forms: dict[str, Any], mask, padding_id, seq_lens, num_seqs, num_to
         expect("mask", mask, "real", "[...]")
     if padding_id is not None and (form != "segment_ids" or not isinstance(padding_id, int)):
         raise ValueError(f"padding_id is an integer for segment_ids, got {shown(padding_id)} with {form}")
+    if padding_id is not None and not -(1 << 63) <= padding_id < 1 << 63:
+        raise ValueError(f"padding_id must fit int64, got {padding_id}")
     if seq_lens is not None and form != "cu_seqlens":
         raise ValueError(f"seq_lens is for the slots of cu_seqlens, got it with {form}")
     for name, number in {"num_seqs": num_seqs, "num_tokens": num_tokens}.items():
-        if number is not None and (not isinstance(number, (int, torch.SymInt)) or isinstance(number, bool) or number < 0):
+        if number is not None and (not isinstance(number, (int, torch.SymInt)) or isinstance(number, bool) or not 0 <= number < 1 << 62):
             raise ValueError(f"{name} must be an integer of at least 0, got {shown(number)}")
     if form in ("cu_seqlens", "lengths"):
         return _from_offsets(form, x, mask, seq_lens, num_seqs, num_tokens)
@@ -337,7 +343,7 @@ def _from_offsets(form: str, x: Any, mask: Tensor | None, seq_lens, num_seqs, nu
         if (cu_seqlens.diff() < 0).any():
             raise ValueError("cu_seqlens must not descend")
         if cu_seqlens[-1] > tokens:
-            raise ValueError(f"{form} must end within the {tokens} tokens, got {cu_seqlens[-1].item()}")
+            raise ValueError(f"{form} must end within the {tokens} tokens of mask or num_tokens, got {cu_seqlens[-1].item()}")
     else:  # on a GPU nobody has checked them, and they become indices
         cu_seqlens = cu_seqlens.clamp(0, tokens)
     places = torch.arange(tokens, device=cu_seqlens.device)
@@ -354,6 +360,8 @@ def _from_ids(form: str, ids: Tensor, mask: Tensor | None, padding_id, num_seqs,
     if mask is not None and mask.numel() != ids.numel():
         raise ValueError(f"mask must have the {ids.numel()} tokens of {form}, got shape {tuple(mask.shape)}")
     tokens = _tokens(ids, num_tokens, form)
+    if mask is not None and mask.device != ids.device:
+        raise ValueError(f"mask must be on the device of {form} {ids.device}, got {mask.device}")
     previous = ids[..., :-1] + 1 if form == "position_ids" else ids[..., :-1]
     starts = torch.nn.functional.pad(ids[..., 1:] != previous, (1, 0), value=True) if ids.shape[-1] else ids.bool()
     if padding_id is not None:
@@ -383,6 +391,12 @@ def pack_of(cu_seqlens: Tensor, seq_idx: Tensor, mask: Tensor | None, num_seqs: 
 # --- for losses ---------------------------------------------------------------------------------------------
 
 
+def check_packed(packed: Any) -> None:
+    """Raises TypeError for anything but a `Packed`."""
+    if not isinstance(packed, Packed):
+        raise TypeError(f"packed must be a Packed, as rlkern.packed returns it, or None, got {shown(packed)}")
+
+
 def sequences_of(mask: Any, logp: Tensor, of: str = "logp") -> Rows | Packed:
     """A caller's mask or pack, checked to go with logp, in its shape.
 
@@ -391,7 +405,9 @@ def sequences_of(mask: Any, logp: Tensor, of: str = "logp") -> Rows | Packed:
             shape; a mask of another shape or device.
     """
     if not isinstance(mask, Packed):
-        check_logp(logp, of)
+        expect(of, logp, "float", "[...]")
+        if logp.dim() != 2:
+            raise ValueError(f"{of} must be [B, T] beside a mask of that shape (any shape beside a Packed as mask), got shape {tuple(logp.shape)}")
         check_tokens("mask", mask, logp, "real", of)
         return Rows(as_bool(mask))
     expect(of, logp, "float", "[...]")

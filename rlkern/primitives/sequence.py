@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..checks import check_flags, expect, shown
 from .kept_sets import Kept
-from .packing import Packed
+from .packing import Packed, check_packed
 from .sharded_stats import Columns, refuse_rows
 from .token_stats import token_logprobs
 
@@ -45,10 +45,11 @@ def next_tokens(labels: Tensor, ignore_index: int = -100, *, packed: Packed | No
             raise ValueError(f"ignore_index must be an integer that labels of {labels.dtype} can hold, got {ignore_index}")
     if packed is None:
         return F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if not isinstance(packed, Packed):
-        raise TypeError(f"packed must be a Packed or None, got {shown(packed)}")
+    check_packed(packed)
     if labels.numel() != packed.seq_idx.numel():
         raise ValueError(f"labels must have the {packed.seq_idx.numel()} tokens of the pack, got shape {tuple(labels.shape)}")
+    if labels.device != packed.seq_idx.device:
+        raise ValueError(f"labels must be on the device of the pack {packed.seq_idx.device}, got {labels.device}")
     here, none = packed.seq_idx.reshape(-1), packed.cu_seqlens.shape[0] - 1
     last = (here != F.pad(here[1:], (0, 1), value=none)) | (here == none) if here.numel() else here.bool()
     return torch.where(last, ignore_index, F.pad(labels.reshape(-1), (0, 1), value=ignore_index)[1:]).view(labels.shape)
