@@ -93,7 +93,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
     groups, rewards = ids(B, n=3), ids(B, n=5) / 4
     packed = {"logits": normal(B * T, V), "targets": ids(B * T), "weight": per_row.flatten(), "mask": mask.flatten()}
     packed |= {"seq_idx": ids(B * T, n=4).sort().values, "num_seqs": 5}
-    pack = rlkern.packed(torch.tensor([0, 1, 1, B * T - 2]), mask)
+    pack = rlkern.packed(torch.tensor([0, 1, 1, max(B * T - 2, 1)]).clamp(max=B * T), mask)
     draw = {"logits": logits, "targets": targets, "mask": mask, "weight": per_row}
     sequence = {"advantages": normal(B), "seq_weight": 0.25, "num_mc": 1, "ratio_scale": torch.full((B,), 0.2), "clip": (0.2, 0.2), "dual_clip": 3.0}
     table = [

@@ -26,7 +26,7 @@ sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in
 
 import torch  # noqa: E402
 from calls import Call, valid_calls  # noqa: E402
-from loss_battery import tensors_of  # noqa: E402
+from loss_battery import Packing, tensors_of  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._pytree import tree_map_only  # noqa: E402
 
@@ -47,8 +47,8 @@ def _tensors(arguments: dict) -> list[str]:
 
 
 def _mapped(function, arguments: dict) -> dict:
-    """Of all tensors, those of a Kept too."""
-    return {name: tree_map_only(Tensor, function, x) if isinstance(x, (Tensor, rlkern.Kept)) else x for name, x in arguments.items()}
+    """Of all tensors, those of a Kept or a pack too."""
+    return {name: tree_map_only(Tensor, function, x) if isinstance(x, (Tensor, rlkern.Kept, rlkern.Packed)) else x for name, x in arguments.items()}
 
 
 def dtypes(r: random.Random, arguments: dict) -> dict:
@@ -141,6 +141,15 @@ def no_tokens(r: random.Random, arguments: dict) -> dict:
     return _mapped(lambda x: x[:, :0] if x.shape[:2] == mask.shape else x, arguments)
 
 
+def packs(r: random.Random, arguments: dict) -> dict:
+    """A pack in place of the mask, and all tokens one behind the other."""
+    mask = arguments.get("mask")
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or ROWS & arguments.keys():
+        return arguments
+    packing = Packing(mask, r.randrange(1 << 30), padding=r.choice((0, 2)))
+    return {name: packing.input(x) for name, x in arguments.items()} | {"mask": packing.pack}
+
+
 def options(r: random.Random, arguments: dict) -> dict:
     """Another number or flag for one option."""
     names = [name for name, x in arguments.items() if isinstance(x, (int, float)) and name not in ("ignore_index", "num_mc", "max_length", "n")]
@@ -174,8 +183,8 @@ def wrong(r: random.Random, arguments: dict) -> dict:
     return arguments | {name: r.choice(others)}
 
 
-CHANGES = {dtypes: 0.5, values: 0.5, options: 0.3, strides: 0.4, garbage: 0.3, no_tokens: 0.03, on_meta: 0.05, other_device: 0.04, wrong: 0.2}
-LEGAL = (dtypes, values, strides, garbage, no_tokens)  # after these alone a NaN is a finding
+CHANGES = {dtypes: 0.5, values: 0.5, options: 0.3, strides: 0.4, garbage: 0.3, no_tokens: 0.03, packs: 0.15, on_meta: 0.05, other_device: 0.04, wrong: 0.2}
+LEGAL = (dtypes, values, strides, garbage, no_tokens, packs)  # after these alone a NaN is a finding
 
 
 _block_of_calls = functools.lru_cache(maxsize=1)(valid_calls)

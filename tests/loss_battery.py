@@ -13,6 +13,7 @@ The check functions below take a `Case`. The docstring of each says what a loss 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 import pathlib
@@ -436,6 +437,76 @@ def check_default_dtype(case: Case) -> None:
                 results.append([*outputs, *grads])
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True)), f"other values under another default dtype: {other}"
+
+
+# --- the packed form ----------------------------------------------------------------------------------------
+
+TAKES_NO_PACK = {  # functions of rows of logits, whose mask is that of the rows
+    "bgpo_loss": "logits [N, V]: test_bgpo.py",
+    "masked_elbo": "logits [N, V]: test_elbo.py",
+    "nlpo_stats": "any rows of logits",
+    "spherical_z_loss": "any rows of logits",
+    "token_did_entropy": "any rows of logits",
+}
+
+
+def takes_pack(case: Case) -> bool:
+    return case.mask == "mask" and case.name not in TAKES_NO_PACK
+
+
+class Packing:
+    """Where the tokens of padded rows [B, T] stand among N packed ones: a random slot for each row, from its
+    first token on, longer than its last counted one; then padding, which holds NaN as all that is masked."""
+
+    def __init__(self, mask: Tensor, seed: int, padding: int = 2):
+        (batch, self.length), g = mask.shape, torch.Generator().manual_seed(seed)
+        places = torch.arange(1, self.length + 1)
+        self.ends = torch.where(mask != 0, places, 0).amax(-1) if mask.numel() else places.new_zeros(batch)
+        slack = torch.randint(0, 3, (batch,), generator=g)
+        self.ends = torch.minimum(self.ends + slack, torch.tensor(self.length))
+        self.index = torch.cat([torch.arange(end) + i * self.length for i, end in enumerate(self.ends.tolist())] + [places[:0]])
+        self.padding, self.shape = padding, mask.shape
+        self.pack = rlkern.packed(torch.nn.functional.pad(self.ends.cumsum(0), (1, 0)), self.tokens(mask, 0).reshape(-1))
+
+    def tokens(self, x: Tensor, fill: Any) -> Tensor:
+        """[B, T] -> [1, N]."""
+        chosen = x.reshape(-1)[self.index]
+        return torch.cat([chosen, chosen.new_full((self.padding,), fill)]).unsqueeze(0)
+
+    def input(self, x: Any) -> Any:
+        """The packed form of an input: [B, T] and [B, n, T] are of tokens, all else stays."""
+        if not isinstance(x, Tensor) or x.shape == self.shape[:1] or x.dim() < 2:
+            return x
+        fill = math.nan if x.dtype.is_floating_point else 0
+        if x.shape == self.shape:
+            x = self.tokens(x, fill)
+            return torch.where(self.pack.mask.view(x.shape), x, fill)
+        if x.dim() == 3 and (x.shape[0], x.shape[2]) == self.shape:
+            return torch.stack([self.tokens(x[:, j], fill) for j in range(x.shape[1])])
+        return x
+
+    def output(self, x: Tensor) -> Tensor:
+        """The packed form of a padded result or gradient."""
+        return self.input(x).nan_to_num(0) if x.dtype.is_floating_point else self.input(x)
+
+
+def check_packed(case: Case) -> None:
+    """A `Packed` in place of the mask: the same values, metrics and gradients as padded rows, without a look
+    at the host."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-6)):
+        inputs, wrt = case.inputs()
+        p = Packing(inputs["mask"], case.seed)
+        options = dict(case.options)
+        mode = options.get("aggregation", options.get("mode"))
+        if isinstance(mode, str) and mode in ("seq-mean-token-sum-norm", "dr_grpo"):
+            options["normalizer"] = float(p.length)
+        outputs, grads = gradients(case, as_leaves(inputs, wrt, dtype), wrt)
+        leaves = as_leaves({name: p.input(x) for name, x in inputs.items()} | {"mask": p.pack}, wrt, dtype)
+        with NoSyncingOperators(), NoSyncingMethods():
+            packed_outputs, packed_grads = gradients(dataclasses.replace(case, options=options), leaves, wrt)
+        # A loss may be the small sum of large terms, which padding adds up in another order.
+        assert_same(packed_outputs, [p.output(x) for x in outputs], tolerance, 10 * tolerance, f"packed {dtype} values", smallest=0.1)
+        assert_same(packed_grads, [p.output(g) for g in grads], tolerance, tolerance, f"packed {dtype} gradients")
 
 
 def assert_compiles_once(function: Callable[[dict[str, float]], Any], coefficients: dict[str, float]) -> None:

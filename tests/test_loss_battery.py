@@ -15,6 +15,7 @@ CHECKS |= {f"precision, {dtype}": partial(precision, dtype=dtype) for dtype in (
 APPLIES = {  # where not to every case
     "gradient": lambda case: case.inputs()[1],
     "empty_mask": lambda case: case.mask or case.empty,
+    "packed": battery.takes_pack,
     "masked_garbage": lambda case: case.mask or case.counted,
     "metrics_merge": lambda case: battery.metrics_of(case(case.inputs()[0])),
 }
