@@ -18,10 +18,17 @@ draw_pairs = drawing(
     chosen_lengths=lambda g, batch, length: g.integers(0, 9, batch),
     rejected_lengths=lambda g, batch, length: g.integers(1, 9, batch),
 )
+
+
+def without(draw, *names):
+    """Draws the same without these inputs: they are None."""
+    return lambda g, batch, length: ((inputs := draw(g, batch, length))[0] | dict.fromkeys(names), inputs[1])
+
+
 draw_weighted_pairs = drawing(base=draw_pairs, weights=a_sequence(Draw.uniform))
 for name, loss in PAIR_LOSSES.items():
     smoothing = {"label_smoothing": 0.1} if "label_smoothing" in loss.uses else {}
-    register("dpo_loss", label=name, options={"loss_type": name, **smoothing})(draw_pairs)
+    register("dpo_loss", label=name, options={"loss_type": name, **smoothing})(without(draw_pairs, *REFERENCE) if loss.reward else draw_pairs)
 for f in F_DIVERGENCES:
     register("dpo_loss", label=f, options={"f_divergence": f})(draw_pairs)
 register("dpo_loss", label="mixed", options={"loss_type": ("sigmoid", "bco_pair", "sft"), "loss_weights": (0.8, 0.2, 1.0)})(draw_weighted_pairs)
