@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...checks import FINITE, as_bool, check_choice, check_number, computing_dtype, expect, expect_alike
+from ...checks import FINITE, as_bool, check_choice, check_number, check_positive, computing_dtype, expect, expect_alike
 from ...parallel import Meeting, add_up
 from ...primitives.packing import Packed
 from ...primitives.sequence_sums import wide
@@ -30,9 +30,7 @@ def complement(x: Tensor) -> Tensor:
 
 
 def _check_options(beta, kl, loss_type: str, desirable_weight: float, undesirable_weight: float) -> None:
-    check_number("beta", beta)
-    if not 0 < beta <= FINITE:
-        raise ValueError(f"beta must be positive and finite, got {beta}")
+    check_positive("beta", beta, FINITE)
     check_choice("loss_type", loss_type, _LOSS_TYPES)
     check_number("desirable_weight", desirable_weight, 0, FINITE)
     check_number("undesirable_weight", undesirable_weight, 0, FINITE)
