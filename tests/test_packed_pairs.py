@@ -19,11 +19,11 @@ class Packing:
     """Padded rows [B, T] one behind the other: each in a slot that ends with its last label, or later, some
     slots with a hole; padding at the end."""
 
-    def __init__(self, labels, order=None, holes=False, seed=1):
+    def __init__(self, labels, order=None, holes=False, slots=None, seed=1):
         g = torch.Generator().manual_seed(seed)
         batch, length = labels.shape
         order = torch.arange(batch) if order is None else order
-        ends = torch.where(labels != -100, torch.arange(1, length + 1), 0).amax(-1)[order]
+        ends = torch.where((labels if slots is None else slots) != -100, torch.arange(1, length + 1), 0).amax(-1)[order]
         slots = torch.minimum(ends + torch.randint(0, 2, (batch,), generator=g), torch.tensor(length))
         self.index = torch.cat([i * length + torch.arange(n) for i, n in zip(order, slots, strict=True)] + [torch.tensor([0, 1])])
         cu = torch.nn.functional.pad(slots.cumsum(0), (1, 0)).int()
@@ -139,7 +139,7 @@ def test_kto():
 
 
 def test_sums_have_the_bits_of_padded_ones():
-    """Accumulated in float64 and rounded once, whatever lies between: float32 losses are equal, bit for bit."""
+    """Accumulated in float64 and rounded once, whatever lies between: float32 losses are equal in bits."""
     logits, other, labels = draw_logits(pairs=20, length=60, dtype=torch.float32)
     reference = sequence_logps(other, labels)
     padded, here = both(lambda x, ids, pack, ref: dpo_loss_from_logits(x, ids, ref, packed=pack), logits, labels, [reference])
@@ -164,7 +164,7 @@ def test_sft_labels(pairs):
             return dpo_loss_from_logits(x, ids, None, sft_labels=sft, packed=pack, **options)
 
         assert_close(loss(logits, labels, None, everything).losses, plain + 0.5 * nll)
-        padded, here = both(loss, logits, torch.where(everything == -100, -100, labels.clamp(min=0)), per_token=[everything])
+        padded, here = both(loss, logits, labels, per_token=[everything], slots=everything)
         assert_close(here, padded, rtol=1e-12, atol=1e-14)
     weighted = {"loss_type": ("orpo", "sft"), "loss_weights": (1.0, 0.0), "pairs": pairs, "use_weighting": True}
     bare = dpo_loss_from_logits(logits, labels, None, loss_type="orpo", pairs=pairs, use_weighting=True)
@@ -184,7 +184,8 @@ def test_nothing_crosses_sequences():
     flat.requires_grad_()
     losses = dpo_loss_from_logits(flat, p.labels, None, packed=p.pack, reference_free=True).losses
     assert losses[0].isnan() and torch.equal(losses[1:], expected[1:])
-    assert torch.autograd.grad(losses[1:].sum(), flat)[0][(p.pack.seq_idx != 0)].isfinite().all()
+    others = (p.pack.seq_idx != 0) & (p.pack.seq_idx != 3)  # 3: the other one of the pair
+    assert torch.autograd.grad(losses[1:].sum(), flat)[0][others].isfinite().all()
 
 
 def test_padding_between_the_halves_reaches_nothing():
@@ -218,7 +219,7 @@ def test_nothing_to_count(lengths):
 
 
 def test_over_ranks_that_hold_parts():
-    """Context parallelism: every rank has the losses of whole responses, and gradients of the ranks add up."""
+    """Context parallelism: every rank has the losses of whole responses, and the ranks' gradients add up."""
     logits, other, labels = draw_logits()
     p, targets = Packing(labels), next_tokens(labels)
     ids = p.tokens(targets)
@@ -248,11 +249,16 @@ def test_over_ranks_that_hold_parts():
 
     with thread_ranks(2) as run:
         results = run(part)
-        for loss, gradient, here, pack in results:
+        for loss, gradient, here, _ in results:
             assert_close(loss, expected.detach(), rtol=1e-12, atol=0)
             assert_close(gradient, exact[here], rtol=1e-11, atol=1e-14)
-            with pytest.raises(ValueError, match=r"ld_alpha counts the tokens.*packed\(group=\)"):
-                run(lambda group, pack=pack: dpo_loss_from_logits(flat[:0], ids[:0], None, ld_alpha=0.5, reference_free=True, packed=pack))
+
+        def in_order(group):
+            *_, here, pack = results[group.place]
+            dpo_loss_from_logits(flat[here], ids[here], None, ld_alpha=0.5, reference_free=True, packed=pack)
+
+        with pytest.raises(ValueError, match=r"ld_alpha counts the tokens.*packed\(group=\)"):
+            run(in_order)
 
 
 def two_phases(parts, reference, loss):
