@@ -1,6 +1,8 @@
 """Losses of pairs and responses from packed logits: as padded, in any layout, over ranks and in parts."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from thread_ranks import thread_ranks
 from torch.testing import assert_close
 
 import rlkern
-from rlkern import dpo_loss, dpo_loss_from_logits, kto_loss_from_logits, next_tokens, packed, sequence_logps, token_logprobs
+from rlkern import dpo_loss_from_logits, kto_loss_from_logits, next_tokens, packed, sequence_logps, token_logprobs
 from rlkern.losses.preference.dpo_types import PAIR_LOSSES
 
 F64 = torch.float64
@@ -261,28 +263,12 @@ def test_over_ranks_that_hold_parts():
             run(in_order)
 
 
-def two_phases(parts, reference, loss):
-    """Pairs whose responses lie in several micro-batches: (loss, gradients of the parts' logits). As in
-    docs/losses.md."""
-    logps = [token_logprobs(x, ids) for x, ids, _ in parts]
-    with torch.no_grad():
-        total = sum(pack.sum(logp) for logp, (_, _, pack) in zip(logps, parts, strict=True))
-    leaf = total.requires_grad_()
-    value = loss(leaf, reference)
-    (slopes,) = torch.autograd.grad(value, leaf)
-    gradients = []
-    for logp, (x, _, pack) in zip(logps, parts, strict=True):
-        gradients += torch.autograd.grad((slopes * pack.sum(logp)).sum(), x)
-    return value, gradients
-
-
 def test_two_phases_over_micro_batches():
+    """The code of docs/losses.md, on responses cut in three."""
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    (recipe,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "full_lengths" in block)
     logits, other, labels = draw_logits()
     reference, targets = sequence_logps(other, labels), next_tokens(labels)
-
-    def loss(sums, reference):
-        return dpo_loss(*sums.chunk(2), *reference.chunk(2), 0.3, loss_type=("sigmoid", "ipo")).losses.mean()
-
     flat = logits.detach().clone()
     cuts = (slice(0, 2), slice(2, 5), slice(5, 7))
     parts = []
@@ -290,12 +276,13 @@ def test_two_phases_over_micro_batches():
         ids = targets[:, cut].reshape(-1)
         x = flat[:, cut].reshape(len(ids), -1).requires_grad_()
         parts.append((x, ids, packed(lengths=[len(ids) // 6] * 6, num_tokens=len(ids), full_lengths=torch.full((6,), 7))))
-    value, gradients = two_phases(parts, reference, loss)
-    expected = loss(sequence_logps(logits, labels), reference)
-    assert_close(value, expected)
-    exact = torch.autograd.grad(expected, logits)[0]
-    for cut, gradient in zip(cuts, gradients, strict=True):
-        assert_close(gradient.view(6, -1, 11), exact[:, cut])
+    names = {"parts": parts, "reference_logps": reference, "model": lambda rows: rows, "rlkern": rlkern, "torch": torch}
+    exec(recipe, names)
+    expected = dpo_loss_from_logits(logits, labels, reference).losses
+    assert_close(names["losses"], expected)
+    exact = torch.autograd.grad(expected.mean(), logits)[0]
+    for cut, (rows, _, _) in zip(cuts, parts, strict=True):
+        assert_close(rows.grad.view(6, -1, 11), exact[:, cut])
     with pytest.raises(ValueError, match=r"packed must hold whole sequences.*two phases, see docs/losses.md"):
         dpo_loss_from_logits(*parts[0][:2], reference, packed=parts[0][2])
 

@@ -67,7 +67,7 @@ def union(a: Tensor, b: Tensor, ignore_index: int) -> Tensor:
     """Targets that count in either. On a CPU a ValueError where both count and differ."""
     counted = a != ignore_index
     if values_readable(a) and (counted & (b != ignore_index) & (a != b)).any():
-        raise ValueError("sft_labels must be the labels wherever both count, got others")
+        raise ValueError(f"sft_labels must be the labels wherever both count, as those that are not {ignore_index=}, got others")
     return torch.where(counted, a, b)
 
 
