@@ -52,7 +52,13 @@ draw_responses = drawing(
     desirable=lambda g, batch, length: g.integers(0, 2, batch),
     weights=a_sequence(Draw.uniform),
 )
-register("kto_loss", options={"desirable_weight": 1.3})(drawing(base=draw_responses, kl=lambda g, *shape: g.uniform(1).squeeze(0)))
+
+
+def draw_kl(g, batch, length):
+    return g.uniform(1).squeeze(0)
+
+
+register("kto_loss", options={"desirable_weight": 1.3})(drawing(base=draw_responses, kl=draw_kl))
 register("kto_loss", label="apo", options={"loss_type": "apo_zero_unpaired"})(draw_responses)
 
 
@@ -97,11 +103,11 @@ register("dpo_loss_from_logits", label="mixed", options=mixed, **fields)(draw_lo
 register("dpo_loss_from_logits", label="wpo", options={"use_weighting": True, "max_weight": 1.0}, naive=naive_wpo, **fields)(draw_logit_pairs)
 ld = {"ld_alpha": 0.3, "loss_type": ("sigmoid", "ipo_norm")}
 register("dpo_loss_from_logits", label="ld", options=ld, **fields)(pairs(drawing(base=draw_logits, reference_logps=Draw.logp)))
-with_sft = {"loss_type": ("orpo", "sft"), "beta": 0.5, "reference_logps": None}
+with_sft = {"loss_type": ("orpo", "sft"), "reference_logps": None}
 draw_with_sft = drawing(base=without(draw_logit_pairs, "reference_logps"), sft_labels=lambda g, *shape: torch.full((2 * shape[0], shape[1]), -100))
 register("dpo_loss_from_logits", label="orpo", options=with_sft, **fields)(draw_with_sft)
-draw_kto_logits = drawing(base=draw_logits, reference_logps=Draw.logp, desirable=lambda g, batch, length: g.integers(0, 2, batch))
-register("kto_loss_from_logits", options={"kl": 0.3}, **fields)(draw_kto_logits)
+draw_kto = drawing(base=draw_logits, reference_logps=Draw.logp, desirable=lambda g, batch, length: g.integers(0, 2, batch), kl=draw_kl)
+register("kto_loss_from_logits", **fields)(draw_kto)
 
 
 def packed_rows(function):
@@ -120,9 +126,6 @@ def draw_packed_pairs(g, batch, length):
 
 
 register("dpo_loss_from_logits", label="packed", function=packed_rows(rlkern.dpo_loss_from_logits))(draw_packed_pairs)
-register("kto_loss_from_logits", label="packed", options={"kl": 0.3}, function=packed_rows(rlkern.kto_loss_from_logits))(
-    drawing(base=draw_packed_pairs, desirable=lambda g, batch, length: g.integers(0, 2, 2 * batch))
-)
 register("sequence_logps", label="packed", function=packed_rows(rlkern.sequence_logps))(without(draw_packed_pairs, "reference_logps"))
 
 draw_values = drawing("values", values=Draw.normal, mask=Draw.mask)
