@@ -183,18 +183,7 @@ def wrong(r: random.Random, arguments: dict) -> dict:
     return arguments | {name: r.choice(others)}
 
 
-CHANGES = {
-    dtypes: 0.5,
-    values: 0.5,
-    options: 0.3,
-    strides: 0.4,
-    garbage: 0.3,
-    no_tokens: 0.03,
-    packs: 0.15,
-    on_meta: 0.05,
-    other_device: 0.04,
-    wrong: 0.2,
-}
+CHANGES = {dtypes: 0.5, values: 0.5, options: 0.3, strides: 0.4, garbage: 0.3, no_tokens: 0.03, packs: 0.15, on_meta: 0.05, other_device: 0.04, wrong: 0.2}
 LEGAL = (dtypes, values, strides, garbage, no_tokens, packs)  # after these alone a NaN is a finding
 
 
