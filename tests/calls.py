@@ -94,6 +94,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
     packed = {"logits": normal(B * T, V), "targets": ids(B * T), "weight": per_row.flatten(), "mask": mask.flatten()}
     packed |= {"seq_idx": ids(B * T, n=4).sort().values, "num_seqs": 5}
     pack = rlkern.packed(torch.tensor([0, 1, 1, max(B * T - 2, 1)]).clamp(max=B * T), mask)
+    pairs = rlkern.packed(torch.tensor([0, 1, 1, 2, max(B * T - 2, 2)]).clamp(max=B * T), num_tokens=B * T)
     draw = {"logits": logits, "targets": targets, "mask": mask, "weight": per_row}
     sequence = {"advantages": normal(B), "seq_weight": 0.25, "num_mc": 1, "ratio_scale": torch.full((B,), 0.2), "clip": (0.2, 0.2), "dual_clip": 3.0}
     table = [
@@ -178,6 +179,12 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.selection.select_random, {"valid": mask, "count": 10**6, "generator": None}, ()),
         (rlkern.selection.fraction_count, {"total": mask.sum(), "fraction": 0.5, "minimum": 1}, ()),
         (rlkern.sequence_logps, {"logits": logits, "labels": targets, "average": True, "temperature": per_row}, ("logits",)),
+        (rlkern.sequence_logps, {"logits": logits, "labels": targets, "packed": pack}, ("logits",)),
+        (rlkern.dpo_loss_from_logits, {"logits": logits, "labels": targets, "reference_logps": logp, "packed": pairs, "pairs": "interleaved",
+                                       "ld_alpha": 0.3, "loss_type": ("sigmoid", "sft"), "sft_labels": targets}, ("logits",)),
+        (rlkern.kto_loss_from_logits, {"logits": logits, "labels": targets, "reference_logps": logp, "desirable": torch.ones(4), "kl": 0.1,
+                                       "weights": torch.ones(4), "packed": pairs}, ("logits",)),
+        (rlkern.kto_baseline, {"policy_kl_logps": logp[:, 0], "reference_kl_logps": entropies[:, 0]}, ()),
         *((getattr(advantages, name), {"rewards": rewards, "groups": groups}, ())
           for name in ("grpo", "dr_grpo", "lite_ppo", "rloo", "gpg", "pass_at_k")),
         (advantages.grpo, {"rewards": rewards, "groups": 2, "scale": "batch", "singletons": "zero"}, ()),

@@ -5,7 +5,8 @@ import torch
 from rlkern import dpo_loss
 from rlkern.losses.preference.dpo_types import PAIR_LOSSES
 
-BETA, EPS, TAU, ALPHA = 0.3, 0.1, 0.05, 0.5
+BETA, EPS, TAU, ALPHA, GAMMA = 0.3, 0.1, 0.05, 0.5, 0.7
+WITHOUT_REFERENCE = [name for name, loss in PAIR_LOSSES.items() if loss.reward]
 
 
 def logistic(x):
@@ -59,6 +60,16 @@ def naive(kind, pc, pr, rc, rr, lc, lr, f="reverse_kl"):
     if kind == "discopop":
         k = s(u / TAU)
         return -log(s(u)) * (1 - k) + torch.exp(-u) * k
+    if kind == "sft_norm":
+        return -pc / lc
+    if kind == "simpo":
+        v = BETA * (pc / lc - pr / lr) - GAMMA
+        return -(1 - EPS) * log(s(v)) - EPS * log(s(-v))
+    if kind == "cpo":
+        return -(1 - EPS) * log(s(BETA * (pc - pr))) - EPS * log(s(-BETA * (pc - pr)))
+    if kind == "orpo":
+        odds = [torch.exp(p / n) / (1 - torch.exp(p / n)) for p, n in ((pc, lc), (pr, lr))]
+        return -BETA * log(s(log(odds[0] / odds[1])))
     assert kind == "sft"
     return (-pc.sum() / lc.sum()).repeat(len(pc))
 
@@ -73,6 +84,10 @@ def draw(batch=16, seed=0, std=2.0, dtype=torch.float64):
 def run(kind, pc, pr, rc, rr, lc=None, lr=None, **options):
     if "label_smoothing" in PAIR_LOSSES[kind].uses:
         options = {"label_smoothing": EPS} | options
+    if kind in WITHOUT_REFERENCE:
+        rc = rr = None
+    if "gamma" in PAIR_LOSSES[kind].uses:
+        options = {"gamma": GAMMA} | options
     return dpo_loss(pc, pr, rc, rr, BETA, loss_type=kind, chosen_lengths=lc, rejected_lengths=lr, discopop_tau=TAU, f_alpha=ALPHA, **options).losses
 
 

@@ -22,20 +22,25 @@ from .policy.ppo import ppo_loss
 from .policy.reinforce import reinforce_loss, tis_loss, topr_loss
 from .policy.sapo import sapo_loss
 from .policy.vespo import vespo_loss
-from .preference.dpo import DPOOutput, dpo_loss, dpo_loss_from_logits
+from .preference.dpo import DPOOutput, dpo_loss
+from .preference.dpo_from_logits import dpo_loss_from_logits
+from .preference.kto import KTOOutput, kto_baseline, kto_loss, kto_loss_from_logits
 from .preference.nash import nash_md_loss, nash_mp_loss
+from .preference.reference_free import cpo_loss, orpo_loss, simpo_loss
 from .reward.polar import bradley_terry_loss, polar_finetune_loss, polar_pretrain_loss
 from .z_loss import lse_penalty, spherical_z_loss
 
 __all__ = [  # the flat names of rlkern
     "DPOOutput",
     "FusedOutput",
+    "KTOOutput",
     "LossOutput",
     "aggregate",
     "batch_count",
     "bradley_terry_loss",
     "cispo_loss",
     "clip_cov_loss",
+    "cpo_loss",
     "dpo_loss",
     "dpo_loss_from_logits",
     "epo_loss",
@@ -44,6 +49,9 @@ __all__ = [  # the flat names of rlkern
     "gspo_loss",
     "kdrl_loss",
     "kl_cov_loss",
+    "kto_baseline",
+    "kto_loss",
+    "kto_loss_from_logits",
     "linear_fused_loss",
     "log_ratio_sums",
     "lp_reg_loss",
@@ -52,11 +60,13 @@ __all__ = [  # the flat names of rlkern
     "nash_mp_loss",
     "nft_loss",
     "nlpo_loss",
+    "orpo_loss",
     "polar_finetune_loss",
     "polar_pretrain_loss",
     "ppo_loss",
     "reinforce_loss",
     "sapo_loss",
+    "simpo_loss",
     "spherical_z_loss",
     "tis_loss",
     "topr_loss",

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import check_flags, expect, shown
 from .kept_sets import Kept
 from .packing import Packed, check_packed
+from .sequence_sums import wide
 from .sharded_stats import Columns, refuse_rows
 from .token_stats import token_logprobs
 
@@ -51,7 +52,7 @@ def next_tokens(labels: Tensor, ignore_index: int = -100, *, packed: Packed | No
     if labels.device != packed.seq_idx.device:
         raise ValueError(f"labels must be on the device of the pack {packed.seq_idx.device}, got {labels.device}")
     here, none = packed.seq_idx.reshape(-1), packed.cu_seqlens.shape[0] - 1
-    last = (here != F.pad(here[1:], (0, 1), value=none)) | (here == none) if here.numel() else here.bool()
+    last = (here != F.pad(here[1:], (0, 1), value=-1)) | (here == none) if here.numel() else here.bool()
     return torch.where(last, ignore_index, F.pad(labels.reshape(-1), (0, 1), value=ignore_index)[1:]).view(labels.shape)
 
 
@@ -70,8 +71,11 @@ def sequence_logps(
     vocab_start: int | None = None,
     vocab_size: int | None = None,
     segments: int | None = None,
+    packed: Packed | None = None,
 ) -> Tensor:
     """Log-probability of each sequence, the sum of its tokens': `_get_batch_logps` of the original DPO code.
+
+    Sums run in float64 and are rounded once.
 
     Args:
         logits: [B, T, V] float32, bfloat16, float16 or float64 (any leading dimensions), not sliced.
@@ -82,9 +86,12 @@ def sequence_logps(
             `rlkern.token_stats`.
         keep: as there, for the rows of logits. Sets that stand beside the labels: with shift,
             `keep.next_tokens()`.
+        packed: `rlkern.packed` of S sequences, one behind the other, in logits [N, V] or [1, N, V] (any shape
+            of N rows) and labels of as many tokens. What counts are its counted tokens whose label is not
+            ignore_index. Its mask is of the rows of logits, as in `dpo_loss_from_logits`.
 
     Returns:
-        [B], float32 (float64 for float64 logits), differentiable.
+        [B], with packed [S], float32 (float64 for float64 logits), differentiable.
 
     Raises:
         TypeError, ValueError: for other dtypes, shapes or options; IndexError as `rlkern.token_stats`.
@@ -93,9 +100,17 @@ def sequence_logps(
     try:
         check_flags(average=average, shift=shift)
         check_labels(labels, logits)
-        targets = next_tokens(labels, ignore_index) if shift else labels
+        moved = next_tokens(labels, ignore_index, packed=packed) if shift or packed is not None else labels
+        targets = moved if shift else labels
+        if packed is not None:
+            packed = packed.like(targets)
+            targets = torch.where(packed.mask, targets.long(), ignore_index)
+            packed = packed.among(targets != ignore_index) if average else packed
     except Exception as error:
         refuse_rows(error, logits, columns)
     options: Any = dict(temperature=temperature, ignore_index=ignore_index, inplace_backward=inplace_backward, keep=keep, outside=outside)
-    logps = token_logprobs(logits, targets, **options, **columns._asdict()).sum(-1)
-    return logps / (targets != ignore_index).sum(-1).clamp(min=1) if average else logps
+    logps = token_logprobs(logits, targets, **options, **columns._asdict())
+    if packed is not None:
+        return packed.mean(logps) if average else packed.sum(logps)
+    sums = logps.sum(-1, dtype=wide(logps))
+    return (sums / (targets != ignore_index).sum(-1).clamp(min=1) if average else sums).to(logps.dtype)

@@ -292,12 +292,15 @@ ORIGINALS = [*(getattr(utils, name) for name in NAMES), distillation_trainer._ch
 
 
 def bindings() -> dict[tuple[str, str], object]:
-    """All that modules of TRL bind, under any name, to a replaced function or to something of ours."""
+    """All that modules of TRL bind, under any name, to a replaced function or to something of ours.
+
+    F apart, which is KTOTrainer's own: test_trl_preference.py.
+    """
     found = {}
     for module_name, module in list(sys.modules.items()):
         if module_name == "trl" or module_name.startswith("trl."):
             for name, value in list(vars(module).items()):
-                if any(value is f for f in ORIGINALS) or getattr(value, "__module__", "").startswith("rlkern"):
+                if name != "F" and (any(value is f for f in ORIGINALS) or getattr(value, "__module__", "").startswith("rlkern")):
                     found[module_name, name] = value
     return found
 

@@ -11,21 +11,24 @@ and trainers with losses that TRL lacks: `GRPOTrainer(policy_loss=...)`, `DPOTra
 from trl.trainer import utils as _utils
 
 from ..patching import Patch
-from .distillation import chunked_replacements, patch_trainers
+from .distillation import chunked_replacements, jsd_replacements
 from .dpo import DPOTrainer
 from .grpo import POLICY_LOSSES, GRPOTrainer
+from .preference import preference_replacements
+from .trainers import patch_trainers
 from .versions import UnknownTRLError, known_replacements
 
 __all__ = ["POLICY_LOSSES", "DPOTrainer", "GRPOTrainer", "UnknownTRLError", "patch"]
 
 
 def patch() -> Patch:
-    """Replaces TRL's log-probabilities, entropies, fused LM head and distillation losses by rlkern's.
+    """Replaces TRL's log-probabilities, entropies, fused LM head and some losses by rlkern's.
 
     Replaced are `selective_log_softmax`, `entropy_from_logits`, `selective_log_softmax_and_entropy`, the
     autograd function behind `add_fused_lm_head` and `DistillationTrainer`'s loss, wherever TRL imports them,
-    now or later, and `generalized_jsd_loss` of GKDTrainer, GOLDTrainer and IWOPDTrainer. Trainers that exist
-    already are patched as well: they look the functions up when they call them.
+    now or later, `generalized_jsd_loss` of GKDTrainer, GOLDTrainer and IWOPDTrainer, `odds_ratio_loss` of
+    ORPOTrainer, `cpo_loss` of CPOTrainer and the sigmoid in KTOTrainer's loss. Trainers that exist already
+    are patched as well: they look the functions up when they call them.
 
     Returns:
         The Patch, in force in all threads of the process until `.undo()` or the end of its `with` block.
@@ -37,7 +40,7 @@ def patch() -> Patch:
     replacements = known_replacements()
     patch = Patch.everywhere("trl", [*((_utils, name, new) for name, new in replacements.items()), *chunked_replacements()])
     try:
-        patch_trainers(patch)
+        patch_trainers(patch, lambda cls: [*jsd_replacements(cls), *preference_replacements(cls)])
     except BaseException:
         patch.undo()
         raise

@@ -6,22 +6,19 @@ Replaced are `generalized_jsd_loss` of GKDTrainer, GOLDTrainer and IWOPDTrainer,
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from trl.trainer import distillation_trainer
-from trl.trainer.base_trainer import _BaseTrainer
 
 from ...primitives.divergence import gkd_divergence, gkd_kind
 from ...primitives.linear_divergence import linear_pair_stats
 from ...primitives.token_stats import token_stats
 from ...primitives.topk import topk_divergence
-from ..patching import Patch
+from .trainers import Replacement, own, replacement
 from .versions import check_arguments
 
 _LOSS, _CHUNKED = "generalized_jsd_loss", "_chunked_divergence_loss"
@@ -37,23 +34,6 @@ _OPTIONS = (
     *("student_final_logit_softcapping", "teacher_final_logit_softcapping", "temperature"),
 )
 _CHUNKED_ARGUMENTS = (*_HEADS, *_OPTIONS), (*_HEADS, "chunk_size", *_OPTIONS)  # the second of TRL 1.14
-
-
-@functools.cache  # patches that come and go put the same object there
-def _replacement(stock: Callable, ours: Callable[..., Any]) -> Callable:
-    """A function with the arguments of TRL's that calls ours, or TRL's where ours returns None."""
-    if stock.__module__ == __name__:  # by another patch
-        return stock
-    signature = inspect.signature(stock)
-
-    @functools.wraps(stock, assigned=("__name__", "__qualname__", "__doc__"))
-    def function(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
-        bound.apply_defaults()
-        result = ours(**bound.arguments)
-        return stock(*args, **kwargs) if result is None else result
-
-    return function
 
 
 # --- from logits: GKD, GOLD, IW-OPD -------------------------------------------------------------------------
@@ -173,37 +153,14 @@ def chunked_replacements() -> list[tuple[Any, str, Callable]]:
     """The module function and what replaces it. Raises UnknownTRLError if it takes other arguments."""
     stock = getattr(distillation_trainer, _CHUNKED)
     check_arguments(_CHUNKED, stock, *_CHUNKED_ARGUMENTS)
-    return [(distillation_trainer, _CHUNKED, _replacement(stock, _chunked_loss))]
+    return [(distillation_trainer, _CHUNKED, replacement(stock, _chunked_loss))]
 
 
-def _jsd_replacements(classes: Iterable[type]) -> list[tuple[Any, str, Any]]:
-    """For those of the classes that are TRL's and have such a loss of their own."""
-    found = []
-    for cls in classes:
-        known = _JSD_ARGUMENTS.get(cls.__name__)
-        if known is not None and cls.__module__.startswith("trl.") and _LOSS in vars(cls):
-            stock = getattr(cls, _LOSS)
-            check_arguments(f"{cls.__name__}.{_LOSS}", stock, known)
-            found.append((cls, _LOSS, staticmethod(_replacement(stock, _jsd_loss))))
-    return found
-
-
-def _subclasses(cls: type) -> set[type]:
-    return {cls}.union(*map(_subclasses, cls.__subclasses__()))
-
-
-def patch_trainers(patch: Patch) -> None:
-    """Adds the losses of TRL's trainer classes to the patch, of those that exist and of those made later.
-
-    They are in trl.experimental, which is not imported for those who do not use it.
-    """
-    earlier = vars(_BaseTrainer).get("__init_subclass__")
-
-    def __init_subclass__(cls, **kwargs):
-        if earlier is None:
-            super(_BaseTrainer, cls).__init_subclass__(**kwargs)
-        else:
-            earlier.__func__(cls, **kwargs)
-        patch.extend(_jsd_replacements([cls]))
-
-    patch.extend([(_BaseTrainer, "__init_subclass__", classmethod(__init_subclass__)), *_jsd_replacements(_subclasses(_BaseTrainer))])
+def jsd_replacements(cls: type) -> list[Replacement]:
+    """The class's loss and what replaces it, if it is TRL's and has such a loss of its own."""
+    known = _JSD_ARGUMENTS.get(cls.__name__)
+    if known is None or not own(cls, _LOSS):
+        return []
+    stock = getattr(cls, _LOSS)
+    check_arguments(f"{cls.__name__}.{_LOSS}", stock, known)
+    return [(cls, _LOSS, staticmethod(replacement(stock, _jsd_loss)))]

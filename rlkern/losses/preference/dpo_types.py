@@ -19,6 +19,8 @@ _SATURATED = 1e4  # sigmoid(-x) is zero here, in float64 too
 class Pairs(NamedTuple):
     """A batch of preference pairs. Tensors are [B] in float32 or float64. Lengths may be None: not given."""
 
+    policy_chosen: Tensor  # log pi(chosen)
+    policy_rejected: Tensor  # log pi(rejected)
     policy_margin: Tensor  # log pi(chosen) - log pi(rejected)
     reference_margin: Tensor  # the same of the reference
     chosen: Tensor  # log pi / pi_ref of the chosen response
@@ -26,11 +28,13 @@ class Pairs(NamedTuple):
     chosen_score: Tensor  # chosen and rejected seen through the f-divergence
     rejected_score: Tensor
     margin: Tensor  # beta * (chosen_score - rejected_score), called u below
-    chosen_logps: Tensor  # log pi(chosen)
     chosen_lengths: Any
     rejected_lengths: Any
+    sft_logps: Tensor  # log pi of the chosen sequences' tokens to imitate
+    sft_lengths: Any  # their numbers
     beta: float
     label_smoothing: float
+    gamma: float
     discopop_tau: float
 
 
@@ -154,19 +158,81 @@ def discopop(p: Pairs) -> Tensor:
 
 
 def sft(p: Pairs) -> Tensor:
-    token_mean = -p.chosen_logps.sum() / p.chosen_lengths.sum().clamp(min=1)
-    return token_mean.expand(p.chosen_logps.shape).clone()  # a caller may write into it
+    token_mean = -p.sft_logps.sum() / p.sft_lengths.sum().clamp(min=1)
+    return token_mean.expand(p.sft_logps.shape).clone()  # a caller may write into it
+
+
+def sft_norm(p: Pairs) -> Tensor:
+    return -p.sft_logps / p.sft_lengths.clamp(min=1)
+
+
+# --- without a reference ------------------------------------------------------------------------------------
+
+
+def token_means(p: Pairs) -> tuple[Tensor, Tensor]:
+    """Mean log-probabilities of the responses' tokens; an empty response has one, of 0."""
+    return p.policy_chosen / p.chosen_lengths.clamp(min=1), p.policy_rejected / p.rejected_lengths.clamp(min=1)
+
+
+def sums(p: Pairs) -> tuple[Tensor, Tensor]:
+    return p.policy_chosen, p.policy_rejected
+
+
+def simpo(p: Pairs) -> Tensor:
+    chosen, rejected = token_means(p)
+    return _tilted(p.beta * (chosen - rejected) - p.gamma, p.label_smoothing)
+
+
+def cpo(p: Pairs) -> Tensor:
+    return _tilted(p.beta * (p.policy_chosen - p.policy_rejected), p.label_smoothing)
+
+
+_LEAST_COMPLEMENT = 1e-30  # of a probability that rounds to 1, so that its logarithm and reciprocal exist
+_LOG_HALF = math.log(0.5)
+
+
+def _complement(logp: Tensor, least: float) -> Tensor:
+    """1 - exp(logp), at least `least`; the slope is -exp(logp) there too."""
+    complement = -torch.expm1(logp)
+    return complement + (complement.clamp(min=least) - complement).detach()
+
+
+def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """log(odds(chosen) / odds(rejected)) of log-probabilities, inf where the chosen one is 0."""
+    return chosen - rejected - _complement(chosen, 0).log() + _complement(rejected, _LEAST_COMPLEMENT).log()
+
+
+def odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:
+    """-log sigmoid(log_odds_ratio), with finite slopes up to log-probabilities of 0.
+
+    q is the odds of the rejected response over those of the chosen one. Where the chosen one is likely, q has
+    a finite slope and log q has not, so log(1 + q) is taken of q. Elsewhere q may overflow: it is taken of
+    log q. Where one form holds the other is given a number of its own range: a product of 0 and inf is NaN.
+    """
+    likely = chosen > _LOG_HALF
+    least = _complement(rejected, _LEAST_COMPLEMENT).log()
+    near, far = torch.where(likely, chosen, _LOG_HALF), torch.where(likely, _LOG_HALF, chosen)
+    q = (rejected - near - least).exp() * _complement(near, 0)
+    log_q = rejected - far - least + _complement(far, 0).log()
+    return torch.where(likely, q.log1p(), -logsigmoid(-log_q))
+
+
+def orpo(p: Pairs) -> Tensor:
+    return p.beta * odds_ratio(*token_means(p))
 
 
 class PairLoss(NamedTuple):
     """A loss, and which options it listens to.
 
-    These are "label_smoothing", "f_divergence", "chosen_lengths" and "rejected_lengths".
+    These are "label_smoothing", "f_divergence", "gamma", "chosen_lengths" and "rejected_lengths".
     """
 
     function: Callable[[Pairs], Tensor]
     uses: tuple[str, ...] = ("f_divergence",)
     sorts_batch: bool = False  # entry i is no longer pair i
+    policy_only: bool = False  # takes no reference
+    imitates: bool = False  # of the tokens of sft_labels
+    reward: Callable[[Pairs], tuple[Tensor, Tensor]] | None = None  # over beta, if there can be no reference
 
 
 _LENGTHS = ("chosen_lengths", "rejected_lengths")
@@ -187,5 +253,9 @@ PAIR_LOSSES: dict[str, PairLoss] = {
     "apo_zero": PairLoss(apo_zero, ()),
     "apo_down": PairLoss(apo_down),
     "discopop": PairLoss(discopop),
-    "sft": PairLoss(sft, ("chosen_lengths",)),
+    "sft": PairLoss(sft, ("chosen_lengths",), policy_only=True, imitates=True),
+    "sft_norm": PairLoss(sft_norm, ("chosen_lengths",), policy_only=True, imitates=True),
+    "simpo": PairLoss(simpo, ("label_smoothing", "gamma", *_LENGTHS), policy_only=True, reward=token_means),
+    "cpo": PairLoss(cpo, ("label_smoothing",), policy_only=True, reward=sums),
+    "orpo": PairLoss(orpo, _LENGTHS, policy_only=True, reward=token_means),
 }
