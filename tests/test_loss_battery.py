@@ -103,7 +103,10 @@ def case_of(function, naive=None):
     def draw(g, batch, length):
         return {"values": g.normal(batch, length), "mask": g.mask(batch, length), "weights": g.normal(batch, length)}, ("values",)
 
-    return battery.Case("broken", draw, mask="mask", function=lambda values, mask, weights: function(values, mask, weights), naive=naive)
+    def of_tokens(values, mask, weights):
+        return function(values, mask.mask.view(values.shape) if isinstance(mask, rlkern.Packed) else mask, weights)
+
+    return battery.Case("broken", draw, mask="mask", function=of_tokens, naive=naive)
 
 
 @pytest.mark.parametrize(
@@ -135,6 +138,9 @@ def case_of(function, naive=None):
         ("metrics_merge", "mean of sequences", AssertionError, "entropy: "),
         ("metrics_merge", "metric without rule", ValueError, "unknown metric 'surprise'"),
         ("metrics_merge", "metric without count", ValueError, "metric 'entropy' is merged by 'tokens'"),
+        ("packed", "mean of sequences", AssertionError, "packed torch.float64 values, tensor 1"),
+        ("packed", "multiplies by mask", AssertionError, "packed torch.float64 values, tensor 0"),
+        ("packed", "asks host", battery.HostSync, "waits for the device"),
         ("default_dtype", "divides integers", AssertionError, "torch.bfloat16 for torch.float32 inputs"),
         ("default_dtype", "rounds weights", AssertionError, "other values under another default dtype"),
         ("compiles", "asks host", torch._dynamo.exc.Unsupported, "(?i)data-dependent|dynamic control flow"),
