@@ -56,7 +56,7 @@ def policy_inputs(
     advantages = per_token("advantages", advantages, logp, sequences)
     if weights is not None:
         weights = per_token("weights", weights, logp, sequences)
-    return PolicyInputs(logp, old_logp, advantages, sequences, weights, log_ratio_clamp)
+    return PolicyInputs(logp, old_logp, advantages, sequences.mask, sequences, weights, log_ratio_clamp)
 
 
 def policy_tokens(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor | Packed, **options) -> PolicyTokens:

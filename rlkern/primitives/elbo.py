@@ -22,10 +22,7 @@ class ELBORows(NamedTuple):
     counted: Tensor  # bool
     weight: Tensor  # accumulation dtype, 0 where not counted
     sequences: Rows | Packed
-
-    @property
-    def num_seqs(self) -> int:
-        return self.sequences.lengths.shape[0] if isinstance(self.sequences, Packed) else self.sequences.num_seqs
+    num_seqs: int
 
     def token_logp(self, logits: Tensor, **options) -> Tensor:
         """`token_logprobs` of the counted rows, 0 elsewhere."""
@@ -118,15 +115,15 @@ def elbo_rows(
             got = weight[bad][0].item()
             raise ValueError(f"weight must be finite and not negative wherever mask counts, got {got} (1/t needs t > 0: draw t from (0, 1])")
     if pack is not None:
-        return ELBORows(targets, counted, weight, pack._replace(mask=counted))  # lengths, which nobody asks for, stay
+        return ELBORows(targets, counted, weight, pack.adding(counted), pack.cu_seqlens.shape[0] - 1)
     if seq_idx is None or num_seqs is None:
-        return ELBORows(targets, counted, weight, Rows(counted))
+        return ELBORows(targets, counted, weight, Rows(counted), logits.shape[0])
     seq_idx = seq_idx.long()
     firsts = torch.arange(num_seqs + 1, device=seq_idx.device)
     offsets = torch.searchsorted(seq_idx.contiguous(), firsts)
     # On a GPU nobody has checked seq_idx: one out of range must not be used as an index.
     seq_idx = torch.where((seq_idx >= 0) & (seq_idx < num_seqs), seq_idx, num_seqs)
-    return ELBORows(targets, counted, weight, pack_of(offsets, seq_idx, counted, num_seqs))
+    return ELBORows(targets, counted, weight, pack_of(offsets, seq_idx, counted, num_seqs), num_seqs)
 
 
 def masked_elbo(

@@ -20,10 +20,13 @@ from .sequence_sums import sequence_sums, spread, wide
 __all__ = ["Packed", "Rows", "check_packed", "packed", "pack_of", "per_sequence", "per_token", "sequences_of"]
 
 
-class Rows(NamedTuple):
-    """Padded sequences, one a row."""
+class Rows:
+    """Padded sequences, one a row: mask [B, T] bool says which tokens count."""
 
-    mask: Tensor  # [B, T] bool
+    __slots__ = ("mask",)
+
+    def __init__(self, mask: Tensor):
+        self.mask = mask
 
     @property
     def lengths(self) -> Tensor:
@@ -38,13 +41,17 @@ class Rows(NamedTuple):
     def whole(self) -> bool:
         return True
 
-    @property
-    def split(self) -> bool:
+    def is_split(self) -> bool:
+        """Whether other tokens of the sequences are elsewhere."""
         return False
 
     @property
     def group_name(self) -> str:
         return ""
+
+    def adding(self, mask: Tensor) -> Rows:
+        """The same sequences, with other tokens to add up."""
+        return Rows(mask)
 
     def among(self, mask: Tensor) -> Rows:
         """The same sequences with other tokens that count."""
@@ -101,6 +108,7 @@ class Packed(NamedTuple):
     group: the ranks that hold other tokens of the same sequences, or None.
     own_lengths: int64 [S], how many count here, where `lengths` are of whole sequences; or None.
     whole: False if other parts of the sequences are in other micro-batches.
+    group_name: of the group, empty if it has no other rank.
     """
 
     cu_seqlens: Tensor
@@ -111,20 +119,25 @@ class Packed(NamedTuple):
     group: Any = None
     own_lengths: Tensor | None = None
     whole: bool = True
+    group_name: str = ""
 
-    @property
-    def split(self) -> bool:
+    # Methods, not properties: Dynamo of torch 2.6 does not follow those of a named tuple.
+
+    def is_split(self) -> bool:
         """Whether other tokens of the sequences are elsewhere: on other ranks, in other micro-batches."""
         return self.own_lengths is not None
 
-    @property
-    def group_name(self) -> str:
-        """Of the other ranks, empty where there are none."""
-        return "" if self.group is None or world(self.group) == 1 else self.group.group_name
-
     def like(self, x: Tensor) -> Packed:
         """The same with tokens in the shape of x."""
-        return self._replace(seq_idx=self.seq_idx.reshape(x.shape), mask=self.mask.reshape(x.shape))
+        return self._changed(self.seq_idx.reshape(x.shape), self.mask.reshape(x.shape), self.lengths, self.own_lengths)
+
+    def _changed(self, seq_idx: Tensor, mask: Tensor, lengths: Tensor, own_lengths: Tensor | None) -> Packed:
+        # Not _replace, which Dynamo of torch 2.6 does not follow.
+        return Packed(self.cu_seqlens, seq_idx, mask, lengths, self.num_seqs, self.group, own_lengths, self.whole, self.group_name)
+
+    def adding(self, mask: Tensor) -> Packed:
+        """The same sequences and lengths, with other tokens to add up."""
+        return self._changed(self.seq_idx, mask, self.lengths, self.own_lengths)
 
     def among(self, mask: Tensor) -> Packed:
         """The same sequences with other tokens that count, bool in the shape of the mask."""
@@ -132,9 +145,9 @@ class Packed(NamedTuple):
             raise ValueError("parts of sequences (full_lengths=) do not know which tokens of the other parts count")
         mask = mask & (self.seq_idx < self.cu_seqlens.shape[0] - 1)
         own = _counts(mask, self.cu_seqlens)
-        if not self.group_name:
-            return self._replace(mask=mask, lengths=own, own_lengths=None)
-        return self._replace(mask=mask, lengths=add_up(own.clone(), self.group_name), own_lengths=own)
+        if self.group_name == "":
+            return self._changed(self.seq_idx, mask, own, None)
+        return self._changed(self.seq_idx, mask, add_up(own.clone(), self.group_name), own)
 
     def _tokens(self, values: Tensor) -> Tensor:
         if values.numel() != self.mask.numel():
@@ -264,7 +277,8 @@ def packed(
         TypeError: tensors of another kind, nested ones among them.
     """
     forms = {"cu_seqlens": cu_seqlens, "lengths": lengths, "position_ids": position_ids, "segment_ids": segment_ids}
-    first = next((x for x in (*forms.values(), mask) if isinstance(x, Tensor)), None)
+    tensors = [x for x in (*forms.values(), mask) if isinstance(x, Tensor)]
+    first = tensors[0] if tensors else None
     with Meeting("packed", group, first) as meeting:
         where = _checked(forms, mask, padding_id, seq_lens, num_seqs, num_tokens)
         size = where.cu_seqlens.shape[0] - 1
@@ -276,11 +290,13 @@ def packed(
         if meeting.exchanges:
             meeting.about(rows=size, options={"full_lengths": full_lengths is not None})
     if full_lengths is not None:
-        return where._replace(lengths=full_lengths.long(), own_lengths=where.lengths, whole=False, group=group)
-    if meeting.ranks == 1:
-        return where._replace(group=group)
-    total = add_up(where.lengths.clone(), meeting.group_name)
-    return where._replace(lengths=total, own_lengths=where.lengths, group=group)
+        lengths, own = full_lengths.long(), where.lengths
+    elif meeting.ranks > 1:
+        lengths, own = add_up(where.lengths.clone(), meeting.group_name), where.lengths
+    else:
+        lengths, own = where.lengths, None
+    whole = full_lengths is None
+    return Packed(where.cu_seqlens, where.seq_idx, where.mask, lengths, where.num_seqs, group, own, whole, meeting.group_name)
 
 
 def _form(forms: dict[str, Any]) -> str:

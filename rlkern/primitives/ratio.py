@@ -31,14 +31,15 @@ class PolicyInputs(NamedTuple):
     logp: Tensor  # [B, T] float, with its gradient
     old_logp: Tensor | None  # [B, T] float
     advantages: Tensor  # [B, T], in the dtype of the computation
-    sequences: Rows | Packed  # which of them count
+    mask: Tensor  # [B, T] bool
+    sequences: Rows | Packed  # of that mask
     weights: Tensor | None  # as the advantages
     log_ratio_clamp: float | None
 
-    @property
-    def mask(self) -> Tensor:
-        """[B, T] bool"""
-        return self.sequences.mask
+    def among(self, mask: Tensor) -> PolicyInputs:
+        """The same with other tokens that count."""
+        sequences = self.sequences.among(mask)
+        return PolicyInputs(self.logp, self.old_logp, self.advantages, mask, sequences, self.weights, self.log_ratio_clamp)
 
     def weigh(self, terms: TokenTerms) -> TokenTerms:
         """Times the importance weights, if there are any."""
@@ -55,13 +56,9 @@ class PolicyTokens(NamedTuple):
     log_ratio: Tensor  # log pi / pi_old, 0 where masked; never clamped
     ratio: Tensor  # exp(log_ratio), 1 where masked; finite, so its product with A = 0 is 0
     advantages: Tensor  # without gradient, 0 where masked
-    sequences: Rows | Packed  # which of them count
+    mask: Tensor  # bool
+    sequences: Rows | Packed  # of that mask
     weights: Tensor | None  # without gradient, 0 where masked; None stands for 1
-
-    @property
-    def mask(self) -> Tensor:
-        """bool"""
-        return self.sequences.mask
 
     def keep(self, x: Tensor) -> Tensor:
         """x [B, T] detached, in the dtype of the computation and 0 where masked."""
@@ -80,7 +77,7 @@ def clean(x: PolicyInputs) -> PolicyTokens:
     """Checked inputs made safe to compute with."""
     logp, log_ratio, ratio, advantages = _clean(x.logp, x.old_logp, x.advantages, x.mask, *exponent_bounds(x.log_ratio_clamp))
     weights = None if x.weights is None else torch.where(x.mask, x.weights, 0)
-    return PolicyTokens(logp, log_ratio, ratio, advantages, x.sequences, weights)
+    return PolicyTokens(logp, log_ratio, ratio, advantages, x.mask, x.sequences, weights)
 
 
 def exponent_bounds(log_ratio_clamp: float | None) -> tuple[float | None, float]:
@@ -149,7 +146,7 @@ def clipped_ratio(
 def ratio_terms(x: PolicyInputs) -> TokenTerms:
     """The ratio itself, bounded as in `clean`; 0 where masked."""
     minus_one = x.advantages.new_full(x.logp.shape, -1)
-    return clipped_ratio(PolicyInputs(x.logp, x.old_logp, minus_one, x.sequences, None, x.log_ratio_clamp)).terms
+    return clipped_ratio(PolicyInputs(x.logp, x.old_logp, minus_one, x.mask, x.sequences, None, x.log_ratio_clamp)).terms
 
 
 def _new_ratio_terms(logp, old_logp, advantages, *args):

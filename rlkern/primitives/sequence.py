@@ -109,7 +109,7 @@ def sequence_logps(
     except Exception as error:
         refuse_rows(error, logits, columns)
     options: Any = dict(temperature=temperature, ignore_index=ignore_index, inplace_backward=inplace_backward, keep=keep, outside=outside)
-    logps = token_logprobs(logits, targets, **options, **columns._asdict())
+    logps = token_logprobs(logits, targets, **options, group=group, vocab_start=vocab_start, vocab_size=vocab_size, segments=segments)
     if packed is not None:
         return packed.mean(logps) if average else packed.sum(logps)
     sums = logps.sum(-1, dtype=wide(logps))

@@ -41,12 +41,14 @@ class _Sums(torch.autograd.Function):
         ctx.save_for_backward(mask, seq_idx, cu_seqlens)
         ctx.dtype = values.dtype
         sums = _sequence_sums(values, mask, cu_seqlens)
-        return add_up(sums, group_name) if group_name else sums
+        return add_up(sums, group_name) if group_name != "" else sums
 
     @staticmethod
     def backward(ctx, gradient):
         mask, seq_idx, cu_seqlens = ctx.saved_tensors
-        tokens = spread(gradient.to(ctx.dtype), seq_idx, cu_seqlens)
+        gradient = gradient.to(ctx.dtype)
+        # Compiled code has no second derivative, and Dynamo of torch 2.6 asks nothing about a gradient.
+        tokens = _gathered(gradient, seq_idx) if torch.compiler.is_compiling() else spread(gradient, seq_idx, cu_seqlens)
         return torch.where(mask, tokens, 0), None, None, None, None
 
 

@@ -49,12 +49,12 @@ def gmpo_loss(
     check_number("clip_low", clip_low, 0)
     check_number("clip_high", clip_high, 0)
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
-    if p.sequences.split:
+    if p.sequences.is_split():
         check_one_a_sequence(p, advantages=advantages, weights=weights, aggregation=aggregation)
     a, d = p.advantages, torch.where(p.advantages == 0, 0, p.log_ratio)
     clipped = clipped_log_ratio(d, a, clip_low, clip_high)
     sums, lengths = whole_sums(clipped, p, log_ratio_sums), p.sequences.lengths.clamp(min=1)
-    if p.sequences.split:  # each token its own gradient: that of other tokens' values is not here
+    if p.sequences.is_split():  # each token its own gradient: that of other tokens' values is not here
         exponent, scale = p.sequences.spread((sums / lengths).detach()) + (clipped - clipped.detach()), a
     else:
         exponent, scale = p.sequences.spread(sums / lengths), p.sequences.spread(p.sequences.mean(a))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...advantages import whiten
 from ...checks import check_flags, check_number, check_tokens
 from ...primitives.packing import Packed
-from ...primitives.ratio import clean, clipped_ratio
+from ...primitives.ratio import PolicyInputs, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean, total
 from ..aggregate import LossOutput, aggregate_values
 from ..arguments import check_clip, policy_inputs, refuse_split
@@ -69,10 +69,11 @@ def nlpo_loss(
     inside = given.mask & (given.logp > -math.inf)
     if old_logp is not None:
         inside = inside & (given.keep(old_logp) > -math.inf)
-    x = x._replace(sequences=x.sequences.among(inside))
+    x = x.among(inside)
     if normalize_advantages:
         refuse_split(x)
-        x = x._replace(advantages=whiten(given.advantages, inside))
+        whitened = whiten(given.advantages.view(1, -1), inside.view(1, -1)).view(inside.shape)
+        x = PolicyInputs(logp, old_logp, whitened, inside, x.sequences, x.weights, log_ratio_clamp)
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
     values, metrics = x.weigh(ratio.terms).tensor(), ratio.metrics
     metrics["outside_fraction"] = fraction(~inside, given.mask, given.logp.dtype)

@@ -55,7 +55,7 @@ class _Pairs(NamedTuple):
 
     def chosen(self, x: Tensor) -> Tensor:
         """bool [2B], of the device of x [2B]."""
-        places = torch.arange(len(x), device=x.device)
+        places = torch.arange(x.shape[0], device=x.device)
         return places % 2 == 0 if self.interleaved else places < len(x) // 2
 
     def both(self, x: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def dpo_loss_from_logits(
     if sft_labels is not None:
         sft_targets, imitated = responses_of(sft_labels, packed, shift, ignore_index, only=order.chosen(responses.lengths))
         targets = union(targets, sft_targets, ignore_index)
-        sequences = responses._replace(mask=targets != ignore_index)
+        sequences = responses.adding(targets != ignore_index)
     options_of_rows: dict[str, Any] = {"temperature": temperature, "ignore_index": ignore_index, "inplace_backward": inplace_backward}
     stats = token_stats(logits, targets, with_sum_sq=use_weighting, with_entropy=False, **options_of_rows)
 
