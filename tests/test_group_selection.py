@@ -287,7 +287,7 @@ def test_no_host_sync(monkeypatch):
         with NoSyncingMethods(), NoSyncingOperators():  # of this thread
             for loss in losses_on(group, x).values():
                 loss()
-            rlkern.batch_count([x[3]], "grpo", group=group)
+            rlkern.batch_count("grpo", [x[3]], group=group)
 
     for most_listed in (group_selection.MOST_LISTED, 0):
         monkeypatch.setattr(group_selection, "MOST_LISTED", most_listed)
@@ -298,7 +298,7 @@ def test_no_host_sync(monkeypatch):
 def test_one_choice_for_several_micro_batches():
     """As docs/losses.md shows it: two ranks with two micro-batches each train as one process."""
     x = draw_tokens(rows=8)
-    tokens = rlkern.batch_count(x[3])
+    tokens = rlkern.batch_count("token-mean", x[3])
 
     def whole(group):
         return with_gradient(lambda y: rlkern.kl_cov_loss(y, *x[1:], group=group, select_ratio=0.1, normalizer=tokens), x[0])[0]
@@ -307,7 +307,7 @@ def test_one_choice_for_several_micro_batches():
         mine = [t.chunk(2)[group.place] for t in x]
         logp, _, advantages, mask = mine
         covariance = rlkern.token_covariance(logp, advantages, mask, group=group)
-        count = rlkern.selection.fraction_count(rlkern.batch_count(mask, group=group), 0.1, minimum=1)
+        count = rlkern.selection.fraction_count(rlkern.batch_count("token-mean", mask, group=group), 0.1, minimum=1)
         chosen = select_top(covariance, mask, count, group=group, capacity=24)
         gradients = []
         for rows in (slice(0, 1), slice(1, 4)):
@@ -418,46 +418,6 @@ def compiled(group, rank, x):
 def test_compiled():
     for eager, graph in on_ranks(2, compiled, draw_tokens()):
         torch.testing.assert_close(graph, eager)
-
-
-# --- counts for normalizer ----------------------------------------------------------------------------------
-
-
-def test_batch_count():
-    """Micro-batches of two ranks against one process; rows that are cut over the ranks of a context group."""
-    masks = [torch.tensor([[1, 1, 0, 0], [0, 0, 0, 0]]), torch.tensor([[0, 1, 0, 1.0]]), torch.zeros(0, 4), torch.ones(2, 4, dtype=torch.bool)]
-    counts = {"token-mean": 12, "dapo": 12, "seq-mean-token-mean": 4, "seq-mean-token-sum": 4, "grpo": 5}
-    for aggregation, count in counts.items():
-        assert rlkern.batch_count(masks, aggregation) == count
-        with thread_ranks(2) as run:
-            pieces = masks[1:], masks[:1]
-            assert run(lambda group: rlkern.batch_count(pieces[group.place], aggregation, group=group).item()) == [count] * 2  # noqa: B023
-            if aggregation in ("token-mean", "seq-mean-token-sum"):
-                columns = [[mask[:, at : at + 2] for mask in masks] for at in (0, 2)]
-                assert run(lambda group: rlkern.batch_count(columns[group.place], aggregation, context_group=group).item()) == [count] * 2  # noqa: B023
-    assert rlkern.batch_count(masks[0]) == 2
-    for error, words, arguments in (
-        (ValueError, "divides by a length", (masks, "dr_grpo")),
-        (ValueError, "at least one tensor", ([],)),
-        (TypeError, "masks must be a tensor .B, T. or a list", (3,)),
-        (TypeError, "masks must be a bool or number tensor", ([[True]],)),
-        (ValueError, "unknown aggregation mode", (masks, "mean")),
-    ):
-        with pytest.raises(error, match=words):
-            rlkern.batch_count(*arguments)
-    with thread_ranks(2) as run, pytest.raises(ValueError, match="divides by a sequence's length"):
-        run(lambda group: rlkern.batch_count(masks, "grpo", context_group=group))
-
-
-@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "grpo"])
-def test_normalizer_of_a_whole_batch(aggregation):
-    """Micro-batches of different sizes add up to the loss of all rows."""
-    logp, old, advantages, mask = draw_tokens(5)
-    mask[1] = False
-    whole = rlkern.ppo_loss(logp, old, advantages, mask, aggregation=aggregation).loss
-    pieces = [[x[rows] for x in (logp, old, advantages, mask)] for rows in (slice(0, 1), slice(1, 4))]
-    count = rlkern.batch_count([piece[3] for piece in pieces], aggregation)
-    torch.testing.assert_close(sum(rlkern.ppo_loss(*piece, aggregation=aggregation, normalizer=count).loss for piece in pieces), whole)
 
 
 def test_arguments():

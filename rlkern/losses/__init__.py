@@ -1,6 +1,6 @@
 """Losses by family, and what goes with one of them: schedules, histories, masks."""
 
-from .aggregate import LossOutput, aggregate, batch_count
+from .aggregate import LossOutput, aggregate
 from .distillation.kdrl import kd_coefficient as kd_coefficient
 from .distillation.kdrl import kdrl_loss
 from .distillation.kdrl import reward_guided_mask as reward_guided_mask
@@ -28,6 +28,7 @@ from .preference.kto import KTOOutput, kto_baseline, kto_loss, kto_loss_from_log
 from .preference.nash import nash_md_loss, nash_mp_loss
 from .preference.reference_free import cpo_loss, orpo_loss, simpo_loss
 from .reward.polar import bradley_terry_loss, polar_finetune_loss, polar_pretrain_loss
+from .sequence_weights import batch_count, sequence_weights
 from .z_loss import lse_penalty, spherical_z_loss
 
 __all__ = [  # the flat names of rlkern
@@ -66,6 +67,7 @@ __all__ = [  # the flat names of rlkern
     "ppo_loss",
     "reinforce_loss",
     "sapo_loss",
+    "sequence_weights",
     "simpo_loss",
     "spherical_z_loss",
     "tis_loss",

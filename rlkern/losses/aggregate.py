@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import as_bool, check_choice, check_number, computing_dtype, expect, shown
-from ..parallel import Meeting, add_up, check_member
+from ..checks import as_bool, check_choice, check_number, computing_dtype, expect
 from ..primitives.packing import Packed, Rows, per_token, sequences_of
 from ..primitives.sequence_sums import wide
 from ..primitives.token_terms import TokenTerms
@@ -178,91 +177,3 @@ def _scale(
 
 def _at_least_1(count: int | Tensor) -> int | Tensor:
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)
-
-
-_COUNTED = {  # by mode: what `batch_count` counts
-    **dict.fromkeys(TOKEN_MODES, "tokens"),
-    **dict.fromkeys(("seq-mean-token-mean", "seq-mean-token-sum"), "sequences"),
-    "grpo": "rows",
-}
-_BY_LENGTH = ("seq-mean-token-mean", "grpo")  # divide each sequence by its own length
-
-
-@torch.no_grad()
-def batch_count(
-    masks: Tensor | Sequence[Tensor],
-    aggregation: str = "token-mean",
-    *,
-    group: torch.distributed.ProcessGroup | None = None,
-    context_group: torch.distributed.ProcessGroup | None = None,
-) -> Tensor:
-    """What a loss over a whole optimizer batch divides by: its tokens or sequences, for `normalizer=`.
-
-    The batch is all micro-batches of all ranks. Their losses, each sum / normalizer, then add up to the loss
-    of one process with all rows, however the batch is cut:
-
-        count = batch_count([m["mask"] for m in micro_batches], group=data_group)
-        for m in micro_batches:
-            loss, metrics = rlkern.ppo_loss(..., m["mask"], normalizer=count / averaged)
-            loss.backward()  # not divided by the number of micro-batches
-
-    `averaged` is the number of ranks over which the trainer averages gradients, or 1 where it adds them up.
-    DDP averages over data-parallel ranks. So does FSDP2, unless set_gradient_divide_factor(1.0) makes it add.
-    With context parallelism gradients are reduced over those ranks too, and count if they are averaged.
-
-    Args:
-        masks: those of this rank's micro-batches, [B, T] bool or number each, of any sizes; or one mask.
-            Ranks may have different numbers of them, but each at least one, which may have no rows.
-        aggregation: the loss's mode. "token-mean", "bnpo" and "dapo" count tokens, "seq-mean-token-mean" and
-            "seq-mean-token-sum" rows with a token, "grpo" rows. The other two divide by a length.
-        group: data-parallel processes, which hold other rows: one sum of one integer.
-        context_group: processes that hold other tokens of the same rows. For tokens another such sum, for
-            "seq-mean-token-sum" a sum of an integer a row. Modes that divide a sequence by its length have no
-            such form: a rank knows the length of its part alone.
-
-    Returns:
-        0-d int64 on the device of the masks, the same on all ranks. Nothing is read on the host.
-
-    Raises:
-        TypeError, ValueError: for masks, modes and groups other than these. On CPUs every rank of the groups
-            raises if one does, or if they disagree on the mode.
-    """
-    check_member(context_group, "context_group")
-    parts = [masks] if isinstance(masks, Tensor) else masks
-    first = parts[0] if isinstance(parts, (list, tuple)) and parts else None
-    with Meeting("batch_count", group, first) as everyone, Meeting("batch_count", context_group, first) as context:
-        for meeting in (everyone, context):
-            if isinstance(first, Tensor):
-                meeting.would_add(lambda: [first.new_empty((), dtype=torch.int64)])
-        kept, what = _check_count(parts, aggregation, context_group)
-        for meeting in (everyone, context):
-            if meeting.exchanges:
-                rows = sum(map(len, kept)) if meeting is context and what == "sequences" else 0
-                meeting.about(rows=rows, options={"aggregation": aggregation, "context_group": context_group is not None})
-    if what == "rows":
-        count = kept[0].new_full((), sum(map(len, kept)), dtype=torch.int64)
-    elif what == "tokens":
-        count = _over(torch.stack([mask.sum() for mask in kept]).sum(), context)
-    else:
-        count = (_over(torch.cat([mask.sum(-1) for mask in kept]), context) > 0).sum()
-    return _over(count, everyone)
-
-
-def _over(x: Tensor, meeting: Meeting) -> Tensor:
-    return x if meeting.ranks == 1 else add_up(x, meeting.group_name)
-
-
-def _check_count(masks: Sequence[Tensor], aggregation: str, context_group: object) -> tuple[list[Tensor], str]:
-    """(the masks as bool, what to count)"""
-    check_aggregation(aggregation)
-    if aggregation not in _COUNTED:
-        raise ValueError(f"aggregation {aggregation!r} divides by a length, not by a count: expected one of {', '.join(map(repr, _COUNTED))}")
-    if context_group is not None and aggregation in _BY_LENGTH:
-        raise ValueError(f"aggregation {aggregation!r} divides by a sequence's length, which no rank of context_group has: expected another mode")
-    if not isinstance(masks, (list, tuple)):
-        raise TypeError(f"masks must be a tensor [B, T] or a list of them, got {shown(masks)}")
-    if not masks:
-        raise ValueError("masks must hold at least one tensor [B, T], got none")
-    for mask in masks:
-        expect("masks", mask, "real", "[B, T]")
-    return [as_bool(mask) for mask in masks], _COUNTED[aggregation]
