@@ -18,7 +18,7 @@ draw_with_reference = drawing(base=draw_tokens, reference_logp=Draw.logp, kl_sca
 
 
 def draw_with_rollout_weights(width):
-    return drawing(base=draw_tokens, rollout_is_weights=lambda g, batch, length: g.uniform(batch, width or length, low=0.5, high=1.5))
+    return drawing(base=draw_tokens, rollout_weights=lambda g, batch, length: g.uniform(batch, width or length, low=0.5, high=1.5))
 
 
 def draw_with_proxy(g, batch, length):
@@ -59,10 +59,10 @@ def weighted(weight):
     return lambda logp, old_logp, advantages, mask: mean(-weight((logp - old_logp).exp(), advantages).detach() * advantages * logp, mask)
 
 
-def naive_vespo(logp, old_logp, advantages, mask, rollout_is_weights=None):
+def naive_vespo(logp, old_logp, advantages, mask, rollout_weights=None):
     w = torch.where(mask, logp - old_logp, 0).sum(-1, keepdim=True).exp()
-    if rollout_is_weights is not None:
-        w = w * (rollout_is_weights if rollout_is_weights.shape[1] == 1 else torch.where(mask, rollout_is_weights, 1).prod(-1, keepdim=True))
+    if rollout_weights is not None:
+        w = w * (rollout_weights if rollout_weights.shape[1] == 1 else torch.where(mask, rollout_weights, 1).prod(-1, keepdim=True))
     kernel = torch.where(advantages >= 0, (3 * (1 - w)).exp() * w**2, (2 * (1 - w)).exp() * w**3)
     return mean(-kernel.detach() * advantages * logp, mask)
 

@@ -234,24 +234,24 @@ def test_vespo_rollout_weights_are_part_of_the_sequences_ratio():
             w = math.exp(min(max((logp[i, mask[i]] - old[i, mask[i]]).sum().item() + logs, low), 20.0))
             k, rate = (2.0, 3.0) if advantages[i, t] >= 0 else (3.0, 2.0)
             total = total - outside[i, t] * math.exp(rate - rate * w) * w**k * advantages[i, t].item() * logp[i, t]
-        agree(rlkern.vespo_loss(*x, rollout_is_weights=weights, weights=outside).loss, total / mask.sum(), logp)
+        agree(rlkern.vespo_loss(*x, rollout_weights=weights, weights=outside).loss, total / mask.sum(), logp)
     single = logp.detach().float().requires_grad_()
-    huge = rlkern.vespo_loss(single, old.float(), advantages, mask, rollout_is_weights=tokens, k_positive=30.0, lambda_positive=0.0).loss
+    huge = rlkern.vespo_loss(single, old.float(), advantages, mask, rollout_weights=tokens, k_positive=30.0, lambda_positive=0.0).loss
     assert huge.isfinite() and torch.autograd.grad(huge, single)[0].isfinite().all()
 
 
 @pytest.mark.parametrize(
     "weights, error, message",
     [
-        (torch.ones(3), ValueError, r"rollout_is_weights must be \[B, T\], \[B, 1\] or \[B\]"),
-        (torch.ones(2, dtype=torch.int64), TypeError, "rollout_is_weights must be a float tensor"),
-        (torch.ones(2, requires_grad=True), ValueError, "rollout_is_weights must not require grad"),
-        (2.0, TypeError, "rollout_is_weights must be a float tensor"),
+        (torch.ones(3), ValueError, r"rollout_weights must be \[B, T\], \[B, 1\] or \[B\]"),
+        (torch.ones(2, dtype=torch.int64), TypeError, "rollout_weights must be a float tensor"),
+        (torch.ones(2, requires_grad=True), ValueError, "rollout_weights must not require grad"),
+        (2.0, TypeError, "rollout_weights must be a float tensor"),
     ],
 )
 def test_vespo_rollout_weights_errors(weights, error, message):
     with pytest.raises(error, match=message):
-        rlkern.vespo_loss(torch.zeros(2, 3), None, torch.zeros(2), torch.ones(2, 3), rollout_is_weights=weights)
+        rlkern.vespo_loss(torch.zeros(2, 3), None, torch.zeros(2), torch.ones(2, 3), rollout_weights=weights)
 
 
 TOKEN_LOSSES = ["ppo", "grpo", "cispo", "reinforce", "tis", "topr", "vespo", "clip_cov", "kl_cov"]

@@ -110,7 +110,7 @@ def _vespo_loss(logp, old_logp, advantages, mask, *, weights=None, rollout_is=No
     if weights is not None and rollout_is == "sequence":
         # the same in all tokens, and 0 outside of the mask
         weights = torch.where(as_bool(mask), weights, 0).amax(-1, keepdim=True)
-    return losses.vespo_loss(logp, old_logp, advantages, mask, rollout_is_weights=weights, **options)
+    return losses.vespo_loss(logp, old_logp, advantages, mask, rollout_weights=weights, **options)
 
 
 _KL: dict[str, tuple[str, ...]] = {"ppo_kl": ("approx_kl_k1",)}

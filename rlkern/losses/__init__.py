@@ -28,6 +28,7 @@ from .preference.kto import KTOOutput, kto_baseline, kto_loss, kto_loss_from_log
 from .preference.nash import nash_md_loss, nash_mp_loss
 from .preference.reference_free import cpo_loss, orpo_loss, simpo_loss
 from .reward.polar import bradley_terry_loss, polar_finetune_loss, polar_pretrain_loss
+from .rollout_weights import RolloutWeights, off_policy_mask, rollout_weights
 from .sequence_weights import batch_count, sequence_weights
 from .z_loss import lse_penalty, spherical_z_loss
 
@@ -36,6 +37,7 @@ __all__ = [  # the flat names of rlkern
     "FusedOutput",
     "KTOOutput",
     "LossOutput",
+    "RolloutWeights",
     "aggregate",
     "batch_count",
     "bradley_terry_loss",
@@ -61,11 +63,13 @@ __all__ = [  # the flat names of rlkern
     "nash_mp_loss",
     "nft_loss",
     "nlpo_loss",
+    "off_policy_mask",
     "orpo_loss",
     "polar_finetune_loss",
     "polar_pretrain_loss",
     "ppo_loss",
     "reinforce_loss",
+    "rollout_weights",
     "sapo_loss",
     "sequence_weights",
     "simpo_loss",

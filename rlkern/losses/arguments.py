@@ -13,6 +13,7 @@ from ..checks import as_bool, check_choice, check_number, check_tokens
 from ..primitives.packing import Packed, per_sequence, per_token, sequences_of
 from ..primitives.ratio import PolicyInputs, PolicyTokens, clean
 from .aggregate import check_aggregation, check_parts
+from .rollout_weights import LEVELS, RolloutWeights
 
 
 def check_clip(clip_low: float, clip_high: float, dual_clip: float | None = None) -> None:
@@ -29,7 +30,8 @@ def policy_inputs(
     advantages: Tensor,
     mask: Tensor | Packed,
     *,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
+    levels: tuple[str, ...] = LEVELS,
     log_ratio_clamp: float | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
@@ -38,6 +40,7 @@ def policy_inputs(
 
     Args:
         logp, old_logp, advantages, mask, weights: as in `ppo_loss`. Advantages that require grad are refused.
+        levels: of `RolloutWeights` that the loss takes as weights.
         log_ratio_clamp: c bounds the exponent of `ratio` to [-c, c], without gradient beyond (verl's vanilla
             loss: 20). None bounds it to (-inf, 80], where exp is finite in float32. Otherwise an overflowing
             ratio would make NaN of a clipped token's gradient.
@@ -54,9 +57,22 @@ def policy_inputs(
     if old_logp is not None:
         check_tokens("old_logp", old_logp, logp)
     advantages = per_token("advantages", advantages, logp, sequences)
+    of_rollout = isinstance(weights, RolloutWeights)
+    if isinstance(weights, RolloutWeights):
+        weights = rollout_tensor(weights, old_logp, logp, levels)
     if weights is not None:
         weights = per_token("weights", weights, logp, sequences)
-    return PolicyInputs(logp, old_logp, advantages, sequences.mask, sequences, weights, log_ratio_clamp)
+    return PolicyInputs(logp, old_logp, advantages, sequences.mask, sequences, weights, log_ratio_clamp, not of_rollout)
+
+
+def rollout_tensor(r: RolloutWeights, old_logp: Tensor | None, logp: Tensor, levels: tuple[str, ...]) -> Tensor:
+    """The weights of a correction, by token or by sequence; ValueError where the loss cannot take it."""
+    if r.level not in levels:
+        takes = f"those of level {' or '.join(map(repr, levels))}" if levels else "none: old_logp is the rollout's, so its ratio corrects already"
+        raise ValueError(f"weights are of level {r.level!r}, and this loss takes {takes}")
+    if r.source is old_logp:
+        raise ValueError("weights correct for the same rollout log-probabilities that old_logp is, so both correct: pass the trainer's as old_logp")
+    return r.weights.view(logp.shape) if r.level == "token" and r.weights.numel() == logp.numel() else r.weights
 
 
 def policy_tokens(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor | Packed, **options) -> PolicyTokens:

@@ -35,15 +35,20 @@ class PolicyInputs(NamedTuple):
     sequences: Rows | Packed  # of that mask
     weights: Tensor | None  # as the advantages
     log_ratio_clamp: float | None
+    weighs_penalties: bool = True  # not only the policy's term
 
     def among(self, mask: Tensor) -> PolicyInputs:
         """The same with other tokens that count."""
         sequences = self.sequences.among(mask)
-        return PolicyInputs(self.logp, self.old_logp, self.advantages, mask, sequences, self.weights, self.log_ratio_clamp)
+        return PolicyInputs(self.logp, self.old_logp, self.advantages, mask, sequences, self.weights, self.log_ratio_clamp, self.weighs_penalties)
 
     def weigh(self, terms: TokenTerms) -> TokenTerms:
         """Times the importance weights, if there are any."""
         return terms if self.weights is None else terms.scaled(torch.where(self.mask, self.weights, 0))
+
+    def weigh_penalty(self, terms: TokenTerms) -> TokenTerms:
+        """`weigh` for a term beside the policy's, which corrections of the rollout do not touch."""
+        return self.weigh(terms) if self.weighs_penalties else terms
 
 
 class PolicyTokens(NamedTuple):

@@ -23,7 +23,7 @@ _COMPUTED = ("proxy_logp", "success_rate", "correct")  # what the trainer has be
 POLICY_LOSSES = {name: loss.function for name, loss in REGISTRY.items() if set(loss.needs) <= set(_COMPUTED)}
 _AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "dapo")  # of `aggregate`, under TRL's loss_type
 # Arguments that the trainer gives, and so not options
-_GIVEN = (*TOKENS, *_COMPUTED, "group", "capacity", "row_offset", "weights", "rollout_is_weights", "aggregation", "normalizer", "kept_logmass")
+_GIVEN = (*TOKENS, *_COMPUTED, "group", "capacity", "row_offset", "weights", "rollout_weights", "aggregation", "normalizer", "kept_logmass")
 _MIN_P = 0.02  # Lp-Reg's paper
 _FRACTIONS = {"clip_cov": {"select_ratio": 2e-4}, "kl_cov": {"select_ratio": 2e-3}, "lp_reg": {"rho": 0.01, "rho_positive": 0.0}}  # by default
 
@@ -263,7 +263,7 @@ def _weights(name: str, weights: Tensor | None, mask: Tensor) -> dict[str, Tenso
         return {}
     _check_weights(name)
     if name == "vespo":
-        return {"rollout_is_weights": weights}
+        return {"rollout_weights": weights}
     if name == "gspo":
         # TRL's loss of a sequence is one number: all tokens share its gradient, whatever weights they have
         return {"weights": sequence_mean(weights.expand_as(mask), mask != 0)}

@@ -11,6 +11,7 @@ from ...primitives.ratio import ratio_metrics
 from ...primitives.reductions import fraction
 from ..aggregate import LossOutput, aggregate_values
 from ..arguments import check_clip, policy_tokens
+from ..rollout_weights import RolloutWeights
 
 
 def cispo_loss(
@@ -23,7 +24,7 @@ def cispo_loss(
     clip_high: float = 0.2,
     cap: float | None = None,
     log_ratio_clamp: float | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:

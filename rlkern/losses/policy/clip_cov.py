@@ -17,6 +17,7 @@ from ...primitives.ratio import PolicyInputs, clipped_ratio
 from ...primitives.selection import first_row, fraction_capacity, select_fraction_of_batch, select_random_fraction, selected_means
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs, refuse_split, selected_tokens, with_preset
+from ..rollout_weights import RolloutWeights
 
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"clip_low": None, "clip_high": None, "closed_band": True, "min_count": 0},
@@ -47,7 +48,7 @@ def clip_cov_loss(
     row_offset: int | None = None,
     capacity: int | None = None,
     log_ratio_clamp: float | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:

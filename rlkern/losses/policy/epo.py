@@ -18,6 +18,7 @@ from ...primitives.ratio import PolicyTokens, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean
 from ..aggregate import LossOutput, aggregate_values
 from ..arguments import check_clip, policy_inputs
+from ..rollout_weights import RolloutWeights
 
 
 @dataclass
@@ -84,7 +85,7 @@ def epo_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:

@@ -14,6 +14,7 @@ from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyTokens, clip_fractions, ratio_metrics
 from ..aggregate import LossOutput, aggregate_values
 from ..arguments import policy_tokens, whole_sums
+from ..rollout_weights import BY_SEQUENCE, RolloutWeights
 
 
 def gmpo_loss(
@@ -25,7 +26,7 @@ def gmpo_loss(
     clip_low: float = 0.4,
     clip_high: float = 0.4,
     log_ratio_sums: Tensor | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -48,7 +49,7 @@ def gmpo_loss(
     """
     check_number("clip_low", clip_low, 0)
     check_number("clip_high", clip_high, 0)
-    p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
+    p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, levels=BY_SEQUENCE, aggregation=aggregation, normalizer=normalizer)
     if p.sequences.is_split():
         check_one_a_sequence(p, advantages=advantages, weights=weights, aggregation=aggregation)
     a, d = p.advantages, torch.where(p.advantages == 0, 0, p.log_ratio)

@@ -11,6 +11,7 @@ from ...primitives.packing import Packed, per_token
 from ...primitives.ratio import clipped_ratio, ratio_terms
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs
+from ..rollout_weights import RolloutWeights
 
 
 def grpo_loss(
@@ -29,7 +30,7 @@ def grpo_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:

@@ -11,6 +11,7 @@ from ...primitives.packing import Packed
 from ...primitives.ratio import clip_fractions, clipped_surrogate, ratio_metrics
 from ..aggregate import LossOutput, aggregate_values
 from ..arguments import check_clip, policy_tokens, whole_sums
+from ..rollout_weights import BY_SEQUENCE, RolloutWeights
 
 
 def gspo_loss(
@@ -23,7 +24,7 @@ def gspo_loss(
     clip_high: float = 4e-4,
     log_ratio_clamp: float = 10.0,
     log_ratio_sums: Tensor | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -47,7 +48,15 @@ def gspo_loss(
     check_clip(clip_low, clip_high)
     check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)
     p = policy_tokens(
-        logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
+        logp,
+        old_logp,
+        advantages,
+        mask,
+        weights=weights,
+        levels=BY_SEQUENCE,
+        log_ratio_clamp=log_ratio_clamp,
+        aggregation=aggregation,
+        normalizer=normalizer,
     )
     mean = whole_sums(p.log_ratio.detach(), p, log_ratio_sums) / p.sequences.lengths.clamp(min=1)
     exponent = p.sequences.spread(mean) + (p.logp - p.logp.detach())

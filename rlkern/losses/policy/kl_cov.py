@@ -18,6 +18,7 @@ from ...primitives.ratio import PolicyInputs, clipped_ratio
 from ...primitives.selection import fraction_capacity, select_fraction
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import policy_inputs, refuse_split, selected_tokens, with_preset
+from ..rollout_weights import RolloutWeights
 from .clip_cov import select_over_batch, selection_metrics
 
 PRESETS = {
@@ -42,7 +43,7 @@ def kl_cov_loss(
     select_over: str = "rank",
     capacity: int | None = None,
     log_ratio_clamp: float | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -106,5 +107,5 @@ def kl_cov_loss(
             chosen, metrics = select_over_batch(-covariance, ratio.free, covariance, totals, fraction, least, capacity)
     metrics = {**ratio.metrics, **(metrics or selection_metrics(covariance, chosen, x.mask))}
     distance = kl_penalty(logp, logp.detach() if old_logp is None else old_logp, chosen, "abs", None)
-    terms = x.weigh(ratio.terms.plus(distance.scaled(o["kl_coef"])))
+    terms = x.weigh(ratio.terms).plus(x.weigh_penalty(distance.scaled(o["kl_coef"])))
     return LossOutput(aggregate_terms(terms, x.sequences, ratio.tokens, aggregation, normalizer), metrics)

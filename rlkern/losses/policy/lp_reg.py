@@ -20,6 +20,7 @@ from ...primitives.selection import fraction_capacity, select_fraction, select_f
 from ...primitives.token_terms import TokenTerms
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs, refuse_split
+from ..rollout_weights import RolloutWeights
 
 KL_TERMS = ("sampled", "full")
 SELECTIONS = ("negative", "all")
@@ -90,7 +91,7 @@ def lp_reg_loss(
     select_over: str = "rank",
     capacity: int | None = None,
     log_ratio_clamp: float | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -198,7 +199,7 @@ def lp_reg_loss(
     else:
         ratio, p = clipped_ratio(x, clip_low, clip_high), clean(x)
         policy = TokenTerms(logp, -p.advantages * bounded(p.ratio, 1 - clip_low, 1 + clip_high))
-    terms = x.weigh(policy.plus(kl.scaled(kl_coef)))
+    terms = x.weigh(policy).plus(x.weigh_penalty(kl.scaled(kl_coef)))
     return LossOutput(aggregate_terms(terms, x.sequences, ratio.tokens, aggregation, normalizer), {**kl_metrics, **ratio.metrics})
 
 

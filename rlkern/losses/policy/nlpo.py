@@ -17,6 +17,7 @@ from ...primitives.ratio import PolicyInputs, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean, total
 from ..aggregate import LossOutput, aggregate_values
 from ..arguments import check_clip, policy_inputs, refuse_split
+from ..rollout_weights import RolloutWeights
 
 
 def nlpo_loss(
@@ -32,7 +33,7 @@ def nlpo_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:

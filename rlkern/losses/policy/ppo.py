@@ -8,6 +8,7 @@ from ...primitives.packing import Packed
 from ...primitives.ratio import clipped_ratio
 from ..aggregate import LossOutput, aggregate_terms
 from ..arguments import check_clip, policy_inputs
+from ..rollout_weights import RolloutWeights
 
 
 def ppo_loss(
@@ -20,7 +21,7 @@ def ppo_loss(
     clip_high: float = 0.2,
     dual_clip: float | None = None,
     log_ratio_clamp: float | None = 20.0,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -47,6 +48,7 @@ def ppo_loss(
         log_ratio_clamp: bounds the log ratio to [-c, c] before exp; no gradient beyond. None bounds it at 80,
             where float32 is still finite.
         weights: [B, T], [B, 1] or [B] float, multiplied with the per-token loss; they must not require grad.
+            Or a `RolloutWeights` of `rlkern.rollout_weights`.
         aggregation, normalizer: from tokens to one number, see `aggregate`; aggregation may be weights.
 
     Returns:

@@ -12,6 +12,7 @@ from ...primitives.ratio import PolicyTokens, ratio_metrics
 from ...primitives.reductions import fraction
 from ..aggregate import LossOutput, aggregate_values
 from ..arguments import policy_tokens
+from ..rollout_weights import RolloutWeights
 
 
 def _truncated(p: PolicyTokens, cap: float) -> Tensor:
@@ -30,7 +31,7 @@ def reinforce_loss(
     mask: Tensor | Packed,
     *,
     square_coef: float = 0.0,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -62,7 +63,7 @@ def tis_loss(
     mask: Tensor | Packed,
     *,
     cap: float = 1.0,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -75,7 +76,7 @@ def tis_loss(
     Returns, Raises: as `ppo_loss`; clip_fraction_high is that of the tokens above the cap.
     """
     check_number("cap", cap, 0)
-    p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
+    p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, levels=(), aggregation=aggregation, normalizer=normalizer)
     values = p.weigh(-_truncated(p, cap) * p.advantages * p.score())
     return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), _metrics(p, cap))
 
@@ -87,7 +88,7 @@ def topr_loss(
     mask: Tensor | Packed,
     *,
     cap: float = 1.0,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -97,7 +98,7 @@ def topr_loss(
     paper's is that of the whole sequence. Args, Returns, Raises: as for `tis_loss`.
     """
     check_number("cap", cap, 0)
-    p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
+    p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, levels=(), aggregation=aggregation, normalizer=normalizer)
     weight = torch.where(p.advantages < 0, _truncated(p, cap), 1)
     values = p.weigh(-weight * p.advantages * p.score())
     return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), _metrics(p, cap))

@@ -11,6 +11,7 @@ from ...primitives.packing import Packed
 from ...primitives.ratio import ratio_metrics
 from ..aggregate import LossOutput, aggregate_values
 from ..arguments import policy_tokens
+from ..rollout_weights import RolloutWeights
 
 
 def sapo_loss(
@@ -22,7 +23,7 @@ def sapo_loss(
     tau_positive: float = 1.0,
     tau_negative: float = 1.05,
     log_ratio_clamp: float | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "seq-mean-token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:

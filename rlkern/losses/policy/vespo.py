@@ -14,7 +14,8 @@ from ...primitives.packing import Packed, per_token
 from ...primitives.ratio import PolicyTokens, ratio_metrics
 from ...primitives.reductions import masked_mean
 from ..aggregate import LossOutput, aggregate_values
-from ..arguments import policy_tokens, whole_sums
+from ..arguments import policy_tokens, rollout_tensor, whole_sums
+from ..rollout_weights import RolloutWeights
 
 _LARGEST = 20.0  # of any log ratio, as in TRL
 _SMALLEST = math.log(1e-8)  # of a weight and of the sequence; that of a token is -20
@@ -22,7 +23,7 @@ _SMALLEST = math.log(1e-8)  # of a weight and of the sequence; that of a token i
 
 def _log_weight(weights: Tensor, p: PolicyTokens) -> Tensor:
     """The log of the sequence's importance weight [B], given so or as its tokens' weights [B, T]."""
-    by_token = per_token("rollout_is_weights", weights, p.logp, p.sequences)
+    by_token = per_token("rollout_weights", weights, p.logp, p.sequences)
     if weights.shape == p.logp.shape:
         return p.sequences.sum(_log(by_token))
     return _log(weights.detach().to(p.logp.dtype).reshape(-1))
@@ -47,16 +48,16 @@ def vespo_loss(
     lambda_positive: float = 3.0,
     k_negative: float = 3.0,
     lambda_negative: float = 2.0,
-    rollout_is_weights: Tensor | None = None,
+    rollout_weights: Tensor | None = None,
     log_ratio_sums: Tensor | None = None,
-    weights: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor = "token-mean",
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
     """-sg(phi(W)) A logp per token, phi(W) = exp(lambda) W^k exp(-lambda W): arXiv 2602.10693.
 
     W is the product of the sequence's token ratios r. An engine may sample from another policy than the one
-    that scores. `rollout_is_weights` w = pi_old / pi_rollout corrects for it: W is then the ratio to the
+    that scores. `rollout_weights` w = pi_old / pi_rollout corrects for it: W is then the ratio to the
     policy that sampled. The bounds are TRL's, except that log phi is bounded at 80, where float32 is finite:
 
         log W = clamp(sum_t clamp(log r_t, -20, 20) + sum_t clamp(log w_t, log 1e-8, 20), log 1e-8, 20)
@@ -68,8 +69,9 @@ def vespo_loss(
         logp, old_logp, advantages, mask, weights, aggregation, normalizer: as in `ppo_loss`.
         k_positive, lambda_positive: the kernel for A >= 0, both >= 0.
         k_negative, lambda_negative: the kernel for A < 0.
-        rollout_is_weights: >= 0, without gradient: [B, T] float, or [B, 1] or [B], whose log enters the sum
-            once. They go into W, and through phi; `weights` multiply a token's loss instead.
+        rollout_weights: >= 0, without gradient: [B, T] float, or [B, 1] or [B], whose log enters the sum
+            once. They go into W, and through phi; `weights` multiply a token's loss instead. A
+            `RolloutWeights` of level "token" as `weights` goes here.
         log_ratio_sums: as in `gspo_loss`; rollout weights are then one a sequence.
 
     Returns, Raises: as `ppo_loss`, without clip fractions; metrics also: kernel_mean, over the tokens.
@@ -77,11 +79,15 @@ def vespo_loss(
     numbers = {"k_positive": k_positive, "lambda_positive": lambda_positive, "k_negative": k_negative, "lambda_negative": lambda_negative}
     for name, value in numbers.items():
         check_number(name, value, 0)
+    if isinstance(weights, RolloutWeights):
+        if rollout_weights is not None:
+            raise ValueError("weights are a correction of the rollout, which goes into W: rollout_weights must be None then")
+        rollout_weights, weights = rollout_tensor(weights, old_logp, logp, ("token",)), None
     p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
     with torch.no_grad():
         log_w = whole_sums(bounded_log_ratio(p.log_ratio), p, log_ratio_sums)
-        if rollout_is_weights is not None:
-            log_w = log_w + _log_weight(rollout_is_weights, p)
+        if rollout_weights is not None:
+            log_w = log_w + _log_weight(rollout_weights, p)
         log_w = p.sequences.spread(log_w.clamp(_SMALLEST, _LARGEST))
         negative = p.advantages < 0
         k = torch.where(negative, number(k_negative, log_w), number(k_positive, log_w))
