@@ -29,6 +29,7 @@ from .diffusion import (
     wd1_loss,
 )
 from .losses import *  # noqa: F403
+from .metrics import reduce_metrics
 from .primitives import *  # noqa: F403
 
 __all__ = [
@@ -47,6 +48,7 @@ __all__ = [
     "losses",
     "metrics",
     "parallel",
+    "reduce_metrics",
     "reference",
     "selection",
     "spg_loss",

@@ -163,7 +163,7 @@ def _others(batch: int, length: int, vocab: int, seed: int) -> list[Call]:
         (rlkern.diffusion.bernoulli_masks, {"response_mask": mask, "num_mc": 3, "seed": 3, "p": torch.tensor([0.2, 0.5, 1.0]), "draw": 2}, ()),
         (rlkern.diffusion.quadrature_levels, {"n": 3}, ()),
         (rlkern.use_backend, {"name": "auto"}, ()),
-        (rlkern.metrics.merge_metrics, {"parts": [{"tokens": torch.tensor(3.0), "entropy": torch.tensor(1.0)}] * 2}, ()),
+        (rlkern.reduce_metrics, {"parts": [{"tokens": torch.tensor(3.0), "entropy": torch.tensor(1.0)}] * 2}, ()),
         (history, {"entropy": torch.tensor(1.0)}, ()),
         (rlkern.losses.epo_beta, {"step": 3, "total_steps": 10, "gamma": 1.0, "schedule": "paper"}, ()),
         (rlkern.losses.epo_beta, {"step": 7, "total_steps": 10, "schedule": "released"}, ()),

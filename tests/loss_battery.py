@@ -410,7 +410,7 @@ def check_metrics_merge(case: Case) -> None:
         metrics_of(case({name: x[rows] if isinstance(x, Tensor) and x.dim() and len(x) == 6 else x for name, x in inputs.items()}))
         for rows in (slice(0, 2), slice(2, 2), slice(2, 6))
     ]
-    merged = rlkern.metrics.merge_metrics(parts)
+    merged = rlkern.reduce_metrics(parts)
     assert merged.keys() == whole.keys() >= set(case.of_whole)
     for name, value in whole.items():
         assert value.dim() == 0 and value.dtype == torch.float64, f"{name} is {value.dtype} of shape {tuple(value.shape)}"

@@ -108,7 +108,7 @@ def check(seed):
                     numbers = {repr(of_rank[1][metric]) for of_rank in of_ranks}
                     assert len(numbers) == 1, (seed, name, metric, numbers)
                     assert alike(metrics[metric], of_ranks[0][1][metric]), (seed, name, metric)
-            merged = rlkern.metrics.merge_metrics([{key: torch.tensor(x) for key, x in metrics.items()} for _, metrics in of_ranks])
+            merged = rlkern.reduce_metrics([{key: torch.tensor(x) for key, x in metrics.items()} for _, metrics in of_ranks])
             assert all(alike(metrics[metric], number.item(), 1e-3) for metric, number in merged.items()), (seed, name, metrics, merged)
             if name != "clip_cov":  # it draws otherwise
                 assert all(alike(metrics[metric], number, 1e-4) for metric, number in alone[name][1].items()), (seed, name)

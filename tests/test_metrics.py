@@ -60,7 +60,7 @@ def clipped(count, tokens, largest):
 
 def test_two_ranks_of_different_length():
     """3 of 12 tokens clipped and 3 of 4: 6 of 16, where the mean of the means is 1/2."""
-    merged = rlkern.metrics.merge_metrics([clipped(3, 12, 0.5), clipped(3, 4, 1.0)])
+    merged = rlkern.reduce_metrics([clipped(3, 12, 0.5), clipped(3, 4, 1.0)])
     assert merged["clip_fraction_high"].item() == pytest.approx(0.375, rel=1e-7)
     assert merged["ratio_max"].item() == pytest.approx(math.e, rel=1e-7) and merged["ratio_min"] == 1 and merged["tokens"] == 16
 
@@ -69,10 +69,10 @@ def test_two_ranks_of_different_length():
 def test_against_the_formulas(form):
     with rlkern.use_backend(form):
         parts = parts_of(0) + parts_of(1)
-    merged = rlkern.metrics.merge_metrics(parts)
+    merged = rlkern.reduce_metrics(parts)
     torch.testing.assert_close(merged, expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
     assert list(merged) == list(parts[0]) and all(value.dtype == F64 and value.dim() == 0 for value in merged.values())
-    merge = rlkern.metrics.merge_metrics
+    merge = rlkern.reduce_metrics
     in_steps = merge([merge(parts[:2]), merge([merge(parts[2:4]), parts[4]])])
     torch.testing.assert_close(in_steps, merged, rtol=1e-12, atol=1e-14)
 
@@ -82,7 +82,7 @@ def test_float32_metrics_keep_their_accuracy():
         return [tuple(t.to(dtype) if t.is_floating_point() else t for t in batch) for batch in batches]
 
     batches = cast(BATCHES[0] + BATCHES[1], torch.float32)
-    merged = rlkern.metrics.merge_metrics([rlkern.ppo_loss(*batch).metrics for batch in batches])
+    merged = rlkern.reduce_metrics([rlkern.ppo_loss(*batch).metrics for batch in batches])
     torch.testing.assert_close(merged, expected(cast(batches, F64)), rtol=1e-5, atol=1e-6)
 
 
@@ -92,16 +92,16 @@ def test_empty_parts_do_not_count():
     for shift in (-3.0, 3.0):
         logp, old, a, mask = draw([4])
         batch = logp + shift, old, a, mask
-        merged = rlkern.metrics.merge_metrics([nothing, rlkern.ppo_loss(*batch).metrics, nothing])
+        merged = rlkern.reduce_metrics([nothing, rlkern.ppo_loss(*batch).metrics, nothing])
         torch.testing.assert_close(merged, expected([batch]), rtol=1e-12, atol=1e-14)
-    torch.testing.assert_close(rlkern.metrics.merge_metrics([nothing, nothing]), nothing)
+    torch.testing.assert_close(rlkern.reduce_metrics([nothing, nothing]), nothing)
 
 
 def test_ratios_that_overflow():
     """exp(800) overflows float64: reported as infinite, it does not hinder the effective sample size."""
     d = torch.tensor([[800.0, 799.0], [797.0, 800.5], [-0.5, 0.3]], dtype=F64)
     parts = [rlkern.ppo_loss(x, torch.zeros_like(x), torch.ones(1), torch.ones_like(x)).metrics for x in d.split(1)]
-    merged = rlkern.metrics.merge_metrics([*parts, rlkern.ppo_loss(*draw([0])).metrics])
+    merged = rlkern.reduce_metrics([*parts, rlkern.ppo_loss(*draw([0])).metrics])
     assert merged["ratio_max"] == math.inf and merged["approx_kl_k3"] == math.inf and merged["clip_fraction_high"].item() == pytest.approx(5 / 6)
     w = (d - 800).exp()
     torch.testing.assert_close(merged["effective_sample_size"], w.sum() ** 2 / (6 * (w**2).sum()), rtol=1e-12, atol=0)
@@ -114,7 +114,7 @@ def test_tokens_that_the_policy_forbids(backend, device):
     forbidden, old = torch.full((1, 3), -math.inf, device=device), torch.full((1, 3), -1.0, device=device)
     parts = [rlkern.ppo_loss(x, old, torch.ones(1, device=device), torch.ones_like(x)).metrics for x in (forbidden, old - 0.5)]
     assert parts[0]["log_mean_ratio"] == -math.inf
-    merged = rlkern.metrics.merge_metrics(parts)
+    merged = rlkern.reduce_metrics(parts)
     assert merged["effective_sample_size"].item() == pytest.approx(0.5, rel=1e-6) and merged["ratio_min"] == 0 and merged["approx_kl_k1"] == math.inf
     assert merged["log_mean_ratio"].item() == pytest.approx(math.log(math.exp(-0.5) / 2), rel=1e-6)
     above = rlkern.ppo_loss(old, forbidden, torch.ones(1, device=device), torch.ones_like(old)).metrics
@@ -128,7 +128,7 @@ def test_what_a_selection_reports():
         {"tokens": 2.0, "selected_fraction": 0.5, "covariance_selected": -6.0, "covariance_mean": 2.0},
         {"tokens": 5.0, "selected_fraction": 0.0, "covariance_selected": 0.0, "covariance_mean": 0.0},
     ]
-    merged = rlkern.metrics.merge_metrics([{name: torch.tensor(value) for name, value in part.items()} for part in parts])
+    merged = rlkern.reduce_metrics([{name: torch.tensor(value) for name, value in part.items()} for part in parts])
     assert {name: value.item() for name, value in merged.items()} == pytest.approx(
         {"tokens": 15, "selected_fraction": 3 / 15, "covariance_selected": 0.0, "covariance_mean": 12 / 15}
     )
@@ -137,7 +137,7 @@ def test_what_a_selection_reports():
 def test_pairs():
     g = torch.Generator().manual_seed(0)
     logps = torch.randn(4, 7, generator=g, dtype=F64)
-    merged = rlkern.metrics.merge_metrics([rlkern.metrics.displacement_metrics(*logps[:, rows]) for rows in (slice(0, 2), slice(2, 2), slice(2, 7))])
+    merged = rlkern.reduce_metrics([rlkern.metrics.displacement_metrics(*logps[:, rows]) for rows in (slice(0, 2), slice(2, 2), slice(2, 7))])
     chosen, rejected = logps[0] - logps[2], logps[1] - logps[3]
     want = (chosen.mean(), rejected.mean(), (chosen - rejected).mean(), ((chosen < 0) & (rejected < 0)).double().mean(), (chosen < 0).double().mean())
     torch.testing.assert_close(list(merged.values()), [*want, torch.tensor(7.0, dtype=F64)])
@@ -152,7 +152,7 @@ def bgpo_metrics(rows, batch):
 
 def test_bgpo_accumulators():
     batch = Batch(spread=0.8)
-    merged = rlkern.metrics.merge_metrics([bgpo_metrics(rows, batch) for rows in (slice(0, 1), slice(1, 1), slice(1, None))])
+    merged = rlkern.reduce_metrics([bgpo_metrics(rows, batch) for rows in (slice(0, 1), slice(1, 1), slice(1, None))])
     whole = bgpo_metrics(slice(None), batch)
     torch.testing.assert_close(merged, whole, rtol=1e-10, atol=1e-12)
     assert whole["clip_fraction"] > 0 and set(whole) <= set(RULES)
@@ -168,7 +168,7 @@ def test_every_rule_is_a_metric_of_some_loss():
 def test_nothing_waits_for_the_device():
     parts = parts_of(1)
     with battery.NoSyncingOperators(), battery.NoSyncingMethods():
-        rlkern.metrics.merge_metrics(parts)
+        rlkern.reduce_metrics(parts)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_nothing_waits_for_the_device():
 )
 def test_errors(parts, error, message):
     with pytest.raises(error, match=message):
-        rlkern.metrics.merge_metrics(parts)
+        rlkern.reduce_metrics(parts)
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
@@ -200,4 +200,4 @@ if __name__ == "__main__":
         parts = parts_of(rank)
         if rank == 1:
             parts = [dict(reversed(part.items())) for part in parts]
-        results.update(rlkern.metrics.merge_metrics(parts, group=torch.distributed.group.WORLD))
+        results.update(rlkern.reduce_metrics(parts, group=torch.distributed.group.WORLD))

@@ -315,7 +315,7 @@ def test_context_parallel_parts_add_up(name, world):
     for (index, _), (_, own, _) in zip(shards, parts, strict=True):
         torch.testing.assert_close(own, gradient[index], rtol=1e-12, atol=1e-15)
     if name not in ("nash", "nft", "wd1"):  # which count sequences
-        merged = rlkern.metrics.merge_metrics([metrics for _, _, metrics in parts])
+        merged = rlkern.reduce_metrics([metrics for _, _, metrics in parts])
         torch.testing.assert_close(merged, expected.metrics, rtol=1e-9, atol=1e-12)
 
 

@@ -16,7 +16,7 @@ from rlkern.selection import select_top
 logits, ids = torch.randn(2, 3, 5, requires_grad=True), torch.zeros(2, 3, dtype=torch.long)
 stats = rlkern.token_stats(logits, ids)
 loss: torch.Tensor = rlkern.ppo_loss(stats.logp, None, torch.ones(2), ids == 0).loss
-merged: dict[str, torch.Tensor] = rlkern.metrics.merge_metrics([])
+merged: dict[str, torch.Tensor] = rlkern.reduce_metrics([])
 wrong: int = rlkern.advantages.grpo(torch.ones(2), 2)
 nothing = rlkern.no_such_name
 """

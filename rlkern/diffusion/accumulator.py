@@ -282,7 +282,7 @@ class BGPOAccumulator:
         draws given to those there. d_mean, d_max: of the log ratios d_j. clip_fraction: of (sequence, draw)
         without gradient because of a bound. ess: the effective number of draws, mean over the sequences of
         (sum_j omega_j exp(d_j))^2 / sum_j (omega_j exp(d_j))^2; n on-policy with equal weights. sequences,
-        draws: how many sequences and how many (sequence, draw), by which `rlkern.metrics.merge_metrics`
+        draws: how many sequences and how many (sequence, draw), by which `rlkern.reduce_metrics`
         weighs these. RuntimeError before the first loss.
         """
         if not self._seen:

@@ -18,7 +18,7 @@ from ..primitives.token_terms import TokenTerms
 class LossOutput(NamedTuple):
     """loss: 0-d, carries the gradient. metrics: detached 0-d tensors by name, of the loss's device and dtype.
 
-    Nothing was read on the host. `rlkern.metrics.merge_metrics` merges metrics by the counts among them.
+    Nothing was read on the host. `rlkern.reduce_metrics` merges metrics by the counts among them.
     """
 
     loss: Tensor

@@ -2,7 +2,7 @@
 
 from ..primitives.covariance import covariance_quantiles
 from .differential import DIDEntropy, did_entropy, displacement_metrics, log_ratio_rewards
-from .merge import merge_metrics
+from .merge import merge_metrics, reduce_metrics
 
 __all__ = [
     "DIDEntropy",
@@ -11,4 +11,5 @@ __all__ = [
     "displacement_metrics",
     "log_ratio_rewards",
     "merge_metrics",
+    "reduce_metrics",
 ]

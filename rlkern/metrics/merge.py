@@ -15,14 +15,15 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checks import check_group
+from ..checks import check_choice, shown
+from ..parallel import Meeting, digest_of, gather
 
-__all__ = ["RULES", "Rule", "merge_metrics", "merge_rows"]
+__all__ = ["KINDS", "RULES", "Rule", "merge_metrics", "merge_rows", "reduce_metrics"]
 
 
 class Rule(NamedTuple):
@@ -58,6 +59,10 @@ def _largest_or_0(values: Tensor, count: Tensor) -> Tensor:
     return _largest(values, count, 0.0)
 
 
+def _smallest_or_0(values: Tensor, count: Tensor) -> Tensor:
+    return -_largest(-values, count, 0.0)
+
+
 def _smallest(values: Tensor, count: Tensor) -> Tensor:
     return -_largest(-values, count, -1.0)
 
@@ -76,9 +81,18 @@ def _effective_sample_size(values: Tensor, count: Tensor, log_mean: Tensor) -> T
     return torch.where(total > 0, sums.sum(0).square() / (total * squares.sum(0)), 1)
 
 
+def _ess_of_mean(values: Tensor, count: Tensor, mean: Tensor) -> Tensor:
+    """As `_effective_sample_size`, with the mean itself. A part whose weights are all 0 has none."""
+    sums = (count * mean).unsqueeze(-1)
+    squares = torch.where(values > 0, sums.square() / (count.unsqueeze(-1) * torch.where(values > 0, values, 1)), 0)
+    total, square = count.sum(), squares.sum(0)
+    return torch.where(total > 0, torch.where(square > 0, sums.sum(0).square() / (total * torch.where(square > 0, square, 1)), 0), 1)
+
+
 # --- which metric merges how --------------------------------------------------------------------------------
 
 
+_ROLLOUT = "rollout/"  # of `rollout_weights`, with counts of its own
 _TOTALS = ("tokens", "sequences", "pairs", "groups", "draws", "answers", "mask_tokens", "loss")
 _MEANS = {  # counts: the means over their product
     ("tokens",): """clip_fraction_low clip_fraction_high clip_fraction_dual approx_kl_k1 approx_kl_k3 abs_log_ratio kl
@@ -92,6 +106,20 @@ _MEANS = {  # counts: the means over their product
     ("sequences",): "win_prob ess",
     ("draws",): "d_mean clip_fraction",
 }
+_ROLLOUT_MEANS = {
+    "tokens": "kl_k1 kl_k3 abs_difference_mean masked_fraction unscored_fraction chi2_token",
+    "sequences": "sequences_masked_fraction chi2_sequence log_ppl_difference",
+    "units": "weight_mean fraction_high fraction_low",
+}
+KINDS = ("mean", "max", "min", "sum", "log_mean", "ess")
+_OF_KIND = {  # of a caller's metrics, which are over tokens
+    "mean": Rule(_mean, ("tokens",)),
+    "max": Rule(_largest_or_0, ("tokens",)),
+    "min": Rule(_smallest_or_0, ("tokens",)),
+    "sum": Rule(_sum),
+    "log_mean": Rule(_log_mean, ("tokens",)),
+    "ess": Rule(_effective_sample_size, ("tokens", "log_mean_ratio")),
+}
 # Name -> rules. Losses share names, so there may be several: the first holds whose needs are reported.
 RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
     dict.fromkeys(_TOTALS, (Rule(_sum),))
@@ -104,29 +132,40 @@ RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
         "log_mean_ratio": (Rule(_log_mean, ("tokens",)),),
         "effective_sample_size": (Rule(_effective_sample_size, ("tokens", "log_mean_ratio")), Rule(_mean, ("groups",))),
     }
+    | {_ROLLOUT + name: (Rule(_sum),) for name in ("tokens", "sequences", "units")}
+    | {_ROLLOUT + name: (Rule(_mean, (_ROLLOUT + of,)),) for of, names in _ROLLOUT_MEANS.items() for name in names.split()}
+    | {
+        _ROLLOUT + "abs_difference_max": (Rule(_largest_or_0, (_ROLLOUT + "tokens",)),),
+        _ROLLOUT + "ratio_max": (Rule(_largest, (_ROLLOUT + "units",)),),
+        _ROLLOUT + "ratio_min": (Rule(_smallest, (_ROLLOUT + "units",)),),
+        _ROLLOUT + "ess": (Rule(_ess_of_mean, (_ROLLOUT + "units", _ROLLOUT + "weight_mean")),),
+    }
 )
+_GATE = (Rule(_mean, (_ROLLOUT + "tokens",)),)  # of rollout/gate/<name>
 
 
-def _rule(name: str, names: Sequence[str]) -> Rule:
-    if name not in RULES:
-        raise ValueError(f"unknown metric {name!r}: it has no rule to merge by, expected one of {', '.join(map(repr, RULES))}")
-    for rule in RULES[name]:
+def _rule(name: str, names: Sequence[str], kinds: Mapping[str, str]) -> Rule:
+    rules = (_OF_KIND[kinds[name]],) if name in kinds else _GATE if name.startswith(_ROLLOUT + "gate/") else RULES.get(name, ())
+    if not rules:
+        expected = f"a kind in kinds= ({', '.join(KINDS)}) or one of {', '.join(map(repr, RULES))}"
+        raise ValueError(f"unknown metric {name!r}: it has no rule to merge by, expected {expected}")
+    for rule in rules:
         if all(need in names for need in rule.needs):
             return rule
-    expected = " or ".join(" and ".join(map(repr, rule.needs)) for rule in RULES[name])
+    expected = " or ".join(" and ".join(map(repr, rule.needs)) for rule in rules)
     raise ValueError(f"metric {name!r} is merged by {expected}, which the metrics do not have: got {', '.join(map(repr, names))}")
 
 
 @torch.no_grad()
-def merge_rows(names: Sequence[str], rows: Tensor) -> Tensor:
-    """`merge_metrics` of numbers: rows [P, K] float, one a part, with the K names of the columns -> [K].
+def merge_rows(names: Sequence[str], rows: Tensor, kinds: Mapping[str, str] = MappingProxyType({})) -> Tensor:
+    """`reduce_metrics` of numbers: rows [P, K] float, one a part, with the K names of the columns -> [K].
 
     Raises:
         ValueError: a name without a rule, or one whose counts are missing.
     """
     groups: dict[Rule, list[str]] = {}
     for name in names:
-        groups.setdefault(_rule(name, names), []).append(name)
+        groups.setdefault(_rule(name, names, kinds), []).append(name)
     columns = dict(zip(names, rows.unbind(-1), strict=True))
     merged: dict[str, Tensor] = {}
     for rule, group in groups.items():
@@ -136,29 +175,78 @@ def merge_rows(names: Sequence[str], rows: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def merge_metrics(parts: Sequence[Mapping[str, Tensor]], *, group: torch.distributed.ProcessGroup | None = None) -> dict[str, Tensor]:
+def reduce_metrics(
+    parts: Sequence[Mapping[str, Tensor]],
+    *,
+    group: torch.distributed.ProcessGroup | None = None,
+    kinds: Mapping[str, str] | None = None,
+) -> dict[str, Tensor]:
     """The metrics of a batch from those of its parts. For every loss, exact up to the rounding of the parts.
 
     Means weigh by their counts (`tokens`, `sequences`, ...), which are added up. `ratio_max` and `ratio_min`
     take the parts that have tokens. `effective_sample_size` is that of all tokens together. What a selection
     made of each part (`selected_fraction`, ...) is merged as it is. The `loss` of `BGPOAccumulator` is added
-    up.
+    up. Those of `rollout_weights` merge by counts of their own.
 
     Args:
         parts: the metrics of one loss for each micro-batch, name -> 0-d tensor, all with the same names. A
             part may be empty (a batch without tokens), or the result of another merge.
         group: processes to merge over as well, by one all_gather of a number a metric. Each hands over its
             own parts, as many as it has but at least one, with the same names everywhere.
+        kinds: how to merge metrics of your own, name -> "mean", "max", "min", "sum", "log_mean" (the log of
+            a mean) or "ess" (of ratios with `log_mean_ratio`). All but sums go by `tokens`: parts without any
+            have no say, and of nothing the result is 0 ("ess": 1).
 
     Returns:
         name -> 0-d float64 tensor (float32 on Apple's GPUs), on the device of the parts and detached. Nothing
-        is read on the host.
+        is read on the host. On GPUs NaN if the processes' names differ.
 
     Raises:
         TypeError: a part that is no mapping, a metric that is no tensor. ValueError: no parts, names
-        that differ between parts or have no rule, missing counts, tensors that are not 0-d.
+        that differ between parts or have no rule, missing counts, tensors that are not 0-d. With a group on
+        CPUs every rank raises if one does, or if their names differ.
     """
-    check_group(group)
+    first = next(iter(parts[0].values()), None) if isinstance(parts, Sequence) and parts and isinstance(parts[0], Mapping) else None
+    with Meeting("reduce_metrics", group, first) as meeting:
+        kinds = _check_kinds(kinds)
+        _check_parts(parts)
+        names = sorted(parts[0])  # processes may have them in any order
+        for name in names:
+            _rule(name, names, kinds)
+        if isinstance(first, Tensor):
+            meeting.would_send(lambda: [first.new_empty(len(names) + 1, dtype=_widest(first))])
+        if meeting.exchanges:
+            meeting.about(options={"the metrics": tuple(names), "kinds": tuple(sorted(kinds.items()))})
+    if not names:
+        return {}
+    widest = _widest(parts[0][names[0]])
+    merged = merge_rows(names, torch.stack([torch.stack([part[name].detach().to(widest) for name in names]) for part in parts]), kinds)
+    if meeting.ranks > 1:
+        digest = merged.new_full((1,), digest_of(repr((names, sorted(kinds.items()))).encode()) % (1 << 23))
+        everyone = gather(torch.cat([merged, digest]), meeting.group_name, meeting.ranks)
+        merged = torch.where((everyone[:, -1] == digest).all(), merge_rows(names, everyone[:, :-1], kinds), torch.nan)
+    result = dict(zip(names, merged.unbind(), strict=True))
+    return {name: result[name] for name in parts[0]}
+
+
+merge_metrics = reduce_metrics  # its first name
+
+
+def _widest(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
+def _check_kinds(kinds: Mapping[str, str] | None) -> Mapping[str, str]:
+    if kinds is None:
+        return {}
+    if not isinstance(kinds, Mapping):
+        raise TypeError(f"kinds must be a dict, name -> kind, got {shown(kinds)}")
+    for kind in kinds.values():
+        check_choice("kinds", kind, KINDS)
+    return kinds
+
+
+def _check_parts(parts: Any) -> None:
     if not isinstance(parts, Sequence) or isinstance(parts, str):
         raise TypeError(f"parts must be a list of dicts of metrics, got {type(parts).__name__}")
     if not parts:
@@ -175,14 +263,3 @@ def merge_metrics(parts: Sequence[Mapping[str, Tensor]], *, group: torch.distrib
             if value.dim() != 0 or value.dtype.is_complex:
                 got = f"{value.dtype} of shape {tuple(value.shape)}"
                 raise ValueError(f"metric {name!r} must be one real number, a 0-d tensor, got {got}")
-    if not parts[0]:
-        return {}
-    names = sorted(parts[0])  # processes may have them in any order
-    widest = torch.float32 if parts[0][names[0]].device.type == "mps" else torch.float64  # which Apple's GPUs do not have
-    merged = merge_rows(names, torch.stack([torch.stack([part[name].detach().to(widest) for name in names]) for part in parts]))
-    if group is not None:
-        gathered = [torch.empty_like(merged) for _ in range(torch.distributed.get_world_size(group))]
-        torch.distributed.all_gather(gathered, merged, group=group)
-        merged = merge_rows(names, torch.stack(gathered))
-    result = dict(zip(names, merged.unbind(), strict=True))
-    return {name: result[name] for name in parts[0]}

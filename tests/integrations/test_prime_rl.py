@@ -81,7 +81,7 @@ def test_what_prime_rl_makes_of_metrics():
     stacked = {name: torch.stack([metrics[name] for metrics in outputs]) for name in outputs[0]}
     assert stacked["ratio_max"].max().item() == pytest.approx(math.e, rel=1e-6) and stacked["ratio_min"].min() == 1
     assert stacked["clip_fraction_high"].mean() == 0.5 and stacked["tokens"].tolist() == [12, 4]
-    assert rlkern.metrics.merge_metrics(outputs)["clip_fraction_high"] == 0.375
+    assert rlkern.reduce_metrics(outputs)["clip_fraction_high"] == 0.375
 
 
 @pytest.mark.parametrize("weighted", (False, True))

@@ -11,7 +11,7 @@ from trl import GRPOConfig
 from trl import GRPOTrainer as _GRPOTrainer
 
 from ...losses import LossOutput
-from ...metrics.merge import merge_metrics
+from ...metrics.merge import reduce_metrics
 from ...primitives.reductions import sequence_mean
 from ...primitives.row_stats import check_kept_mass
 from ...primitives.token_stats import token_stats
@@ -51,7 +51,7 @@ class GRPOTrainer(_GRPOTrainer):
     TRL's. "gmpo" and "nft" refuse them.
 
     Metrics of the loss are logged as "rlkern/<name>": those of all tokens of all micro-batches and processes
-    since the last log (`merge_metrics`).
+    since the last log (`reduce_metrics`).
 
     clip_cov, kl_cov and lp_reg select among the tokens of a process's micro-batch. With select_over="group"
     among their options they select among those of all processes' micro-batches that come at the same time,
@@ -192,7 +192,7 @@ class GRPOTrainer(_GRPOTrainer):
             del metrics[key][before.get(key, 0) :]  # those of the loss that was not used
             if not metrics[key]:
                 del metrics[key]
-        self._rlkern_metrics[mode] = [merge_metrics([*self._rlkern_metrics[mode], extra])]
+        self._rlkern_metrics[mode] = [reduce_metrics([*self._rlkern_metrics[mode], extra])]
         if self._entropy_bonus_enabled:  # then TRL logs it
             metrics["policy_loss"][-1] += self.accelerator.gather(policy_loss.detach()).nanmean().item()
         accumulates = self.loss_type != "dapo" and mode == "train"
@@ -204,7 +204,7 @@ class GRPOTrainer(_GRPOTrainer):
         parts, self._rlkern_metrics[mode] = self._rlkern_metrics[mode], []
         if parts:
             group = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
-            merged = merge_metrics(parts, group=group)
+            merged = reduce_metrics(parts, group=group)
             values = dict(zip(merged, torch.stack(list(merged.values())).tolist(), strict=True))
             for name, value in values.items():
                 self._metrics[mode][f"rlkern/{name}"].append(value)
