@@ -146,8 +146,8 @@ def test_from_logits():
         (ValueError, "unknown loss_type 'dpo', expected one of 'kto', 'apo_zero_unpaired'", {"kl": 0.0, "loss_type": "dpo"}),
         (ValueError, "beta must be positive and finite, got 0", {"kl": 0.0, "beta": 0.0}),
         (ValueError, r"desirable_weight must be in \[0, inf\), got -1", {"kl": 0.0, "desirable_weight": -1.0}),
-        (ValueError, r"weights must be \[B\], one a response, here \(4,\).*got \(3,\)", {"kl": 0.0, "weights": torch.zeros(3)}),
-        (ValueError, r"desirable must be \[B\], one a response, here \(4,\).*got \(2,\)", {"kl": 0.0, "desirable": DESIRABLE[:2]}),
+        (ValueError, r"weights must be \[B\] or \[B, 1\], one a response, here \(4,\).*got \(3,\)", {"kl": 0.0, "weights": torch.zeros(3)}),
+        (ValueError, r"desirable must be \[B\] or \[B, 1\], one a response, here \(4,\).*got \(2,\)", {"kl": 0.0, "desirable": DESIRABLE[:2]}),
     ],
 )
 def test_errors(error, message, options):

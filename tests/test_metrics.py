@@ -9,6 +9,7 @@ import loss_battery as battery
 import pytest
 import torch
 from bgpo_batch import Batch
+from thread_ranks import thread_ranks
 from two_processes import one_of_them, results_of
 
 import rlkern
@@ -162,7 +163,58 @@ def test_every_rule_is_a_metric_of_some_loss():
     batch = Batch()
     names = set().union(*(battery.metrics_of(case(case.inputs()[0])) for case in battery.CASES))
     names |= set(bgpo_metrics(slice(None), batch)) | set(rlkern.metrics.displacement_metrics(*torch.zeros(4, 1)))
+    x = torch.zeros(1, 2)
+    names |= rlkern.rollout_weights(x, x, x == 0, gates={"token_k2": 1.0}).metrics.keys() - {"rollout/gate/token_k2"}
     assert names == set(RULES)
+
+
+def test_numbers():
+    """3 of 12 and 3 of 4 tokens clipped; ratios e^.5 and e; a part without tokens."""
+    parts = [
+        rlkern.ppo_loss(torch.full((1, n), d), torch.zeros(1, n), torch.where(torch.arange(n) < 3, 1.0, -1.0).unsqueeze(0), torch.ones(1, n)).metrics
+        for n, d in ((12, 0.5), (4, 1.0))
+    ]
+    merged = rlkern.reduce_metrics(parts)
+    expected = {"clip_fraction_high": 0.375, "ratio_max": math.e, "ratio_min": math.exp(0.5), "effective_sample_size": 0.944803, "tokens": 16}
+    for name, value in expected.items():
+        assert merged[name].item() == pytest.approx(value, rel=1e-6), name
+    few = [rlkern.ppo_loss(torch.full((1, 2), -1.0), torch.zeros(1, 2), torch.ones(1), torch.full((1, 2), float(count))).metrics for count in (1, 0)]
+    assert rlkern.reduce_metrics(few)["ratio_max"].item() == pytest.approx(math.exp(-1))
+    again = rlkern.reduce_metrics([rlkern.reduce_metrics(parts[:1]), parts[1]])
+    torch.testing.assert_close(again, merged)
+
+
+def test_kinds():
+    """Metrics of a caller's own, by tokens: a part without any has no say."""
+    own = {"mean": (1.0, 3.0), "max": (1.0, 3.0), "min": (1.0, 3.0), "sum": (1.0, 3.0), "log_mean": (0.0, 1.0)}
+    parts = [{"tokens": torch.tensor(n), **{f"my {kind}": torch.tensor(v[i]) for kind, v in own.items()}} for i, n in enumerate((3.0, 1.0))]
+    parts.append({"tokens": torch.tensor(0.0), **{f"my {kind}": torch.tensor(9.0) for kind in own}})
+    merged = rlkern.reduce_metrics(parts, kinds={f"my {kind}": kind for kind in own})
+    expected = {"my mean": 1.5, "my max": 3, "my min": 1, "my sum": 13, "my log_mean": math.log((3 + math.e) / 4), "tokens": 4}
+    assert {name: value.item() for name, value in merged.items()} == pytest.approx(expected)
+    for kinds, error, message in (({"my mean": "average"}, ValueError, "unknown kinds 'average'"), (["mean"], TypeError, "kinds must be a dict"),
+                                  (None, ValueError, "unknown metric 'my log_mean': it has no rule .* kinds=")):  # fmt: skip
+        with pytest.raises(error, match=message):
+            rlkern.reduce_metrics(parts, kinds=kinds)
+
+
+def test_of_rollout_weights():
+    """Two parts merge into the whole, one of them rejected to the last token."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (-torch.rand(6, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    mask = torch.rand(6, 5, generator=g) < 0.8
+    for preset in ("tis", "icepop", "seq-tis", "seq-mask-tis"):
+        whole = rlkern.rollout_weights(x, y, mask, preset=preset).metrics
+        parts = [rlkern.rollout_weights(x[rows], y[rows], mask[rows], preset=preset).metrics for rows in (slice(0, 2), slice(2, 2), slice(2, 6))]
+        torch.testing.assert_close(rlkern.reduce_metrics(parts), whole, rtol=1e-9, atol=1e-12)
+
+
+def test_a_rank_that_refuses():
+    def report(group):
+        return rlkern.reduce_metrics([{"tokens": torch.ones(()), f"m{group.place}": torch.ones(())}], group=group, kinds={"m1": "sum"})
+
+    with thread_ranks(2) as run, pytest.raises(ValueError, match="unknown metric 'm0'"):
+        run(report)
 
 
 def test_nothing_waits_for_the_device():

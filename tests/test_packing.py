@@ -95,8 +95,9 @@ def test_next_tokens_stay_in_their_sequence():
         ({"cu_seqlens": CU[:0], "mask": MASK}, ValueError, r"cu_seqlens must be \[S \+ 1\]"),
         ({"cu_seqlens": CU, "mask": MASK, "num_seqs": 3}, ValueError, "num_seqs must be the number of sequences, 4 by cu_seqlens, got 3"),
         ({"cu_seqlens": CU, "mask": MASK, "seq_lens": CU}, ValueError, "seq_lens"),
+        ({"cu_seqlens": CU, "mask": MASK, "seq_lens": torch.tensor([3, 2, 0, 4])}, ValueError, "seq_lens must be from 0 to the sizes"),
         ({"cu_seqlens": CU, "mask": MASK, "full_lengths": torch.tensor([3, 1, 0, 2])}, ValueError, "full_lengths must be at least"),
-        ({"lengths": [3, -1], "num_tokens": 4}, ValueError, "lengths must not be negative, got -1"),
+        ({"lengths": [3, -1], "num_tokens": 4}, ValueError, "lengths must not be negative, nor more than there is memory for, got -1 to 3"),
         ({"position_ids": torch.arange(4), "mask": MASK}, ValueError, r"mask must have the 4 tokens of position_ids, got shape \(10,\)"),
         ({"position_ids": torch.arange(4), "padding_id": 0}, ValueError, "padding_id is an integer for segment_ids"),
     ],
@@ -403,6 +404,71 @@ def test_losses_that_compare_tokens_take_no_group(loss):
 
     with thread_ranks(2) as run, pytest.raises(ValueError, match="takes no pack with group="):
         run(call)
+
+
+def test_what_cannot_be_told_apart_is_refused():
+    """As many tokens as sequences: [S, 1] beside logp [N, 1], [S] beside [N]."""
+    pack, x, a = packed(torch.tensor([0, 2, 2]), num_tokens=2), torch.tensor([-1.0, -1]), torch.tensor([[1.0], [5.0]])
+    assert rlkern.ppo_loss(x, None, a, pack).loss == rlkern.ppo_loss(x.view(1, 2), None, a, pack).loss == -1
+    with pytest.raises(ValueError, match="may be one a token or one a sequence"):
+        rlkern.ppo_loss(x.view(2, 1), None, a, pack)
+    rate = torch.full((2, 1), 0.5)
+    assert rlkern.nft_loss(x, x - 0.1, rate, rate > 0, pack).loss == rlkern.nft_loss(x.view(1, 2), x.view(1, 2) - 0.1, rate, rate > 0, pack).loss
+    assert rlkern.log_ratio_sums(x, x - 1, pack, of="gspo").tolist() == [2, 0]
+
+
+def test_weights_of_masked_tokens_reach_nothing():
+    w, mask = torch.tensor([[1.0, math.nan, 2]]), torch.tensor([[True, False, True]])
+    x = torch.zeros(1, 3)
+    assert rlkern.ppo_loss(x, x, torch.ones(1), mask, aggregation=w).loss == rlkern.ppo_loss(x, x, torch.ones(1), mask, weights=w).loss * 2 == -3
+    assert rlkern.aggregate(x + 1, packed(torch.tensor([0, 3]), mask), w) == 3
+
+
+def test_impossible_tokens_in_parts():
+    """-inf of one token: the mean ratio is 0, in whole sequences and in parts."""
+    logp, old = torch.tensor([-1.0, -math.inf, -0.5]), torch.tensor([-1.0, -1, -1])
+    pack = packed(torch.tensor([0, 3]), num_tokens=3)
+    part = packed(torch.tensor([0, 3]), num_tokens=3, full_lengths=torch.tensor([3]))
+    for loss, of in ((rlkern.gspo_loss, "gspo"), (rlkern.gmpo_loss, "gmpo")):
+        more = {"advantages": torch.ones(1)} if of == "gmpo" else {}
+        sums = rlkern.log_ratio_sums(logp, old, pack, of=of, **more)
+        leaf = logp.clone().requires_grad_()
+        value = loss(leaf, old, torch.ones(1), part, log_ratio_sums=sums, normalizer=1.0).loss
+        assert value == loss(logp, old, torch.ones(1), pack).loss == 0
+        assert torch.autograd.grad(value, leaf)[0].isfinite().all()
+
+
+def test_a_nested_tensor_is_refused_everywhere():
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged)
+    pack = packed(nested.offsets(), num_tokens=5)
+    for call in (lambda: rlkern.gspo_loss(nested, None, torch.ones(2), pack), lambda: rlkern.ppo_loss(nested, nested, nested, nested),
+                 lambda: rlkern.aggregate(nested, pack), lambda: rlkern.aggregate(nested, nested), lambda: pack.sum(nested)):  # fmt: skip
+        with pytest.raises(TypeError, match="must not be a nested tensor"):
+            call()
+
+
+def test_arguments_of_methods():
+    pack = packed(torch.tensor([0, 3, 5]), num_tokens=7)
+    for values, error in (([1.0] * 7, TypeError), (torch.ones(6), ValueError), (torch.ones(7, dtype=torch.int64), TypeError)):
+        with pytest.raises(error, match="values must"):
+            pack.sum(values)
+    with pytest.raises(ValueError, match=r"x must be \(2,\) for the pack"):
+        pack.spread(torch.ones(3))
+
+
+def test_vespo_weights_of_sequences_on_ranks_with_one_token():
+    def call(group):
+        tokens = 2 - group.place
+        pack = packed(torch.tensor([0, tokens]), num_tokens=tokens, group=group)
+        x = torch.full((1, tokens), -1.0)
+        return rlkern.vespo_loss(x, x - 0.1, torch.ones(1, 1), pack, rollout_weights=torch.full((1, 1), 0.5)).loss
+
+    with thread_ranks(2) as run:
+        parts = run(call)
+    x = torch.full((1, 3), -1.0)
+    torch.testing.assert_close(
+        sum(parts), rlkern.vespo_loss(x, x - 0.1, torch.ones(1), torch.ones(1, 3), rollout_weights=torch.full((1, 1), 0.5)).loss
+    )
 
 
 def test_elbo_of_a_pack():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import as_bool, check_choice, check_number, computing_dtype, expect
-from ..primitives.packing import Packed, Rows, per_token, sequences_of
+from ..primitives.packing import Packed, Rows, per_token, refuse_nested, sequences_of
 from ..primitives.sequence_sums import wide
 from ..primitives.token_terms import TokenTerms
 
@@ -122,6 +122,7 @@ def aggregate(
             normalizers, a normalizer beside weights, a missing one for a pack.
     """
     check_aggregation(mode, normalizer)
+    refuse_nested("values", values)
     expect("values", values, "float", "[...]")
     if isinstance(mask, Packed):
         sequences: Rows | Packed = sequences_of(mask, values, "values")
@@ -156,7 +157,8 @@ def _scale(
 ) -> tuple[Tensor | None, float | Tensor]:
     """(what multiplies each token, or None; what divides the sum). tokens: how many count here, if known."""
     if isinstance(mode, Tensor):
-        return per_token("aggregation mode (weights)", mode, values, sequences, of="values"), 1
+        factor = per_token("aggregation mode (weights)", mode, values, sequences, of="values")
+        return torch.where(sequences.mask, factor, 0), 1
     if isinstance(normalizer, Tensor):
         normalizer = normalizer.to(values.dtype)  # a float64 one would make the loss float64
     if mode in TOKEN_MODES:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import LARGEST_EXPONENT
-from ..checks import as_bool, check_choice, check_number, check_tokens
+from ..checks import as_bool, check_choice, check_number, check_tokens, computing_dtype
 from ..primitives.packing import Packed, per_sequence, per_token, sequences_of
 from ..primitives.ratio import PolicyInputs, PolicyTokens, clean
 from .aggregate import check_aggregation, check_parts
@@ -102,6 +102,11 @@ def refuse_split(x: PolicyInputs) -> None:
         )
 
 
+def own_gradient(x: Tensor) -> Tensor:
+    """0 with the gradient of x; also where x is infinite, and x - x is not a number."""
+    return torch.where(x.isfinite(), x - x.detach(), 0)
+
+
 def whole_sums(values: Tensor, p: PolicyTokens, log_ratio_sums: Tensor | None) -> Tensor:
     """[B] or [S]: the sum of each whole sequence, with the gradient of the tokens here.
 
@@ -112,15 +117,28 @@ def whole_sums(values: Tensor, p: PolicyTokens, log_ratio_sums: Tensor | None) -
         if not p.sequences.whole:
             raise ValueError("parts of sequences (full_lengths=) need log_ratio_sums= [S], added up over the parts: see rlkern.log_ratio_sums")
         return own
-    return per_sequence("log_ratio_sums", log_ratio_sums, p.logp, p.sequences) + (own - own.detach())
+    return per_sequence("log_ratio_sums", log_ratio_sums, p.logp, p.sequences) + own_gradient(own)
 
 
 # --- losses without advantages ------------------------------------------------------------------------------
 
 
-def ratio_tokens(logp: Tensor, old_logp: Tensor | None, mask: Tensor | Packed, **options) -> PolicyTokens:
+def ratio_tokens(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    mask: Tensor | Packed,
+    *,
+    aggregation: str | Tensor = "token-mean",
+    normalizer: float | Tensor | None = None,
+) -> PolicyTokens:
     """`policy_tokens` without advantages: they are 1."""
-    return policy_tokens(logp, old_logp, torch.ones_like(logp.detach()) if isinstance(logp, Tensor) else torch.ones(0), mask, **options)
+    check_aggregation(aggregation, normalizer)
+    sequences = sequences_of(mask, logp)
+    check_parts(sequences, aggregation, normalizer)
+    if old_logp is not None:
+        check_tokens("old_logp", old_logp, logp)
+    ones = torch.ones_like(logp, dtype=computing_dtype(logp)).detach()
+    return clean(PolicyInputs(logp, old_logp, ones, sequences.mask, sequences, None, None))
 
 
 def log_ratio_to(name: str, other_logp: Tensor, tokens: PolicyTokens) -> Tensor:

@@ -83,8 +83,8 @@ def _effective_sample_size(values: Tensor, count: Tensor, log_mean: Tensor) -> T
 
 def _ess_of_mean(values: Tensor, count: Tensor, mean: Tensor) -> Tensor:
     """As `_effective_sample_size`, with the mean itself. A part whose weights are all 0 has none."""
-    sums = (count * mean).unsqueeze(-1)
-    squares = torch.where(values > 0, sums.square() / (count.unsqueeze(-1) * torch.where(values > 0, values, 1)), 0)
+    sums, has = (count * mean).unsqueeze(-1), (count > 0).unsqueeze(-1) & (values > 0)
+    squares = torch.where(has, sums.square() / torch.where(has, count.unsqueeze(-1) * values, 1), 0)
     total, square = count.sum(), squares.sum(0)
     return torch.where(total > 0, torch.where(square > 0, sums.sum(0).square() / (total * torch.where(square > 0, square, 1)), 0), 1)
 

@@ -142,7 +142,7 @@ class Packed(NamedTuple):
     def among(self, mask: Tensor) -> Packed:
         """The same sequences with other tokens that count, bool in the shape of the mask."""
         if not self.whole:
-            raise ValueError("parts of sequences (full_lengths=) do not know which tokens of the other parts count")
+            raise ValueError("this leaves tokens out, and a pack with full_lengths= does not know how many of the other parts: give whole sequences")
         mask = mask & (self.seq_idx < self.cu_seqlens.shape[0] - 1)
         own = _counts(mask, self.cu_seqlens)
         if self.group_name == "":
@@ -150,6 +150,8 @@ class Packed(NamedTuple):
         return self._changed(self.seq_idx, mask, add_up(own.clone(), self.group_name), own)
 
     def _tokens(self, values: Tensor) -> Tensor:
+        refuse_nested("values", values)
+        expect("values", values, "float", "[...]")
         if values.numel() != self.mask.numel():
             raise ValueError(f"values must have the {self.mask.numel()} tokens of the pack, got shape {tuple(values.shape)}")
         return numbers_of(values).reshape(-1)
@@ -189,6 +191,8 @@ class Packed(NamedTuple):
 
     def spread(self, x: Tensor) -> Tensor:
         """[S] -> tokens: each gets the number of its sequence, with gradient; 0 where it belongs to none."""
+        n = self.cu_seqlens.shape[0] - 1
+        expect("x", x, "real", "[S]", shape=(n,), like=("the pack", self.mask))
         return spread(x.unsqueeze(0), self.seq_idx.reshape(-1), self.cu_seqlens)[0].view(self.mask.shape)
 
     def rank(self) -> Tensor:
@@ -288,7 +292,8 @@ def packed(
             if values_readable(full_lengths) and (full_lengths < where.lengths).any():
                 raise ValueError("full_lengths must be at least the tokens that count here, got fewer for some sequence")
         if meeting.exchanges:
-            meeting.about(rows=size, options={"full_lengths": full_lengths is not None})
+            asked = None if full_lengths is None or not values_readable(full_lengths) else tuple(full_lengths.tolist())
+            meeting.about(rows=size, options={"full_lengths": full_lengths is not None if asked is None else asked})
     if full_lengths is not None:
         lengths, own = full_lengths.long(), where.lengths
     elif meeting.ranks > 1:
@@ -310,8 +315,7 @@ def _checked(forms: dict[str, Any], mask, padding_id, seq_lens, num_seqs, num_to
     form = _form(forms)
     x = forms[form]
     for name, tensor in {form: x, "mask": mask, "seq_lens": seq_lens}.items():
-        if isinstance(tensor, Tensor) and tensor.is_nested:
-            raise TypeError(f"{name} must not be a nested tensor: pass .values(), and packed(x.offsets())")
+        refuse_nested(name, tensor)
     if mask is not None:
         expect("mask", mask, "real", "[...]")
     if padding_id is not None and (form != "segment_ids" or not isinstance(padding_id, int)):
@@ -337,8 +341,8 @@ def _from_offsets(form: str, x: Any, mask: Tensor | None, seq_lens, num_seqs, nu
                 num_tokens = sum(x)
             x = torch.tensor(x, dtype=torch.int64, device="cpu" if mask is None else mask.device)
         expect("lengths", x, "integer", "[S]")
-        if values_readable(x) and (x < 0).any():
-            raise ValueError(f"lengths must not be negative, got {x.min().item()}")
+        if values_readable(x) and ((x < 0) | (x >= 1 << 48)).any():
+            raise ValueError(f"lengths must not be negative, nor more than there is memory for, got {x.min().item()} to {x.max().item()}")
         cu_seqlens = torch.nn.functional.pad(x.long().cumsum(0), (1, 0))
     else:
         expect("cu_seqlens", x, "integer", "[S + 1]", shape=None)
@@ -366,6 +370,8 @@ def _from_offsets(form: str, x: Any, mask: Tensor | None, seq_lens, num_seqs, nu
     seq_idx = torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
     if seq_lens is not None:
         expect("seq_lens", seq_lens, "integer", "[S]", shape=(size,), like=(form, cu_seqlens))
+        if values_readable(seq_lens) and ((seq_lens < 0) | (seq_lens > cu_seqlens.diff())).any():
+            raise ValueError("seq_lens must be from 0 to the sizes of the slots of cu_seqlens, got others")
         ends = torch.nn.functional.pad(cu_seqlens[:-1] + seq_lens, (0, 1))
         seq_idx = torch.where(places < ends[seq_idx], seq_idx, size)
     return pack_of(cu_seqlens, seq_idx, mask, size)
@@ -407,6 +413,12 @@ def pack_of(cu_seqlens: Tensor, seq_idx: Tensor, mask: Tensor | None, num_seqs: 
 # --- for losses ---------------------------------------------------------------------------------------------
 
 
+def refuse_nested(name: str, x: Any) -> None:
+    """Raises TypeError for a nested tensor."""
+    if isinstance(x, Tensor) and x.is_nested:
+        raise TypeError(f"{name} must not be a nested tensor: pass .values(), and packed(x.offsets())")
+
+
 def check_packed(packed: Any) -> None:
     """Raises TypeError for anything but a `Packed`."""
     if not isinstance(packed, Packed):
@@ -420,12 +432,15 @@ def sequences_of(mask: Any, logp: Tensor, of: str = "logp") -> Rows | Packed:
         TypeError, ValueError: logp that is no float [B, T], or with a pack no float of N elements in any
             shape; a mask of another shape or device.
     """
+    refuse_nested("mask", mask)
     if not isinstance(mask, Packed):
+        refuse_nested(of, logp)
         expect(of, logp, "float", "[...]")
         if logp.dim() != 2:
             raise ValueError(f"{of} must be [B, T] beside a mask of that shape (any shape beside a Packed as mask), got shape {tuple(logp.shape)}")
         check_tokens("mask", mask, logp, "real", of)
         return Rows(as_bool(mask))
+    refuse_nested(of, logp)
     expect(of, logp, "float", "[...]")
     if logp.numel() != mask.mask.numel():
         raise ValueError(f"{of} must have the {mask.mask.numel()} tokens of the pack, got shape {tuple(logp.shape)}")
@@ -458,8 +473,9 @@ def per_token(name: str, x: Any, logp: Tensor, sequences: Rows | Packed, kind: s
     if not known and isinstance(x, Tensor) and x.shape != logp.shape:
         _check_known(name, sequences)
     expect(name, x, kind, "like logp, [S] or [S, 1]", shape=shapes, like=(of, logp), detached=True)
-    if known and x.dim() == 1 and logp.dim() == 1 and logp.shape[0] == n and n > 0:
-        raise ValueError(f"{name} [{n}] may be one a token or one a sequence, as there are {n} of both: give it as [S, 1], or the tokens as [1, N]")
+    if known and x.shape == logp.shape and x.shape in ((n,), (n, 1)) and n > 1:
+        wanted = "give it as [S, 1], or the tokens as [1, N]"
+        raise ValueError(f"{name} {list(x.shape)} may be one a token or one a sequence, as there are {n} of both: {wanted}")
     x = x.to(dtype)
     return x if x.shape == logp.shape else sequences.spread(x.reshape(-1))
 

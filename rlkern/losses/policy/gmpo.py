@@ -13,7 +13,7 @@ from ...primitives.kinks import bounded
 from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyTokens, clip_fractions, ratio_metrics
 from ..aggregate import LossOutput, aggregate_values
-from ..arguments import policy_tokens, whole_sums
+from ..arguments import own_gradient, policy_tokens, whole_sums
 from ..rollout_weights import BY_SEQUENCE, RolloutWeights
 
 
@@ -56,7 +56,7 @@ def gmpo_loss(
     clipped = clipped_log_ratio(d, a, clip_low, clip_high)
     sums, lengths = whole_sums(clipped, p, log_ratio_sums), p.sequences.lengths.clamp(min=1)
     if p.sequences.is_split():  # each token its own gradient: that of other tokens' values is not here
-        exponent, scale = p.sequences.spread((sums / lengths).detach()) + (clipped - clipped.detach()), a
+        exponent, scale = p.sequences.spread((sums / lengths).detach()) + own_gradient(clipped), a
     else:
         exponent, scale = p.sequences.spread(sums / lengths), p.sequences.spread(p.sequences.mean(a))
     values = p.weigh((-scale * bounded(exponent, high=LARGEST_EXPONENT).exp()).expand_as(p.logp))

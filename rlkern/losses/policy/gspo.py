@@ -10,7 +10,7 @@ from ...primitives.kinks import bounded
 from ...primitives.packing import Packed
 from ...primitives.ratio import clip_fractions, clipped_surrogate, ratio_metrics
 from ..aggregate import LossOutput, aggregate_values
-from ..arguments import check_clip, policy_tokens, whole_sums
+from ..arguments import check_clip, own_gradient, policy_tokens, whole_sums
 from ..rollout_weights import BY_SEQUENCE, RolloutWeights
 
 
@@ -59,7 +59,7 @@ def gspo_loss(
         normalizer=normalizer,
     )
     mean = whole_sums(p.log_ratio.detach(), p, log_ratio_sums) / p.sequences.lengths.clamp(min=1)
-    exponent = p.sequences.spread(mean) + (p.logp - p.logp.detach())
+    exponent = p.sequences.spread(mean) + own_gradient(p.logp)
     ratio = bounded(exponent, high=log_ratio_clamp).exp()
     values = p.weigh(clipped_surrogate(ratio, p.advantages, clip_low, clip_high))
     metrics = {**clip_fractions(ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high), **ratio_metrics(p)}

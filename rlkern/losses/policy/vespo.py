@@ -22,11 +22,16 @@ _SMALLEST = math.log(1e-8)  # of a weight and of the sequence; that of a token i
 
 
 def _log_weight(weights: Tensor, p: PolicyTokens) -> Tensor:
-    """The log of the sequence's importance weight [B], given so or as its tokens' weights [B, T]."""
+    """The log of the sequence's importance weight [B], given so or as its tokens' weights [B, T].
+
+    A sequence's is never told from tokens' by how many tokens this rank has: the ranks exchange only sums of
+    tokens' weights.
+    """
     by_token = per_token("rollout_weights", weights, p.logp, p.sequences)
-    if weights.shape == p.logp.shape:
-        return p.sequences.sum(_log(by_token))
-    return _log(weights.detach().to(p.logp.dtype).reshape(-1))
+    n = p.sequences.lengths.shape[0]
+    if weights.shape in ((n,), (n, 1)) and (p.sequences.group_name != "" or weights.shape != p.logp.shape):
+        return _log(weights.detach().to(p.logp.dtype).reshape(-1))
+    return p.sequences.sum(_log(by_token))
 
 
 def _log(weights: Tensor) -> Tensor:

@@ -47,21 +47,21 @@ def _check_sequences(like: Tensor, of: str, size: int, kl, desirable, weights) -
     named = (of, like)
     if isinstance(kl, Tensor):
         expect("kl", kl, "float", "[] or [1], one number", shape=((), (1,)), like=named)
-    expect("desirable", desirable, "real", "[B], one a response", shape=((size,),), like=named)
+    expect("desirable", desirable, "real", "[B] or [B, 1], one a response", shape=((size,), (size, 1)), like=named)
     if weights is not None:
-        expect("weights", weights, "float", "[B], one a response", shape=((size,),), like=named)
+        expect("weights", weights, "float", "[B] or [B, 1], one a response", shape=((size,), (size, 1)), like=named)
 
 
 def _losses(policy, reference, desirable, kl, weights, beta, desirable_weight, undesirable_weight) -> KTOOutput:
     log_ratio = policy - reference
     baseline = 0.0 if kl is None else kl.detach().to(policy.dtype).reshape(()) if isinstance(kl, Tensor) else kl
-    desirable = as_bool(desirable)
+    desirable = as_bool(desirable).reshape(-1)
     x = beta * (log_ratio - baseline)
     losses = complement(torch.where(desirable, x, -x))
     if desirable_weight != 1 or undesirable_weight != 1:
         losses = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
     if weights is not None:
-        losses = losses * weights.detach().to(losses.dtype)
+        losses = losses * weights.detach().to(losses.dtype).reshape(-1)
     return KTOOutput(losses, (beta * log_ratio).detach())
 
 
