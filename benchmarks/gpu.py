@@ -42,7 +42,7 @@ from session import FILES, ROOT, TOTALS, Group, Session, Step
 STARTED = time.monotonic()
 BENCHMARKS, RESULTS = ROOT / "benchmarks", ROOT / "benchmarks" / "results"
 TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "gpu_primitives", "gpu_smoke"))
-KERNELS = ("triton_token_stats", "launch_shapes", "token_stats", "ratio", "selection", "covariance", "unread_rows")
+KERNELS = ("triton_token_stats", "launch_shapes", "token_stats", "ratio", "selection", "covariance", "unread_rows", "sequence_sums")
 SECOND_ROWS = ("triton_pair", "triton_moments", "did")
 USERS = ("operator", "elbo", "bgpo_options", "kinks", "metrics", "default_dtype")
 SUITE = tuple(f"tests/test_{name}.py" for name in (*KERNELS, *SECOND_ROWS, *USERS))

@@ -210,6 +210,9 @@ PYBIND11_MODULE(_cpu, m) {
     fill(from, FIELD(n), FIELD(n_targets), FIELD(logits), FIELD(offsets), FIELD(place), FIELD(temperature), FIELD(temperatures),
          FIELD(state), FIELD(g_logp), FIELD(g_entropy), FIELD(g_logsumexp), FIELD(g_sum_sq), FIELD(out));
   });
+  define_tokens<SequenceSums>(m, "sequence_sums", [](const py::dict& from, auto& call) {
+    fill(from, FIELD(n), FIELD(rows), FIELD(sequences), FIELD(values), FIELD(mask), FIELD(cu_seqlens), FIELD(out));
+  });
   define_tokens<TokenCovariance>(m, "token_covariance", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums), FIELD(out));
   });

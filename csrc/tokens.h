@@ -90,6 +90,17 @@ struct KLTerms {
   void run() const;
 };
 
+// Sums over packed sequences; sequence i is [cu_seqlens[i], cu_seqlens[i + 1]).
+template <class A>
+struct SequenceSums {
+  int64_t n, rows, sequences;
+  const A* values;  // [rows, n]
+  const Flag* mask;
+  const int64_t* cu_seqlens;
+  double* out;  // [rows, sequences]
+  void run() const;
+};
+
 // Rows of logits of pairs; row r has the pairs [offsets[r], offsets[r + 1]).
 template <class A>
 struct KeptRowsForward {

@@ -376,6 +376,23 @@ def test_covariance_of_many_tokens(n, dtype):
     assert torch.equal(rlkern.token_covariance(x, a, torch.ones_like(x)), covariance)
 
 
+@pytest.mark.parametrize("sizes", [[1] * 5000, [131_072, 0, 7, 20_000], [0, 0]], ids=["many", "long", "empty"])
+def test_sequence_sums_of_a_pack(sizes):
+    generator = torch.Generator("cuda").manual_seed(0)
+    cu = torch.tensor([0, *sizes], device="cuda").cumsum(0)
+    x = torch.randn(sum(sizes) + 100, generator=generator, device="cuda")
+    mask = torch.rand(len(x), generator=generator, device="cuda") < 0.8
+    x[~mask] = math.nan
+    pack = rlkern.packed(cu, mask)
+    expected = torch.zeros(len(sizes) + 1, dtype=torch.float64).index_add(0, pack.seq_idx.cpu(), torch.where(mask, x, 0).double().cpu())[:-1]
+    sums = pack.sum(x)
+    torch.testing.assert_close(sums.cpu(), expected.float(), rtol=1e-6, atol=0)
+    assert torch.equal(pack.sum(x), sums)
+    leaf = x.requires_grad_()
+    (gradient,) = torch.autograd.grad(pack.sum(leaf), leaf, sums)
+    assert torch.equal(gradient, torch.where(mask, pack.spread(sums), 0))
+
+
 @pytest.mark.parametrize("most_listed", [1 << 22, 0], ids=["lists", "histograms"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_selection_over_ranks_as_on_cpus(monkeypatch, dtype, most_listed):

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import _cpu  # type: ignore[attr-defined]  # compiled
 from .contract import Keep, SetKind, mass_bits
-from .reference import sequence_sums as sequence_sums
 from .reference_pair_parts import pair_merge as pair_merge
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
@@ -220,6 +219,12 @@ def kept_rows_backward(logits, row, offsets, place, temperature, state, grads, o
 def token_covariance(logp, advantages, mask, sums, out) -> None:
     call = {"n": logp.numel(), "logp": logp, "advantages": advantages, "mask": mask, "sums": sums, "out": out}
     _cpu.token_covariance(_TOKEN_DTYPES[logp.dtype], call)
+
+
+def sequence_sums(values, mask, cu_seqlens, out) -> None:
+    call = {"n": values.shape[1], "rows": values.shape[0], "sequences": out.shape[1]}
+    call |= {"values": values, "mask": mask, "cu_seqlens": cu_seqlens, "out": out}
+    _cpu.sequence_sums(_TOKEN_DTYPES[values.dtype], call)
 
 
 def select_bottom(values, valid, count, out) -> None:
