@@ -226,7 +226,7 @@ def _options(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
     check_choice("preset", preset, (None, *PRESETS))
     o = _DEFAULTS | ({} if preset is None else PRESETS[preset])
     for name, value in given.items():
-        if name != "gates" and value != _DEFAULTS[name]:
+        if name != "gates" and (isinstance(value, Tensor) or value != _DEFAULTS[name]):
             o[name] = value
     gates = given["gates"]
     if gates is not None and not isinstance(gates, Mapping):
