@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .. import losses, primitives
-from ..checks import as_bool, check_choice, check_flags, check_logits, computing_dtype
+from ..checks import check_choice, check_flags, check_logits, computing_dtype
 from ..losses import LossOutput
 from ..metrics.merge import merge_rows
-from ..primitives.reductions import sequence_mean
+from ..primitives.packing import Packed, sequences_of
 from .patching import Patch
 from .registry import check_offered, dry_run
 from .versions import Releases
@@ -81,7 +81,7 @@ def _dro_loss(logp, old_logp, advantages, mask, *, beta, weights=None, aggregati
     """`reinforce_loss` and a quadratic penalty, which verl puts under the importance weights as well."""
     options = {"aggregation": aggregation, "normalizer": normalizer}
     out = losses.reinforce_loss(logp, old_logp, advantages, mask, weights=weights, **options)
-    kept = as_bool(mask)
+    kept = sequences_of(mask, logp).mask
     penalty = 0.5 * beta * torch.where(kept, logp - old_logp.detach(), 0).square()
     if weights is not None:
         penalty = penalty * torch.where(kept, weights.detach(), 0)
@@ -91,7 +91,8 @@ def _dro_loss(logp, old_logp, advantages, mask, *, beta, weights=None, aggregati
 def _geo_mean_loss(logp, old_logp, advantages, mask, *, weights=None, **options) -> LossOutput:
     """`gmpo_loss`, where a sequence is weighed by the geometric mean of its importance weights."""
     if weights is not None:
-        weights = sequence_mean((weights + 1e-10).log(), as_bool(mask)).exp()
+        sequences = sequences_of(mask, logp)
+        weights = sequences.mean((weights + 1e-10).log()).exp().unsqueeze(-1)
     return losses.gmpo_loss(logp, old_logp, advantages, mask, weights=weights, **options)
 
 
@@ -109,7 +110,7 @@ def _vespo_loss(logp, old_logp, advantages, mask, *, weights=None, rollout_is=No
         )
     if weights is not None and rollout_is == "sequence":
         # the same in all tokens, and 0 outside of the mask
-        weights = torch.where(as_bool(mask), weights, 0).amax(-1, keepdim=True)
+        weights = sequences_of(mask, logp).max(weights).clamp(min=0).unsqueeze(-1)
     return losses.vespo_loss(logp, old_logp, advantages, mask, rollout_weights=weights, **options)
 
 
@@ -152,12 +153,20 @@ _TABLE = {
 LOSSES = tuple(_TABLE)
 
 
-def _aggregation(name: str, version: str, mode: str, length: int, info: Mapping) -> tuple[str, float | Tensor | None, float]:
-    """verl's agg_loss: the mode and normalizer of `aggregate`, and a number to divide its result by."""
+def _aggregation(name: str, version: str, mode: str, length: int | None, info: Mapping) -> tuple[str, float | Tensor | None, float]:
+    """`batch_aggregation` for a loss, some of which have one of their own."""
     if name == "geo_mean":
         return "grpo", None, 1  # verl's own: the mean over all rows, with no global counts
     if name == "sapo" or (name == "gspo" and version in _GSPO_OWN_AGGREGATION):
         mode = "seq-mean-token-mean"
+    return batch_aggregation(mode, info, length)
+
+
+def batch_aggregation(mode: str, info: Mapping, length: int | None = None) -> tuple[str, float | Tensor | None, float]:
+    """verl's agg_loss: the mode and normalizer of `aggregate`, and a number to divide its result by.
+
+    length: the padded one; None for packed tokens.
+    """
     check_choice("loss_agg_mode", mode, _MODES)
     dp_size = _get(info, "dp_size", 1)
     if mode == "token-sum":
@@ -169,7 +178,10 @@ def _aggregation(name: str, version: str, mode: str, length: int, info: Mapping)
         raise ValueError(f"loss_agg_mode {mode!r} with dp_size={dp_size} {needs}")
     normalizer = None if count is None else count / dp_size
     if mode == "seq-mean-token-sum-norm":  # verl >= 0.8 divides by the sequences and the scale, `aggregate` by the scale
-        return "seq-mean-token-sum", normalizer, _get(info, "loss_scale_factor", length)
+        scale = _get(info, "loss_scale_factor", length)
+        if scale is None:
+            raise ValueError("loss_agg_mode 'seq-mean-token-sum-norm' of packed tokens needs verl's loss_scale_factor: there is no padded length")
+        return "seq-mean-token-sum", normalizer, scale
     return mode, normalizer, 1
 
 
@@ -227,7 +239,7 @@ def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
         old_log_prob: Tensor,
         log_prob: Tensor,
         advantages: Tensor,
-        response_mask: Tensor,
+        response_mask: Tensor | Packed,
         loss_agg_mode: str = "seq-mean-token-mean" if name == "gspo" else "token-mean",
         config: Mapping | None = None,
         rollout_is_weights: Tensor | None = None,
@@ -235,7 +247,8 @@ def _policy_loss(name: str, extra: Mapping[str, Any], version: str) -> Callable:
         if config is None or not hasattr(config, "get"):
             raise ValueError(f"{PREFIX}{name} needs verl's actor config, got {type(config).__name__}")
         info = _get(config, "global_batch_info", {})
-        aggregation, normalizer, divisor = _aggregation(name, version, loss_agg_mode, log_prob.shape[-1], info)
+        length = None if isinstance(response_mask, Packed) else log_prob.shape[-1]
+        aggregation, normalizer, divisor = _aggregation(name, version, loss_agg_mode, length, info)
         given = {"weights": rollout_is_weights, "aggregation": aggregation, "normalizer": normalizer}
         options = {**_options(spec, config), **extra}
         out = spec.function(log_prob, old_log_prob, advantages, response_mask, **options, **given)
