@@ -114,8 +114,8 @@ def rollout_weights(
         "veto"           no weights, seq_all_ratio (1e-4, 100)
 
     Rejection is a weight of 0: a loss's denominators stay. To leave rejected tokens out of them (verl) pass
-    `mask & r.keep` as the mask, or `pack.among(r.keep)`. Rejected responses should not be in the statistics of
-    their group: `rewards.masked_fill(~r.sequences_kept, math.nan)` before advantages are made.
+    `mask & r.keep` as the mask, or `pack.among(r.keep)`. Rejected responses should not be in the statistics
+    of their group: `rewards.masked_fill(~r.sequences_kept, math.nan)` before advantages are made.
 
     Args:
         train_logp: [B, T] float, detached here: the trainer's, under the policy that sampled.
