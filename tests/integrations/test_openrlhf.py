@@ -249,7 +249,7 @@ PRESETS = [  # of rlkern.rollout_weights
             dict(is_correction_level=level, is_correction_gating=gating, is_correction_threshold=(0, bound)),
             dict(high=None, gates={f"{'seq_mean' if level == 'seq' else 'token'}_{gating}": bound}),
         )
-        for level, gating, bound in (("token", "tv", 0.1), ("token", "binary_kl", 0.02), ("seq", "tv", 0.2), ("seq", "binary_kl", 0.03))
+        for level, gating, bound in (("token", "tv", 0.1), ("token", "binary_kl", 0.02), ("seq", "tv", 0.1), ("seq", "binary_kl", 0.03))
     ),
 ]
 
@@ -261,6 +261,7 @@ def test_rollout_weights(theirs, theirs_options, options):
     logp, old, advantages, mask, rollout = batch()
     logp, mask = logp[:4], mask[:4]  # a mean over no tokens is NaN there
     old, advantages, rollout = old[:4].clamp(max=-1e-5), advantages[:4], rollout[:4].clamp(max=-1e-5)
+    rollout[0, 1] = old[0, 1] + 3  # e^-20 at least is a weight here
     leaves = [logp.clone().requires_grad_() for _ in range(2)]
     value, *_, masked = theirs.loss.PolicyLoss(**theirs_options)(leaves[0], old, advantages, mask, rollout)
     r = rlkern.rollout_weights(old, rollout, mask, **options)
