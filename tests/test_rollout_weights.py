@@ -217,6 +217,19 @@ def test_a_factor_on_the_policy_term(name):
         loss(train, rollout, a, mask, weights=r)
 
 
+@pytest.mark.parametrize("shape", [(3,), (1, 3)])
+def test_as_many_tokens_as_sequences(shape):
+    """The level says what the weights are of, where plain tensors would be ambiguous."""
+    x, a, rows = torch.tensor([-1.0, -2, -0.5]), torch.tensor([[1.0], [2], [-1]]), torch.ones(3, 1)
+    pack = rlkern.packed(lengths=[1, 1, 1], num_tokens=3)
+    for level, loss in (("token", rlkern.ppo_loss), ("sequence", rlkern.ppo_loss), ("geometric", rlkern.gspo_loss), ("token", rlkern.vespo_loss)):
+        padded, flat = (loss(y, y - 0.1, a, mask, weights=rollout_weights(y, y - 0.2 * y.abs(), mask, level=level)).loss
+                        for y, mask in ((x[:, None], rows), (x.view(shape), pack)))  # fmt: skip
+        torch.testing.assert_close(flat, padded)
+    with pytest.raises(ValueError, match="weights must be"):
+        rlkern.ppo_loss(x[:2], x[:2] - 0.1, a[:1], rlkern.packed(lengths=[2], num_tokens=2), weights=rollout_weights(x, x, pack))
+
+
 def test_penalties_stay():
     train, rollout, mask = drawn()
     r, a = rollout_weights(train, rollout, mask), torch.zeros(16)
