@@ -174,8 +174,27 @@ def test_normalize_over_context_parallel_parts():
 
 
 def test_compiled():
-    step = torch.compile(lambda *x: rollout_weights(*x, preset="seq-mis")[:3], fullgraph=True, dynamic=True, backend="aot_eager")
-    torch.testing.assert_close(step(TRAIN, ROLLOUT, MASK), run(preset="seq-mis")[:3])
+    """In one graph with the losses that take the result, whatever the sizes."""
+    graphs = []
+
+    def step(logp, old, rollout, advantages, mask):
+        token = rollout_weights(old, rollout, mask, preset="icepop", gates={"seq_max_k2": 0.1}, normalize=True, groups=2, whole_groups=True)
+        sequence = rollout_weights(old, rollout, mask, preset="seq-mis")
+        losses = ((rlkern.grpo_loss, token), (rlkern.gspo_loss, sequence), (rlkern.vespo_loss, token))
+        return sum(loss(logp, old, advantages, mask, weights=r).loss for loss, r in losses), token.metrics
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for seed, rows in enumerate((slice(16), slice(2, 12))):
+        train, rollout, mask = (x[rows, seed:] for x in drawn(seed, spread=0.2))
+        a, results = torch.linspace(-1, 1, len(train)), []
+        for function in (compiled, step):
+            logp = (train + 0.05).requires_grad_()
+            loss, metrics = function(logp, train, rollout, a, mask)
+            loss.backward()
+            results.append((loss, metrics, logp.grad))
+        torch.testing.assert_close(*results)
+        assert 0 < results[0][1]["rollout/masked_fraction"] < 1
+    assert len(graphs) == 1
 
 
 # --- how losses take them -----------------------------------------------------------------------------------
@@ -226,7 +245,7 @@ def test_as_many_tokens_as_sequences(shape):
         padded, flat = (loss(y, y - 0.1, a, mask, weights=rollout_weights(y, y - 0.2 * y.abs(), mask, level=level)).loss
                         for y, mask in ((x[:, None], rows), (x.view(shape), pack)))  # fmt: skip
         torch.testing.assert_close(flat, padded)
-    with pytest.raises(ValueError, match="weights must be"):
+    with pytest.raises(ValueError, match=r"weights must have the shape of logp \(2,\), got \(3,\)"):
         rlkern.ppo_loss(x[:2], x[:2] - 0.1, a[:1], rlkern.packed(lengths=[2], num_tokens=2), weights=rollout_weights(x, x, pack))
 
 
