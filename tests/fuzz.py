@@ -236,7 +236,7 @@ def run(seed: int, index: int, loud: bool = False) -> str | None:
         if isinstance(arguments[name], Tensor) and arguments[name].dtype.is_floating_point:
             leaves[name] = arguments[name].detach().requires_grad_()
     try:
-        outputs = tensors_of(call.function(**leaves))
+        outputs = [t for t in tensors_of(call.function(**leaves)) if not any(t is given for given in leaves.values())]
         differentiable = [t.sum() for t in outputs if t.requires_grad]
         wrt = [leaves[name] for name in call.wrt if isinstance(leaves[name], Tensor) and leaves[name].requires_grad]
         gradients = torch.autograd.grad(differentiable, wrt, allow_unused=True) if differentiable else []

@@ -1,4 +1,7 @@
-"""rollout_weights against numbers written out, the trainers' own functions, and how each loss takes them."""
+"""rollout_weights against numbers written out, and how each loss takes them.
+
+The trainers' own functions: integrations/test_rollout_presets.py.
+"""
 
 import math
 import types
@@ -9,7 +12,7 @@ from loss_battery import NoSyncingMethods, NoSyncingOperators, Packing
 from thread_ranks import thread_ranks
 
 import rlkern
-from rlkern import off_policy_mask, rollout_weights
+from rlkern import rollout_weights
 from rlkern.losses.rollout_weights import GATES, PRESETS
 
 F64 = torch.float64
@@ -30,6 +33,10 @@ def run(**options):
         ({}, [[1.349859, 0.367879, 1.105171, 2], [1, 0, 1.105171, 0.904837]]),
         ({"preset": "icepop"}, [[1.349859, 0, 1.105171, 4.055200], [1, 0, 1.105171, 0.904837]]),
         ({"preset": "icepop", "high": 4.0}, [[1.349859, 0, 1.105171, 0], [1, 0, 1.105171, 0.904837]]),
+        ({"preset": "icepop", "high": 2.0}, [[1.349859, 0, 1.105171, 0], [1, 0, 1.105171, 0.904837]]),  # given, so not the preset's 5
+        ({"preset": "icepop", "low": None}, [[1.349859, 0.367879, 1.105171, 4.055200], [1, 0, 1.105171, 0.904837]]),
+        ({"preset": "icepop", "mode": "truncate"}, [[1.349859, 0.5, 1.105171, 4.055200], [1, 0, 1.105171, 0.904837]]),
+        ({"preset": "seq-mask", "level": "token"}, [[1.349859, 0.367879, 1.105171, 0], [1, 0, 1.105171, 0.904837]]),
         ({"preset": "seq-tis"}, [2, 1]),
         ({"preset": "seq-mask"}, [2.225541, 1]),
         ({"level": "geometric"}, [1.221403, 1]),
@@ -85,8 +92,13 @@ def test_bounds_are_inclusive_and_the_engine_may_not_score():
     r = rollout_weights(torch.tensor([[-1.0, -1, -50]]), torch.tensor([[NAN, -1, -1]]), torch.ones(1, 3), high=None)
     assert r.weights[0, :2].tolist() == [1, 1] and r.weights[0, 2].item() == pytest.approx(math.exp(-20))
     assert r.metrics["rollout/unscored_fraction"].item() == pytest.approx(1 / 3)
-    r = rollout_weights(torch.tensor([[-math.inf, 0]]), torch.tensor([[-1.0, -math.inf]]), torch.ones(1, 2), high=None)
-    assert r.weights[0].tolist() == pytest.approx([math.exp(-20), math.exp(20)])
+    impossible = torch.tensor([[-math.inf, 0.0, -math.inf]]), torch.tensor([[-1.0, -math.inf, -math.inf]]), torch.ones(1, 3)
+    r = rollout_weights(*impossible, high=None)
+    assert r.weights[0].tolist() == pytest.approx([math.exp(-20), math.exp(20), 1])
+    for level in ("sequence", "geometric"):  # infinite both ways: their sum is a number
+        r = rollout_weights(*impossible, level=level, gates={"token_k2": 1.0, "seq_sum_k3": 1.0, "seq_mean_binary_kl": 1.0, "token_k1": (0.5, 2.0)})
+        assert r.weights.isfinite().all() and all(value.isfinite() for value in r.metrics.values())
+    assert rollout_weights(torch.full((1, 1), NAN), torch.zeros(1, 1), torch.ones(1, 1)).weights.isnan()  # the trainer's own is not hidden
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -143,12 +155,49 @@ def test_normalize_over_ranks():
     torch.testing.assert_close(torch.cat(parts), whole, rtol=1e-12, atol=0)
 
 
+def test_normalize_over_context_parallel_parts():
+    """A pack in two parts, with and without its ranks in `group`: the mean is that of all tokens."""
+    whole = {level: run(level=level, normalize=True).weights for level in ("token", "sequence")}
+
+    def part(group, level, with_group):
+        columns = slice(0, 2) if group.place == 0 else slice(2, 4)
+        train, rollout, mask = (x[:, columns].reshape(-1) for x in (TRAIN, ROLLOUT, MASK))
+        pack = rlkern.packed(lengths=[2, 2], mask=mask, group=group)
+        return rollout_weights(train, rollout, pack, level=level, normalize=True, group=group if with_group else None).weights
+
+    for level, expected in whole.items():
+        for with_group in (False, True):
+            with thread_ranks(2) as ranks:
+                parts = ranks(lambda group, level=level, with_group=with_group: part(group, level, with_group))
+            parts = torch.cat([x.view(2, 2) for x in parts], 1) if level == "token" else parts[1]
+            torch.testing.assert_close(parts, expected, rtol=1e-12, atol=0)
+
+
 def test_compiled():
-    step = torch.compile(lambda *x: rollout_weights(*x, preset="seq-mis")[:3], fullgraph=True, dynamic=True, backend="aot_eager")
-    torch.testing.assert_close(step(TRAIN, ROLLOUT, MASK), run(preset="seq-mis")[:3])
+    """In one graph with the losses that take the result, whatever the sizes."""
+    graphs = []
+
+    def step(logp, old, rollout, advantages, mask):
+        token = rollout_weights(old, rollout, mask, preset="icepop", gates={"seq_max_k2": 0.1}, normalize=True, groups=2, whole_groups=True)
+        sequence = rollout_weights(old, rollout, mask, preset="seq-mis")
+        losses = ((rlkern.grpo_loss, token), (rlkern.gspo_loss, sequence), (rlkern.vespo_loss, token))
+        return sum(loss(logp, old, advantages, mask, weights=r).loss for loss, r in losses), token.metrics
+
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for seed, rows in enumerate((slice(16), slice(2, 12))):
+        train, rollout, mask = (x[rows, seed:] for x in drawn(seed, spread=0.2))
+        a, results = torch.linspace(-1, 1, len(train)), []
+        for function in (compiled, step):
+            logp = (train + 0.05).requires_grad_()
+            loss, metrics = function(logp, train, rollout, a, mask)
+            loss.backward()
+            results.append((loss, metrics, logp.grad))
+        torch.testing.assert_close(*results)
+        assert 0 < results[0][1]["rollout/masked_fraction"] < 1
+    assert len(graphs) == 1
 
 
-# --- the trainers' functions --------------------------------------------------------------------------------
+# --- how losses take them -----------------------------------------------------------------------------------
 
 
 def drawn(seed=0, spread=0.5):
@@ -157,38 +206,6 @@ def drawn(seed=0, spread=0.5):
     rollout = (train + spread * torch.randn(16, 12, generator=g)).clamp(max=-1e-3)
     return train, rollout, torch.arange(12) < torch.randint(1, 13, (16, 1), generator=g)
 
-
-def test_verl():
-    corr = pytest.importorskip("verl.trainer.ppo.rollout_corr_helper")
-    train, rollout, mask = drawn()
-    for ours, level in (({"preset": "tis"}, "token"), ({"preset": "seq-tis"}, "sequence")):
-        theirs, _ = corr.compute_rollout_correction_weights(train - rollout, mask.float(), level, 2.0)
-        mine = rollout_weights(train, rollout, mask, **ours).weights
-        torch.testing.assert_close(mine if level == "token" else mine[:, None] * mask, theirs * mask, rtol=1e-5, atol=1e-6)
-    gates = {"token_k2": 0.1, "token_k3": 0.1, "seq_sum_k2": 1.0, "seq_mean_k3": 0.1, "seq_max_k2": 0.5, "seq_max_k3": 0.5}
-    for name, bound in gates.items():
-        theirs, _ = corr.compute_rollout_rejection_mask(train - rollout, mask.float(), name, bound)
-        assert torch.equal(rollout_weights(train, rollout, mask, mode="none", gates={name: bound}).keep, theirs != 0), name
-    for name in ("token_k1", "seq_sum_k1", "seq_mean_k1"):  # theirs bound pi_rollout / pi_train
-        theirs, _ = corr.compute_rollout_rejection_mask(train - rollout, mask.float(), name, "0.8_1.25")
-        inverse = rollout_weights(train, rollout, mask, mode="none", gates={name: (1 / 1.25, 1 / 0.8)})
-        assert torch.equal(inverse.keep, theirs != 0), name
-    one = torch.tensor([[math.log(0.5)]])
-    theirs, _ = corr.compute_rollout_rejection_mask(one, torch.ones(1, 1), "token_k1", "0.4_1.2")
-    assert theirs.item() == 0  # a ratio of 0.5 lies in [0.4, 1.2], but its inverse does not
-    assert rollout_weights(one, torch.zeros(1, 1), torch.ones(1, 1), mode="none", gates={"token_k1": (0.4, 1.2)}).keep.item()
-
-
-def test_trl():
-    trl = pytest.importorskip("trl.trainer.grpo_trainer")
-    train, rollout, mask = drawn(spread=0.1)
-    a = torch.linspace(-1, 1, 16)[:, None]
-    theirs = trl.GRPOTrainer.get_off_policy_mask(a, train, rollout, mask.float(), 0.01)
-    mine = off_policy_mask(train, rollout, a, mask, 0.01)
-    assert torch.equal(mine, (theirs.expand_as(mask) != 0) & mask) and 0 < mine.sum() < mask.sum()
-
-
-# --- how losses take them -----------------------------------------------------------------------------------
 
 BY_TOKEN = {
     "ppo": rlkern.ppo_loss,
@@ -217,6 +234,19 @@ def test_a_factor_on_the_policy_term(name):
     )
     with pytest.raises(ValueError, match="both correct: pass the trainer's as old_logp"):
         loss(train, rollout, a, mask, weights=r)
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 3)])
+def test_as_many_tokens_as_sequences(shape):
+    """The level says what the weights are of, where plain tensors would be ambiguous."""
+    x, a, rows = torch.tensor([-1.0, -2, -0.5]), torch.tensor([[1.0], [2], [-1]]), torch.ones(3, 1)
+    pack = rlkern.packed(lengths=[1, 1, 1], num_tokens=3)
+    for level, loss in (("token", rlkern.ppo_loss), ("sequence", rlkern.ppo_loss), ("geometric", rlkern.gspo_loss), ("token", rlkern.vespo_loss)):
+        padded, flat = (loss(y, y - 0.1, a, mask, weights=rollout_weights(y, y - 0.2 * y.abs(), mask, level=level)).loss
+                        for y, mask in ((x[:, None], rows), (x.view(shape), pack)))  # fmt: skip
+        torch.testing.assert_close(flat, padded)
+    with pytest.raises(ValueError, match=r"weights must have the shape of logp \(2,\), got \(3,\)"):
+        rlkern.ppo_loss(x[:2], x[:2] - 0.1, a[:1], rlkern.packed(lengths=[2], num_tokens=2), weights=rollout_weights(x, x, pack))
 
 
 def test_penalties_stay():

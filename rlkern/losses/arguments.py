@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..backends.contract import LARGEST_EXPONENT
 from ..checks import as_bool, check_choice, check_number, check_tokens, computing_dtype
-from ..primitives.packing import Packed, per_sequence, per_token, sequences_of
+from ..primitives.packing import Packed, Rows, per_sequence, per_token, sequences_of
 from ..primitives.ratio import PolicyInputs, PolicyTokens, clean
 from .aggregate import check_aggregation, check_parts
 from .rollout_weights import LEVELS, RolloutWeights
@@ -59,20 +59,25 @@ def policy_inputs(
     advantages = per_token("advantages", advantages, logp, sequences)
     of_rollout = isinstance(weights, RolloutWeights)
     if isinstance(weights, RolloutWeights):
-        weights = rollout_tensor(weights, old_logp, logp, levels)
-    if weights is not None:
+        weights = rollout_tokens(weights, old_logp, logp, sequences, levels)
+    elif weights is not None:
         weights = per_token("weights", weights, logp, sequences)
     return PolicyInputs(logp, old_logp, advantages, sequences.mask, sequences, weights, log_ratio_clamp, not of_rollout)
 
 
-def rollout_tensor(r: RolloutWeights, old_logp: Tensor | None, logp: Tensor, levels: tuple[str, ...]) -> Tensor:
-    """The weights of a correction, by token or by sequence; ValueError where the loss cannot take it."""
+def rollout_tokens(r: RolloutWeights, old_logp: Tensor | None, logp: Tensor, sequences: Rows | Packed, levels: tuple[str, ...]) -> Tensor:
+    """The weights of a correction, one a token; ValueError where the loss cannot take it. Their level says of
+    what they are, so nothing is ambiguous where there are as many tokens as sequences."""
     if r.level not in levels:
         takes = f"those of level {' or '.join(map(repr, levels))}" if levels else "none: old_logp is the rollout's, so its ratio corrects already"
         raise ValueError(f"weights are of level {r.level!r}, and this loss takes {takes}")
     if r.source is old_logp:
         raise ValueError("weights correct for the same rollout log-probabilities that old_logp is, so both correct: pass the trainer's as old_logp")
-    return r.weights.view(logp.shape) if r.level == "token" and r.weights.numel() == logp.numel() else r.weights
+    if r.level != "token":
+        return sequences.spread(per_sequence("weights", r.weights, logp, sequences)).expand(logp.shape)
+    weights = r.weights.view(logp.shape) if r.weights.numel() == logp.numel() else r.weights
+    check_tokens("weights", weights, logp)
+    return weights.to(computing_dtype(logp))
 
 
 def policy_tokens(logp: Tensor, old_logp: Tensor | None, advantages: Tensor, mask: Tensor | Packed, **options) -> PolicyTokens:

@@ -23,6 +23,7 @@ LEVELS = ("token", "sequence", "geometric")
 BY_SEQUENCE = ("sequence", "geometric")
 MODES = ("truncate", "mask", "none")
 _LARGEST = 20.0  # of exponents
+_FINITE = 1e9  # of x: infinite ones of both signs then have a sum
 _PROBABILITY = 1e-6  # p and q of the binary KL stay this far from 0 and 1
 
 _UPPER = ("k2", "k3", "tv", "binary_kl")  # statistics of a token with an upper bound
@@ -34,8 +35,9 @@ _UPPER_GATES = (
 _RATIO_GATES = ("token_k1", "seq_sum_k1", "seq_mean_k1", "seq_all_ratio")  # with (low, high) of pi_train / pi_rollout
 GATES = _UPPER_GATES + _RATIO_GATES
 
-_DEFAULTS: dict[str, Any] = {"level": "token", "mode": "truncate", "low": None, "high": 2.0, "gates": None}
-PRESETS: dict[str, dict[str, Any]] = {
+OF_PRESET = "preset"  # as an option: the preset's
+_WITHOUT: dict[str, Any] = {"level": "token", "mode": "truncate", "low": None, "high": 2.0, "gates": {}}
+PRESETS: dict[str, dict[str, Any]] = {  # what differs from these
     "tis": {},
     "icepop": {"mode": "mask", "low": 0.5, "high": 5.0},
     "seq-tis": {"level": "sequence"},
@@ -73,10 +75,10 @@ def rollout_weights(
     mask: Tensor | Packed,
     *,
     preset: str | None = None,
-    level: str = "token",
-    mode: str = "truncate",
-    low: float | None = None,
-    high: float | None = 2.0,
+    level: str = OF_PRESET,
+    mode: str = OF_PRESET,
+    low: float | str | None = OF_PRESET,
+    high: float | str | None = OF_PRESET,
     gates: Mapping[str, float | tuple[float | None, float | None]] | None = None,
     groups: int | Tensor | None = None,
     whole_groups: bool = False,
@@ -100,9 +102,9 @@ def rollout_weights(
     `seq_mean_...` for a sequence, with k2 and k3 also `seq_sum_...` and `seq_max_...`. Others have bounds
     (low, high) of the ratio pi_train / pi_rollout, each may be None: `token_k1`, `seq_sum_k1` (the product),
     `seq_mean_k1` (the geometric mean), `seq_all_ratio` (every token, a veto). verl's gates of these names
-    bound the inverse: pass (1 / high, 1 / low). Presets, which any other option than its default changes:
+    bound the inverse: pass (1 / high, 1 / low). Presets; an option that is given replaces the preset's:
 
-        "tis"            truncated importance sampling: "token", "truncate", high=2
+        None, "tis"      truncated importance sampling: "token", "truncate", low=None, high=2
         "icepop"         "token", "mask", [0.5, 5]
         "seq-tis"        "sequence", "truncate", high=2
         "seq-mask"       "sequence", "mask", high=3
@@ -112,21 +114,24 @@ def rollout_weights(
         "veto"           no weights, seq_all_ratio (1e-4, 100)
 
     Rejection is a weight of 0: a loss's denominators stay. To leave rejected tokens out of them (verl) pass
-    `mask & r.keep` as the mask. Rejected responses should not be in the statistics of their group:
-    `rewards.masked_fill(~r.sequences_kept, math.nan)` before advantages are made.
+    `mask & r.keep` as the mask, or `pack.among(r.keep)`. Rejected responses should not be in the statistics
+    of their group: `rewards.masked_fill(~r.sequences_kept, math.nan)` before advantages are made.
 
     Args:
         train_logp: [B, T] float, detached here: the trainer's, under the policy that sampled.
-        rollout_logp: [B, T] float: the engine's. NaN is a token that it did not score: ratio 1.
+        rollout_logp: [B, T] float: the engine's. NaN is a token that it did not score: ratio 1. So is -inf in
+            both. NaN of the trainer stays NaN.
         mask: [B, T] bool or number, or a `Packed`.
         preset: a name of the table, or None.
-        level, mode: see above.
-        low, high: bounds of e^u, inclusive; None: none. They are compared before exponentiating.
+        level, mode: see above. "preset": the preset's, as for low and high.
+        low, high: bounds of e^u, inclusive; None: none. They are compared before exponentiating, and
+            exponents stay within 20 of 0.
         gates: name -> bound; added to those of the preset.
         groups: prompts, as in `rlkern.advantages`, for whole_groups: a rejected response rejects its prompt.
         normalize: divide weights by their mean over tokens or sequences, zeros included, before the gates. A
             mean of 0 leaves them.
-        group: data-parallel processes, over which normalize takes the mean: one sum of two numbers.
+        group: data-parallel processes, over which normalize takes the mean: one sum of two numbers. It may
+            hold the context-parallel ranks of a pack too, or none of them.
 
     Returns:
         RolloutWeights. Its metrics, over tokens before rejection: kl_k1 = mean(-x), kl_k3 (estimates of
@@ -170,7 +175,7 @@ def rollout_weights(
     rejected = (below | above) if o["mode"] == "mask" else torch.zeros_like(below)
     weights = torch.where(counted & ~rejected, weights, 0)
     if normalize:
-        weights = _normalized(weights, counted, meeting)
+        weights = _normalized(weights, counted, [sequences.group_name if o["level"] == "token" else "", meeting.group_name])
 
     by_token = o["level"] == "token"
     token_rejected = rejected if by_token else sequences.spread(rejected).expand_as(train_logp)
@@ -222,16 +227,16 @@ def off_policy_mask(logp: Tensor, rollout_logp: Tensor, advantages: Tensor, mask
 
 
 def _options(preset: str | None, given: dict[str, Any]) -> dict[str, Any]:
-    """Those of the preset, changed by what is not a default."""
+    """Those of the preset, changed by what was given."""
     check_choice("preset", preset, (None, *PRESETS))
-    o = _DEFAULTS | ({} if preset is None else PRESETS[preset])
-    for name, value in given.items():
-        if name != "gates" and (isinstance(value, Tensor) or value != _DEFAULTS[name]):
-            o[name] = value
-    gates = given["gates"]
+    gates = given.pop("gates")
     if gates is not None and not isinstance(gates, Mapping):
         raise TypeError(f"gates must be a dict, name -> bound, got {shown(gates)}")
-    o["gates"] = {**(o["gates"] or {}), **(gates or {})}
+    o = _WITHOUT | ({} if preset is None else PRESETS[preset])
+    o["gates"] = {**o["gates"], **(gates or {})}
+    for name, value in given.items():
+        if not isinstance(value, str) or value != OF_PRESET:
+            o[name] = value
     check_choice("level", o["level"], LEVELS)
     check_choice("mode", o["mode"], MODES)
     _check_bounds("", o["low"], o["high"])
@@ -269,9 +274,9 @@ class _Tokens:
         self.sequences, mask = sequences, sequences.mask
         self.train = torch.where(mask, train_logp.to(dtype), 0)
         self.rollout = torch.where(mask, rollout_logp.to(dtype), 0)
-        x = self.train - self.rollout
         self.unscored = self.rollout.isnan()
-        self.x = torch.where(x.isnan(), 0, x)  # not scored, or impossible in both
+        x = (self.train - self.rollout).clamp(-_FINITE, _FINITE)
+        self.x = torch.where(self.unscored | (self.train == self.rollout), 0, x)  # equal: both may be -inf
         self.bounded = self.x.clamp(-_LARGEST, _LARGEST)
 
     def units(self, level: str) -> tuple[Tensor, Tensor]:
@@ -313,10 +318,12 @@ def _exceeds(name: str, bound: Any, tokens: _Tokens) -> Tensor:
     return (sequences.lengths > 0) & outside
 
 
-def _normalized(weights: Tensor, counted: Tensor, meeting: Meeting) -> Tensor:
+def _normalized(weights: Tensor, counted: Tensor, groups: list[str]) -> Tensor:
+    """Over the mean. Ranks that are in two of the groups count twice above and below."""
     sums = torch.stack([weights.sum(dtype=torch.float64), counted.sum().to(torch.float64)])
-    if meeting.ranks > 1:
-        sums = add_up(sums, meeting.group_name)
+    for name in groups:
+        if name != "":
+            sums = add_up(sums, name)
     mean = sums[0] / sums[1].clamp(min=1)
     return weights / torch.where(mean == 0, 1, mean).to(weights.dtype)
 

@@ -15,6 +15,7 @@ import types
 import pytest
 import torch
 
+import rlkern
 from rlkern.integrations import openrlhf as rlkern_openrlhf
 
 INSTALLED = importlib.util.find_spec("openrlhf") is not None
@@ -234,3 +235,40 @@ def test_unknown_version(monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
     with pytest.raises(ImportError, match=r"OpenRLHF 0\.99\.0 is not supported.*0\.11\.2"):
         rlkern_openrlhf.patch()
+
+
+PRESETS = [  # of rlkern.rollout_weights
+    (dict(is_correction_level="token", is_correction_threshold=(0.7, 1.3)), dict(preset="icepop", low=0.7, high=1.3)),
+    (dict(is_correction_level="token", is_correction_mode="clip", is_correction_threshold=(0.8, 1.2)), dict(preset="tis", low=0.8, high=1.2)),
+    (
+        dict(is_correction_level="seq", is_correction_threshold=(0.9, 1.2)),
+        dict(preset="seq-mask-tis", gates={"seq_mean_k1": (0.9, 1.2)}),
+    ),
+    *(
+        (
+            dict(is_correction_level=level, is_correction_gating=gating, is_correction_threshold=(0, bound)),
+            dict(high=None, gates={f"{'seq_mean' if level == 'seq' else 'token'}_{gating}": bound}),
+        )
+        for level, gating, bound in (("token", "tv", 0.1), ("token", "binary_kl", 0.02), ("seq", "tv", 0.1), ("seq", "binary_kl", 0.03))
+    ),
+]
+
+
+@needs_openrlhf
+@pytest.mark.parametrize(("theirs_options", "options"), PRESETS, ids=str)
+def test_rollout_weights(theirs, theirs_options, options):
+    """`rollout_weights` and `ppo_loss` are its loss, to the gradient."""
+    logp, old, advantages, mask, rollout = batch()
+    logp, mask = logp[:4], mask[:4]  # a mean over no tokens is NaN there
+    old, advantages, rollout = old[:4].clamp(max=-1e-5), advantages[:4], rollout[:4].clamp(max=-1e-5)
+    rollout[0, 1] = old[0, 1] + 3  # e^-20 at least is a weight here
+    leaves = [logp.clone().requires_grad_() for _ in range(2)]
+    value, *_, masked = theirs.loss.PolicyLoss(**theirs_options)(leaves[0], old, advantages, mask, rollout)
+    r = rlkern.rollout_weights(old, rollout, mask, **options)
+    mine = rlkern.ppo_loss(leaves[1], old, advantages, mask, weights=r)
+    print(f"| {options} | OpenRLHF {theirs_options} | {(mine.loss - value).abs().item():.1e} |")
+    torch.testing.assert_close(mine.loss, value, rtol=1e-9, atol=1e-12)
+    value.backward()
+    mine.loss.backward()
+    torch.testing.assert_close(leaves[1].grad, leaves[0].grad, rtol=1e-9, atol=1e-12)
+    assert masked > 0 and r.weights.any()

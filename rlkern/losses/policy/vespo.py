@@ -14,7 +14,7 @@ from ...primitives.packing import Packed, per_token
 from ...primitives.ratio import PolicyTokens, ratio_metrics
 from ...primitives.reductions import masked_mean
 from ..aggregate import LossOutput, aggregate_values
-from ..arguments import policy_tokens, rollout_tensor, whole_sums
+from ..arguments import policy_tokens, rollout_tokens, whole_sums
 from ..rollout_weights import RolloutWeights
 
 _LARGEST = 20.0  # of any log ratio, as in TRL
@@ -31,7 +31,13 @@ def _log_weight(weights: Tensor, p: PolicyTokens) -> Tensor:
     n = p.sequences.lengths.shape[0]
     if weights.shape in ((n,), (n, 1)) and (p.sequences.group_name != "" or weights.shape != p.logp.shape):
         return _log(weights.detach().to(p.logp.dtype).reshape(-1))
-    return p.sequences.sum(_log(by_token))
+    return _log_product(by_token, p)
+
+
+def _log_product(weights: Tensor, p: PolicyTokens) -> Tensor:
+    if not p.sequences.whole:
+        raise ValueError("weights of tokens have no product over parts of sequences (full_lengths=): give rollout_weights [S], that of whole ones")
+    return p.sequences.sum(_log(weights))
 
 
 def _log(weights: Tensor) -> Tensor:
@@ -84,15 +90,18 @@ def vespo_loss(
     numbers = {"k_positive": k_positive, "lambda_positive": lambda_positive, "k_negative": k_negative, "lambda_negative": lambda_negative}
     for name, value in numbers.items():
         check_number(name, value, 0)
-    if isinstance(weights, RolloutWeights):
-        if rollout_weights is not None:
-            raise ValueError("weights are a correction of the rollout, which goes into W: rollout_weights must be None then")
-        rollout_weights, weights = rollout_tensor(weights, old_logp, logp, ("token",)), None
-    p = policy_tokens(logp, old_logp, advantages, mask, weights=weights, aggregation=aggregation, normalizer=normalizer)
+    correction = weights if isinstance(weights, RolloutWeights) else None
+    if correction is not None and rollout_weights is not None:
+        raise ValueError("weights are a correction of the rollout, which goes into W: rollout_weights must be None then")
+    outside = None if isinstance(weights, RolloutWeights) else weights
+    p = policy_tokens(logp, old_logp, advantages, mask, weights=outside, aggregation=aggregation, normalizer=normalizer)
+    inside = None if correction is None else rollout_tokens(correction, old_logp, logp, p.sequences, ("token",))
     with torch.no_grad():
         log_w = whole_sums(bounded_log_ratio(p.log_ratio), p, log_ratio_sums)
         if rollout_weights is not None:
             log_w = log_w + _log_weight(rollout_weights, p)
+        if inside is not None:
+            log_w = log_w + _log_product(inside, p)
         log_w = p.sequences.spread(log_w.clamp(_SMALLEST, _LARGEST))
         negative = p.advantages < 0
         k = torch.where(negative, number(k_negative, log_w), number(k_positive, log_w))
