@@ -148,12 +148,12 @@ def test_a_small_tail_keeps_its_relative_accuracy(backend, device, dtype):
 
 def test_the_slopes_of_a_vanishing_tail_are_finite(backend, device):
     """Below e^-88.7 there is no tail in float32: 1 / e^-89 is infinite there."""
-    for gap in (87.0, 90.0, 103.0):  # torch 2.6 takes subnormal exponentials, from 88 on, for 0
+    for gap in (86.0, 90.0, 103.0):  # subnormal exponentials, from 88 on, may be taken for 0
         leaf = torch.tensor([[0.0, -gap, -gap - 1]], device=device, requires_grad=True)
         mass = rlkern.token_stats(leaf, torch.tensor([[0]], device=device), with_tail=True).tail_logmass
         mass.sum().backward()
-        want = [-1.0, 0.731, 0.269] if gap == 87 else [0.0] * 3
-        assert leaf.grad[0].tolist() == pytest.approx(want, rel=1e-3) and mass.isfinite().item() == (gap == 87)
+        want = [-1.0, 0.731, 0.269] if gap == 86 else [0.0] * 3
+        assert leaf.grad[0].tolist() == pytest.approx(want, rel=1e-3) and mass.isfinite().item() == (gap == 86)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -48,7 +48,25 @@ def record(dtype: torch.dtype, gpu) -> list[Launch]:
         selection.selected_means(values, mask, mask, values)
         ratio.ratio_terms(values, values, values, mask, mask, bounds, (values, mask, values))
         ratio.kl_terms(values, values, mask, 3, False, 10.0, values)
-    return means + selections + ratios + _record_merge(dtype) + _record_kept(dtype) + _record_lists(dtype) + _record_sampler(dtype)
+    return (
+        means
+        + selections
+        + ratios
+        + _record_sequences(dtype)
+        + _record_merge(dtype)
+        + _record_kept(dtype)
+        + _record_lists(dtype)
+        + _record_sampler(dtype)
+    )
+
+
+def _record_sequences(dtype: torch.dtype) -> list[Launch]:
+    """Two sums of each of 64 packed sequences."""
+    module = importlib.import_module("rlkern.triton_kernels.sequence_sums")
+    with _recording(module) as launches:
+        offsets, sums = _meta(65, dtype=torch.int64), _meta(2, 64, dtype=torch.float64)
+        module.sequence_sums(_meta(2, TOKENS, dtype=dtype), _meta(TOKENS, dtype=torch.bool), offsets, sums)
+    return launches
 
 
 def _record_merge(dtype: torch.dtype) -> list[Launch]:

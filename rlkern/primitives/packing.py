@@ -179,9 +179,11 @@ class Packed(NamedTuple):
     def max(self, values: Tensor) -> Tensor:
         """Float tokens -> [S], without gradient; -inf of none."""
         counted = torch.where(self.mask.reshape(-1), self._tokens(values.detach()), -torch.inf)
-        largest = counted.new_full((self.cu_seqlens.shape[0],), -torch.inf)
-        largest = largest.scatter_reduce(0, self.seq_idx.reshape(-1), counted, "amax")[:-1]
-        if not self.group_name:
+        if counted.shape[0] == 0:
+            largest = counted.new_full((self.cu_seqlens.shape[0] - 1,), -torch.inf)
+        else:
+            largest = torch.segment_reduce(counted, "max", offsets=self.cu_seqlens, unsafe=True, initial=-torch.inf)
+        if self.group_name == "":
             return largest
         return gather(largest.contiguous(), self.group_name, world(self.group)).amax(0)
 
