@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ TOKEN_MODES = ("token-mean", "bnpo", "dapo")
 LENGTH_MODES = ("seq-mean-token-sum-norm", "dr_grpo")  # divide by the padded length
 SEQUENCE_MODES = ("seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "grpo", "dr_grpo")
 MODES = TOKEN_MODES + SEQUENCE_MODES
+COUNTED = {  # by mode: the count that it divides by
+    **dict.fromkeys(TOKEN_MODES, "tokens"),
+    **dict.fromkeys(("seq-mean-token-mean", "seq-mean-token-sum"), "sequences"),
+    "grpo": "rows",
+}
+BY_LENGTH = ("seq-mean-token-mean", "grpo")  # divide each sequence by its own length as well
 
 
 def check_aggregation(mode: str | Tensor, normalizer: float | Tensor | None = None) -> None:
@@ -168,13 +174,17 @@ def _scale(
             return None, divisor(sequences.lengths.sum(), None)
         return None, divisor(sequences.mask.sum(), None) if tokens is None else tokens
     if mode in LENGTH_MODES:
-        length = divisor(sequences.mask.shape[-1], normalizer)
-        return None, length * _at_least_1(sequences.num_seqs) if mode == "dr_grpo" else length
+        return None, length_divisor(mode, divisor(sequences.mask.shape[-1], normalizer), _at_least_1(sequences.num_seqs))
     lengths = sequences.lengths
-    count = divisor(sequences.num_seqs if mode == "grpo" else (lengths > 0).sum(), normalizer)
-    if mode == "seq-mean-token-sum":
+    count = divisor(sequences.num_seqs if COUNTED[mode] == "rows" else (lengths > 0).sum(), normalizer)
+    if mode not in BY_LENGTH:
         return None, count
     return sequences.spread((1 / (lengths.clamp(min=1).to(wide(lengths)) * count)).to(values.dtype)), 1
+
+
+def length_divisor(mode: str, length: float | Tensor, rows: int | Tensor) -> Any:
+    """What one of `LENGTH_MODES` divides by, of numbers that are not 0."""
+    return length * rows if mode == "dr_grpo" else length
 
 
 def _at_least_1(count: int | Tensor) -> int | Tensor:

@@ -14,16 +14,9 @@ from ..operator import values_readable
 from ..parallel import Meeting, add_up, check_member
 from ..primitives.packing import Packed
 from ..primitives.sequence_sums import wide
-from .aggregate import LENGTH_MODES, MODES, TOKEN_MODES
+from .aggregate import BY_LENGTH, COUNTED, LENGTH_MODES, MODES, length_divisor
 
 PROMPT_MODES = ("prompt-mean", "prompt-seq-mean")
-
-_COUNTED = {  # by mode: what `batch_count` counts
-    **dict.fromkeys(TOKEN_MODES, "tokens"),
-    **dict.fromkeys(("seq-mean-token-mean", "seq-mean-token-sum"), "sequences"),
-    "grpo": "rows",
-}
-_BY_LENGTH = ("seq-mean-token-mean", "grpo")  # divide each sequence by its own length
 
 
 class _Rows(NamedTuple):
@@ -103,7 +96,7 @@ def sequence_weights(
         num_groups: prompts are numbered 0 to num_groups - 1 over all ranks, and ranks may share them. None:
             no prompt has responses on two ranks.
         length: T, for "dr_grpo" and "seq-mean-token-sum-norm".
-        group: data-parallel ranks, each with other sequences: one sum of a few integers (with num_groups two
+        group: data-parallel ranks, each with other sequences: one sum of four numbers (with num_groups two
             more a prompt). Context-parallel ranks do not belong to it: they hold the same sequences.
         averaged_over: the number of ranks that gradients are averaged over (DDP, FSDP), context-parallel ones
             too. Multiply it by what the framework divides by afterwards, such as micro-batches.
@@ -114,17 +107,17 @@ def sequence_weights(
 
     Raises:
         TypeError, ValueError: for arguments other than these. On CPUs every rank of the group raises if one
-            does, or if they disagree on mode or num_groups.
+            does, or if they disagree on an option. On GPUs the others' weights are NaN if one raises.
     """
     parts = lengths if isinstance(lengths, (list, tuple)) and not isinstance(lengths, Packed) else [lengths]
     first = parts[0].lengths if parts and isinstance(parts[0], Packed) else parts[0] if parts else None
     with Meeting("sequence_weights", group, first) as meeting:
-        check_choice("mode", mode, (*MODES, *PROMPT_MODES))
-        by_prompt = mode in PROMPT_MODES
         if num_groups is not None:
             check_count("num_groups", num_groups)
         if isinstance(first, Tensor):
-            meeting.would_add(lambda: [first.new_empty(4 + 2 * (num_groups or 0), dtype=torch.int64)])
+            meeting.would_add(lambda: [first.new_empty(4 + 2 * (num_groups or 0), dtype=wide(first))])
+        check_choice("mode", mode, (*MODES, *PROMPT_MODES))
+        by_prompt = mode in PROMPT_MODES
         rows = _rows(_check_lengths(lengths))
         if (groups is None) == by_prompt:
             raise ValueError(f"groups is for the prompt modes, which need it, got mode={mode!r} and groups {'None' if groups is None else 'given'}")
@@ -145,9 +138,10 @@ def sequence_weights(
     counts = torch.stack(totals)
     if prompts is not None and prompts.table is not None:
         counts = torch.cat([counts, prompts.table.flatten()])
+    counts = counts.to(dtype)  # whole numbers, exact; a rank that refuses on a GPU makes them NaN
     if meeting.ranks > 1:
         counts = add_up(counts, meeting.group_name)
-    tokens, sequences, batch, prompt_count = counts[:4].to(dtype).clamp(min=1).unbind()
+    tokens, sequences, batch, prompt_count = counts[:4].clamp(min=1).unbind()
     own = n.to(dtype).clamp(min=1)
     if prompts is not None:
         of_prompt = prompts.of_rows
@@ -157,17 +151,13 @@ def sequence_weights(
             of_prompt = table[:, groups.long().clamp(0, max(table.shape[1] - 1, 0))] if table.shape[1] else table.new_zeros(2, len(n))  # type: ignore[union-attr]
         prompt_tokens, prompt_sequences = of_prompt.to(dtype).clamp(min=1).unbind()
         divisor = prompt_count * (prompt_tokens if mode == "prompt-mean" else prompt_sequences * own)
+    elif length is not None:
+        divisor = length_divisor(mode, length or 1, batch)
     else:
-        divisor = {
-            **dict.fromkeys(TOKEN_MODES, tokens),
-            "seq-mean-token-mean": own * sequences,
-            "seq-mean-token-sum": sequences,
-            "seq-mean-token-sum-norm": tokens.new_full((), length or 1),
-            "grpo": own * batch,
-            "dr_grpo": batch * (length or 1),
-        }[mode]
-    weights = (averaged_over / divisor).expand(n.shape)
-    return torch.where(has, weights, 0) if mode in (*_BY_LENGTH, *PROMPT_MODES) else weights.clone()
+        count = {"tokens": tokens, "sequences": sequences, "rows": batch}[COUNTED[mode]]
+        divisor = own * count if mode in BY_LENGTH else count
+    weights = tokens.new_full((), averaged_over).div(divisor).expand(n.shape)
+    return torch.where(has, weights, 0) if mode in (*BY_LENGTH, *PROMPT_MODES) else weights.clone()
 
 
 class _Prompts(NamedTuple):
@@ -245,12 +235,12 @@ def batch_count(
             if isinstance(first, Tensor):
                 meeting.would_add(lambda: [first.new_empty((), dtype=torch.int64)])
         check_choice("mode", mode, MODES)
-        if mode not in _COUNTED:
-            raise ValueError(f"mode {mode!r} divides by a length, not by a count: expected one of {', '.join(map(repr, _COUNTED))}")
-        if context_group is not None and mode in _BY_LENGTH:
+        if mode not in COUNTED:
+            raise ValueError(f"mode {mode!r} divides by a length, not by a count: expected one of {', '.join(map(repr, COUNTED))}")
+        if context_group is not None and mode in BY_LENGTH:
             raise ValueError(f"mode {mode!r} divides by a sequence's length, which no rank of context_group has: expected another mode")
         check_number("averaged_over", averaged_over, 0)
-        what, rows = _COUNTED[mode], _rows(_check_lengths(lengths))
+        what, rows = COUNTED[mode], _rows(_check_lengths(lengths))
         for meeting in (everyone, context):
             if meeting.exchanges:
                 size = len(rows.lengths) if meeting is context and what == "sequences" else 0

@@ -69,7 +69,8 @@ def _smallest(values: Tensor, count: Tensor) -> Tensor:
 
 def _log_mean(values: Tensor, count: Tensor) -> Tensor:
     total = count.sum()
-    return torch.where(total > 0, (values + count.log().unsqueeze(-1)).logsumexp(0) - total.log(), 0)
+    logs = torch.where(count.unsqueeze(-1) > 0, values + count.log().unsqueeze(-1), -math.inf)
+    return torch.where(total > 0, logs.logsumexp(0) - total.log(), 0)
 
 
 def _effective_sample_size(values: Tensor, count: Tensor, log_mean: Tensor) -> Tensor:
@@ -199,7 +200,7 @@ def reduce_metrics(
 
     Returns:
         name -> 0-d float64 tensor (float32 on Apple's GPUs), on the device of the parts and detached. Nothing
-        is read on the host. On GPUs NaN if the processes' names differ.
+        is read on the host. On GPUs NaN if the processes' names differ, or if one of them raises.
 
     Raises:
         TypeError: a part that is no mapping, a metric that is no tensor. ValueError: no parts, names
@@ -208,13 +209,13 @@ def reduce_metrics(
     """
     first = next(iter(parts[0].values()), None) if isinstance(parts, Sequence) and parts and isinstance(parts[0], Mapping) else None
     with Meeting("reduce_metrics", group, first) as meeting:
+        if isinstance(first, Tensor):
+            meeting.would_send(lambda: [first.new_empty(_message_size(len(parts[0])), dtype=_widest(first))])
         kinds = _check_kinds(kinds)
         _check_parts(parts)
         names = sorted(parts[0])  # processes may have them in any order
         for name in names:
             _rule(name, names, kinds)
-        if isinstance(first, Tensor):
-            meeting.would_send(lambda: [first.new_empty(len(names) + 1, dtype=_widest(first))])
         if meeting.exchanges:
             meeting.about(options={"the metrics": tuple(names), "kinds": tuple(sorted(kinds.items()))})
     if not names:
@@ -222,9 +223,10 @@ def reduce_metrics(
     widest = _widest(parts[0][names[0]])
     merged = merge_rows(names, torch.stack([torch.stack([part[name].detach().to(widest) for name in names]) for part in parts]), kinds)
     if meeting.ranks > 1:
-        digest = merged.new_full((1,), digest_of(repr((names, sorted(kinds.items()))).encode()) % (1 << 23))
-        everyone = gather(torch.cat([merged, digest]), meeting.group_name, meeting.ranks)
-        merged = torch.where((everyone[:, -1] == digest).all(), merge_rows(names, everyone[:, :-1], kinds), torch.nan)
+        digest = digest_of(repr((names, sorted(kinds.items()))).encode()) % (1 << 23)  # exact in float32
+        message = torch.nn.functional.pad(merged, (0, _message_size(len(names)) - len(names)), value=digest)
+        everyone = gather(message, meeting.group_name, meeting.ranks)
+        merged = torch.where((everyone[:, -1] == digest).all(), merge_rows(names, everyone[:, : len(names)], kinds), torch.nan)
     result = dict(zip(names, merged.unbind(), strict=True))
     return {name: result[name] for name in parts[0]}
 
@@ -234,6 +236,14 @@ merge_metrics = reduce_metrics  # its first name
 
 def _widest(x: Tensor) -> torch.dtype:
     return torch.float32 if x.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
+
+
+def _message_size(count: int) -> int:
+    """Numbers that a process sends: its metrics, then the digest, at least once.
+
+    In steps: where no header goes round, processes with a few metrics more must still send as many numbers.
+    """
+    return -(-(count + 1) // 64) * 64
 
 
 def _check_kinds(kinds: Mapping[str, str] | None) -> Mapping[str, str]:
