@@ -13,6 +13,7 @@ from thread_ranks import thread_ranks
 from two_processes import one_of_them, results_of
 
 import rlkern
+from rlkern import parallel
 from rlkern.metrics.merge import RULES
 
 F64 = torch.float64
@@ -215,6 +216,43 @@ def test_a_rank_that_refuses():
 
     with thread_ranks(2) as run, pytest.raises(ValueError, match="unknown metric 'm0'"):
         run(report)
+
+
+@pytest.mark.parametrize(
+    ("parts", "kinds"),
+    [
+        ([{"tokens": 3.0, "kl": 1.0}], None),
+        ([{"tokens": 3.0}], None),  # as many numbers must travel
+        ([{"tokens": 3.0, "entropy": 1.0, "mine": 1.0}], {"mine": "sum"}),
+        ([{"tokens": 3.0, "entropy": 1.0}], {"entropy": "sum"}),
+        ([{"tokens": 3.0, "entropy": 1.0}], {"entropy": "average"}),
+        ([{"tokens": 3.0, "surprise": 1.0}], None),
+        ([{"tokens": 3.0, "entropy": 1.0}, {"tokens": 3.0}], None),
+    ],
+)
+def test_ranks_that_differ_without_a_header(monkeypatch, parts, kinds):
+    """As on GPUs, where the host may not read: NaN, or an error of its own; nobody waits."""
+    monkeypatch.setattr(parallel.Meeting, "exchanges", False)
+    parts = [{name: torch.tensor(value) for name, value in part.items()} for part in parts]
+
+    def report(group):
+        try:
+            if group.place:
+                return rlkern.reduce_metrics(parts, group=group, kinds=kinds)
+            return rlkern.reduce_metrics([{"tokens": torch.tensor(2.0), "entropy": torch.tensor(1.0)}], group=group)
+        except ValueError as error:
+            return error
+
+    with thread_ranks(2) as run:
+        first, second = run(report)
+    assert all(value.isnan() for value in first.values())
+    assert isinstance(second, ValueError) or all(value.isnan() for value in second.values())
+
+
+def test_parts_without_tokens_may_hold_anything():
+    nan = {name: torch.tensor(math.nan) for name in clipped(1, 2, 0.5)} | {"tokens": torch.tensor(0.0)}
+    part = clipped(1, 2, 0.5)
+    torch.testing.assert_close(rlkern.reduce_metrics([nan, part, nan]), rlkern.reduce_metrics([part]))
 
 
 def test_nothing_waits_for_the_device():

@@ -1,11 +1,16 @@
 """Weights and counts of a whole optimizer batch: every mode, dealt to ranks, in micro-batches, packed."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import Processes
 from thread_ranks import thread_ranks
 
 import rlkern
-from rlkern import batch_count, sequence_weights
+from rlkern import batch_count, parallel, sequence_weights
 
 F64 = torch.float64
 T = 7
@@ -164,3 +169,157 @@ def test_errors(arguments, message):
 def test_ranks_that_disagree():
     with thread_ranks(2) as run, pytest.raises(ValueError, match="unknown mode 'no mode'"):
         run(lambda group: sequence_weights("grpo" if group.place else "no mode", torch.tensor([1]), group=group))
+
+
+@pytest.mark.parametrize("refusing", [1, 2])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"mode": "no mode"}, {"mode": "grpo"}),
+        ({"mode": "grpo", "groups": 1}, {"mode": "grpo"}),
+        ({"mode": "prompt-mean", "groups": torch.ones(2), "num_groups": 3}, {"mode": "prompt-mean", "groups": torch.tensor([0, 2]), "num_groups": 3}),
+    ],
+)
+def test_ranks_that_refuse_without_a_header(monkeypatch, wrong, right, refusing):
+    """As on GPUs, where the host may not read. The others do not wait, and do not train on a wrong count."""
+    monkeypatch.setattr(parallel.Meeting, "exchanges", False)
+
+    def weights(group):
+        try:
+            return sequence_weights(lengths=torch.tensor([3, 2]), group=group, **(right if group.place == 0 else wrong))
+        except (TypeError, ValueError) as error:
+            return error
+
+    with thread_ranks(1 + refusing) as run:
+        got, *errors = run(weights)
+    assert got.isnan().all() and all(isinstance(error, (TypeError, ValueError)) for error in errors)
+
+
+# --- data parallel, context parallel, micro-batches ---------------------------------------------------------
+
+SIZES = torch.tensor([8, 3, 0, 11, 1, 6, 4, 0, 9, 5, 2, 7])  # 12 sequences, 6 a data-parallel rank, 2 a micro-batch
+PROMPT_IDS = torch.tensor([0, 0, 1, 1, 2, 2, 0, 3, 3, 1, 4, 4])  # some on both ranks
+
+
+def whole_batch():
+    """(features, targets, old, reference, mask) of all tokens, and where sequences start."""
+    g = torch.Generator().manual_seed(11)
+    cu = torch.nn.functional.pad(SIZES.cumsum(0), (1, 0))
+    n = int(cu[-1])
+    x, ids = torch.randn(n, 4, generator=g, dtype=F64), torch.randint(5, (n, 1), generator=g)
+    return x, ids, *(torch.randn(2, n, generator=g, dtype=F64) / 3 - 1.6), torch.rand(n, generator=g) < 0.8, cu
+
+
+def gradient_of(loss, tokens, packs, weights):
+    """d loss / d head, added up over packs; tokens: one index a pack."""
+    x, ids, old, reference, _, _ = whole_batch()
+    head = torch.linspace(-1, 1, 20, dtype=F64).view(4, 5).requires_grad_()
+    for at, (rows, pack), w in zip(tokens, packs, weights, strict=True):
+        logp = (x[at] @ head).log_softmax(-1).gather(-1, ids[at]).view(1, -1)  # a micro-batch may have S tokens
+        advantages = torch.linspace(-1, 1.5, len(SIZES), dtype=F64)[rows]
+        loss(logp, old[at].view(1, -1), reference[at].view(1, -1), advantages, pack, w).backward()
+    return head.grad
+
+
+def gspo(logp, old, reference, advantages, pack, w):
+    return rlkern.gspo_loss(logp, old, advantages, pack, clip_low=0.3, clip_high=0.3, aggregation=w).loss
+
+
+def grpo(logp, old, reference, advantages, pack, w):
+    return rlkern.grpo_loss(logp, old, advantages, pack, reference_logp=reference, kl_coef=0.1, aggregation=w).loss
+
+
+def dpo(logp, old, reference, advantages, pack, w):
+    """Pairs are neighbours. w: ranks that gradients are averaged over / all pairs."""
+    policy, ref = pack.sums(logp, reference)
+    return rlkern.dpo_loss(policy[::2], policy[1::2], ref[::2], ref[1::2]).losses.sum() * w
+
+
+STEPS = {"gspo": (gspo, "seq-mean-token-mean"), "grpo": (grpo, "prompt-mean"), "dpo": (dpo, None)}
+
+
+def weights_of(mode, packs, rows, **ranks):
+    """One tensor a pack."""
+    if mode is None:
+        return [2 * ranks.get("averaged_over", 1) / len(SIZES)] * len(packs)
+    prompts = {"groups": PROMPT_IDS[rows], "num_groups": 5} if mode in PROMPTS else {}
+    return sequence_weights(mode, packs, **prompts, **ranks).split([pack.num_seqs for pack in packs])
+
+
+def of_one_process(name):
+    loss, mode = STEPS[name]
+    cu, mask, rows = whole_batch()[-1], whole_batch()[-2], slice(0, len(SIZES))
+    pack = rlkern.packed(cu, mask)
+    return gradient_of(loss, [slice(None)], [(rows, pack)], weights_of(mode, [pack], rows))
+
+
+def of_four(group, rank):
+    """Gradients by name, averaged over the ranks: data-parallel rank // 2, context-parallel rank % 2."""
+    own = {kind: [r for r in range(4) if (r // 2 == rank // 2 if kind == "context" else r % 2 == rank % 2)] for kind in ("context", "data")}
+    groups = {kind: dist.new_group(ranks, use_local_synchronization=True) for kind, ranks in own.items()}
+    *_, mask, cu = whole_batch()
+    first = 6 * (rank // 2)
+    tokens, packs = [], []
+    for start in range(first, first + 6, 2):  # micro-batches, each sequence in zigzag quarters
+        index, lengths = [], []
+        for i in (start, start + 1):
+            bounds = [int(cu[i]) + round(int(SIZES[i]) * quarter / 4) for quarter in range(5)]
+            kept = [t for c in (rank % 2, 3 - rank % 2) for t in range(bounds[c], bounds[c + 1])]
+            index, lengths = index + kept, [*lengths, len(kept)]
+        tokens.append(torch.tensor(index, dtype=torch.int64))
+        packs.append((slice(start, start + 2), rlkern.packed(lengths=lengths, mask=mask[tokens[-1]], group=groups["context"])))
+    gradients = {}
+    for name, (loss, mode) in STEPS.items():
+        w = weights_of(mode, [pack for _, pack in packs], slice(first, first + 6), group=groups["data"], averaged_over=4)
+        gradient = gradient_of(loss, tokens, packs, w)
+        dist.all_reduce(gradient, group=group)
+        gradients[name] = gradient / 4
+    return gradients
+
+
+@pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+def test_data_and_context_parallel_micro_batches():
+    """Two by two gloo processes of three micro-batches have the gradients of one process."""
+    expected = {name: of_one_process(name) for name in STEPS}
+    assert all(gradient.abs().max() > 1e-3 for gradient in expected.values())
+    processes = Processes(4, (4,))  # their own: they form more groups
+    try:
+        results = processes.run(4, of_four)
+    finally:
+        processes.stop()
+    for gradients in results:
+        torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-15)
+
+
+# --- the page -----------------------------------------------------------------------------------------------
+
+
+def test_the_page():
+    """docs/losses.md, "One average over micro-batches and processes": its blocks have the whole batch's gradient."""
+    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
+    section = page.split("### One average over")[1].split("\n## ")[0]
+    with_count, with_weights = re.findall(r"```python\n(.*?)```", section, re.S)
+    g = torch.Generator().manual_seed(3)
+    old, advantages, lengths = torch.randn(6, T, generator=g), torch.randn(6, generator=g), torch.tensor([7, 2, 0, 3, 1, 5])
+    mask, prompts = torch.arange(T) < lengths.unsqueeze(-1), torch.tensor([0, 0, 1, 2, 2, 2])
+    cuts = [slice(0, 1), slice(1, 4), slice(4, 6)]
+
+    def leaf():
+        return (old + 0.1).requires_grad_()
+
+    count_leaf, weights_leaf = leaf(), leaf()
+    names = {"rlkern": rlkern, "data_group": None, "ranks": 1, "model": None, "log_probs": lambda _, m: count_leaf[m["rows"]]}
+    names["micro_batches"] = [{"rows": rows, "old_logp": old[rows], "advantages": advantages[rows], "mask": mask[rows]} for rows in cuts]
+    exec(with_count, names)
+    names |= {"logp": weights_leaf, "old_logp": old, "advantages": advantages, "mask": mask, "lengths": lengths, "prompt_ids": prompts, "P": 3}
+    exec(with_weights, names | {"micro_batches": cuts})
+    for got, make in ((count_leaf, lambda x: rlkern.ppo_loss(x, old, advantages, mask).loss),
+                      (weights_leaf, lambda x: prompt_mean(-(x - old).exp() * advantages.unsqueeze(-1), mask, prompts))):  # fmt: skip
+        wanted = leaf()
+        make(wanted).backward()
+        torch.testing.assert_close(got.grad, wanted.grad, rtol=1e-5, atol=1e-7)
+
+
+def prompt_mean(values, mask, prompts):
+    means = [values[prompts == p][mask[prompts == p]].mean() for p in prompts.unique() if mask[prompts == p].any()]
+    return sum(means) / len(means)
