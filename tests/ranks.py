@@ -21,6 +21,8 @@ WORLDS = (1, 2, 3, 4, 8)
 COMPILES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 9)  # what a group is part of; see docs/versions.md
 compiles = pytest.mark.skipif(not COMPILES, reason="Dynamo before torch 2.9 does not follow a group")
 LARGEST = max(WORLDS)
+SQUARE = ((0, 1), (2, 3), (0, 2), (1, 3))  # rows and columns of four ranks
+subgroups = {}  # in a rank's process: its groups of SQUARE, by their ranks
 
 
 def _serve(rank, world, worlds, folder, seconds, pipe):
@@ -29,6 +31,10 @@ def _serve(rank, world, worlds, folder, seconds, pipe):
     timeout = timedelta(seconds=seconds)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timeout)
     groups = {w: dist.new_group(range(w), timeout=timeout) for w in worlds}
+    for ranks in SQUARE if world >= 4 else ():
+        group = dist.new_group(ranks, timeout=timeout)
+        if rank in ranks:
+            subgroups[ranks] = group
     pipe.send("ready")
     while True:
         try:

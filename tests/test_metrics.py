@@ -1,7 +1,4 @@
-"""Metrics of parts of a batch merged into those of the whole, against formulas over all tokens in float64.
-
-As a script this file is one of two gloo processes, which merges its metrics with the other's.
-"""
+"""Metrics of parts of a batch merged into those of the whole, against formulas over all tokens in float64."""
 
 import math
 
@@ -9,8 +6,8 @@ import loss_battery as battery
 import pytest
 import torch
 from bgpo_batch import Batch
+from ranks import on_ranks
 from thread_ranks import thread_ranks
-from two_processes import one_of_them, results_of
 
 import rlkern
 from rlkern import parallel
@@ -280,14 +277,13 @@ def test_errors(parts, error, message):
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
-def test_two_processes(tmp_path):
-    for merged in results_of(__file__, tmp_path):
+def test_two_processes():
+    for merged in on_ranks(2, merged_over):
         torch.testing.assert_close(merged, expected(BATCHES[0] + BATCHES[1]), rtol=1e-12, atol=1e-14)
 
 
-if __name__ == "__main__":
-    with one_of_them() as (rank, results):
-        parts = parts_of(rank)
-        if rank == 1:
-            parts = [dict(reversed(part.items())) for part in parts]
-        results.update(rlkern.reduce_metrics(parts, group=torch.distributed.group.WORLD))
+def merged_over(group, rank):
+    parts = parts_of(rank)
+    if rank == 1:
+        parts = [dict(reversed(part.items())) for part in parts]
+    return rlkern.reduce_metrics(parts, group=group)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Processes
+from ranks import on_ranks, subgroups
 from thread_ranks import thread_ranks
 
 import rlkern
@@ -255,8 +255,8 @@ def of_one_process(name):
 
 def of_four(group, rank):
     """Gradients by name, averaged over the ranks: data-parallel rank // 2, context-parallel rank % 2."""
-    own = {kind: [r for r in range(4) if (r // 2 == rank // 2 if kind == "context" else r % 2 == rank % 2)] for kind in ("context", "data")}
-    groups = {kind: dist.new_group(ranks, use_local_synchronization=True) for kind, ranks in own.items()}
+    row, column = rank - rank % 2, rank % 2
+    context_group, data_group = subgroups[row, row + 1], subgroups[column, column + 2]
     *_, mask, cu = whole_batch()
     first = 6 * (rank // 2)
     tokens, packs = [], []
@@ -267,10 +267,10 @@ def of_four(group, rank):
             kept = [t for c in (rank % 2, 3 - rank % 2) for t in range(bounds[c], bounds[c + 1])]
             index, lengths = index + kept, [*lengths, len(kept)]
         tokens.append(torch.tensor(index, dtype=torch.int64))
-        packs.append((slice(start, start + 2), rlkern.packed(lengths=lengths, mask=mask[tokens[-1]], group=groups["context"])))
+        packs.append((slice(start, start + 2), rlkern.packed(lengths=lengths, mask=mask[tokens[-1]], group=context_group)))
     gradients = {}
     for name, (loss, mode) in STEPS.items():
-        w = weights_of(mode, [pack for _, pack in packs], slice(first, first + 6), group=groups["data"], averaged_over=4)
+        w = weights_of(mode, [pack for _, pack in packs], slice(first, first + 6), group=data_group, averaged_over=4)
         gradient = gradient_of(loss, tokens, packs, w)
         dist.all_reduce(gradient, group=group)
         gradients[name] = gradient / 4
@@ -282,12 +282,7 @@ def test_data_and_context_parallel_micro_batches():
     """Two by two gloo processes of three micro-batches have the gradients of one process."""
     expected = {name: of_one_process(name) for name in STEPS}
     assert all(gradient.abs().max() > 1e-3 for gradient in expected.values())
-    processes = Processes(4, (4,))  # their own: they form more groups
-    try:
-        results = processes.run(4, of_four)
-    finally:
-        processes.stop()
-    for gradients in results:
+    for gradients in on_ranks(4, of_four):
         torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-15)
 
 

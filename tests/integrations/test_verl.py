@@ -14,6 +14,7 @@ import types
 
 import pytest
 import torch
+from thread_ranks import thread_ranks
 
 if importlib.util.find_spec("verl") is None:
     pytest.skip("verl is not installed (requirements-trainers.txt)", allow_module_level=True)
@@ -84,6 +85,28 @@ def assert_equal(name, inputs, **call):
 
 
 # --- losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_weights_are_verls_global_counts(mode):
+    """Micro-batches of two data-parallel ranks: `agg_loss` with the counts of all rows, `aggregate` with weights."""
+    g = torch.Generator().manual_seed(7)
+    lengths = torch.tensor([[9, 0, 4, 1], [2, 6, 0, 9]])  # by rank
+    values, mask = torch.randn(2, 4, 9, generator=g, dtype=torch.float64), torch.arange(9) < lengths[..., None]
+    rows = (slice(0, 1), slice(1, 4))
+    sequences = int((lengths > 0).sum())
+    # verl's sum-norm divides by the sequences too; here that is left to length=.
+    length = {"length": 50.0 * sequences} if mode.endswith("norm") else {}
+    info = {"dp_size": 2, "batch_num_tokens": int(lengths.sum()), "global_batch_size": sequences, "loss_scale_factor": 50}
+
+    def on(group):
+        w = rlkern.sequence_weights(mode, lengths[group.place], group=group, averaged_over=2, **length)
+        return [rlkern.aggregate(values[group.place, part], mask[group.place, part], w[part]) for part in rows]
+
+    with thread_ranks(2) as run:
+        ours = run(on)
+    theirs = [[core_algos.agg_loss(x[part], m[part].double(), mode, **info) for part in rows] for x, m in zip(values, mask, strict=True)]
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-12)  # verl divides by the length + 1e-8
 
 
 @pytest.mark.parametrize("mode", MODES)
