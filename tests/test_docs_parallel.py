@@ -98,6 +98,8 @@ def the_page(group, rank):
             page["model"] = copy.deepcopy(whole)
         if "Head" in block and not FSDP2:
             continue
+        if "cp_group" in block:  # test_sequence_weights.py runs it, on four ranks
+            continue
         exec(compile(block, PAGE.name, "exec"), page)
         if "logits_shard [B, T, columns]" in block:
             close(page["logits_shard"].grad, mine(of_logits))
@@ -140,7 +142,7 @@ def close(got, wanted):
 
 
 def test_the_page_runs():
-    assert on_ranks(2, the_page) == [9, 9]
+    assert on_ranks(2, the_page) == [10, 10]
 
 
 FAULTS = {

@@ -14,6 +14,7 @@ from rlkern import batch_count, parallel, sequence_weights
 
 F64 = torch.float64
 T = 7
+DOCS = Path(__file__).parents[1] / "docs"
 MODES = ("token-mean", "bnpo", "dapo", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm", "grpo", "dr_grpo")
 PROMPTS = ("prompt-mean", "prompt-seq-mean")
 
@@ -198,6 +199,7 @@ def test_ranks_that_refuse_without_a_header(monkeypatch, wrong, right, refusing)
 # --- data parallel, context parallel, micro-batches ---------------------------------------------------------
 
 SIZES = torch.tensor([8, 3, 0, 11, 1, 6, 4, 0, 9, 5, 2, 7])  # 12 sequences, 6 a data-parallel rank, 2 a micro-batch
+ADVANTAGES = torch.linspace(-1, 1.5, len(SIZES), dtype=F64)
 PROMPT_IDS = torch.tensor([0, 0, 1, 1, 2, 2, 0, 3, 3, 1, 4, 4])  # some on both ranks
 
 
@@ -210,14 +212,17 @@ def whole_batch():
     return x, ids, *(torch.randn(2, n, generator=g, dtype=F64) / 3 - 1.6), torch.rand(n, generator=g) < 0.8, cu
 
 
+def head_of_all():
+    return torch.linspace(-1, 1, 20, dtype=F64).view(4, 5).requires_grad_()
+
+
 def gradient_of(loss, tokens, packs, weights):
     """d loss / d head, added up over packs; tokens: one index a pack."""
     x, ids, old, reference, _, _ = whole_batch()
-    head = torch.linspace(-1, 1, 20, dtype=F64).view(4, 5).requires_grad_()
+    head = head_of_all()
     for at, (rows, pack), w in zip(tokens, packs, weights, strict=True):
         logp = (x[at] @ head).log_softmax(-1).gather(-1, ids[at]).view(1, -1)  # a micro-batch may have S tokens
-        advantages = torch.linspace(-1, 1.5, len(SIZES), dtype=F64)[rows]
-        loss(logp, old[at].view(1, -1), reference[at].view(1, -1), advantages, pack, w).backward()
+        loss(logp, old[at].view(1, -1), reference[at].view(1, -1), ADVANTAGES[rows], pack, w).backward()
     return head.grad
 
 
@@ -235,6 +240,10 @@ def dpo(logp, old, reference, advantages, pack, w):
     return rlkern.dpo_loss(policy[::2], policy[1::2], ref[::2], ref[1::2]).losses.sum() * w
 
 
+def gspo_of_the_page(logp, old, reference, advantages, pack, w):
+    return rlkern.gspo_loss(logp, old, advantages, pack, aggregation=w).loss
+
+
 STEPS = {"gspo": (gspo, "seq-mean-token-mean"), "grpo": (grpo, "prompt-mean"), "dpo": (dpo, None)}
 
 
@@ -246,8 +255,7 @@ def weights_of(mode, packs, rows, **ranks):
     return sequence_weights(mode, packs, **prompts, **ranks).split([pack.num_seqs for pack in packs])
 
 
-def of_one_process(name):
-    loss, mode = STEPS[name]
+def of_one_process(loss, mode):
     cu, mask, rows = whole_batch()[-1], whole_batch()[-2], slice(0, len(SIZES))
     pack = rlkern.packed(cu, mask)
     return gradient_of(loss, [slice(None)], [(rows, pack)], weights_of(mode, [pack], rows))
@@ -268,19 +276,33 @@ def of_four(group, rank):
             index, lengths = index + kept, [*lengths, len(kept)]
         tokens.append(torch.tensor(index, dtype=torch.int64))
         packs.append((slice(start, start + 2), rlkern.packed(lengths=lengths, mask=mask[tokens[-1]], group=context_group)))
-    gradients = {}
+    gradients = {"docs/parallel.md": gradient_of_the_page(tokens, packs, context_group, data_group)}
     for name, (loss, mode) in STEPS.items():
         w = weights_of(mode, [pack for _, pack in packs], slice(first, first + 6), group=data_group, averaged_over=4)
-        gradient = gradient_of(loss, tokens, packs, w)
+        gradients[name] = gradient_of(loss, tokens, packs, w)
+    for gradient in gradients.values():
         dist.all_reduce(gradient, group=group)
-        gradients[name] = gradient / 4
-    return gradients
+    return {name: gradient / 4 for name, gradient in gradients.items()}
+
+
+def gradient_of_the_page(tokens, packs, context_group, data_group):
+    """As `gradient_of`, by the block with packs."""
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", (DOCS / "parallel.md").read_text(), re.S) if "cp_group" in block]
+    x, ids, old, _, mask, _ = whole_batch()
+    head, names = head_of_all(), {"rlkern": rlkern, "cp_group": context_group, "dp_group": data_group}
+    names["micro_batches"] = [
+        {"cu_seqlens": pack.cu_seqlens, "mask": mask[at], "inputs": x[at].unsqueeze(0), "ids": ids[at].view(1, -1),
+         "old_logp": old[at].unsqueeze(0), "advantages": ADVANTAGES[rows]} for at, (rows, pack) in zip(tokens, packs, strict=True)
+    ]  # fmt: skip
+    exec(block, names | {"model": lambda inputs: inputs @ head})
+    return head.grad
 
 
 @pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 def test_data_and_context_parallel_micro_batches():
     """Two by two gloo processes of three micro-batches have the gradients of one process."""
-    expected = {name: of_one_process(name) for name in STEPS}
+    steps = STEPS | {"docs/parallel.md": (gspo_of_the_page, "seq-mean-token-mean")}
+    expected = {name: of_one_process(*step) for name, step in steps.items()}
     assert all(gradient.abs().max() > 1e-3 for gradient in expected.values())
     for gradients in on_ranks(4, of_four):
         torch.testing.assert_close(gradients, expected, rtol=1e-12, atol=1e-15)
@@ -290,9 +312,8 @@ def test_data_and_context_parallel_micro_batches():
 
 
 def test_the_page():
-    """docs/losses.md, "One average over micro-batches and processes": its blocks have the whole batch's gradient."""
-    page = (Path(__file__).parents[1] / "docs" / "losses.md").read_text()
-    section = page.split("### One average over")[1].split("\n## ")[0]
+    """docs/losses.md, "One average over micro-batches and processes": gradients of the whole batch."""
+    section = (DOCS / "losses.md").read_text().split("### One average over")[1].split("\n## ")[0]
     with_count, with_weights = re.findall(r"```python\n(.*?)```", section, re.S)
     g = torch.Generator().manual_seed(3)
     old, advantages, lengths = torch.randn(6, T, generator=g), torch.randn(6, generator=g), torch.tensor([7, 2, 0, 3, 1, 5])

@@ -89,7 +89,7 @@ def assert_equal(name, inputs, **call):
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
 def test_weights_are_verls_global_counts(mode):
-    """Micro-batches of two data-parallel ranks: `agg_loss` with the counts of all rows, `aggregate` with weights."""
+    """Micro-batches of two data-parallel ranks: `agg_loss` with the counts of all rows, our weights."""
     g = torch.Generator().manual_seed(7)
     lengths = torch.tensor([[9, 0, 4, 1], [2, 6, 0, 9]])  # by rank
     values, mask = torch.randn(2, 4, 9, generator=g, dtype=torch.float64), torch.arange(9) < lengths[..., None]
