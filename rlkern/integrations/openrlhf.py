@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from .. import primitives
 from ..checks import as_bool, check_choice, check_flags, check_number, computing_dtype, shown
 from ..losses import aggregate, ppo_loss
+from ..primitives.packing import Rows
 from ..primitives.ratio import clipped_surrogate
-from ..primitives.reductions import sequence_mean
 from .patching import Patch
 from .versions import Releases
 
@@ -151,8 +151,9 @@ class PolicyLoss(nn.Module):
         vllm_kl = is_filter_ratio = None
         if self.policy_loss_type == "gspo":
             # A sequence's ratio is exp(mean log ratio): PPO in which each token has the mean of its sequence.
-            logp = sequence_mean(log_probs, mask).expand_as(log_probs)
-            old_logp = sequence_mean(old_log_probs if rollout is None else rollout, mask).expand_as(log_probs)
+            rows = Rows(mask)
+            logp = rows.spread(rows.mean(log_probs)).expand_as(log_probs)
+            old_logp = rows.spread(rows.mean(old_log_probs if rollout is None else rollout)).expand_as(log_probs)
         elif rollout is not None:
             dtype = computing_dtype(log_probs)  # an exponential of float16 overflows at 11
             weights, outside = self._correction(old_log_probs.detach().to(dtype), rollout.detach().to(dtype), mask)
@@ -201,7 +202,8 @@ class PolicyLoss(nn.Module):
                 statistic = p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()
         if self.is_correction_level == "seq":
             # NaN for an empty sequence, as in OpenRLHF: it is outside of the threshold
-            statistic = torch.where(mask.any(-1, keepdim=True), sequence_mean(statistic, mask), torch.nan)
+            rows = Rows(mask)
+            statistic = rows.spread(rows.mean(statistic).masked_fill(rows.lengths == 0, torch.nan))
         if self.is_correction_gating == "ratio":
             statistic = statistic.exp()
         inside = (statistic >= low) & (statistic <= high)

@@ -1,14 +1,9 @@
-"""Reductions over the tokens that a mask counts, for metrics and for losses on whole sequences."""
+"""Reductions over the tokens that a mask counts, for metrics."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-
-def sequence_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """[B, T] -> [B, 1]: each sequence's mean, 0 if it is empty. Masked values must be finite."""
-    return torch.where(mask, values, 0).sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
 
 
 @torch.no_grad()

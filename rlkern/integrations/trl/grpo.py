@@ -12,7 +12,7 @@ from trl import GRPOTrainer as _GRPOTrainer
 
 from ...losses import LossOutput
 from ...metrics.merge import reduce_metrics
-from ...primitives.reductions import sequence_mean
+from ...primitives.packing import Rows
 from ...primitives.row_stats import check_kept_mass
 from ...primitives.token_stats import token_stats
 from ..patching import Patch
@@ -266,7 +266,8 @@ def _weights(name: str, weights: Tensor | None, mask: Tensor) -> dict[str, Tenso
         return {"rollout_weights": weights}
     if name == "gspo":
         # TRL's loss of a sequence is one number: all tokens share its gradient, whatever weights they have
-        return {"weights": sequence_mean(weights.expand_as(mask), mask != 0)}
+        rows = Rows(mask != 0)
+        return {"weights": rows.spread(rows.mean(weights.expand_as(mask)))}
     return {"weights": weights}
 
 
