@@ -15,6 +15,7 @@ docs/trainers/prime_rl.md.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,20 +23,24 @@ import torch
 from torch import Tensor
 
 from .. import primitives
-from ..checks import check_choice, check_number
+from ..checks import check_choice, check_number, expect
 from ..losses import LossOutput
 from ..losses.aggregate import own_aggregation
+from ..primitives.packing import packed
 from .patching import Patch
 from .registry import REGISTRY, check_offered, dry_run
 from .versions import check_arguments
 
 __all__ = [
-    *("LOSSES", "check_loss", "compute_entropy", "patch", "policy_loss", "selective_log_softmax", "selective_log_softmax_with_kept"),
+    *("LOSSES", "PACKED_LOSSES", "check_loss", "compute_entropy", "packed_policy_loss", "patch", "policy_loss"),
+    *("selective_log_softmax", "selective_log_softmax_with_kept"),
     *("selective_log_softmax_with_sampling_mask", "selective_topk_log_softmax"),
 ]
 
 # All that need no more than a sequence; "grpo" is "ppo" and a KL term, which needs a reference.
 LOSSES = tuple(name for name, loss in REGISTRY.items() if not (loss.needs or loss.compares_sequences or name == "grpo"))
+# Whole micro-batches also offer a choice among the tokens of many sequences.
+PACKED_LOSSES = tuple(name for name, loss in REGISTRY.items() if not loss.needs and name != "grpo")
 _AGGREGATIONS = ("token-mean", "seq-mean-token-mean")
 _FIELDS = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask")  # prime-rl's, in a loss's order
 
@@ -102,6 +107,13 @@ def policy_loss(inputs: Any, *, loss: str, aggregation: str | None = None, mean_
         TypeError, ValueError: names and options that do not exist or do not fit; `check_loss` tells earlier.
     """
     check_offered("policy loss", loss, LOSSES, "prime-rl", one_by_one=True)
+    weights = getattr(inputs, "loss_weights", None)
+    tokens = tuple(getattr(inputs, field).unsqueeze(0) for field in _FIELDS)
+    return _summed(loss, tokens, None if weights is None else weights.unsqueeze(0), aggregation, mean_length, options)
+
+
+def _summed(loss: str, tokens: tuple, weights: Tensor | None, aggregation: str | None, mean_length: float | None, options: dict) -> LossOutput:
+    """The loss as a sum, which prime-rl divides by the batch's tokens."""
     function = REGISTRY[loss].function
     aggregation = own_aggregation(function) if aggregation is None else aggregation
     check_choice("aggregation", aggregation, _AGGREGATIONS)
@@ -109,14 +121,65 @@ def policy_loss(inputs: Any, *, loss: str, aggregation: str | None = None, mean_
         check_number("mean_length", mean_length)
         if not 0 < mean_length < math.inf or aggregation == "token-mean":
             raise ValueError(f"mean_length is a number above 0 for aggregation 'seq-mean-token-mean', got {mean_length} with {aggregation!r}")
-    weights = getattr(inputs, "loss_weights", None)
-    return function(
-        *(getattr(inputs, field).unsqueeze(0) for field in _FIELDS),
-        weights=None if weights is None else weights.unsqueeze(0),
-        aggregation=aggregation,
-        normalizer=1.0 if mean_length is None else 1 / mean_length,
-        **options,
-    )
+    normalizer = 1.0 if mean_length is None else 1 / mean_length
+    return function(*tokens, weights=weights, aggregation=aggregation, normalizer=normalizer, **options)
+
+
+def packed_policy_loss(
+    trainer_logprobs: Sequence[Tensor],
+    inference_logprobs: Sequence[Tensor],
+    advantages: Sequence[Tensor],
+    loss_mask: Sequence[Tensor],
+    loss_weights: Sequence[Tensor] | None = None,
+    *,
+    loss: str,
+    aggregation: str | None = None,
+    mean_length: float | None = None,
+    **options: Any,
+) -> LossOutput:
+    """The sum of `policy_loss` over the sequences of a micro-batch, in one call of rlkern's function.
+
+        out = packed_policy_loss(trainer_logprobs, inference_logprobs, advantages, loss_mask, loss="gspo")
+        loss = out.loss / rl_scale
+
+    prime-rl's `compute_loss` cuts a packed micro-batch into lists and calls a custom loss once for each
+    sequence. This takes these lists, for a trainer that calls it in place of `compute_loss`, which has the
+    "ce" and "ref_kl" components beside it.
+
+    Args:
+        trainer_logprobs, inference_logprobs, advantages, loss_mask, loss_weights: lists of [seq], the
+            sequences in the same order. A sequence may be padding alone. prime-rl's own mask of the component
+            is loss_mask & (rl_weights != 0), its loss_weights are rl_weights.
+        loss: one of `PACKED_LOSSES`. "clip_cov" and "kl_cov" choose among all tokens of the micro-batch.
+        aggregation, mean_length, options: as in `policy_loss`.
+
+    Returns:
+        LossOutput(loss, metrics): the sum, and the metrics of all tokens, as one call over them has it.
+
+    Raises:
+        TypeError, ValueError: as `policy_loss`, and for lists that do not match.
+    """
+    check_offered("policy loss", loss, PACKED_LOSSES, "prime-rl")
+    given = dict(zip(_FIELDS, (trainer_logprobs, inference_logprobs, advantages, loss_mask), strict=True))
+    if loss_weights is not None:
+        given["loss_weights"] = loss_weights
+    lengths = _lengths("trainer_logprobs", trainer_logprobs)
+    if not lengths:
+        raise ValueError("packed_policy_loss needs at least one sequence, got an empty list")
+    for name, x in given.items():
+        if (others := _lengths(name, x)) != lengths:
+            raise ValueError(f"{name} must have sequences of the lengths of trainer_logprobs, {lengths}, got {others}")
+    # [1, N]: what is one a token is then never taken for one a sequence.
+    rows = {name: torch.cat(list(x)).unsqueeze(0) for name, x in given.items()}
+    pack = packed(lengths=lengths, mask=rows["loss_mask"])
+    tokens = (*(rows[name] for name in _FIELDS[:3]), pack)
+    return _summed(loss, tokens, rows.get("loss_weights"), aggregation, mean_length, options)
+
+
+def _lengths(name: str, sequences: Sequence[Tensor]) -> list[int]:
+    for i, x in enumerate(sequences):
+        expect(f"{name}[{i}]", x, "real", "[seq]")
+    return [x.shape[0] for x in sequences]
 
 
 def check_loss(*, loss: str, **options: Any) -> None:

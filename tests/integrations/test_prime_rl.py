@@ -148,6 +148,62 @@ def test_every_loss_runs():
         assert train(sequences(), loss=name).isfinite()
 
 
+LISTS = ("trainer_logprobs", "inference_logprobs", "advantages", "loss_mask", "loss_weights")
+
+
+def lists(inputs, weighted=True):
+    return [[getattr(x, name) for x in inputs] for name in LISTS[: 4 + weighted]]
+
+
+@pytest.mark.parametrize("weighted", (False, True))
+@pytest.mark.parametrize("name", rlkern_prime.LOSSES)
+def test_one_call_for_a_micro_batch_is_the_sum_over_its_sequences(name, weighted):
+    """A sequence of padding alone, NaN where nothing counts, advantages of tokens."""
+    inputs = sequences(weighted=weighted)
+    for x in inputs:
+        x.advantages = x.advantages * torch.linspace(1, -0.5, len(x.advantages), dtype=torch.float64)
+        x.inference_logprobs = x.inference_logprobs.masked_fill(~x.loss_mask, torch.nan)
+    inputs[2].loss_mask = torch.zeros(1, dtype=torch.bool)
+    leaves = [x.trainer_logprobs for x in inputs]
+    for options in ({}, {"aggregation": "seq-mean-token-mean", "mean_length": 4.0}):
+        one_by_one = sum(rlkern_prime.policy_loss(x, loss=name, **options).loss for x in inputs)
+        out = rlkern_prime.packed_policy_loss(*lists(inputs, weighted), loss=name, **options)
+        torch.testing.assert_close(out.loss, one_by_one, rtol=1e-12, atol=1e-14)
+        gradients = [torch.autograd.grad(loss, leaves, retain_graph=True) for loss in (out.loss, one_by_one)]
+        torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
+        assert out.metrics["tokens"] == sum(x.loss_mask.sum() for x in inputs) and out.loss != 0
+
+
+def test_a_micro_batch_offers_choices_among_its_tokens():
+    """The token of largest covariance in three sequences is in one of them, not in each."""
+    inputs = sequences()
+    assert set(rlkern_prime.PACKED_LOSSES) == {*rlkern_prime.LOSSES, "clip_cov", "kl_cov"}
+    out = rlkern_prime.packed_policy_loss(*lists(inputs, False), loss="kl_cov", select_ratio=1e-9)
+    rows = [torch.cat(x).unsqueeze(0) for x in lists(inputs, False)]
+    expected = rlkern.kl_cov_loss(*rows, select_ratio=1e-9, aggregation="token-mean", normalizer=1.0)
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-12, atol=0)
+    tokens = sum(x.loss_mask.sum().item() for x in inputs)
+    assert out.metrics["selected_fraction"].item() * tokens == pytest.approx(1)
+
+
+def test_lists_that_do_not_match_are_refused():
+    given = lists(sequences(), False)
+    for i, name in enumerate(LISTS[1:4], start=1):
+        short = [*given[:i], [*given[i][:2]], *given[i + 1 :]]
+        with pytest.raises(ValueError, match=rf"{name} must have sequences of the lengths of trainer_logprobs, \[5, 9, 1\], got \[5, 9\]"):
+            rlkern_prime.packed_policy_loss(*short, loss="ppo")
+    with pytest.raises(ValueError, match="loss_weights must have sequences of the lengths"):
+        rlkern_prime.packed_policy_loss(*given, given[0][::-1], loss="ppo")
+    with pytest.raises(ValueError, match="needs at least one sequence, got an empty list"):
+        rlkern_prime.packed_policy_loss([], [], [], [], loss="ppo")
+    with pytest.raises(ValueError, match=r"trainer_logprobs\[0\] must be \[seq\], got shape \(1, 5\)"):
+        rlkern_prime.packed_policy_loss([x.unsqueeze(0) for x in given[0]], *given[1:], loss="ppo")
+    with pytest.raises(TypeError, match=r"advantages\[0\] must be"):
+        rlkern_prime.packed_policy_loss(*given[:2], [1.0, 2.0, 3.0], given[3], loss="ppo")
+    with pytest.raises(ValueError, match="nft_loss needs success_rate and correct"):
+        rlkern_prime.packed_policy_loss(*given, loss="nft")
+
+
 def test_inputs_of_older_versions_have_no_weights():
     x = sequences()[0]
     older = types.SimpleNamespace(**{k: v for k, v in vars(x).items() if k != "loss_weights"})
