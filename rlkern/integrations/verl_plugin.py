@@ -6,6 +6,7 @@ what `register` and `patch` are given; docs/trainers/verl.md shows how they reac
     RLKERN_VERL_LOSSES              names, comma-separated: "clip_cov,tis"; "none": no loss; unset, all
     RLKERN_VERL_OPTIONS             JSON, name -> options: {"tis": {"cap": 2.0}}
     RLKERN_VERL_PATCH               "0" leaves verl's log-probabilities and entropy alone; unset, "1"
+    RLKERN_VERL_PACKED              "1" is verl_packed.patch(): the actor loss without padding; unset, "0"
     RLKERN_VERL_INPLACE_BACKWARD    "1" is patch(inplace_backward=True), a promise: see there; unset, "0"
 
 Raises ValueError for another variable of that prefix, a value that is none of these, and one that would have
@@ -19,10 +20,11 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from . import verl_packed
 from .verl import patch, register
 
 _PREFIX = "RLKERN_VERL_"
-_VARIABLES = ("LOSSES", "OPTIONS", "PATCH", "INPLACE_BACKWARD")
+_VARIABLES = ("LOSSES", "OPTIONS", "PATCH", "PACKED", "INPLACE_BACKWARD")
 
 
 def _switch(settings: Mapping[str, str], name: str, default: str) -> bool:
@@ -52,13 +54,17 @@ def _apply(environment: Mapping[str, str]) -> None:
     if inplace and not patches:
         raise ValueError(f"{_PREFIX}INPLACE_BACKWARD=1 has no effect with {_PREFIX}PATCH=0: drop one of them")
     options = _options(settings)
-    losses = settings.get("LOSSES")
+    losses, packs = settings.get("LOSSES"), _switch(settings, "PACKED", "0")
+    if packs and losses == "none":
+        raise ValueError(f"{_PREFIX}PACKED=1 has no effect with {_PREFIX}LOSSES=none: drop one of them")
     if losses != "none":
         register(*([] if losses is None else [name.strip() for name in losses.split(",")]), options=options)
     elif options:
         raise ValueError(f"{_PREFIX}OPTIONS has no effect with {_PREFIX}LOSSES=none: drop one of them")
     if patches:
         patch(inplace_backward=inplace)
+    if packs:
+        verl_packed.patch()
 
 
 _apply(os.environ)

@@ -37,6 +37,7 @@ from verl.workers.utils.losses import ppo_loss as verl_ppo_loss
 
 import rlkern
 from rlkern.integrations import verl as rlkern_verl
+from rlkern.integrations import verl_packed
 
 MODES = ("token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 GLOBAL = {"dp_size": 2, "batch_num_tokens": 97, "global_batch_size": 12, "loss_scale_factor": 50}
@@ -667,6 +668,7 @@ def plugged(monkeypatch, **variables):
     calls = []
     monkeypatch.setattr(rlkern_verl, "register", lambda *names, **options: calls.append((names, options)))
     monkeypatch.setattr(rlkern_verl, "patch", lambda **options: calls.append(options))
+    monkeypatch.setattr(verl_packed, "patch", lambda: calls.append("packed"))
     for name, value in variables.items():
         monkeypatch.setenv(f"RLKERN_VERL_{name}", value)
     runpy.run_module("rlkern.integrations.verl_plugin")
@@ -680,6 +682,7 @@ def plugged(monkeypatch, **variables):
         ({"PATCH": "1", "INPLACE_BACKWARD": "1"}, [((), {"options": {}}), {"inplace_backward": True}]),
         ({"PATCH": "0", "INPLACE_BACKWARD": "0"}, [((), {"options": {}})]),
         ({"LOSSES": "none"}, [{"inplace_backward": False}]),
+        ({"PATCH": "0", "PACKED": "1"}, [((), {"options": {}}), "packed"]),
         (
             {"LOSSES": "tis, vespo", "OPTIONS": json.dumps({"tis": {"cap": 2.0}, "vespo": {"rollout_is": "token"}}), "PATCH": "0"},
             [(("tis", "vespo"), {"options": {"tis": {"cap": 2.0}, "vespo": {"rollout_is": "token"}}})],
@@ -699,6 +702,7 @@ def test_plugin_says_what_register_and_patch_can(monkeypatch, variables, calls):
         ({"PATCH": "0", "INPLACE_BACKWARD": "1"}, "INPLACE_BACKWARD=1 has no effect with RLKERN_VERL_PATCH=0"),
         ({"OPTIONS": "{tis: 1}"}, "RLKERN_VERL_OPTIONS must be JSON, got '{tis: 1}'"),
         ({"OPTIONS": '{"tis": 2.0}'}, "must be a JSON object of objects, as .*, got"),
+        ({"LOSSES": "none", "PACKED": "1"}, "RLKERN_VERL_PACKED=1 has no effect with RLKERN_VERL_LOSSES=none"),
         ({"LOSSES": "none", "OPTIONS": '{"tis": {}}'}, "OPTIONS has no effect with RLKERN_VERL_LOSSES=none"),
     ),
 )

@@ -9,7 +9,7 @@ from test_verl import config  # noqa: E402
 from verl.workers.utils.losses import ppo_loss  # noqa: E402
 from verl.workers.utils.padding import no_padding_2_padding  # noqa: E402
 
-from rlkern.integrations import verl  # noqa: E402
+from rlkern.integrations import verl, verl_packed  # noqa: E402
 from rlkern.integrations.verl_packed import packed_ppo_loss, packed_responses  # noqa: E402
 
 PROMPTS, RESPONSES = (3, 1, 2, 5), (4, 1, 6, 2)
@@ -36,34 +36,93 @@ def batch(seed=0, **info):
     return data, logp, sizes, entropy
 
 
+def padded(data):
+    """The same batch as verl's RayPPOTrainer has it, NaN where it pads."""
+    wide = {name: data[name].to_padded_tensor(float("nan")) for name in ("advantages", "ref_log_prob", "old_log_probs", "rollout_is_weights")}
+    wide["response_mask"] = data["response_mask"].to_padded_tensor(False).long()
+    wide |= {name: data[name].to_padded_tensor(0) for name in ("prompts", "responses")}
+    before = torch.arange(max(PROMPTS)).flip(0) < torch.tensor(PROMPTS)[:, None]
+    wide["attention_mask"] = torch.cat([before, torch.arange(max(RESPONSES)) < torch.tensor(RESPONSES)[:, None]], 1).long()
+    made = tensordict.TensorDict(wide, batch_size=[len(PROMPTS)])
+    for name in ("dp_size", "batch_num_tokens", "global_batch_size"):
+        made.set_non_tensor(name, data[name])
+    return made
+
+
 def test_the_same_tokens():
     data, logp, sizes, _ = batch()
-    padded = no_padding_2_padding(nested(logp.split(sizes)), data)
+    rows, mask = packed_responses(logp, padded(data))
+    theirs = no_padding_2_padding(logp, padded(data))
+    assert torch.equal(rows[mask], theirs[mask]) and mask.sum() == data["response_mask"].values().sum()
+    padded_rows = no_padding_2_padding(nested(logp.split(sizes)), data)
     tokens, pack = packed_responses(nested(logp.split(sizes)), data)
-    assert torch.equal(tokens, torch.cat([row[:n] for row, n in zip(padded, RESPONSES, strict=True)]))
+    assert torch.equal(tokens, torch.cat([row[:n] for row, n in zip(padded_rows, RESPONSES, strict=True)]))
     assert pack.cu_seqlens.tolist() == [0, 4, 5, 11, 13]
 
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
-@pytest.mark.parametrize(
-    ("name", "mode"), [*(("vanilla", mode) for mode in MODES), *((name, MODES[1]) for name in ("gspo", "geo_mean", "kl_cov", "dro"))]
-)
-def test_the_same_loss(name, mode):
-    names = verl.register(name)
+KINDS = ("kl", "abs", "mse", "low_var_kl", "k1+", "k2+", "k3+")
+CASES = [("vanilla", mode) for mode in MODES] + [(name, MODES[1]) for name in ("gspo", "sapo", "geo_mean", "vespo", "kl_cov", "dro")]
+
+
+def results(loss, data, leaf, entropy, own):
+    nested_logp = torch.nested.nested_tensor_from_jagged(leaf, entropy.offsets())
+    value, metrics = loss(own, {"log_probs": nested_logp, "entropy": entropy}, data)
+    (gradient,) = torch.autograd.grad(value, leaf)
+    return value.detach(), gradient, {k: float(m.aggregate()) if hasattr(m, "aggregate") else m for k, m in metrics.items()}
+
+
+@pytest.mark.parametrize(("name", "mode", "kind"), [(*case, KINDS[i % len(KINDS)]) for i, case in enumerate(CASES)])
+def test_the_same_loss(name, mode, kind):
+    """Against verl's own, which pads: a nested batch (without its masked NaN) and a padded one."""
+    names = verl.register(name, options={"vespo": {"rollout_is": "token"}} if name == "vespo" else None)
+    own = config(policy={"loss_mode": names[0]}, use_kl_loss=True, kl_loss_coef=0.3, kl_loss_type=kind, entropy_coeff=0.1,
+                 loss_agg_mode=mode, loss_scale_factor=6.0)  # fmt: skip
     try:
         for info in ({}, {"dp_size": 2, "batch_num_tokens": 20, "global_batch_size": 8}):
-            results = []
-            for loss in (ppo_loss, packed_ppo_loss):
-                data, logp, sizes, entropy = batch(**info)
-                leaf = logp.requires_grad_()
-                own = config(policy={"loss_mode": names[0]}, use_kl_loss=True, kl_loss_coef=0.3, kl_loss_type="low_var_kl", entropy_coeff=0.1,
-                             loss_agg_mode=mode, loss_scale_factor=6.0)  # fmt: skip
-                value, metrics = loss(own, {"log_probs": torch.nested.nested_tensor_from_jagged(leaf, entropy.offsets()), "entropy": entropy}, data)
-                (gradient,) = torch.autograd.grad(value, leaf)
-                results.append((value.detach(), gradient, {k: float(m.aggregate()) if hasattr(m, "aggregate") else m for k, m in metrics.items()}))
-            torch.testing.assert_close(results[1], results[0], rtol=1e-5, atol=1e-6)
+            data, logp, _, entropy = batch(**info)
+            leaf = logp.requires_grad_()
+            expected = results(ppo_loss, data, leaf, entropy, own)
+            assert expected[1].abs().max() > 0
+            for form in (data, padded(data)):
+                torch.testing.assert_close(results(packed_ppo_loss, form, leaf, entropy, own), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        verl.unregister()
+
+
+def test_padded_length_of_padded_batches():
+    """Packed, there is none: verl's loss_scale_factor must say what to divide by."""
+    names, own = verl.register("vanilla"), {"loss_agg_mode": "seq-mean-token-sum-norm"}
+    try:
+        own = config(policy={"loss_mode": names[0]}, **own)
+        data, logp, _, entropy = batch()
+        leaf = logp.requires_grad_()
+        expected = results(ppo_loss, data, leaf, entropy, own)
+        torch.testing.assert_close(results(packed_ppo_loss, padded(data), leaf, entropy, own), expected, rtol=1e-5, atol=1e-6)
+        with pytest.raises(ValueError, match="of packed tokens needs verl's loss_scale_factor"):
+            results(packed_ppo_loss, data, leaf, entropy, own)
+    finally:
+        verl.unregister()
+
+
+def test_patch_serves_our_losses_and_leaves_others():
+    """As the worker finds it: `distillation_ppo_loss` and engine_workers bind ppo_loss by name."""
+    from verl.trainer.distillation import losses as distillation
+    from verl.workers.utils import losses
+
+    names = verl.register("gspo")
+    data, logp, _, entropy = batch()
+    leaf = logp.requires_grad_()
+    try:
+        with verl_packed.patch():
+            assert distillation.ppo_loss is losses.ppo_loss is not ppo_loss
+            ours = results(losses.ppo_loss, data, leaf, entropy, config(policy={"loss_mode": names[0]}))
+            theirs = results(losses.ppo_loss, data, leaf, entropy, config())
+        assert distillation.ppo_loss is losses.ppo_loss is ppo_loss
+        assert torch.equal(ours[0], results(packed_ppo_loss, data, leaf, entropy, config(policy={"loss_mode": names[0]}))[0])
+        assert torch.equal(theirs[0], results(ppo_loss, data, leaf, entropy, config())[0])
     finally:
         verl.unregister()
 
