@@ -5,9 +5,11 @@ LossInputs, the sum over sequences divided by the batch's tokens, and the signat
 """
 
 import math
+import re
 import sys
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,6 +186,16 @@ def test_a_micro_batch_offers_choices_among_its_tokens():
     torch.testing.assert_close(out.loss, expected.loss, rtol=1e-12, atol=0)
     tokens = sum(x.loss_mask.sum().item() for x in inputs)
     assert out.metrics["selected_fraction"].item() * tokens == pytest.approx(1)
+
+
+def test_the_page_takes_the_lists_of_compute_loss():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "trainers" / "prime_rl.md").read_text()
+    (block,) = re.findall(r"```python\n([^`]*import packed_policy_loss.*?)```", page, re.S)
+    inputs = sequences()
+    names = dict(zip(LISTS, lists(inputs, False), strict=False)) | {"rl_scale": 7}
+    exec(block, names)
+    expected = sum(rlkern_prime.policy_loss(x, loss="gspo").loss for x in inputs) / 7
+    torch.testing.assert_close(names["loss"], expected, rtol=1e-12, atol=0)
 
 
 def test_lists_that_do_not_match_are_refused():
