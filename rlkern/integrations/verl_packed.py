@@ -115,9 +115,8 @@ def packed_ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
         if kind not in _KL_KINDS:
             raise ValueError(f"kl_loss_type must be one of {', '.join(_KL_KINDS)}, or one with a +, got {config.kl_loss_type!r}")
         estimate, clamp = _KL_KINDS[kind]
-        counted = sequences_of(pack, logp).mask  # what is elsewhere may be NaN, and a square has a slope there
-        reference = torch.where(counted, _tokens(data["ref_log_prob"]), 0)
-        kl = mean(kl_estimate(torch.where(counted, logp, 0), reference, estimate + plus, clamp=clamp))
+        counted = sequences_of(pack, logp).mask  # elsewhere the reference may be NaN, and so would be the slope of a square
+        kl = mean(kl_estimate(torch.where(counted, logp, 0), _tokens(data["ref_log_prob"]), estimate + plus, clamp=clamp))
         loss = loss + config.kl_loss_coef * kl
         metrics |= {"kl_loss": Metric(value=kl.detach(), aggregation=how), "kl_coef": config.kl_loss_coef}
     return loss, metrics
