@@ -99,7 +99,7 @@ def with_preset(presets: Mapping[str, Mapping[str, Any]], preset: str | None, de
     return {option: table.get(option) if value is None else value for option, value in options.items()}
 
 
-def refuse_split(x: PolicyInputs) -> None:
+def refuse_context_group(x: PolicyInputs) -> None:
     """For losses that compare tokens of a batch, and would need those of the other ranks."""
     if x.sequences.group_name:
         raise ValueError(

@@ -18,6 +18,7 @@ from ..checks import check_choice, check_flags, check_number, check_tokens, comp
 from ..parallel import Meeting, add_up
 from ..primitives.packing import Packed, Rows, per_token, sequences_of
 from ..primitives.reductions import fraction, masked_mean, total
+from ..primitives.sequence_sums import wide
 
 LEVELS = ("token", "sequence", "geometric")
 BY_SEQUENCE = ("sequence", "geometric")
@@ -147,7 +148,7 @@ def rollout_weights(
     """
     with Meeting("rollout_weights", group, train_logp) as meeting:
         if isinstance(train_logp, Tensor):
-            meeting.would_add(lambda: [train_logp.new_empty(2, dtype=torch.float64)])
+            meeting.would_add(lambda: [train_logp.new_empty(2, dtype=wide(train_logp))])
         given = {"level": level, "mode": mode, "low": low, "high": high, "gates": gates}
         o = _options(preset, given)
         sequences = sequences_of(mask, train_logp, "train_logp")
@@ -162,7 +163,7 @@ def rollout_weights(
             raise ValueError("group is for normalize=True, got it with normalize=False")
         if meeting.exchanges:
             meeting.about(options={"level": o["level"], "mode": o["mode"]})
-    tokens = _Tokens(train_logp, rollout_logp, sequences)
+    tokens, by_token = _Tokens(train_logp, rollout_logp, sequences), o["level"] == "token"
     u, counted = tokens.units(o["level"])
     below = counted & (u < _log(o["low"], -math.inf))
     above = counted & (u > _log(o["high"], math.inf))
@@ -175,9 +176,8 @@ def rollout_weights(
     rejected = (below | above) if o["mode"] == "mask" else torch.zeros_like(below)
     weights = torch.where(counted & ~rejected, weights, 0)
     if normalize:
-        weights = _normalized(weights, counted, [sequences.group_name if o["level"] == "token" else "", meeting.group_name])
+        weights = _normalized(weights, counted, [sequences.group_name if by_token else "", meeting.group_name])
 
-    by_token = o["level"] == "token"
     token_rejected = rejected if by_token else sequences.spread(rejected).expand_as(train_logp)
     sequence_rejected = torch.zeros_like(sequences.lengths, dtype=torch.bool) if by_token else rejected
     gate_metrics = {}
@@ -283,7 +283,8 @@ class _Tokens:
         """(u, which of them count), a number a token or one a sequence."""
         if level == "token":
             return self.x, self.sequences.mask
-        return self.sequences.sum(self.x) if level == "sequence" else self.sequences.mean(self.x), self.sequences.lengths > 0
+        u = self.sequences.sum(self.x) if level == "sequence" else self.sequences.mean(self.x)
+        return u, self.sequences.lengths > 0
 
     def statistic(self, name: str) -> Tensor:
         if name == "k2":
@@ -320,7 +321,7 @@ def _exceeds(name: str, bound: Any, tokens: _Tokens) -> Tensor:
 
 def _normalized(weights: Tensor, counted: Tensor, groups: list[str]) -> Tensor:
     """Over the mean. Ranks that are in two of the groups count twice above and below."""
-    sums = torch.stack([weights.sum(dtype=torch.float64), counted.sum().to(torch.float64)])
+    sums = torch.stack([weights.sum(dtype=wide(weights)), counted.sum().to(wide(weights))])
     for name in groups:
         if name != "":
             sums = add_up(sums, name)

@@ -26,8 +26,14 @@ class _Rows(NamedTuple):
     number: Tensor  # 0-d int64: how many there are. A pack may hold fewer than it has places for
 
 
-def _check_lengths(lengths: Any) -> list[Any]:
-    parts = lengths if isinstance(lengths, (list, tuple)) and not isinstance(lengths, Packed) else [lengths]
+def _parts(lengths: Any) -> tuple[list[Any], Any]:
+    """(the micro-batches', the first tensor among them)"""
+    parts = list(lengths) if isinstance(lengths, (list, tuple)) and not isinstance(lengths, Packed) else [lengths]
+    first = parts[0] if parts else None
+    return parts, first.lengths if isinstance(first, Packed) else first
+
+
+def _check_lengths(parts: Sequence[Any]) -> None:
     if not parts:
         raise ValueError("lengths must hold at least one tensor [B] or [B, T], got none")
     for part in parts:
@@ -41,10 +47,10 @@ def _check_lengths(lengths: Any) -> list[Any]:
             expect("lengths (a mask)", part, "real", "[B, T]")
         if part.dim() == 1 and values_readable(part) and (part < 0).any():
             raise ValueError(f"lengths must not be negative, got {part.min().item()}")
-    return list(parts)
 
 
 def _rows(parts: Sequence[Any]) -> _Rows:
+    """Of checked micro-batches."""
     lengths, count, known = [], 0, True  # type: ignore[var-annotated]
     for part in parts:
         own = part.lengths if isinstance(part, Packed) else part.long() if part.dim() == 1 else as_bool(part).sum(-1)
@@ -109,8 +115,7 @@ def sequence_weights(
         TypeError, ValueError: for arguments other than these. On CPUs every rank of the group raises if one
             does, or if they disagree on an option. On GPUs the others' weights are NaN if one raises.
     """
-    parts = lengths if isinstance(lengths, (list, tuple)) and not isinstance(lengths, Packed) else [lengths]
-    first = parts[0].lengths if parts and isinstance(parts[0], Packed) else parts[0] if parts else None
+    parts, first = _parts(lengths)
     with Meeting("sequence_weights", group, first) as meeting:
         if num_groups is not None:
             check_count("num_groups", num_groups)
@@ -118,7 +123,8 @@ def sequence_weights(
             meeting.would_add(lambda: [first.new_empty(4 + 2 * (num_groups or 0), dtype=wide(first))])
         check_choice("mode", mode, (*MODES, *PROMPT_MODES))
         by_prompt = mode in PROMPT_MODES
-        rows = _rows(_check_lengths(lengths))
+        _check_lengths(parts)
+        rows = _rows(parts)
         if (groups is None) == by_prompt:
             raise ValueError(f"groups is for the prompt modes, which need it, got mode={mode!r} and groups {'None' if groups is None else 'given'}")
         if num_groups is not None and not isinstance(groups, Tensor):
@@ -148,7 +154,8 @@ def sequence_weights(
         if prompts.table is not None:
             table = counts[4:].view(2, -1)
             prompt_count = (table[0] > 0).sum().to(dtype).clamp(min=1)
-            of_prompt = table[:, groups.long().clamp(0, max(table.shape[1] - 1, 0))] if table.shape[1] else table.new_zeros(2, len(n))  # type: ignore[union-attr]
+            ids = groups.long().clamp(0, max(num_groups - 1, 0))  # type: ignore[union-attr, operator]  # both given with a table
+            of_prompt = table[:, ids] if num_groups else table.new_zeros(2, len(n))
         prompt_tokens, prompt_sequences = of_prompt.to(dtype).clamp(min=1).unbind()
         divisor = prompt_count * (prompt_tokens if mode == "prompt-mean" else prompt_sequences * own)
     elif length is not None:
@@ -180,7 +187,7 @@ def _prompts(groups: int | Tensor, lengths: Tensor, num_groups: int | None) -> _
         return _Prompts(lengths.new_zeros(2, len(lengths)), lengths.new_zeros(()), table[:, :num_groups])
     members = Groups(groups, lengths.double(), name="lengths")
     of_rows = torch.stack([members.total(lengths.double()), members.total(has.double())]).round().long()
-    # Each prompt's first sequence with tokens counts it.
+    # Each prompt's last sequence with tokens counts it.
     order = torch.arange(len(lengths), device=lengths.device, dtype=torch.float64)
     latest = members.largest(torch.where(has > 0, order, -torch.inf))
     return _Prompts(of_rows, ((has > 0) & (order == latest)).sum(), None)
@@ -228,8 +235,7 @@ def batch_count(
             does, or if they disagree on the mode.
     """
     check_member(context_group, "context_group")
-    parts = lengths if isinstance(lengths, (list, tuple)) and not isinstance(lengths, Packed) else [lengths]
-    first = parts[0].lengths if parts and isinstance(parts[0], Packed) else parts[0] if parts else None
+    parts, first = _parts(lengths)
     with Meeting("batch_count", group, first) as everyone, Meeting("batch_count", context_group, first) as context:
         for meeting in (everyone, context):
             if isinstance(first, Tensor):
@@ -240,7 +246,8 @@ def batch_count(
         if context_group is not None and mode in BY_LENGTH:
             raise ValueError(f"mode {mode!r} divides by a sequence's length, which no rank of context_group has: expected another mode")
         check_number("averaged_over", averaged_over, 0)
-        what, rows = COUNTED[mode], _rows(_check_lengths(lengths))
+        _check_lengths(parts)
+        what, rows = COUNTED[mode], _rows(parts)
         for meeting in (everyone, context):
             if meeting.exchanges:
                 size = len(rows.lengths) if meeting is context and what == "sequences" else 0

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..checks import check_choice, shown
 from ..parallel import Meeting, digest_of, gather
+from ..primitives.sequence_sums import wide
 
 __all__ = ["KINDS", "RULES", "Rule", "merge_metrics", "merge_rows", "reduce_metrics"]
 
@@ -210,7 +211,7 @@ def reduce_metrics(
     first = next(iter(parts[0].values()), None) if isinstance(parts, Sequence) and parts and isinstance(parts[0], Mapping) else None
     with Meeting("reduce_metrics", group, first) as meeting:
         if isinstance(first, Tensor):
-            meeting.would_send(lambda: [first.new_empty(_message_size(len(parts[0])), dtype=_widest(first))])
+            meeting.would_send(lambda: [first.new_empty(_message_size(len(parts[0])), dtype=wide(first))])
         kinds = _check_kinds(kinds)
         _check_parts(parts)
         names = sorted(parts[0])  # processes may have them in any order
@@ -220,7 +221,7 @@ def reduce_metrics(
             meeting.about(options={"the metrics": tuple(names), "kinds": tuple(sorted(kinds.items()))})
     if not names:
         return {}
-    widest = _widest(parts[0][names[0]])
+    widest = wide(parts[0][names[0]])
     merged = merge_rows(names, torch.stack([torch.stack([part[name].detach().to(widest) for name in names]) for part in parts]), kinds)
     if meeting.ranks > 1:
         digest = digest_of(repr((names, sorted(kinds.items()))).encode()) % (1 << 23)  # exact in float32
@@ -232,10 +233,6 @@ def reduce_metrics(
 
 
 merge_metrics = reduce_metrics  # its first name
-
-
-def _widest(x: Tensor) -> torch.dtype:
-    return torch.float32 if x.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
 
 
 def _message_size(count: int) -> int:

@@ -104,7 +104,7 @@ class Packed(NamedTuple):
     seq_idx: int64 [N], the sequence of each token, S for none.
     mask: bool [N], the tokens that count.
     lengths: int64 [S], how many count, of the whole sequences where these are in parts.
-    num_seqs: S, or where only the device knows the number of sequences it, 0-d.
+    num_seqs: S, or a 0-d tensor where only the device knows how many sequences there are.
     group: the ranks that hold other tokens of the same sequences, or None.
     own_lengths: int64 [S], how many count here, where `lengths` are of whole sequences; or None.
     whole: False if other parts of the sequences are in other micro-batches.
@@ -154,7 +154,7 @@ class Packed(NamedTuple):
         expect("values", values, "float", "[...]")
         if values.numel() != self.mask.numel():
             raise ValueError(f"values must have the {self.mask.numel()} tokens of the pack, got shape {tuple(values.shape)}")
-        return numbers_of(values).reshape(-1)
+        return values.to(computing_dtype(values)).reshape(-1)
 
     def _sums(self, values: Sequence[Tensor]) -> Tensor:
         """[K, S] in the wide dtype. One exchange if tokens are on several ranks."""
@@ -208,11 +208,6 @@ class Packed(NamedTuple):
         if self.own_lengths is None:
             return None
         return self.own_lengths.to(dtype) / self.lengths.clamp(min=1)
-
-
-def numbers_of(x: Tensor) -> Tensor:
-    """x in the dtype of the computation, with its gradient."""
-    return x.to(computing_dtype(x))
 
 
 def _running(mask: Tensor) -> Tensor:
@@ -435,15 +430,13 @@ def sequences_of(mask: Any, logp: Tensor, of: str = "logp") -> Rows | Packed:
             shape; a mask of another shape or device.
     """
     refuse_nested("mask", mask)
+    refuse_nested(of, logp)
+    expect(of, logp, "float", "[...]")
     if not isinstance(mask, Packed):
-        refuse_nested(of, logp)
-        expect(of, logp, "float", "[...]")
         if logp.dim() != 2:
             raise ValueError(f"{of} must be [B, T] beside a mask of that shape (any shape beside a Packed as mask), got shape {tuple(logp.shape)}")
         check_tokens("mask", mask, logp, "real", of)
         return Rows(as_bool(mask))
-    refuse_nested(of, logp)
-    expect(of, logp, "float", "[...]")
     if logp.numel() != mask.mask.numel():
         raise ValueError(f"{of} must have the {mask.mask.numel()} tokens of the pack, got shape {tuple(logp.shape)}")
     if logp.device != mask.mask.device:

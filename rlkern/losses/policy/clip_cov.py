@@ -16,7 +16,7 @@ from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyInputs, clipped_ratio
 from ...primitives.selection import first_row, fraction_capacity, select_fraction_of_batch, select_random_fraction, selected_means
 from ..aggregate import LossOutput, aggregate_terms
-from ..arguments import check_clip, policy_inputs, refuse_split, selected_tokens, with_preset
+from ..arguments import check_clip, policy_inputs, refuse_context_group, selected_tokens, with_preset
 from ..rollout_weights import RolloutWeights
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -97,7 +97,7 @@ def clip_cov_loss(
         x = policy_inputs(
             logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
         )
-        refuse_split(x)
+        refuse_context_group(x)
         check_generator(generator, logp.device)
         return o, x, None if selected is None else selected_tokens(selected, x)
 

@@ -17,7 +17,7 @@ from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyInputs, clipped_ratio
 from ...primitives.selection import fraction_capacity, select_fraction
 from ..aggregate import LossOutput, aggregate_terms
-from ..arguments import policy_inputs, refuse_split, selected_tokens, with_preset
+from ..arguments import policy_inputs, refuse_context_group, selected_tokens, with_preset
 from ..rollout_weights import RolloutWeights
 from .clip_cov import select_over_batch, selection_metrics
 
@@ -82,7 +82,7 @@ def kl_cov_loss(
         x = policy_inputs(
             logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
         )
-        refuse_split(x)
+        refuse_context_group(x)
         return o, x, None if selected is None else selected_tokens(selected, x)
 
     def would_exchange(meeting: Meeting, batch: Batch) -> None:

@@ -19,7 +19,7 @@ from ...primitives.ratio import PolicyInputs, clean, clipped_ratio
 from ...primitives.selection import fraction_capacity, select_fraction, select_fraction_of_batch, selected_means
 from ...primitives.token_terms import TokenTerms
 from ..aggregate import LossOutput, aggregate_terms
-from ..arguments import check_clip, policy_inputs, refuse_split
+from ..arguments import check_clip, policy_inputs, refuse_context_group
 from ..rollout_weights import RolloutWeights
 
 KL_TERMS = ("sampled", "full")
@@ -154,7 +154,7 @@ def lp_reg_loss(
         x = policy_inputs(
             logp, old_logp, advantages, mask, weights=weights, log_ratio_clamp=log_ratio_clamp, aggregation=aggregation, normalizer=normalizer
         )
-        refuse_split(x)
+        refuse_context_group(x)
         check_tokens("proxy_logp", proxy_logp, logp)
         if kl_term == "full":
             _full_kl(logp, kept_logmass, proxy_kl)

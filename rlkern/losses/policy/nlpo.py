@@ -16,7 +16,7 @@ from ...primitives.packing import Packed
 from ...primitives.ratio import PolicyInputs, clean, clipped_ratio
 from ...primitives.reductions import fraction, masked_mean, total
 from ..aggregate import LossOutput, aggregate_values
-from ..arguments import check_clip, policy_inputs, refuse_split
+from ..arguments import check_clip, policy_inputs, refuse_context_group
 from ..rollout_weights import RolloutWeights
 
 
@@ -72,7 +72,7 @@ def nlpo_loss(
         inside = inside & (given.keep(old_logp) > -math.inf)
     x = x.among(inside)
     if normalize_advantages:
-        refuse_split(x)
+        refuse_context_group(x)
         whitened = whiten(given.advantages.view(1, -1), inside.view(1, -1)).view(inside.shape)
         x = PolicyInputs(logp, old_logp, whitened, inside, x.sequences, x.weights, log_ratio_clamp)
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
