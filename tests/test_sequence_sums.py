@@ -84,13 +84,6 @@ def test_gradients_gather(backend, device):
     assert torch.equal(back, pack.sum(x[0].to(device)))
 
 
-def test_holes_of_slots_add_nothing_to_a_gradient():
-    pack = rlkern.packed(torch.tensor([0, 4, 7]), num_tokens=8, seq_lens=torch.tensor([3, 1]))
-    x = torch.tensor([1.0, 2.0], requires_grad=True)
-    (gradient,) = torch.autograd.grad(pack.spread(x), x, torch.ones(8))
-    assert gradient.tolist() == [3, 1]
-
-
 def test_derivatives_of_any_order():
     x, mask, cu = draw(torch.float64, rows=1)
     pack = rlkern.packed(cu, mask)

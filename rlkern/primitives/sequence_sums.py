@@ -61,8 +61,8 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         seq_idx, cu_seqlens = ctx.saved_tensors
-        inside = seq_idx < cu_seqlens.shape[0] - 1  # not the holes of slots, which got no number
-        return sequence_sums(gradient, inside, seq_idx, cu_seqlens).to(gradient.dtype), None, None
+        everything = torch.ones_like(seq_idx, dtype=torch.bool)
+        return sequence_sums(gradient, everything, seq_idx, cu_seqlens).to(gradient.dtype), None, None
 
 
 def _gathered(x: Tensor, seq_idx: Tensor) -> Tensor:
