@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .. import backends
-from ..operator import Operator, in_transform, refuse_torch_func
+from ..checks import computing_dtype
+from ..operator import Operator, only_values, refuse_torch_func, transformed
 from ..parallel import add_up
 
 
@@ -35,38 +36,63 @@ _sequence_sums = Operator("sequence_sums(Tensor values, Tensor mask, Tensor cu_s
 refuse_torch_func(_sequence_sums)
 
 
+def _new_spread(x, mask, seq_idx):
+    return x.new_empty((x.shape[0], seq_idx.shape[0]))
+
+
+def _spread(x, mask, seq_idx):
+    if x.dtype not in (torch.float32, torch.float64):
+        return _gathered(x, mask, seq_idx)
+    out = _new_spread(x, mask, seq_idx)
+    if out.numel():
+        mask = None if mask is None else mask.contiguous()
+        backends.select(x.device).sequence_spread(x.contiguous(), mask, seq_idx.contiguous(), out)
+    return out
+
+
+def _gathered(x, mask, seq_idx):
+    tokens = torch.nn.functional.pad(x, (0, 1)).index_select(-1, seq_idx)
+    return tokens if mask is None else torch.where(mask, tokens, 0)
+
+
+_sequence_spread = Operator("sequence_spread(Tensor x, Tensor? mask, Tensor seq_idx) -> Tensor", run=_spread, fake=_new_spread, plain=_gathered)
+refuse_torch_func(_sequence_spread)
+
+
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values, mask, seq_idx, cu_seqlens, group_name):
         ctx.save_for_backward(mask, seq_idx, cu_seqlens)
         ctx.dtype = values.dtype
-        sums = _sequence_sums(values, mask, cu_seqlens)
-        return add_up(sums, group_name) if group_name != "" else sums
+        return _added(values, mask, cu_seqlens, group_name)
 
     @staticmethod
     def backward(ctx, gradient):
         mask, seq_idx, cu_seqlens = ctx.saved_tensors
         gradient = gradient.to(ctx.dtype)
         # Compiled code has no second derivative, and Dynamo of torch 2.6 asks nothing about a gradient.
-        tokens = _gathered(gradient, seq_idx) if torch.compiler.is_compiling() else spread(gradient, seq_idx, cu_seqlens)
-        return torch.where(mask, tokens, 0), None, None, None, None
+        if torch.compiler.is_compiling():
+            return _gathered(gradient, mask, seq_idx), None, None, None, None
+        return spread(gradient, seq_idx, cu_seqlens, mask), None, None, None, None
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, seq_idx, cu_seqlens):
-        ctx.save_for_backward(seq_idx, cu_seqlens)
-        return _gathered(x, seq_idx)
+    def forward(ctx, x, mask, seq_idx, cu_seqlens):
+        ctx.save_for_backward(mask, seq_idx, cu_seqlens)
+        return _sequence_spread(x, mask, seq_idx)
 
     @staticmethod
     def backward(ctx, gradient):
-        seq_idx, cu_seqlens = ctx.saved_tensors
-        everything = torch.ones_like(seq_idx, dtype=torch.bool)
-        return sequence_sums(gradient, everything, seq_idx, cu_seqlens).to(gradient.dtype), None, None
+        mask, seq_idx, cu_seqlens = ctx.saved_tensors
+        if mask is None:  # between the sequences of slots are places of none
+            mask = seq_idx < cu_seqlens.shape[0] - 1
+        return sequence_sums(gradient.to(computing_dtype(gradient)), mask, seq_idx, cu_seqlens).to(gradient.dtype), None, None, None
 
 
-def _gathered(x: Tensor, seq_idx: Tensor) -> Tensor:
-    return torch.nn.functional.pad(x, (0, 1)).index_select(-1, seq_idx)
+def _added(values: Tensor, mask: Tensor, cu_seqlens: Tensor, group_name: str) -> Tensor:
+    sums = _sequence_sums(values, mask, cu_seqlens)
+    return add_up(sums, group_name) if group_name != "" else sums
 
 
 def sequence_sums(values: Tensor, mask: Tensor, seq_idx: Tensor, cu_seqlens: Tensor, group_name: str = "") -> Tensor:
@@ -84,15 +110,22 @@ def sequence_sums(values: Tensor, mask: Tensor, seq_idx: Tensor, cu_seqlens: Ten
     Returns:
         [K, S], 0 of nothing.
     """
-    if not in_transform():
+    if not transformed(values):
+        if only_values((values,)):
+            return _added(values, mask, cu_seqlens, group_name)
         return _Sums.apply(values, mask, seq_idx, cu_seqlens, group_name)
     out = values.new_zeros((values.shape[0], cu_seqlens.shape[0]), dtype=wide(values))
     sums = out.index_add(-1, seq_idx, torch.where(mask, values, 0).to(out.dtype))[:, :-1]
     return sums + (add_up(sums.detach(), group_name) - sums.detach()) if group_name else sums
 
 
-def spread(x: Tensor, seq_idx: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[K, S] -> [K, N]: each token gets its sequence's number, 0 where it belongs to none. With gradient."""
-    if x.requires_grad and not in_transform():
-        return _Spread.apply(x, seq_idx, cu_seqlens)
-    return _gathered(x, seq_idx)
+def spread(x: Tensor, seq_idx: Tensor, cu_seqlens: Tensor, mask: Tensor | None = None) -> Tensor:
+    """[K, S] -> [K, N]: each token gets its sequence's number, 0 where it belongs to none. With gradient.
+
+    mask: [N] bool, also 0 where it is not set; None: all count.
+    """
+    if transformed(x):
+        return _gathered(x, mask, seq_idx)
+    if only_values((x,)):
+        return _sequence_spread(x, mask, seq_idx)
+    return _Spread.apply(x, mask, seq_idx, cu_seqlens) if x.requires_grad else _gathered(x, mask, seq_idx)
