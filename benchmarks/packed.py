@@ -1,7 +1,7 @@
-"""`make bench-packed`: losses of packed tokens against the padded form of the same tokens, and eager PyTorch.
+"""`make bench-packed`: losses of packed tokens against the padded form of the same ones, and eager PyTorch.
 
-    python benchmarks/packed.py                                 16,384 and 131,072 tokens, 64 to 2,000 sequences
-    python benchmarks/packed.py --sizes 65536x128 --device cuda --rounds 31 --json out.json
+    python benchmarks/packed.py                                         16,384 and 131,072 tokens
+    python benchmarks/packed.py --sizes 65536x128 --device cuda --json out.json
 
 From log-probabilities to their gradient: GSPO, Clip-Cov, and DPO of neighbouring pairs. Lengths differ by up
 to a factor of 3. The padded form stands in [S, longest], so it computes on more elements. The eager side is
@@ -47,7 +47,7 @@ def padded(x: Tensor, cu_seqlens: Tensor) -> Tensor:
     return out
 
 
-# --- the losses: (logp, old, mask or pack, advantages) -> loss -----------------------------------------------
+# --- the losses: (logp, old, mask or pack, advantages) -> loss --------------------------------------------
 
 
 def gspo(logp, old, mask, advantages):

@@ -34,16 +34,13 @@ template <class A>
 void SequenceSpread<A>::run() const {
   using Int = typename TokenBits<A>::Int;
   std::vector<A> numbers(sequences + 1);  // the last is that of no sequence
-  for (int64_t row = 0; row < rows; ++row) {
-    std::copy_n(values + row * sequences, sequences, numbers.begin());
-    const A* const x = numbers.data();
-    A* const to = out + row * n;
-    const auto own = [&](int64_t i) { return x[std::min<uint64_t>(seq_idx[i], sequences)]; };
-    if (mask)
-      for (int64_t i = 0; i < n; ++i) to[i] = keep(own(i), -Int(bool(mask[i])));
-    else
-      for (int64_t i = 0; i < n; ++i) to[i] = own(i);
-  }
+  std::copy_n(values, sequences, numbers.begin());
+  const A* const x = numbers.data();
+  const auto own = [&](int64_t i) { return x[std::min<uint64_t>(seq_idx[i], sequences)]; };
+  if (mask)
+    for (int64_t i = 0; i < n; ++i) out[i] = keep(own(i), -Int(bool(mask[i])));
+  else
+    for (int64_t i = 0; i < n; ++i) out[i] = own(i);
 }
 
 template struct SequenceSums<float>;

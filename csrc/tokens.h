@@ -104,11 +104,11 @@ struct SequenceSums {
 // Each token the number of its sequence, 0 where it has none or does not count.
 template <class A>
 struct SequenceSpread {
-  int64_t n, rows, sequences;
-  const A* values;         // [rows, sequences]
+  int64_t n, sequences;
+  const A* values;         // [sequences]
   const int64_t* seq_idx;  // outside [0, sequences): none
   const Flag* mask;        // null: all count
-  A* out;                  // [rows, n]
+  A* out;
   void run() const;
 };
 

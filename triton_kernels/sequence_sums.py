@@ -37,21 +37,20 @@ def _sequence_sums_kernel(
 
 @triton.jit
 def _sequence_spread_kernel(
-    x_ptr,  # [K, S]
+    x_ptr,  # [S]
     mask_ptr,  # [N]
     seq_idx_ptr,  # [N], on a GPU nobody has checked them
-    out_ptr,  # [K, N]
+    out_ptr,  # [N]
     n, sequences,
     HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < n
     own = tl.load(seq_idx_ptr + at, mask=inside, other=-1)
     counted = (own >= 0) & (own < sequences)
     if HAS_MASK:
         counted &= tl.load(mask_ptr + at, mask=inside, other=0) != 0
-    tl.store(out_ptr + row * n + at, tl.load(x_ptr + row * sequences + own, mask=counted, other=0.0), mask=inside)
+    tl.store(out_ptr + at, tl.load(x_ptr + own, mask=counted, other=0.0), mask=inside)
 
 
 def sequence_sums(values: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Tensor, out: torch.Tensor) -> None:
@@ -62,7 +61,6 @@ def sequence_sums(values: torch.Tensor, mask: torch.Tensor, cu_seqlens: torch.Te
 
 
 def sequence_spread(x: torch.Tensor, mask: torch.Tensor | None, seq_idx: torch.Tensor, out: torch.Tensor) -> None:
-    rows, n = out.shape
-    grid = (triton.cdiv(n, BLOCK), rows)
+    n, options = out.numel(), dict(HAS_MASK=mask is not None, BLOCK=BLOCK, num_warps=WARPS)
     with device_of(x):
-        _sequence_spread_kernel[grid](x, mask, seq_idx, out, n, x.shape[1], HAS_MASK=mask is not None, BLOCK=BLOCK, num_warps=WARPS)
+        _sequence_spread_kernel[(triton.cdiv(n, BLOCK),)](x, mask, seq_idx, out, n, x.numel(), **options)

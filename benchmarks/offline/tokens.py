@@ -67,7 +67,7 @@ def _record_sequences(dtype: torch.dtype) -> list[Launch]:
         offsets, sums = _meta(65, dtype=torch.int64), _meta(2, 64, dtype=torch.float64)
         values, mask = _meta(2, TOKENS, dtype=dtype), _meta(TOKENS, dtype=torch.bool)
         module.sequence_sums(values, mask, offsets, sums)
-        module.sequence_spread(_meta(2, 64, dtype=dtype), mask, _meta(TOKENS, dtype=torch.int64), values)
+        module.sequence_spread(_meta(64, dtype=dtype), mask, _meta(TOKENS, dtype=torch.int64), values[0])
     return launches
 
 

@@ -210,10 +210,10 @@ and back, a number of each sequence to its tokens:
 
     sequence_spread(x, mask, seq_idx, out)
 
-    x            [K, S] contiguous, float32 or float64
+    x            [S] contiguous, float32 or float64
     mask         [N] bool contiguous, or None: all count
     seq_idx      [N] int64 contiguous, the sequence of each token; outside [0, S): none
-    out          [K, N] as x: 0 where a token has no sequence or does not count
+    out          [N] as x: 0 where a token has no sequence or does not count
 """
 
 from __future__ import annotations

@@ -228,7 +228,7 @@ def sequence_sums(values, mask, cu_seqlens, out) -> None:
 
 
 def sequence_spread(x, mask, seq_idx, out) -> None:
-    call = {"n": out.shape[1], "rows": x.shape[0], "sequences": x.shape[1], "values": x, "seq_idx": seq_idx, "mask": mask, "out": out}
+    call = {"n": out.numel(), "sequences": x.numel(), "values": x, "seq_idx": seq_idx, "mask": mask, "out": out}
     _cpu.sequence_spread(_TOKEN_DTYPES[x.dtype], call)
 
 

@@ -284,9 +284,9 @@ def sequence_sums(values, mask, cu_seqlens, out) -> None:
 
 
 def sequence_spread(x, mask, seq_idx, out) -> None:
-    last = x.shape[-1]
+    last = x.shape[0]
     known = (seq_idx >= 0) & (seq_idx < last)
-    numbers = torch.nn.functional.pad(x, (0, 1)).index_select(-1, torch.where(known, seq_idx, last))
+    numbers = torch.nn.functional.pad(x, (0, 1)).index_select(0, torch.where(known, seq_idx, last))
     out.copy_(numbers if mask is None else torch.where(mask, numbers, 0))
 
 
