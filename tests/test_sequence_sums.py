@@ -132,10 +132,10 @@ def test_numbers_of_other_dtypes():
     x = torch.ones(2, dtype=torch.bfloat16, requires_grad=True)
     (gradient,) = torch.autograd.grad(pack.spread(x).sum(), x)
     assert gradient.dtype == torch.bfloat16 and gradient.tolist() == [2, 3]
-    a, b = pack.sums(torch.ones(6), torch.ones(6, dtype=torch.float64))
+    a, b = pack.sums(torch.ones(6, requires_grad=True), torch.ones(6, dtype=torch.float64))
     assert a.dtype == torch.float32 and b.dtype == torch.float64
     a.add_(1), b.add_(1)  # callers may write into what they get
-    assert a.tolist() == b.tolist() == [3, 4]
+    assert a.tolist() == b.tolist() == [3, 4] and a._base is None and b._base is None
 
 
 def test_batches_of_gradients():
