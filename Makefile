@@ -29,7 +29,7 @@ TESTS ?= tests
 WORKERS ?= 2
 RANKS ?= 2
 
-.PHONY: help setup quickstart lab diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-parallel report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,6 +85,9 @@ bench-head: $(VENV)/.built  ## from hidden states to gradients: the linear head'
 
 bench-keep: $(VENV)/.built  ## rows over kept ids by format, against eager PyTorch; sampler_threshold against sorting
 	$(PY) benchmarks/kept_sets.py $(ARGS)
+
+bench-packed: $(VENV)/.built  ## losses of packed tokens against the padded form and eager PyTorch (ARGS="--sizes 65536x128")
+	$(PY) benchmarks/packed.py $(ARGS)
 
 bench-parallel: $(VENV)/.built  ## vocabularies cut over 1, 2 and 4 processes: time, traffic, against three all_reduces (ARGS="--rows 256")
 	$(PY) benchmarks/parallel.py $(ARGS)

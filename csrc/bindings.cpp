@@ -213,6 +213,9 @@ PYBIND11_MODULE(_cpu, m) {
   define_tokens<SequenceSums>(m, "sequence_sums", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(rows), FIELD(sequences), FIELD(values), FIELD(mask), FIELD(cu_seqlens), FIELD(out));
   });
+  define_tokens<SequenceSpread>(m, "sequence_spread", [](const py::dict& from, auto& call) {
+    fill(from, FIELD(n), FIELD(sequences), FIELD(values), FIELD(seq_idx), FIELD(mask), FIELD(out));
+  });
   define_tokens<TokenCovariance>(m, "token_covariance", [](const py::dict& from, auto& call) {
     fill(from, FIELD(n), FIELD(logp), FIELD(advantages), FIELD(mask), FIELD(sums), FIELD(out));
   });

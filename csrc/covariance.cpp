@@ -1,43 +1,19 @@
-// Covariance of every token's log-probability with its advantage. Tokens that do not count are taken out by
-// masking bits: compilers turn that into vector code without leave to reorder additions.
+// Covariance of every token's log-probability with its advantage.
 
-#include <cstring>
-
+#include "keep.h"
 #include "tokens.h"
 
 namespace rlkern {
 namespace {
 
-template <class A>
-struct Bits;
-template <>
-struct Bits<float> {
-  using Int = int32_t;
-  static constexpr Int exponent = 0x7f800000;
-};
-template <>
-struct Bits<double> {
-  using Int = int64_t;
-  static constexpr Int exponent = 0x7ff0000000000000;
-};
-
 // All ones where the token counts (mask set, logp finite), else 0.
 template <class A>
-typename Bits<A>::Int counted(A logp, bool mask) {
-  using Int = typename Bits<A>::Int;
+typename TokenBits<A>::Int counted(A logp, bool mask) {
+  using Int = typename TokenBits<A>::Int;
   Int bits;
   std::memcpy(&bits, &logp, sizeof bits);
-  const Int finite = ((bits & Bits<A>::exponent) - Bits<A>::exponent) >> (8 * sizeof(Int) - 1);
+  const Int finite = ((bits & TokenBits<A>::exponent) - TokenBits<A>::exponent) >> (8 * sizeof(Int) - 1);
   return -Int(mask) & finite;
-}
-
-template <class A>
-A keep(A x, typename Bits<A>::Int where) {
-  typename Bits<A>::Int bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  bits &= where;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
 }
 
 }  // namespace

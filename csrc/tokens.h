@@ -101,6 +101,17 @@ struct SequenceSums {
   void run() const;
 };
 
+// Each token the number of its sequence, 0 where it has none or does not count.
+template <class A>
+struct SequenceSpread {
+  int64_t n, sequences;
+  const A* values;         // [sequences]
+  const int64_t* seq_idx;  // outside [0, sequences): none
+  const Flag* mask;        // null: all count
+  A* out;
+  void run() const;
+};
+
 // Rows of logits of pairs; row r has the pairs [offsets[r], offsets[r + 1]).
 template <class A>
 struct KeptRowsForward {

@@ -51,6 +51,11 @@ def in_transform() -> bool:
     return not _is_compiling() and _transform() is not None
 
 
+def transformed(x: Tensor) -> bool:
+    """`in_transform`, or x is a batch of gradients, as in jacobian(vectorize=True), which takes the same."""
+    return not _is_compiling() and (_transform() is not None or _is_batched(x))
+
+
 def values_readable(x: Tensor) -> bool:
     """Whether the host may read x: its values are on the CPU, or RLKERN_DEBUG=1 asks to wait for them."""
     own_values = type(x) in _ORDINARY or type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
@@ -233,7 +238,7 @@ def _gradients(ctx: Any, grads: Sequence) -> tuple:
     return (None, *gradients, *(None,) * (rule.forward.tensors - len(gradients)))
 
 
-def _only_values(tensors: Sequence[Tensor | None]) -> bool:
+def only_values(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing can ask for a derivative: then a call needs no Function, which takes 6 us."""
     if _is_compiling() or _transform() is not None or forward_ad._current_level >= 0:
         return False
@@ -316,7 +321,7 @@ def differentiable(
     _rules[name] = _Rule(forward, backward, overwrite, consume, outputs, shown, wrt, instead)
 
     def apply(*args: Any, in_place: bool = False, around: Callable | None = None) -> Any:
-        if _only_values(args[:n]):
+        if only_values(args[:n]):
             results = _run(forward, args)
             results = results[:shown] if isinstance(results, tuple) else (results,)
         else:

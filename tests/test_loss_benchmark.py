@@ -1,4 +1,4 @@
-"""benchmarks/losses.py compares like with like: its eager losses and gradients are rlkern's."""
+"""benchmarks/losses.py and packed.py compare like with like: their eager losses and gradients are rlkern's."""
 
 import gc
 import sys
@@ -10,6 +10,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import losses  # noqa: E402
+import packed  # noqa: E402
 
 import rlkern  # noqa: E402
 
@@ -37,3 +38,26 @@ def test_figures_and_table():
         assert e["ms"] > 0 and e["ratio"] > 0
         assert (e["tokens_share"] is None) if e["contender"] == "eager" else 0 < e["tokens_share"] < 1
     assert "KL-Cov: rlkern, in place" in losses.render(entries)
+
+
+@pytest.mark.parametrize("name", packed.LOSSES)
+def test_packed_padded_and_eager_compute_the_same(name):
+    ours, eager = packed.LOSSES[name]
+    x = packed.draw(600, 8, "cpu")
+    results = {}
+    for form, (logp, *rest) in packed.forms(x).items():
+        leaf = logp.clone().requires_grad_()
+        loss = (eager if form == packed.EAGER else ours)(leaf, *rest, x["advantages"])
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        results[form] = (loss.detach(), gradient if form == packed.PADDED else packed.padded(gradient, x["cu_seqlens"]))
+    for form in (packed.PACKED, packed.EAGER):
+        if name != "Clip-Cov":  # which leaves out other tokens in each form
+            torch.testing.assert_close(results[form][1], results[packed.PADDED][1], rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(results[form][0], results[packed.PADDED][0], rtol=1e-5, atol=1e-3 if name == "Clip-Cov" else 1e-7)
+
+
+def test_figures_of_packs():
+    entries = packed.run(64, 4, "cpu", rounds=1)
+    assert len(entries) == 10 and all(e["ms"] > 0 for e in entries)
+    assert all(e["of_padded"] == 1 for e in entries if e["contender"].endswith(packed.PADDED))
+    assert "DPO: eager, packed" in packed.render(entries)

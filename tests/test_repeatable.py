@@ -25,7 +25,7 @@ ADDS = ("exact_sums.py", "sequence_weights.py", "sequence_sums.py")
 
 def test_no_source_adds_in_any_order():
     """The insides of operators too, which a dispatch mode does not see. Two files add integers, and
-    sequence_sums.py only for torch.func."""
+    sequence_sums.py only for torch.func and batches of gradients."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Attribute):

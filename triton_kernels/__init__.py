@@ -8,7 +8,7 @@ from .pair import pair_backward, pair_forward, pair_merge, pair_mixture_sums
 from .ratio import kl_terms, ratio_terms
 from .sampler import sampler_threshold
 from .selection import select_bottom, select_fraction, selected_means
-from .sequence_sums import sequence_sums
+from .sequence_sums import sequence_spread, sequence_sums
 from .token_stats import token_stats_backward, token_stats_forward, token_stats_kept_masses, token_stats_merge
 
 CHECKS_TARGETS = False  # a check would wait for the device
@@ -34,6 +34,7 @@ __all__ = [
     "select_bottom",
     "select_fraction",
     "selected_means",
+    "sequence_spread",
     "sequence_sums",
     "token_covariance",
     "token_stats_backward",

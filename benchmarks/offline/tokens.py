@@ -61,11 +61,13 @@ def record(dtype: torch.dtype, gpu) -> list[Launch]:
 
 
 def _record_sequences(dtype: torch.dtype) -> list[Launch]:
-    """Two sums of each of 64 packed sequences."""
+    """Two sums of each of 64 packed sequences, and back."""
     module = importlib.import_module("rlkern.triton_kernels.sequence_sums")
     with _recording(module) as launches:
         offsets, sums = _meta(65, dtype=torch.int64), _meta(2, 64, dtype=torch.float64)
-        module.sequence_sums(_meta(2, TOKENS, dtype=dtype), _meta(TOKENS, dtype=torch.bool), offsets, sums)
+        values, mask = _meta(2, TOKENS, dtype=dtype), _meta(TOKENS, dtype=torch.bool)
+        module.sequence_sums(values, mask, offsets, sums)
+        module.sequence_spread(_meta(64, dtype=dtype), mask, _meta(TOKENS, dtype=torch.int64), values[0])
     return launches
 
 

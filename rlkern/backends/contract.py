@@ -205,6 +205,15 @@ Sums over the sequences of a pack:
                  nobody has checked them: places outside [0, N) are not read
     out          [K, S] float64: sums in float64 of the counted values, 0 of nothing. The order in which a
                  sequence is added up depends on its own tokens alone
+
+and back, a number of each sequence to its tokens:
+
+    sequence_spread(x, mask, seq_idx, out)
+
+    x            [S] contiguous, float32 or float64
+    mask         [N] bool contiguous, or None: all count
+    seq_idx      [N] int64 contiguous, the sequence of each token; outside [0, S): none
+    out          [N] as x: 0 where a token has no sequence or does not count
 """
 
 from __future__ import annotations

@@ -227,6 +227,11 @@ def sequence_sums(values, mask, cu_seqlens, out) -> None:
     _cpu.sequence_sums(_TOKEN_DTYPES[values.dtype], call)
 
 
+def sequence_spread(x, mask, seq_idx, out) -> None:
+    call = {"n": out.numel(), "sequences": x.numel(), "values": x, "seq_idx": seq_idx, "mask": mask, "out": out}
+    _cpu.sequence_spread(_TOKEN_DTYPES[x.dtype], call)
+
+
 def select_bottom(values, valid, count, out) -> None:
     call = {"n": values.numel(), "values": values, "valid": valid, "count": count, "out": out}
     _cpu.select_bottom(_TOKEN_DTYPES[values.dtype], call)

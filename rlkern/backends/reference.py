@@ -283,6 +283,13 @@ def sequence_sums(values, mask, cu_seqlens, out) -> None:
         sums.copy_(torch.segment_reduce(counted, "sum", offsets=offsets, unsafe=True))
 
 
+def sequence_spread(x, mask, seq_idx, out) -> None:
+    last = x.shape[0]
+    known = (seq_idx >= 0) & (seq_idx < last)
+    numbers = torch.nn.functional.pad(x, (0, 1)).index_select(0, torch.where(known, seq_idx, last))
+    out.copy_(numbers if mask is None else torch.where(mask, numbers, 0))
+
+
 def token_covariance(logp, advantages, mask, sums, out) -> None:
     count, *totals = (_covariance_sums(logp, advantages, mask) if sums is None else sums).sum(0)
     mean_logp, mean_advantage = ((total / count.clamp(min=1)).to(logp.dtype) for total in totals)

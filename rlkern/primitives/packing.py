@@ -156,14 +156,14 @@ class Packed(NamedTuple):
             raise ValueError(f"values must have the {self.mask.numel()} tokens of the pack, got shape {tuple(values.shape)}")
         return values.to(computing_dtype(values)).reshape(-1)
 
-    def _sums(self, values: Sequence[Tensor]) -> Tensor:
-        """[K, S] in the wide dtype. One exchange if tokens are on several ranks."""
-        rows = torch.stack([self._tokens(x) for x in values]) if len(values) > 1 else self._tokens(values[0]).unsqueeze(0)
-        return sequence_sums(rows, self.mask.reshape(-1), self.seq_idx.reshape(-1), self.cu_seqlens, self.group_name)
+    def _sums(self, values: Sequence[Tensor], rounded: bool) -> tuple[Tensor, ...]:
+        """[S] of each, in the wide dtype or rounded. One exchange if tokens are on several ranks."""
+        tokens = [self._tokens(x) for x in values]
+        return sequence_sums(tokens, self.mask.reshape(-1), self.seq_idx.reshape(-1), self.cu_seqlens, self.group_name, rounded)
 
     def sums(self, *values: Tensor) -> list[Tensor]:
         """`sum` of each, with one exchange for all."""
-        return [total.to(computing_dtype(x)) for total, x in zip(self._sums(values).unbind(), values, strict=True)]
+        return list(self._sums(values, True))
 
     def sum(self, values: Tensor) -> Tensor:
         """Float tokens -> [S]: the sum of each sequence's counted tokens, with gradient; 0 of none.
@@ -174,7 +174,7 @@ class Packed(NamedTuple):
 
     def mean(self, values: Tensor) -> Tensor:
         """Float tokens -> [S], with gradient; 0 of none."""
-        return (self._sums([values])[0] / self.lengths.clamp(min=1)).to(computing_dtype(values))
+        return (self._sums([values], False)[0] / self.lengths.clamp(min=1)).to(computing_dtype(values))
 
     def max(self, values: Tensor) -> Tensor:
         """Float tokens -> [S], without gradient; -inf of none."""
@@ -195,7 +195,7 @@ class Packed(NamedTuple):
         """[S] -> tokens: each gets the number of its sequence, with gradient; 0 where it belongs to none."""
         n = self.cu_seqlens.shape[0] - 1
         expect("x", x, "real", "[S]", shape=(n,), like=("the pack", self.mask))
-        return spread(x.unsqueeze(0), self.seq_idx.reshape(-1), self.cu_seqlens)[0].view(self.mask.shape)
+        return spread(x, self.seq_idx.reshape(-1), self.cu_seqlens).view(self.mask.shape)
 
     def rank(self) -> Tensor:
         """int64 tokens: how many counted tokens of the sequence stand before this one, here."""
