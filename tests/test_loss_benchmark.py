@@ -1,4 +1,4 @@
-"""benchmarks/losses.py and packed.py compare like with like: their eager losses and gradients are rlkern's."""
+"""benchmarks/losses.py and packed.py compare like with like: eager losses and gradients are rlkern's."""
 
 import gc
 import sys
