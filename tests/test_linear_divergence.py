@@ -112,7 +112,7 @@ def test_matrices_of_different_widths(other_vocab, plan):
     with torch.no_grad():
         for x in (leaves[1], leaves[4]):
             x[30:] = math.nan  # rows that are not read
-    assert torch.equal(ours(*leaves, vocab=30, kind="jsd"), value)
+    assert torch.equal(ours(*leaves, vocab=30, kind="jsd", **plan), value)
 
 
 @pytest.mark.parametrize("gather", [True, False])

@@ -23,6 +23,12 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(plans, "BLOCK", 3)
 
 
+@pytest.fixture
+def products_of_16_bits(monkeypatch):
+    """As on a CPU that has the instructions: on another the operands are cast to float32."""
+    monkeypatch.setattr("rlkern.primitives.projection._multiplies", lambda *_: True)
+
+
 def draw(*lead, dtype=torch.float64, bias=True, seed=0, vocab=V, hidden=H):
     g = torch.Generator().manual_seed(seed)
 
@@ -198,7 +204,7 @@ def test_table():
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_kept_logits_give_the_bits_of_token_stats(bias):
+def test_kept_logits_give_the_bits_of_token_stats(bias, products_of_16_bits):
     *leaves, targets = draw(256, dtype=torch.bfloat16, bias=bias, vocab=9001, hidden=128)
     stats, expected = ours(*leaves, targets, with_sum_sq=True), token_stats(linear(*leaves), targets, with_sum_sq=True)
     for name in ("logp", "entropy", "logsumexp", "sum_sq_prob"):
@@ -211,7 +217,7 @@ def relative_error(x, exact):
     return ((x.double() - exact).norm() / exact.norm()).item()
 
 
-def test_accuracy_of_tiles(monkeypatch):
+def test_accuracy_of_tiles(monkeypatch, products_of_16_bits):
     """Of bfloat16: the statistics; the gradients against products in float64 of the same logits' gradient."""
     monkeypatch.setattr(plans, "TILE", 2048)
     monkeypatch.setattr(plans, "BLOCK", 256)
@@ -379,7 +385,7 @@ class Allocated(TorchDispatchMode):
         return results
 
 
-def test_memory(monkeypatch):
+def test_memory(monkeypatch, products_of_16_bits):
     """Tiles make no float32 copy of the matrix' gradient, chunks of a frozen matrix nothing of its size."""
     monkeypatch.setattr("rlkern.operator.watched", lambda x: False)
     hidden, weight, _, targets = draw(N, dtype=torch.bfloat16, bias=False)
