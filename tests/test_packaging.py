@@ -93,7 +93,7 @@ def test_sdist_to_wheel_to_import(tree, python, tmp_path):
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", wheel, cwd=tmp_path)
     (package, kernels), native = use(python, tmp_path)
     assert package.is_relative_to(tmp_path / "venv") and kernels == package / "triton_kernels"
-    assert native.startswith("available") and script_errors(tmp_path, python) == MISTAKES
+    assert native.startswith("available")
 
 
 def test_builds_in_one_tree_do_not_stumble_over_each_other(tree, python, tmp_path):

@@ -1,4 +1,4 @@
-"""mypy finds nothing wrong with the package, and follows a user's script into it."""
+"""mypy finds nothing wrong with the package. In test_packaging.py it follows a user's script into it."""
 
 import subprocess
 import sys
@@ -41,8 +41,3 @@ MISTAKES = [str(i) for i, line in enumerate(SCRIPT.split("\n"), 1) if line.start
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="no source tree")
 def test_the_package():
     assert mypy(cwd=ROOT) == []
-
-
-@pytest.mark.slow
-def test_a_script_with_two_mistakes(tmp_path):
-    assert script_errors(tmp_path, sys.executable) == MISTAKES

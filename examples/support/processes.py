@@ -29,7 +29,8 @@ def run_all(title: str, function: Callable, jobs: Iterable[tuple], workers: int,
     `total` is what the calls of `advance` sum up to, over all jobs. An exception in a job is raised here.
     """
     context = get_context("forkserver")  # a process that has imported the below and done nothing else is copied for every job
-    context.set_forkserver_preload(["rlkern", "matplotlib.pyplot"])
+    # torch._dynamo: an optimizer's first step imports it, seconds for every job.
+    context.set_forkserver_preload(["rlkern", "torch._dynamo", "matplotlib.pyplot"])
     counter, progress = context.Value("q", 0), Progress(title, total)
 
     def run(job: tuple):
