@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+import rlkern
 from rlkern.losses.policy.nft import nft_loss
 
 B, T = 6, 5
@@ -124,6 +125,26 @@ def test_metrics():
     assert metrics["ratio_max"].item() == pytest.approx(math.exp(12))
 
 
+@pytest.mark.parametrize("ratio_type", ["token", "sequence"])
+def test_weights(ratio_type):
+    """Each answer's loss times its weight; what is masked may hold anything."""
+    logp, old = draw()
+    weights = torch.linspace(0, 2, B, dtype=torch.float64)
+
+    def of(weights, where):
+        leaf = logp.detach().requires_grad_()
+        loss = nft_loss(leaf, old, RATE, CORRECT, MASK & where, ratio_type=ratio_type, weights=weights).loss
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    rows = torch.arange(B).unsqueeze(-1)
+    alone = [of(None, rows == i) for i in range(B)]
+    want = [sum(w * x for w, x in zip(weights, parts, strict=True)) for parts in zip(*alone, strict=True)]
+    for form in (weights, weights.unsqueeze(-1)):
+        torch.testing.assert_close(of(form, rows >= 0), tuple(want))
+    if ratio_type == "token":
+        torch.testing.assert_close(of(torch.where(MASK, weights.unsqueeze(-1), torch.nan), rows >= 0), tuple(want))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -143,6 +164,8 @@ def test_metrics():
         ({"rate_bounds": (0.0, 0.98)}, ValueError, "0 < low <= high < 1"),
         ({"aggregation": "mean"}, ValueError, "unknown aggregation mode 'mean'"),
         ({"ratio_type": "sequence", "aggregation": "token-mean"}, ValueError, "aggregation must be None"),
+        ({"ratio_type": "sequence", "weights": torch.ones(6, 5)}, ValueError, r"weights must be \[B\] or \[B, 1\]"),
+        ({"weights": rlkern.rollout_weights(*draw(), MASK)}, ValueError, "this loss takes none: old_logp is the rollout's"),
     ],
 )
 def test_refuses(change, error, message):

@@ -5,16 +5,18 @@ Wrong answers are learned from through an implicit policy.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ...backends.contract import LARGEST_EXPONENT
 from ...checks import check_choice, check_fraction, check_number, shown
 from ...primitives.kinks import bounded
-from ...primitives.packing import Packed, per_sequence
+from ...primitives.packing import Packed, per_sequence, per_token
 from ...primitives.ratio import ratio_metrics
 from ...primitives.reductions import fraction, masked_mean, total
 from ..aggregate import LossOutput, aggregate, aggregate_values
-from ..arguments import ratio_tokens, whole_sums
+from ..arguments import ratio_tokens, rollout_tokens, whole_sums
+from ..rollout_weights import RolloutWeights
 
 NORMALIZERS = {"token": 1000.0, "sequence": 1.0}  # of the official code: the loss is a sum divided by it
 
@@ -34,6 +36,7 @@ def nft_loss(
     rate_bounds: tuple[float, float] = (0.02, 0.98),
     log_ratio_clamp: float = 10.0,
     log_ratio_sums: Tensor | None = None,
+    weights: Tensor | RolloutWeights | None = None,
     aggregation: str | Tensor | None = None,
     normalizer: float | Tensor | None = None,
 ) -> LossOutput:
@@ -60,6 +63,8 @@ def nft_loss(
         ratio_type: "token", or "sequence": one R a response, exp(sum of its log ratios).
         log_ratio_clamp: log R is clamped from above. Here no gradient flows beyond.
         log_ratio_sums: for ratio_type "sequence", as in `gspo_loss`.
+        weights: [B, T], [B, 1] or [B] float, for ratio_type "sequence" one a response, multiplied with the
+            losses, detached. `RolloutWeights` are refused: R already corrects for the policy that sampled.
         aggregation: None is the official sum over the batch divided by a constant, `normalizer` (default 1000
             for "token", 1 for "sequence"). That loss grows with the batch. For "token", any mode of
             `aggregate`.
@@ -83,6 +88,8 @@ def nft_loss(
         aggregation, normalizer = "token-mean", NORMALIZERS[ratio_type] if normalizer is None else normalizer
     tokens = ratio_tokens(logp, old_logp, mask, aggregation=aggregation, normalizer=normalizer)
     sequences = tokens.sequences
+    if isinstance(weights, RolloutWeights):
+        rollout_tokens(weights, old_logp, logp, sequences, ())
     c = per_sequence("success_rate", success_rate, tokens.logp, sequences).clamp(*rate_bounds)
     k = per_sequence("correct", correct, tokens.logp, sequences)
     if ratio_type == "sequence":
@@ -95,6 +102,9 @@ def nft_loss(
     positive = log_ratio if clamp_pos == 0 else log_at_least(ratio, clamp_pos)
     weight = (1.0, 1 - c, ((1 - c) / c).sqrt())[int(normalize)]
     losses = -weight * (k * positive + (1 - k) * neg_weight * log_at_least(prox, clamp_neg))
+    if weights is not None:
+        of = per_token if ratio_type == "token" else per_sequence
+        losses = losses * torch.where(counted, of("weights", weights, logp, sequences), 0)
     metrics = {
         **ratio_metrics(tokens),
         "positive_fraction": masked_mean(k.expand_as(losses), counted),
