@@ -108,6 +108,19 @@ def test_ratio_terms(backend, device, monkeypatch, name, dtype):
     assert name in ("free", "clamp") or not torch.equal(values, clipped[0])  # `unclipped` matters
 
 
+def test_a_log_ratio_that_is_given(backend, device):
+    """Its own value, one token's slope, and no bound from below."""
+    logp, _, advantages, mask = draw(17, device=device)
+    given = torch.linspace(-3, 1, 17, dtype=F64, device=device).expand(2, -1)
+    leaf = logp.clone().requires_grad_()
+    out = clipped_ratio(policy_inputs(leaf, None, advantages, mask, log_ratio_clamp=0.7), 0.9, 0.5, log_ratio=given)
+    r, a = given.clamp(max=0.7).exp(), advantages
+    clipped = torch.where(a < 0, r < 0.1, (a > 0) & (r > 1.5)) & mask
+    values = torch.where(mask, torch.maximum(-a * r, -a * r.clamp(0.1, 1.5)), 0)
+    torch.testing.assert_close(terms_of(out.terms, leaf), (values, torch.where(clipped | (given > 0.7), 0, values)))
+    assert clipped.any() and out.metrics["clip_fraction_high"].item() == pytest.approx(((a > 0) & clipped).sum().item() / mask.sum().item())
+
+
 def test_bounds_let_the_gradient_through(backend, device):
     """At a bound, not beyond it: with clip_low = clip_high = 0 on-policy tokens learn."""
     logp = torch.full((1, 3), -1.0, device=device, requires_grad=True)
@@ -237,7 +250,7 @@ LOSSES = {  # of logp, old_logp, advantages and mask
     "lp_reg": lambda x, o, a, m: rlkern.lp_reg_loss(x, o, o + 0.5, a, m, rho=0.5, clip_high=0.1, weights=a * a),
     "epo": lambda x, o, a, m: rlkern.epo_loss(x, o, x.detach() ** 2, a, m, mean_entropy=torch.ones(()), coef=0.1),
     "kdrl": lambda x, o, a, m: rlkern.kdrl_loss(x, o, o, a, m, kd_coef=0.3, kd_norm="kept"),
-    "gspo": rlkern.gspo_loss,
+    "gspo": lambda x, o, a, m: rlkern.gspo_loss(x, o, a, m, clip_low=0.1, clip_high=0.2, log_ratio_clamp=0.3),
 }
 
 
@@ -257,7 +270,7 @@ def test_the_same_loss_on_every_backend(backend, device, name):
     torch.testing.assert_close(ours.metrics, plain.metrics, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["ppo", "grpo", "kl_cov", "lp_reg"])
+@pytest.mark.parametrize("name", ["ppo", "grpo", "kl_cov", "lp_reg", "gspo"])
 def test_functional_transforms_see_the_plain_form(name):
     logp, *others = draw(12)
 
@@ -294,7 +307,7 @@ def test_a_second_derivative_raises():
 
 
 @pytest.mark.parametrize(
-    "name, most", [("ppo", 12), ("grpo_ratio", 32), ("grpo_constant_ratio", 26), ("clip_cov_drop", 26), ("kl_cov", 26), ("lp_reg", 29)]
+    "name, most", [("ppo", 12), ("grpo_ratio", 32), ("grpo_constant_ratio", 26), ("clip_cov_drop", 26), ("kl_cov", 26), ("lp_reg", 29), ("gspo", 35)]
 )
 def test_few_operations(name, most):
     """Each costs a launch on a GPU. On a CPU whose caches the logits have just swept, it costs about as much
@@ -310,8 +323,8 @@ def test_operators():
     logp, old, advantages, mask = draw(12, torch.float32)
     op = torch.ops.rlkern
     bounds = (0.8, 1.2, 3.0, -20.0, 20.0)
-    torch.library.opcheck(op.ratio_terms.default, (logp, old, advantages, mask, None, *bounds))
-    torch.library.opcheck(op.ratio_terms.default, (logp, None, advantages, mask, advantages > 0, *bounds))
+    torch.library.opcheck(op.ratio_terms.default, (logp, old, advantages, mask, None, None, *bounds))
+    torch.library.opcheck(op.ratio_terms.default, (logp, None, advantages, mask, advantages > 0, old, *bounds))
     torch.library.opcheck(op.kl_terms.default, (logp, old, mask, 3, False, 10.0))
     torch.library.opcheck(op.select_fraction.default, (logp, mask, mask, 0.3, 1, 0))
     torch.library.opcheck(op.selected_means.default, (logp, mask & (logp < -1), mask))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..backends.contract import LARGEST_EXPONENT
 from ..checks import as_bool, check_choice, check_number, check_tokens, computing_dtype
 from ..primitives.packing import Packed, Rows, per_sequence, per_token, sequences_of
-from ..primitives.ratio import PolicyInputs, PolicyTokens, clean
+from ..primitives.ratio import PolicyInputs, PolicyTokens, clean, own_gradient
 from .aggregate import check_aggregation, check_parts
 from .rollout_weights import LEVELS, RolloutWeights
 
@@ -107,12 +107,7 @@ def refuse_context_group(x: PolicyInputs) -> None:
         )
 
 
-def own_gradient(x: Tensor) -> Tensor:
-    """0 with the gradient of x; also where x is infinite, and x - x is not a number."""
-    return torch.where(x.isfinite(), x - x.detach(), 0)
-
-
-def whole_sums(values: Tensor, p: PolicyTokens, log_ratio_sums: Tensor | None) -> Tensor:
+def whole_sums(values: Tensor, p: PolicyTokens | PolicyInputs, log_ratio_sums: Tensor | None) -> Tensor:
     """[B] or [S]: the sum of each whole sequence, with the gradient of the tokens here.
 
     log_ratio_sums: the caller's sums over all parts of the sequences, if there are several micro-batches.

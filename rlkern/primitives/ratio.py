@@ -78,11 +78,22 @@ class PolicyTokens(NamedTuple):
         return torch.where(self.advantages == 0, 0, self.logp)
 
 
+def own_gradient(x: Tensor) -> Tensor:
+    """0 with the gradient of x; also where x is infinite, and x - x is not a number."""
+    return torch.where(x.isfinite(), x - x.detach(), 0)
+
+
 def clean(x: PolicyInputs) -> PolicyTokens:
     """Checked inputs made safe to compute with."""
     logp, log_ratio, ratio, advantages = _clean(x.logp, x.old_logp, x.advantages, x.mask, *exponent_bounds(x.log_ratio_clamp))
     weights = None if x.weights is None else torch.where(x.mask, x.weights, 0)
     return PolicyTokens(logp, log_ratio, ratio, advantages, x.mask, x.sequences, weights)
+
+
+def log_ratios(x: PolicyInputs) -> Tensor:
+    """log pi / pi_old [B, T] without gradient, in the dtype of the computation; anything where masked."""
+    logp = x.logp.detach().to(x.advantages.dtype)
+    return torch.zeros_like(logp) if x.old_logp is None else logp - x.old_logp.detach().to(logp.dtype)
 
 
 def exponent_bounds(log_ratio_clamp: float | None) -> tuple[float | None, float]:
@@ -127,16 +138,21 @@ def clipped_ratio(
     dual_clip: float | None = None,
     *,
     unclipped: Tensor | None = None,
+    log_ratio: Tensor | None = None,
     with_distance: bool = False,
 ) -> ClippedRatio:
     """-A r by token, clipped as in `clipped_surrogate` unless clip_low is None or the token in `unclipped`.
+
+    log_ratio: [B, T] without gradient, a sequence's log r in place of the token's own, with the slope of one
+        token's; log_ratio_clamp bounds it from above alone.
 
     metrics: those of `ratio_metrics`; with a clip those of `clip_fractions`, which ignore `unclipped` [B, T];
     with dual_clip clip_fraction_dual; with_distance abs_log_ratio.
     """
     low, high = (None, None) if clip_low is None or clip_high is None else (1 - clip_low, 1 + clip_high)
-    bounds = (low, high, dual_clip, *exponent_bounds(x.log_ratio_clamp))
-    terms, free, summary = _ratio_terms(x.logp, x.old_logp, x.advantages, x.mask, unclipped, *bounds)
+    least, most = exponent_bounds(x.log_ratio_clamp)
+    bounds = (low, high, dual_clip, least if log_ratio is None else None, most)
+    terms, free, summary = _ratio_terms(x.logp, x.old_logp, x.advantages, x.mask, unclipped, log_ratio, *bounds)
     metrics = dict(zip(SUMMARY, summary.unbind(), strict=True))
     count = metrics.pop("count")
     if low is None:
@@ -160,8 +176,10 @@ def _new_ratio_terms(logp, old_logp, advantages, *args):
     return like.new_empty((2, *shape)), like.new_empty(shape, dtype=torch.bool), like.new_empty(len(SUMMARY))
 
 
-def _kernel(logp, old_logp, advantages, mask, unclipped, low, high, dual, least, most):
+def _kernel(logp, old_logp, advantages, mask, unclipped, log_ratio, low, high, dual, least, most):
     out = _new_ratio_terms(logp, old_logp, advantages)
+    if log_ratio is not None:
+        logp, old_logp = log_ratio, torch.zeros_like(log_ratio)
     bounds = (
         -math.inf if low is None else low,
         math.inf if high is None else high,
@@ -181,7 +199,9 @@ def _kernel(logp, old_logp, advantages, mask, unclipped, low, high, dual, least,
     return out
 
 
-def _plain(logp, old_logp, advantages, mask, unclipped, low, high, dual, least, most):
+def _plain(logp, old_logp, advantages, mask, unclipped, log_ratio, low, high, dual, least, most):
+    if log_ratio is not None:
+        logp, old_logp = log_ratio + own_gradient(torch.where(mask, logp.to(log_ratio.dtype), 0)), torch.zeros_like(log_ratio)
     logp, log_ratio, ratio, a = _clean(logp, old_logp, advantages, mask, least, most)
     values, free, r = -a * ratio, mask & logp.detach().isfinite(), ratio.detach()
     if low is not None:
@@ -223,8 +243,8 @@ def _plain_summary(d, ratio, advantages, mask, low, high, dual):
 
 
 _ratio_terms = Operator(
-    "ratio_terms(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor mask, Tensor? unclipped, float? low, "
-    "float? high, float? dual, float? least, float? most) -> (Tensor, Tensor, Tensor)",
+    "ratio_terms(Tensor logp, Tensor? old_logp, Tensor advantages, Tensor mask, Tensor? unclipped, Tensor? log_ratio, "
+    "float? low, float? high, float? dual, float? least, float? most) -> (Tensor, Tensor, Tensor)",
     run=_kernel,
     fake=_new_ratio_terms,
     plain=_plain,
@@ -247,7 +267,7 @@ def ratio_metrics(tokens: PolicyTokens) -> dict[str, Tensor]:
     tokens, log_mean_ratio: N and log(sum r / N), by which these are merged.
     """
     d = tokens.log_ratio.detach()
-    _, _, summary = _ratio_terms(d, torch.zeros_like(d), tokens.advantages, tokens.mask, None, *[None] * 5)
+    _, _, summary = _ratio_terms(d, torch.zeros_like(d), tokens.advantages, tokens.mask, *[None] * 7)
     named = dict(zip(SUMMARY, summary.unbind(), strict=True))
     return {name: named[name] for name in _RATIO_METRICS}
 

@@ -11,9 +11,9 @@ from ...backends.contract import LARGEST_EXPONENT
 from ...checks import check_number
 from ...primitives.kinks import bounded
 from ...primitives.packing import Packed
-from ...primitives.ratio import PolicyTokens, clip_fractions, ratio_metrics
+from ...primitives.ratio import PolicyTokens, clip_fractions, own_gradient, ratio_metrics
 from ..aggregate import LossOutput, aggregate_values
-from ..arguments import own_gradient, policy_tokens, whole_sums
+from ..arguments import policy_tokens, whole_sums
 from ..rollout_weights import BY_SEQUENCE, RolloutWeights
 
 

@@ -6,11 +6,10 @@ from torch import Tensor
 
 from ...backends.contract import LARGEST_EXPONENT
 from ...checks import check_number
-from ...primitives.kinks import bounded
 from ...primitives.packing import Packed
-from ...primitives.ratio import clip_fractions, clipped_surrogate, ratio_metrics
-from ..aggregate import LossOutput, aggregate_values
-from ..arguments import check_clip, own_gradient, policy_tokens, whole_sums
+from ...primitives.ratio import clipped_ratio, log_ratios
+from ..aggregate import LossOutput, aggregate_terms
+from ..arguments import check_clip, policy_inputs, whole_sums
 from ..rollout_weights import BY_SEQUENCE, RolloutWeights
 
 
@@ -47,7 +46,7 @@ def gspo_loss(
     """
     check_clip(clip_low, clip_high)
     check_number("log_ratio_clamp", log_ratio_clamp, 0, LARGEST_EXPONENT)
-    p = policy_tokens(
+    x = policy_inputs(
         logp,
         old_logp,
         advantages,
@@ -58,9 +57,8 @@ def gspo_loss(
         aggregation=aggregation,
         normalizer=normalizer,
     )
-    mean = whole_sums(p.log_ratio.detach(), p, log_ratio_sums) / p.sequences.lengths.clamp(min=1)
-    exponent = p.sequences.spread(mean) + own_gradient(p.logp)
-    ratio = bounded(exponent, high=log_ratio_clamp).exp()
-    values = p.weigh(clipped_surrogate(ratio, p.advantages, clip_low, clip_high))
-    metrics = {**clip_fractions(ratio, p.advantages, p.mask, 1 - clip_low, 1 + clip_high), **ratio_metrics(p)}
-    return LossOutput(aggregate_values(values, p.sequences, aggregation, normalizer), metrics)
+    mean = whole_sums(log_ratios(x), x, log_ratio_sums) / x.sequences.lengths.clamp(min=1)
+    of_sequences = clipped_ratio(x, clip_low, clip_high, log_ratio=x.sequences.spread(mean).expand(logp.shape))
+    loss = aggregate_terms(x.weigh(of_sequences.terms), x.sequences, of_sequences.tokens, aggregation, normalizer)
+    clips = {name: of_sequences.metrics[name] for name in ("clip_fraction_low", "clip_fraction_high")}
+    return LossOutput(loss, clips | clipped_ratio(x).metrics)
