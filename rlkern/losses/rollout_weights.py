@@ -191,7 +191,7 @@ def rollout_weights(
     if whole_groups and prompts is not None:
         sequence_rejected = prompts.total(sequence_rejected.double()) > 0
     token_rejected = sequences.mask & (token_rejected | sequences.spread(sequence_rejected))
-    metrics = _metrics(tokens, ratio, weights, counted, below, above, token_rejected, sequence_rejected) | gate_metrics
+    metrics = {**_metrics(tokens, ratio, weights, counted, below, above, token_rejected, sequence_rejected), **gate_metrics}
     weights = torch.where(token_rejected if by_token else sequence_rejected, 0, weights)
     keep = sequences.mask & ~token_rejected
     return RolloutWeights(weights, keep, ~sequence_rejected, o["level"], rollout_logp, metrics)

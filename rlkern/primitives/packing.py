@@ -94,7 +94,7 @@ class Rows:
 
 
 def _largest(x: Tensor) -> Tensor:
-    return x.amax(-1) if x.shape[-1] else x.new_full(x.shape[:-1], -torch.inf)
+    return x.amax(-1) if x.shape[-1] > 0 else x.new_full(x.shape[:-1], -torch.inf)
 
 
 class Packed(NamedTuple):
@@ -382,7 +382,7 @@ def _from_ids(form: str, ids: Tensor, mask: Tensor | None, padding_id, num_seqs,
     if mask is not None and mask.device != ids.device:
         raise ValueError(f"mask must be on the device of {form} {ids.device}, got {mask.device}")
     previous = ids[..., :-1] + 1 if form == "position_ids" else ids[..., :-1]
-    starts = torch.nn.functional.pad(ids[..., 1:] != previous, (1, 0), value=True) if ids.shape[-1] else ids.bool()
+    starts = torch.nn.functional.pad(ids[..., 1:] != previous, (1, 0), value=True) if ids.shape[-1] > 0 else ids.bool()
     if padding_id is not None:
         counted = ids != padding_id
         mask = counted if mask is None else counted.reshape(-1) & as_bool(mask).reshape(-1)

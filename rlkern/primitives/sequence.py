@@ -52,7 +52,7 @@ def next_tokens(labels: Tensor, ignore_index: int = -100, *, packed: Packed | No
     if labels.device != packed.seq_idx.device:
         raise ValueError(f"labels must be on the device of the pack {packed.seq_idx.device}, got {labels.device}")
     here, none = packed.seq_idx.reshape(-1), packed.cu_seqlens.shape[0] - 1
-    last = (here != F.pad(here[1:], (0, 1), value=-1)) | (here == none) if here.numel() else here.bool()
+    last = (here != F.pad(here[1:], (0, 1), value=-1)) | (here == none) if here.numel() > 0 else here.bool()
     return torch.where(last, ignore_index, F.pad(labels.reshape(-1), (0, 1), value=ignore_index)[1:]).view(labels.shape)
 
 

@@ -61,4 +61,4 @@ def gspo_loss(
     of_sequences = clipped_ratio(x, clip_low, clip_high, log_ratio=x.sequences.spread(mean).expand(logp.shape))
     loss = aggregate_terms(x.weigh(of_sequences.terms), x.sequences, of_sequences.tokens, aggregation, normalizer)
     clips = {name: of_sequences.metrics[name] for name in ("clip_fraction_low", "clip_fraction_high")}
-    return LossOutput(loss, clips | clipped_ratio(x).metrics)
+    return LossOutput(loss, {**clips, **clipped_ratio(x).metrics})

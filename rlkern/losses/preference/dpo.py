@@ -42,7 +42,7 @@ def pair_losses(policy, reference, sft, lengths, weights, o: Options) -> DPOOutp
     margins = (policy_margin, reference_margin, chosen, rejected, chosen_score, rejected_score, margin)
     tokens = (lengths[0], lengths[1], sft[0], sft[1])
     pairs = Pairs(policy[0], policy[1], *margins, *tokens, o.beta, o.label_smoothing, o.gamma, o.discopop_tau)
-    for name in o.without_reference[:1]:
+    for name in o.without_reference()[:1]:
         scores = PAIR_LOSSES[name].reward(pairs)  # type: ignore[misc]  # it is what without_reference asks for
     rewards = [(o.beta * score).detach() for score in scores]
     terms = ((PAIR_LOSSES[name].function(pairs), weight) for name, weight in zip(o.loss_types, o.loss_weights, strict=True))
@@ -159,7 +159,7 @@ def dpo_loss(
     )
     options.refuse_references(reference_chosen_logps=reference_chosen_logps, reference_rejected_logps=reference_rejected_logps)
     given: dict[str, Any] = {"policy_chosen_logps": policy_chosen_logps, "policy_rejected_logps": policy_rejected_logps}
-    if not (options.references_optional and reference_chosen_logps is None and reference_rejected_logps is None):
+    if not (options.references_optional() and reference_chosen_logps is None and reference_rejected_logps is None):
         given.update(reference_chosen_logps=reference_chosen_logps, reference_rejected_logps=reference_rejected_logps)
         if reference_chosen_logps is None or reference_rejected_logps is None:
             name = "reference_chosen_logps" if reference_chosen_logps is None else "reference_rejected_logps"

@@ -149,7 +149,7 @@ def dpo_loss_from_logits(
     _check_batch(logits, labels, packed, pairs, shift, ignore_index)
     _check_weighting(use_weighting, max_weight, ld_alpha, packed, options)
     options.refuse_references(reference_logps=reference_logps)
-    if reference_logps is not None or not options.references_optional:
+    if reference_logps is not None or not options.references_optional():
         check_reference(reference_logps, logits, labels, packed, "[2B]", only_tokens="" if ld_alpha is None else "ld_alpha")
     imitates = any(PAIR_LOSSES[name].imitates for name in options.loss_types)
     if sft_labels is not None:

@@ -24,12 +24,12 @@ class Options(NamedTuple):
         """The loss types in use that listen to the option."""
         return [name for name in self.loss_types if option in PAIR_LOSSES[name].uses]
 
-    @property
+    # Methods, not properties: Dynamo of torch 2.6 does not follow those of a named tuple.
+
     def without_reference(self) -> list[str]:
         """The loss types in use that are defined without a reference."""
         return [name for name in self.loss_types if PAIR_LOSSES[name].reward is not None]
 
-    @property
     def references_optional(self) -> bool:
         """Whether there is a loss without a reference. `reference_free` makes one of any."""
         return self.reference_free or all(PAIR_LOSSES[name].policy_only for name in self.loss_types)
@@ -41,9 +41,9 @@ class Options(NamedTuple):
 
     def refuse_references(self, **references: Any) -> None:
         given = [name for name, x in references.items() if x is not None]
-        if given and self.without_reference:
+        if given and self.without_reference():
             found = type(references[given[0]]).__name__
-            raise ValueError(f"loss_type {self.without_reference[0]!r} has no reference: {given[0]} must be None, got {found}")
+            raise ValueError(f"loss_type {self.without_reference()[0]!r} has no reference: {given[0]} must be None, got {found}")
 
 
 def _sequence(name: str, value: Sequence[Any]) -> tuple:
