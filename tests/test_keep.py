@@ -325,3 +325,9 @@ def test_skipped_rows_may_have_any_list(backend):
     keep = Kept.csr(torch.tensor([1, 10**6]), torch.tensor([0, 1, 2]), rows=torch.tensor([0, 1, -1]))
     stats = token_stats(LOGITS, torch.tensor([1, -100, 2]), keep=keep)
     torch.testing.assert_close(stats.logp, torch.tensor([0.0, 0.0, -math.log(40)]))
+
+
+def test_with_full_is_one_graph():
+    x, y = torch.randn(3, 7), torch.tensor([0, 6, 2])
+    compiled = torch.compile(lambda x: token_stats(x, y, with_full=True), fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), token_stats(x, y, with_full=True))

@@ -148,4 +148,5 @@ def test_every_loss_of_one_pass_is_here():
             except (RuntimeError, AttributeError) as error:
                 if "use_backend" in str(error):
                     found.add(call.function.__name__)
-    assert found == PLAIN
+    # The sequence's ratio is a constant in gspo's gradient, so no formula has its second derivative.
+    assert found == PLAIN | {"gspo_loss"}

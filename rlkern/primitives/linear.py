@@ -545,11 +545,12 @@ def linear_token_stats(
             if isinstance(keep, Kept):
                 said["largest_id"] = partial(largest_kept_id, keep, hidden)
             shard, rows = agreed_shard("linear_token_stats", hidden, targets, at, check, **said)
-        else:
+            parameters, how = checked
+            how = how._replace(segments=shard.segments, group_name=shard.group_name, ranks=shard.ranks)
+        else:  # without _replace, which Dynamo of torch 2.6 does not follow
             shard, rows = Shard("", 1, 0, 0, 0), check()
+            parameters, how = checked
         y, counted, row_temperature, o = rows
-        parameters, how = checked
-        how = how._replace(segments=shard.segments, group_name=shard.group_name, ranks=shard.ranks)
         run = _linear_token_stats if shard.ranks == 1 and not shard.segments else _sharded_linear_stats
         if keep is not None:
 

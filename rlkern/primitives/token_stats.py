@@ -188,7 +188,9 @@ def token_stats(
     if not with_full:
         return stats
     entropy = stats.entropy if with_entropy else None
-    return stats._replace(entropy=entropy, full_entropy=stats.entropy.clone(), full_logsumexp=stats.logsumexp.clone())  # type: ignore[arg-type]
+    # Not _replace, which Dynamo of torch 2.6 does not follow.
+    full = {"entropy": entropy, "full_entropy": stats.entropy.clone(), "full_logsumexp": stats.logsumexp.clone()}
+    return TokenStats(**{**dict(zip(TokenStats._fields, stats, strict=True)), **full})  # type: ignore[arg-type]
 
 
 def token_logprobs(logits: Tensor, targets: Tensor, **options) -> Tensor:
