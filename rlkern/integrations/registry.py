@@ -23,7 +23,7 @@ class RegisteredLoss(NamedTuple):
     needs: tuple[str, ...]  # what it needs beside TOKENS
     compares_sequences: bool  # it selects among the tokens of many sequences: one at a time makes no sense
     averages_sequences: bool  # it is a mean over sequences by definition
-    takes_weights: bool  # importance weights can multiply the loss of each token
+    takes_weights: bool  # importance weights can multiply its term of the advantages
 
 
 def _describe(function: Callable[..., losses.LossOutput]) -> RegisteredLoss:
@@ -33,7 +33,8 @@ def _describe(function: Callable[..., losses.LossOutput]) -> RegisteredLoss:
     if function is losses.nlpo_loss:
         needs = ("the keep-set's mass",)  # it is in the log-probabilities
     averages = own_aggregation(function) in SEQUENCE_MODES
-    return RegisteredLoss(function, arguments, needs, function in _SELECTING, averages, "weights" in parameters)
+    takes_weights = "weights" in parameters and "advantages" in arguments
+    return RegisteredLoss(function, arguments, needs, function in _SELECTING, averages, takes_weights)
 
 
 _SELECTING = (losses.clip_cov_loss, losses.kl_cov_loss, losses.lp_reg_loss)
