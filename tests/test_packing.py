@@ -498,3 +498,12 @@ def test_known_loss_of_a_pack():
             results.append((loss.detach(), gradients[0].reshape(15, 4), gradients[1]))
         for other in results[1:]:
             torch.testing.assert_close(other, results[0], rtol=1e-6, atol=1e-6)
+
+
+def test_among_takes_the_tokens_in_any_shape():
+    pack = rlkern.packed(lengths=[3, 3], mask=torch.ones(6))
+    kept = torch.tensor([1, 0, 1, 1, 1, 1]).bool()
+    for shape in ((6,), (1, 6), (6, 1), (2, 3)):
+        assert pack.among(kept.view(shape)).lengths.tolist() == [2, 3]
+    with pytest.raises(ValueError, match=r"mask must have the 6 tokens of the pack, got shape \(5,\)"):
+        pack.among(kept[:5])

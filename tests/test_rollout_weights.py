@@ -302,3 +302,24 @@ def test_errors(options, error, message):
 def test_a_callable_of_no_kind():
     with pytest.raises(TypeError, match="weights must be a float tensor"):
         rlkern.ppo_loss(TRAIN, TRAIN, torch.ones(2), MASK, weights=types.SimpleNamespace(level="token"))
+
+
+def test_weights_of_another_batch_are_refused():
+    """As many tokens in another shape are other tokens, unless a pack says where its sequences are."""
+    x = -torch.ones(2, 3)
+    r = rollout_weights(x, x - 0.1, torch.ones(2, 3))
+    with pytest.raises(ValueError, match=r"weights must have the shape of logp \(3, 2\)"):
+        rlkern.ppo_loss(x.view(3, 2), x.view(3, 2), torch.ones(3), torch.ones(3, 2), weights=r)
+
+
+def test_rows_of_the_weights_for_a_micro_batch():
+    train, rollout, mask = drawn()
+    a = torch.linspace(-1, 1, len(train))
+    r = rollout_weights(train, rollout, mask, normalize=True)
+    of = torch.full((len(train), 1), 0.1)
+    whole = rlkern.vespo_loss(train, train, a, mask, weights=r, aggregation=of).loss
+    parts = [
+        rlkern.vespo_loss(train[i], train[i], a[i], mask[i], weights=r._replace(weights=r.weights[i]), aggregation=of[i]).loss
+        for i in (slice(0, 5), slice(5, None))
+    ]
+    torch.testing.assert_close(sum(parts), whole)

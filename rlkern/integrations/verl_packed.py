@@ -66,7 +66,8 @@ def packed_responses(output: Tensor, data: Any) -> tuple[Tensor, Packed | Tensor
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return x.values() if x.is_nested else x
+    """[1, N] of a nested tensor: [N] might be taken for one a sequence where there are as many."""
+    return x.values().unsqueeze(0) if x.is_nested else x
 
 
 def packed_ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = None) -> tuple[Tensor, dict[str, Any]]:
@@ -82,7 +83,12 @@ def packed_ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
     name = config.policy_loss.get("loss_mode", "vanilla")
     if not name.startswith(PREFIX):
         raise ValueError(f"loss_mode must be one of rlkern's, {PREFIX}<name>, to take packed tokens, got {name!r}")
-    logp, pack = packed_responses(model_output["log_probs"], data)
+
+    def responses(output: Tensor) -> tuple[Tensor, Packed | Tensor]:
+        values, where = packed_responses(output, data)
+        return (values.unsqueeze(0) if isinstance(where, Packed) else values), where
+
+    logp, pack = responses(model_output["log_probs"])
     info = config.global_batch_info
     info |= {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
     info["loss_scale_factor"] = config.loss_scale_factor
@@ -107,7 +113,7 @@ def packed_ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
         return aggregate(values, pack, aggregation, normalizer) / divisor
 
     if model_output.get("entropy") is not None:
-        entropy = mean(packed_responses(model_output["entropy"], data)[0])
+        entropy = mean(responses(model_output["entropy"])[0])
         loss = loss - config.entropy_coeff * entropy
         metrics["actor/entropy_loss"] = Metric(value=entropy.detach(), aggregation=how)
     if config.use_kl_loss:

@@ -75,7 +75,8 @@ def rollout_tokens(r: RolloutWeights, old_logp: Tensor | None, logp: Tensor, seq
         raise ValueError("weights correct for the same rollout log-probabilities that old_logp is, so both correct: pass the trainer's as old_logp")
     if r.level != "token":
         return sequences.spread(per_sequence("weights", r.weights, logp, sequences)).expand(logp.shape)
-    weights = r.weights.view(logp.shape) if r.weights.numel() == logp.numel() else r.weights
+    same_tokens = isinstance(sequences, Packed) and r.weights.numel() == logp.numel()  # in another shape
+    weights = r.weights.reshape(logp.shape) if same_tokens else r.weights
     check_tokens("weights", weights, logp)
     return weights.to(computing_dtype(logp))
 

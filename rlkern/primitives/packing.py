@@ -140,10 +140,12 @@ class Packed(NamedTuple):
         return self._changed(self.seq_idx, mask, self.lengths, self.own_lengths)
 
     def among(self, mask: Tensor) -> Packed:
-        """The same sequences with other tokens that count, bool in the shape of the mask."""
+        """The same sequences with other tokens that count, bool of N elements in any shape."""
         if not self.whole:
             raise ValueError("this leaves tokens out, and a pack with full_lengths= does not know how many of the other parts: give whole sequences")
-        mask = mask & (self.seq_idx < self.cu_seqlens.shape[0] - 1)
+        if mask.numel() != self.mask.numel():
+            raise ValueError(f"mask must have the {self.mask.numel()} tokens of the pack, got shape {tuple(mask.shape)}")
+        mask = mask.reshape(self.mask.shape) & (self.seq_idx < self.cu_seqlens.shape[0] - 1)
         own = _counts(mask, self.cu_seqlens)
         if self.group_name == "":
             return self._changed(self.seq_idx, mask, own, None)

@@ -19,18 +19,18 @@ def nested(rows):
     return torch.nested.nested_tensor(list(rows), layout=torch.jagged)
 
 
-def batch(seed=0, **info):
+def batch(seed=0, response_sizes=RESPONSES, **info):
     g = torch.Generator().manual_seed(seed)
-    per_token = {name: nested([torch.randn(n, generator=g) for n in RESPONSES]) for name in ("advantages", "ref_log_prob")}
-    old = [-torch.rand(n, generator=g) for n in RESPONSES]
-    fields = per_token | {"old_log_probs": nested(old), "rollout_is_weights": nested([torch.rand(n, generator=g) for n in RESPONSES])}
-    fields |= {"response_mask": nested([torch.rand(n, generator=g) < 0.8 for n in RESPONSES])}
-    for name, sizes in (("prompts", PROMPTS), ("responses", RESPONSES)):
+    per_token = {name: nested([torch.randn(n, generator=g) for n in response_sizes]) for name in ("advantages", "ref_log_prob")}
+    old = [-torch.rand(n, generator=g) for n in response_sizes]
+    fields = per_token | {"old_log_probs": nested(old), "rollout_is_weights": nested([torch.rand(n, generator=g) for n in response_sizes])}
+    fields |= {"response_mask": nested([torch.rand(n, generator=g) < 0.8 for n in response_sizes])}
+    for name, sizes in (("prompts", PROMPTS), ("responses", response_sizes)):
         fields[name] = nested([torch.zeros(n, dtype=torch.int64) for n in sizes])
     data = tensordict.TensorDict(fields, batch_size=[len(PROMPTS)])
     for name, value in ({"dp_size": 1, "batch_num_tokens": None, "global_batch_size": None} | info).items():
         data.set_non_tensor(name, value)
-    sizes = [p + r for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    sizes = [p + r for p, r in zip(PROMPTS, response_sizes, strict=True)]
     logp = -torch.rand(sum(sizes), generator=g)
     entropy = nested(torch.rand(sum(sizes), generator=g).split(sizes))
     return data, logp, sizes, entropy
@@ -88,6 +88,21 @@ def test_the_same_loss(name, mode, kind):
             assert expected[1].abs().max() > 0
             for form in (data, padded(data)):
                 torch.testing.assert_close(results(packed_ppo_loss, form, leaf, entropy, own), expected, rtol=1e-5, atol=1e-6)
+    finally:
+        verl.unregister()
+
+
+@pytest.mark.parametrize("response_sizes", [(1, 1, 1, 1), (2, 0, 2, 0)], ids=str)
+def test_as_many_tokens_as_sequences(response_sizes):
+    """[N] might be one a sequence, and is refused where that is not clear: here it is."""
+    verl.register("vanilla")
+    try:
+        data, logp, _, entropy = batch(response_sizes=response_sizes)
+        got, expected = (
+            results(loss, data, logp.clone().requires_grad_(), entropy, config(policy={"loss_mode": mode}, use_kl_loss=True, kl_loss_type="kl"))
+            for loss, mode in ((packed_ppo_loss, "rlkern_vanilla"), (ppo_loss, "vanilla"))
+        )
+        torch.testing.assert_close(got[:2], expected[:2], rtol=1e-5, atol=1e-6)
     finally:
         verl.unregister()
 
