@@ -16,6 +16,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, and for the processes that tests start
 
 import torch  # noqa: E402
+from every_case import EVERY_CASE  # noqa: E402
 from torch.testing import _comparison  # noqa: E402
 
 # The tolerances of assert_close unless a test says otherwise. PyTorch's own 1e-7 for float64 lets a float32
@@ -34,7 +35,6 @@ import rlkern  # noqa: E402
 from rlkern import backends  # noqa: E402
 
 BACKENDS = ("reference", "native", "triton")
-EVERY_CASE = os.environ.get("RLKERN_EVERY_CASE") == "1" or torch.cuda.is_available()
 ONE_IN = 5
 
 

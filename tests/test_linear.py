@@ -159,7 +159,7 @@ def test_autocast_keeps_no_copy_of_float32_parameters(workspace, options):
     expected = torch.autograd.grad(exact.logp.sum() + exact.entropy.sum(), (hidden, weight, bias))
     torch.testing.assert_close(stats.logp.double(), exact.logp, rtol=0, atol=0.15)
     for x, want in zip(got, expected, strict=True):  # logits around 16 are 0.125 apart: probabilities 6 % off
-        assert x.dtype == torch.float32 and (x - want).norm() < 0.06 * want.norm()
+        assert x.dtype == torch.float32 and (x - want).norm() < 0.05 * want.norm()
 
 
 def test_slices_empty_batches_and_writing_into_results():

@@ -1,12 +1,12 @@
 """Every check of loss_battery.py on every case of cases_*.py. Every check can fail."""
 
 import dataclasses
-import os
 from functools import partial
 
 import loss_battery as battery
 import pytest
 import torch
+from every_case import EVERY_CASE
 
 import rlkern
 
@@ -35,7 +35,7 @@ def compiled_as_well(case: battery.Case) -> bool:
     """Of each loss the first case and every sixth: compiling takes a second, and most variants differ in one
     formula. RLKERN_EVERY_CASE=1 compiles all."""
     place = [str(other) for other in battery.CASES if other.name == case.name].index(str(case))
-    return place % 6 == 0 or os.environ.get("RLKERN_EVERY_CASE") == "1"
+    return place % 6 == 0 or EVERY_CASE
 
 
 def test_every_export_has_a_case_or_a_reason():

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from every_case import EVERY_CASE
 
 triton = pytest.importorskip("triton", reason="the offline report compiles with Triton")
 
@@ -154,9 +155,6 @@ def by_case(rows: list[dict]) -> list[list[dict]]:
     for row in rows:
         grouped.setdefault(tuple(row["case"].values()), []).append(row)
     return list(grouped.values())
-
-
-EVERY_CASE = os.environ.get("RLKERN_EVERY_CASE") == "1"
 
 
 @pytest.mark.slow

@@ -45,7 +45,7 @@ def packed_responses(output: Tensor, data: Any) -> tuple[Tensor, Packed | Tensor
             T], and attention_mask [B, P + T] beside them (its RayPPOTrainer).
 
     Returns:
-        Where `data` is nested: [N], the tokens of all responses one behind the other, and where they are.
+        Where `data` is nested: [1, N], the tokens of all responses one behind the other, and where they are.
         Where it is padded: [B, T] and the mask [B, T]; what the mask leaves out may be another response's.
         Both with gradient.
     """
@@ -62,7 +62,7 @@ def packed_responses(output: Tensor, data: Any) -> tuple[Tensor, Packed | Tensor
     lengths = starts.diff()
     behind = (prompts.offsets().diff() + lengths).cumsum(0)  # the last token of each sequence is one before
     places = torch.arange(tokens.shape[0], device=tokens.device)
-    return values[(behind - lengths - 1 - starts[:-1])[pack.seq_idx] + places], pack
+    return values[(behind - lengths - 1 - starts[:-1])[pack.seq_idx] + places].unsqueeze(0), pack
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -83,12 +83,7 @@ def packed_ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
     name = config.policy_loss.get("loss_mode", "vanilla")
     if not name.startswith(PREFIX):
         raise ValueError(f"loss_mode must be one of rlkern's, {PREFIX}<name>, to take packed tokens, got {name!r}")
-
-    def responses(output: Tensor) -> tuple[Tensor, Packed | Tensor]:
-        values, where = packed_responses(output, data)
-        return (values.unsqueeze(0) if isinstance(where, Packed) else values), where
-
-    logp, pack = responses(model_output["log_probs"])
+    logp, pack = packed_responses(model_output["log_probs"], data)
     info = config.global_batch_info
     info |= {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}
     info["loss_scale_factor"] = config.loss_scale_factor
@@ -113,7 +108,7 @@ def packed_ppo_loss(config: Any, model_output: Any, data: Any, dp_group: Any = N
         return aggregate(values, pack, aggregation, normalizer) / divisor
 
     if model_output.get("entropy") is not None:
-        entropy = mean(responses(model_output["entropy"])[0])
+        entropy = mean(packed_responses(model_output["entropy"], data)[0])
         loss = loss - config.entropy_coeff * entropy
         metrics["actor/entropy_loss"] = Metric(value=entropy.detach(), aggregation=how)
     if config.use_kl_loss:

@@ -121,13 +121,14 @@ def rollout_weights(
     Args:
         train_logp: [B, T] float, detached here: the trainer's, under the policy that sampled.
         rollout_logp: [B, T] float: the engine's. NaN is a token that it did not score: ratio 1. So is -inf in
-            both. NaN of the trainer stays NaN.
+            both. NaN of the trainer alone stays NaN where its mode makes the weight of it.
         mask: [B, T] bool or number, or a `Packed`.
         preset: a name of the table, or None.
         level, mode: see above. "preset": the preset's, as for low and high.
         low, high: bounds of e^u, inclusive; None: none. They are compared before exponentiating, and
             exponents stay within 20 of 0.
-        gates: name -> bound; added to those of the preset.
+        gates: name -> bound; added to those of the preset. In k2 and k3 x stays within 20 of 0, as in verl: for
+            x < 0 bounds above 200 and 19 reject nothing.
         groups: prompts, as in `rlkern.advantages`, for whole_groups: a rejected response rejects its prompt.
         normalize: divide weights by their mean over tokens or sequences, zeros included, before the gates. A
             mean of 0 leaves them.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..advantages import Groups
-from ..checks import as_bool, check_choice, check_count, check_number, expect, shown
+from ..checks import FINITE, as_bool, check_choice, check_count, check_number, check_positive, expect, shown
 from ..operator import values_readable
 from ..parallel import Meeting, add_up, check_member
 from ..primitives.packing import Packed
@@ -133,7 +133,7 @@ def sequence_weights(
             raise ValueError(f"length is T of {' and '.join(LENGTH_MODES)}, which need it, got mode={mode!r} and length={shown(length)}")
         if length is not None:
             check_number("length", length, 0)
-        check_number("averaged_over", averaged_over, 0)
+        check_positive("averaged_over", averaged_over, FINITE)
         prompts = None if groups is None else _prompts(groups, rows.lengths, num_groups)
         if meeting.exchanges:
             meeting.about(options={"mode": mode, "num_groups": num_groups, "length": length, "averaged_over": averaged_over})
@@ -245,7 +245,7 @@ def batch_count(
             raise ValueError(f"mode {mode!r} divides by a length, not by a count: expected one of {', '.join(map(repr, COUNTED))}")
         if context_group is not None and mode in BY_LENGTH:
             raise ValueError(f"mode {mode!r} divides by a sequence's length, which no rank of context_group has: expected another mode")
-        check_number("averaged_over", averaged_over, 0)
+        check_positive("averaged_over", averaged_over, FINITE)
         _check_lengths(parts)
         what, rows = COUNTED[mode], _rows(parts)
         for meeting in (everyone, context):

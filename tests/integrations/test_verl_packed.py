@@ -56,7 +56,7 @@ def test_the_same_tokens():
     assert torch.equal(rows[mask], theirs[mask]) and mask.sum() == data["response_mask"].values().sum()
     padded_rows = no_padding_2_padding(nested(logp.split(sizes)), data)
     tokens, pack = packed_responses(nested(logp.split(sizes)), data)
-    assert torch.equal(tokens, torch.cat([row[:n] for row, n in zip(padded_rows, RESPONSES, strict=True)]))
+    assert torch.equal(tokens, torch.cat([row[:n] for row, n in zip(padded_rows, RESPONSES, strict=True)]).unsqueeze(0))
     assert pack.cu_seqlens.tolist() == [0, 4, 5, 11, 13]
 
 

@@ -89,7 +89,7 @@ def nft_loss(
     tokens = ratio_tokens(logp, old_logp, mask, aggregation=aggregation, normalizer=normalizer)
     sequences = tokens.sequences
     if isinstance(weights, RolloutWeights):
-        rollout_tokens(weights, old_logp, logp, sequences, ())
+        rollout_tokens(weights, old_logp, logp, sequences, ())  # of no level: raises
     c = per_sequence("success_rate", success_rate, tokens.logp, sequences).clamp(*rate_bounds)
     k = per_sequence("correct", correct, tokens.logp, sequences)
     if ratio_type == "sequence":
