@@ -127,8 +127,8 @@ def rollout_weights(
         level, mode: see above. "preset": the preset's, as for low and high.
         low, high: bounds of e^u, inclusive; None: none. They are compared before exponentiating, and
             exponents stay within 20 of 0.
-        gates: name -> bound; added to those of the preset. In k2 and k3 x stays within 20 of 0, as in verl: for
-            x < 0 bounds above 200 and 19 reject nothing.
+        gates: name -> bound; added to those of the preset. In k2 and k3 x stays within 20 of 0, as in verl:
+            for x < 0 bounds above 200 and 19 reject nothing.
         groups: prompts, as in `rlkern.advantages`, for whole_groups: a rejected response rejects its prompt.
         normalize: divide weights by their mean over tokens or sequences, zeros included, before the gates. A
             mean of 0 leaves them.
