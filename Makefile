@@ -29,7 +29,7 @@ TESTS ?= tests
 WORKERS ?= 2
 RANKS ?= 2
 
-.PHONY: help setup quickstart lab diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ quickstart: $(VENV)/.built  ## DPO on real text, eager PyTorch against rlkern (A
 
 lab: $(VENV)/.built  ## entropy and reward under five policy losses: reinforcement learning of a small model (ARGS="--seed 1")
 	$(PY) examples/entropy_lab.py $(ARGS)
+
+curriculum: $(VENV)/.built  ## rules that choose prompts or weigh rewards, in the training of a small model (ARGS="--study weights")
+	$(PY) examples/curriculum_lab.py $(ARGS)
 
 diffusion: $(VENV)/.built  ## BGPO on a small diffusion model: memory and reward against the number of draws (ARGS="--quick")
 	$(PY) examples/diffusion_rl.py $(ARGS)

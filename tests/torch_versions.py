@@ -17,7 +17,15 @@ from pathlib import Path
 # torch -> Triton: the one that its CUDA build asks for, and for the development release that of the Makefile.
 RELEASES = {"2.6.0": "3.2.0", "2.9.1": "3.5.1", "2.11.0": "3.6.0", "2.13.0": "3.9.0", "2.14.1": "3.8.0"}
 # Trainers, packaging and offline report have versions of their own; examples and benchmarks draw pictures.
-NOT_CORE = ("integrations", "test_packaging.py", "test_offline_report.py", "test_benchmarks.py", "test_diffusion_rl.py", "test_entropy_lab.py")
+NOT_CORE = (
+    "integrations",
+    "test_packaging.py",
+    "test_offline_report.py",
+    "test_benchmarks.py",
+    "test_diffusion_rl.py",
+    "test_entropy_lab.py",
+    "test_curriculum_lab.py",
+)
 NEEDS = ("pytest", "pytest-xdist", "hypothesis", "expecttest")
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent

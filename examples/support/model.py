@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+Past = list[Tensor]  # keys and values [B, heads, T, width / heads] of the tokens before; empty at first
+
 
 class Block(nn.Module):
     def __init__(self, width: int, heads: int, causal: bool):
@@ -15,10 +17,14 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, past: Past | None = None) -> Tensor:
         b, t, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        if past:
+            k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
+        if past is not None:
+            past[:] = k, v
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal and t == k.shape[2])
         x = x + self.out(mixed.transpose(1, 2).reshape(b, t, d))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -33,13 +39,21 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """ids [B, T] -> what the output matrix is multiplied with [B, T, width]"""
-        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
-        for block in self.blocks:
-            x = block(x)
+    def hidden(self, ids: Tensor, cache: list[Past] | None = None) -> Tensor:
+        """ids [B, T] -> what the output matrix is multiplied with [B, T, width]
+
+        With a cache, a list a block and empty at first, ids are those that follow what it holds: a prompt at
+        first, then one token at a time.
+        """
+        seen = cache[0][0].shape[2] if cache and cache[0] else 0
+        x = self.tokens(ids) + self.positions(torch.arange(seen, seen + ids.shape[1], device=ids.device))
+        for block, past in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x = block(x, past)
         return self.norm(x)
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, ids: Tensor, cache: list[Past] | None = None) -> Tensor:
         """ids [B, T] -> logits [B, T, V]"""
-        return F.linear(self.hidden(ids), self.tokens.weight)
+        return F.linear(self.hidden(ids, cache), self.tokens.weight)
+
+    def empty_cache(self) -> list[Past]:
+        return [[] for _ in self.blocks]

@@ -19,6 +19,6 @@ class Progress:
         line = f"{self.title:<26} [{bar}] {done:>3}/{self.total} {seconds:5.1f} s, {left:4.1f} s left  {note}"
         if self.terminal:
             print(f"\r{line:<110}", end="\n" if done == self.total else "", flush=True)
-        elif done == self.total or 10 * done // self.total > self.printed:
+        elif 10 * done // self.total > self.printed:
             self.printed = 10 * done // self.total
             print(line, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 import rlkern
 
-from .arithmetic import Addition, rewards
+from .arithmetic import Addition, Sums, rewards
+from .model import Transformer
 from .progress import Progress
 
 
@@ -34,14 +36,13 @@ Loss = Callable[[rlkern.TokenStats, Batch], rlkern.LossOutput]
 
 
 @torch.no_grad()
-def sample(model: nn.Module, prompts: Tensor, count: int, greedy: bool = False) -> Tensor:
+def sample(model: Transformer, prompts: Tensor, count: int, greedy: bool = False) -> Tensor:
     """Continues every prompt by `count` tokens: [N, P] -> [N, P + count]."""
-    ids = prompts
+    ids, cache = [prompts], model.empty_cache()
     for _ in range(count):
-        logits = model(ids)[:, -1]
-        token = logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1)
-        ids = torch.cat([ids, token], -1)
-    return ids
+        logits = model(ids[-1], cache)[:, -1]
+        ids.append(logits.argmax(-1, keepdim=True) if greedy else torch.multinomial(logits.softmax(-1), 1))
+    return torch.cat(ids, -1)
 
 
 def answer_stats(model: nn.Module, ids: Tensor, answer_length: int, **options) -> rlkern.TokenStats:
@@ -50,14 +51,17 @@ def answer_stats(model: nn.Module, ids: Tensor, answer_length: int, **options) -
     return rlkern.token_stats(logits, ids[:, -answer_length:], **options)
 
 
-def accuracy(model: nn.Module, task: Addition, greedy: bool) -> float:
+def accuracy(model: nn.Module, task: Sums, greedy: bool) -> float:
     prompts, right = task.encode(task.held_out)
     answers = sample(model, prompts, task.answer_length, greedy)[:, task.prompt_length :]
     return rewards(answers, right).mean().item()
 
 
-def warm_up(model: nn.Module, task: Addition, *, until: float, batch: int, lr: float, max_steps: int) -> tuple[int, float]:
-    """Supervised until sampled answers to held-out prompts are that often right. Returns steps, accuracy."""
+def warm_up(
+    model: nn.Module, task: Sums, *, until: float, batch: int, lr: float, max_steps: int, measure: Callable[[], float] | None = None
+) -> tuple[int, float]:
+    """Supervised until `measure`, by default sampled held-out accuracy, is `until`. -> steps, accuracy"""
+    measure = measure or partial(accuracy, model, task, greedy=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     reached = 0.0
     for step in range(1, max_steps + 1):
@@ -67,7 +71,7 @@ def warm_up(model: nn.Module, task: Addition, *, until: float, batch: int, lr: f
         loss.backward()
         optimizer.step()
         if step % 10 == 0:
-            reached = accuracy(model, task, greedy=False)
+            reached = measure()
             if reached >= until:
                 return step, reached
     return max_steps, reached
