@@ -4,6 +4,7 @@ import csv
 import math
 import pathlib
 import pickle
+import re
 import sys
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from every_case import EVERY_CASE
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
+PAGE = EXAMPLES.parent / "docs" / "curriculum_lab.md"
 pytest.importorskip("matplotlib")
 sys.path.insert(0, str(EXAMPLES))
 
@@ -32,6 +34,17 @@ def one_thread():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def test_the_page_runs(capsys):
+    text = PAGE.read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.S)
+    exec(block, {"__name__": "page"})
+    p = [float(x) for x in re.findall(r"\d\.\d+", capsys.readouterr().out)]
+    assert sum(p) == pytest.approx(1, abs=1e-3) and max(p) == p[1]
+    assert not [name for name in re.findall(r"`rlkern\.(\w+)", text) if not hasattr(rlkern, name)]
+    files = {name: (EXAMPLES / "support" / file).read_text() for name, file in re.findall(r"^\| `(\w+)` \|[^|]*\| `(\w+\.py)`", text, flags=re.M)}
+    assert len(files) == 7 and all(f"class {name}(" in source for name, source in files.items())
 
 
 def test_families_are_apart():
