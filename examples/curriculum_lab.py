@@ -17,6 +17,7 @@ docs/curriculum_lab.md has the results, and what they show and do not show.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 from functools import partial
@@ -34,9 +35,10 @@ STUDIES = {"samplers": (curriculum_train, curriculum_report, 3), "weights": (wei
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, default="samplers")
-    parser.add_argument("--methods", nargs="+", metavar="NAME", help="samplers or rules of weights to compare, by default those of the page")
-    parser.add_argument("--seeds", type=int, help="runs of each method, by default 3 of samplers, 2 of weights")
-    parser.add_argument("--steps", type=int, help="reinforcement-learning steps of each run, by default 150 and 90")
+    later = {"default": argparse.SUPPRESS}  # it depends on the study
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help="samplers or rules of weights to compare (default: those of the page)", **later)
+    parser.add_argument("--seeds", type=int, help="runs of each method (default: 3 of samplers, 2 of weights)", **later)
+    parser.add_argument("--steps", type=int, help="reinforcement-learning steps of each run (default: 150 of samplers, 90 of weights)", **later)
     parser.add_argument("--rollouts", type=int, default=384, help="a step")
     parser.add_argument("--group", type=int, default=8, help="rollouts of a prompt; Knapsack gives 2 to 32, and this on average")
     parser.add_argument("--minibatches", type=int, default=4, help="updates a step")
@@ -47,25 +49,34 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder of the picture and the CSV file")
     args = parser.parse_args()
     training, _, seeds = STUDIES[args.study]
-    args.methods = args.methods or list(training.DEFAULT)
-    args.seeds = seeds if args.seeds is None else args.seeds
-    args.steps = training.Settings().steps if args.steps is None else args.steps
+    args = argparse.Namespace(**{"methods": training.DEFAULT, "seeds": seeds, "steps": training.Settings().steps} | vars(args))
     unknown = [name for name in args.methods if name not in training.METHODS]
     if unknown:
         parser.error(f"--methods: {args.study} has no {', '.join(map(repr, unknown))}; it has {', '.join(map(repr, training.METHODS))}")
+    if len(set(args.methods)) < len(args.methods):
+        parser.error(f"--methods must name each once, got {' '.join(args.methods)}")
     for name, least in (("seeds", 1), ("steps", 2), ("group", 2), ("minibatches", 1), ("warm_up_steps", 1), ("workers", 1)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if args.rollouts < args.group:
         parser.error(f"--rollouts must be at least --group, the {args.group} of one prompt, got {args.rollouts}")
-    if args.minibatches > args.rollouts // args.group * args.group:
+    if args.study == "weights" and args.rollouts % args.group:
+        parser.error(f"--rollouts must be a multiple of --group, {args.group}, got {args.rollouts}")
+    if args.minibatches > args.rollouts:
         parser.error(f"--minibatches must not exceed the {args.rollouts} rollouts of a step, got {args.minibatches}")
     if not 0 <= args.rare < 0.2:
         parser.error(f"--rare must be in [0, 0.2), got {args.rare}")
-    if not args.lr > 0:
-        parser.error(f"--lr must be positive, got {args.lr}")
-    if "Knapsack" in args.methods and args.group > 32:
-        parser.error(f"Knapsack gives a prompt 2 to 32 rollouts, so --group must not exceed 32, got {args.group}")
+    if not 0 < args.lr < math.inf:
+        parser.error(f"--lr must be positive and finite, got {args.lr}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out must be a folder, got the file {args.out}")
+    options = {"rare": args.rare} if args.study == "samplers" else {}
+    args.settings = training.Settings(args.steps, args.rollouts, args.group, args.minibatches, args.lr, warm_up_steps=args.warm_up_steps, **options)
+    for name in args.methods if args.study == "samplers" else ():
+        try:  # a first plan, before the minutes of the warm-up
+            training.new_sampler(name, args.settings.task(0), args.settings, 0).propose(args.rollouts)
+        except ValueError as error:
+            parser.error(f"--methods {name} --rollouts {args.rollouts} --group {args.group}: {error}")
     return args
 
 
@@ -73,10 +84,7 @@ def main() -> None:
     args = parse_arguments()
     began = time.perf_counter()
     training, report, _ = STUDIES[args.study]
-    settings = training.Settings(args.steps, args.rollouts, args.group, args.minibatches, args.lr, warm_up_steps=args.warm_up_steps)
-    if args.study == "samplers":
-        settings = settings._replace(rare=args.rare)
-    seeds = range(args.seeds)
+    settings, seeds = args.settings, range(args.seeds)
     print(f"rlkern {rlkern.__version__}, torch {torch.__version__}, {args.workers} processes; CPU kernels: {rlkern.backend_info()['native']}")
 
     warm = run_all("supervised warm-up", partial(training.supervised, settings=settings), [(seed,) for seed in seeds], args.workers, args.seeds)

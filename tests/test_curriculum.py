@@ -96,10 +96,13 @@ def test_pools_name_what_is_wrong():
     features = torch.zeros(3, 1)
     with pytest.raises(ValueError, match=r"every family from 0 to 3 must have a prompt; these have none: \[1, 2\]"):
         Pool(torch.tensor([0, 3, 3]), features)
-    with pytest.raises(ValueError, match="int64"):
+    with pytest.raises(ValueError, match=r"int64 \[M\] with M >= 1, got torch.float32 \[3\]"):
         Pool(torch.tensor([0.0, 1.0, 1.0]), features)
-    with pytest.raises(ValueError, match="row for each of the 2 prompts, got 3"):
-        Pool(torch.tensor([0, 1]), features)
+    with pytest.raises(ValueError, match="families are numbered from 0, got -1"):
+        Pool(torch.tensor([0, -1, 1]), features)
+    for bad in (features, torch.zeros(2)):
+        with pytest.raises(ValueError, match=r"row for each of the 2 prompts, got \["):
+            Pool(torch.tensor([0, 1]), bad)
 
 
 def test_signals_name_what_is_wrong():
@@ -109,14 +112,23 @@ def test_signals_name_what_is_wrong():
         collect(pool(), plan, zeros + NAN, zeros)
     with pytest.raises(ValueError, match=r"reward must be \[5\].* got \[4\]"):
         collect(pool(), plan, zeros[:4], zeros)
-    with pytest.raises(ValueError, match="advantage is inf in 1 of 5 rollouts"):
-        collect(pool(), plan, zeros, torch.tensor([0, 0, math.inf, 0, 0]))
     given = collect(pool(), plan, torch.tensor([0, NAN, 1, NAN, 0]), torch.tensor([0, 0, 2.0, 0, -1]))
     assert given.prompt.tolist() == [0, 50, 50] and given.family.tolist() == [0, 1, 1]
     assert given.reward.tolist() == [0, 1, 0] and given.advantage.tolist() == [0, 2, -1]
     for kind in SAMPLERS:
         with pytest.raises(ValueError, match="reward is nan in 1 of 3 rollouts"):
             build(kind).update(given._replace(reward=torch.tensor([0, NAN, 1], dtype=torch.float64)))
+        with pytest.raises(ValueError, match="advantage is -inf in 3 of 3 rollouts"):
+            build(kind).update(given._replace(advantage=torch.full((3,), -math.inf).double()))
+        with pytest.raises(ValueError, match=r"four tensors \[N\], got .*'reward': \[3, 1\]"):
+            build(kind).update(given._replace(reward=given.reward.unsqueeze(-1)))
+        with pytest.raises(ValueError, match=r"four tensors \[N\]"):
+            build(kind).update(given._replace(advantage=given.advantage[:2]))
+        for row in (-1, 120):
+            with pytest.raises(ValueError, match="rows of the pool, from 0 to 119, got"):
+                build(kind).update(given._replace(prompt=torch.tensor([0, 1, row])))
+        with pytest.raises(ValueError, match="family must be that of each prompt"):
+            build(kind).update(given._replace(family=torch.tensor([0, 1, 2])))
         with pytest.raises(ValueError, match="must hold a rollout"):
             build(kind).update(Signals(*(x[:0] for x in given)))
     for kind in (PCL, Knapsack):
@@ -133,6 +145,8 @@ def test_signals_name_what_is_wrong():
         (DUMP, {"window": 0}),
         (DUMP, {"tau": -1}),
         (PCL, {"candidates": 0}),
+        (PCL, {"hidden": 0}),
+        (PCL, {"passes": 0}),
         (Knapsack, {"low": 0}),
         (Knapsack, {"low": 9}),
         (Knapsack, {"high": 7}),
@@ -177,7 +191,7 @@ def _dump(counts, means, **options):
     dump = build(DUMP, **options)
     for f, (n, m) in enumerate(zip(counts, means, strict=True)):
         if n:
-            dump.update(Signals(*(torch.full((n,), x) for x in (40 * f, f)), torch.ones(n).double(), torch.full((n,), -m).double()))
+            dump.update(Signals(*(torch.full((n,), x) for x in (40 * f, f)), torch.ones(n).double(), torch.full((n,), -m, dtype=torch.float64)))
     return dump
 
 
@@ -226,14 +240,23 @@ def test_pcl_fits_mean_rewards_by_squared_error(monkeypatch):
     assert seen == pytest.approx([(2 * 0.25 / 4 - 2 * 0.5 / 4) / 2]) and pcl.network[2].bias.equal(before)
 
 
+def test_pcl_moves_nobody_elses_numbers():
+    state = torch.get_rng_state()
+    build(PCL).propose(64)
+    assert torch.get_rng_state().equal(state)
+
+
 def test_pcl_learns():
     pcl = build(PCL)
+    once = build(PCL, passes=1)
     prompt = torch.arange(120).repeat_interleave(8)
     reward = (torch.arange(960) % 8 < prompt // 40 * 4).double()  # 0, 4 of 8, all
     for _ in range(150):
         pcl.update(Signals(prompt, prompt // 40, reward, torch.zeros(960).double()))
+        once.update(Signals(prompt, prompt // 40, reward, torch.zeros(960).double()))
     expected = torch.tensor([0, 0.5, 1]).double().repeat_interleave(40)
     assert (pcl.value(torch.arange(120)) - expected).abs().mean() < 0.1
+    assert (once.value(torch.arange(120)) - expected).abs().mean() > 2 * (pcl.value(torch.arange(120)) - expected).abs().mean()
     assert (pcl.propose(128).prompts // 40 == 1).double().mean() > 0.9
 
 
@@ -300,6 +323,8 @@ def test_knapsack_from_zero_is_refused_because_it_would_be_wrong():
         ([0.5] * 3, 96, [32, 32, 32]),  # the program divides by zero
         ([1e-20, NAN], 20, [12, 8]),
         ([0.5, NAN, 1], 70, [32, 32, 6]),  # what nobody else can take
+        ([0.5, 0.01, 0], 48, [11, 25, 12]),  # the second wants 230, and can have 32
+        ([1e-320, NAN], 20, [12, 8]),
     ],
 )
 def test_allocate(rates, budget, expected):
@@ -322,6 +347,8 @@ def test_allocate_refuses_what_does_not_fit(budget):
 def test_allocate_refuses_what_is_no_rate():
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         allocate([0.5, 1.5], 16, 8)
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got \[0.5, nan\]"):
+        knapsack([0.5, NAN], 16, 2, 32)
     with pytest.raises(ValueError, match="low <= group <= high is expected, got 2, 40, 32"):
         allocate([0.5, 0.5], 80, 40)
 
@@ -342,8 +369,13 @@ def test_knapsack_knows_a_prompt_from_its_last_rewards():
     assert sampler.rate(0) == 5 / 16  # two of the ones are forgotten
     visit(1, [0] * 8)
     plan = sampler.propose(160)
-    undecided = plan.prompts == 0
-    assert plan.counts.sum() == 160 and (plan.counts[undecided] >= 2).all()
+    assert plan.counts.sum() == 160 and plan.counts.tolist() == allocate([sampler.rate(i) for i in plan.prompts.tolist()], 160, 8, 2, 32)
+    narrow = build(Knapsack, sizes=(1,), low=7, high=9)
+    narrow.rewards.update({0: [1, 0] * 4})
+    assert narrow.propose(160).counts.aminmax() == (8, 8)  # of 20 groups of 7 to 9 that sum to 160 and are all alike
+    assert set(build(Knapsack, high=8).propose(64).counts.tolist()) == {8}
+    with pytest.raises(ValueError, match="take 32 to 32 rollouts, got a budget of 63"):
+        build(Knapsack, group=32).propose(63)
 
 
 # --- weights of rewards -------------------------------------------------------------------------------------
@@ -354,6 +386,7 @@ def test_hypervolume():
     assert hypervolume(points, zero) == pytest.approx(1.5)
     assert hypervolume(torch.cat([points, torch.tensor([[1.5, 0.8]]).double()]), zero) == pytest.approx(1.65)
     assert hypervolume(points - 1, zero - 1) == pytest.approx(1.5)
+    assert hypervolume(torch.tensor([[2.0, -1], [1, 1]]), torch.zeros(2)) == 1
     assert hypervolume(points[:0], zero) == 0 and hypervolume(torch.tensor([[3.0, 0.0], [-1, 5]]), torch.zeros(2)) == 0
 
 
@@ -378,6 +411,11 @@ def test_hypervolume_scale():
     grown = [0.5 + 1.5 * math.tanh(g) for g in (1, 0.5, 0.15, 0, 0, 0)]
     assert scales == pytest.approx([1, *grown]) and scales[3] == pytest.approx(0.723328, abs=1e-6)
     assert len(rule.front) == 3
+    generator = torch.Generator().manual_seed(0)
+    for point in torch.rand(300, 2, generator=generator).double():
+        front = rule.front
+        rule.validated(point)  # all are dominated
+        assert rule.scale == 0.5 and rule.front is front
 
 
 def test_a_scale_of_rewards_cancels_and_one_of_advantages_does_not():
@@ -415,7 +453,7 @@ def test_a_weight_returns_from_underflow():
     rule = GradientWeights([0.5, 0.5], c=1.0)
     pull = torch.tensor([[0.0, 0.0], [0.0, 50.0]])
     rule.before_update(lambda: pull)
-    assert rule.weights[0] < 1e-300
+    assert rule.weights[0] < 1e-300 and rule.log_weights.isfinite().all()
     for _ in range(2):
         rule.before_update(lambda: pull.flip(0))
     assert rule.weights[0] > 0.999
@@ -425,14 +463,20 @@ def test_weights_name_what_is_wrong():
     for weights in ([0.5, 0.6], [1.0, 0.0], [-0.5, 1.5], [NAN, 1]):
         with pytest.raises(ValueError, match="weights must be positive and sum to 1"):
             FixedWeights(weights)
-    with pytest.raises(ValueError, match="c must be positive, got 0"):
-        GradientWeights([0.5, 0.5], c=0)
+    for c in (0, math.inf):
+        with pytest.raises(ValueError, match="c must be positive and finite, got"):
+            GradientWeights([0.5, 0.5], c=c)
     with pytest.raises(ValueError, match="'rewards' or 'advantages', got 'both'"):
         HypervolumeScale([0.5, 0.5], on="both")
-    with pytest.raises(ValueError, match="must be finite"):
-        HypervolumeScale([0.5, 0.5]).validated(torch.tensor([NAN, 1]))
-    with pytest.raises(ValueError, match="must be finite"):
-        GradientWeights([0.5, 0.5]).before_update(lambda: torch.tensor([[NAN], [1]]))
+    for point in ([NAN, 1], [1.0], [[1.0, 2.0]], [1.0, 2, 3]):
+        with pytest.raises(ValueError, match="must be 2 finite numbers, got"):
+            HypervolumeScale([0.5, 0.5]).validated(torch.tensor(point))
+    for gradients in ([[NAN], [1]], [[1e200], [1e200]]):
+        with pytest.raises(ValueError, match="must be finite, their products are"):
+            GradientWeights([0.5, 0.5]).before_update(lambda g=gradients: torch.tensor(g, dtype=torch.float64))
+    for gradients in ([[1.0]] * 3, [1.0, 2.0]):
+        with pytest.raises(ValueError, match=r"gradients must be \[2, D\], a row for each weight, got \["):
+            GradientWeights([0.5, 0.5]).before_update(lambda g=gradients: torch.tensor(g))
 
 
 def test_rex():

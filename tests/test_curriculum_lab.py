@@ -1,6 +1,7 @@
 """The curriculum lab: its tasks and its loop are right, both studies run, and bad options get one line."""
 
 import csv
+import itertools
 import math
 import pathlib
 import pickle
@@ -19,13 +20,14 @@ sys.path.insert(0, str(EXAMPLES))
 import curriculum_lab  # noqa: E402
 from support import curriculum_report, curriculum_train, weights_train  # noqa: E402
 from support.arithmetic import END, EndedAddition, Families  # noqa: E402
-from support.grpo_step import Answers  # noqa: E402
+from support.grpo_step import Answers, loss, update  # noqa: E402
 from support.model import Transformer  # noqa: E402
-from support.rollout import sample  # noqa: E402
+from support.rollout import answer_stats, sample  # noqa: E402
+from support.schedules import rex  # noqa: E402
 
 import rlkern  # noqa: E402
 
-SMALL = curriculum_train.Settings(steps=3, rollouts=36, group=8, minibatches=2, evaluations=2, warm_up_steps=10, pool=20, held_out=12)
+SMALL = curriculum_train.Settings(steps=3, rollouts=76, group=8, minibatches=2, evaluations=2, warm_up_steps=10, pool=20, held_out=12)
 
 
 @pytest.fixture(autouse=True)
@@ -110,32 +112,139 @@ def test_sampling_with_a_cache_is_sampling_without():
     torch.testing.assert_close(logits, model(ids[:, :6]))
 
 
+def numbers(ids: torch.Tensor, digits: int) -> tuple[list[int], list[int], list[list[int]]]:
+    """a, b and the answer's tokens of rows "a+b=answer"."""
+    rows = ids.tolist()
+    read = [[int("".join(map(str, row[at : at + digits]))) for row in rows] for at in (0, digits + 1)]
+    return *read, [row[2 * digits + 2 :] for row in rows]
+
+
+class Watched:
+    """What a run asked of the model, the sampler or rule, and the optimizer."""
+
+    def __init__(self, module, monkeypatch):
+        self.sampled, self.updates, self.plans, self.signals = [], [], [], []
+        sample, update = module.sample, module.update
+
+        def sample_and_keep(model, prompts, count):
+            self.sampled.append(sample(model, prompts, count))
+            return self.sampled[-1]
+
+        def update_and_keep(model, optimizer, answers, kl_coef=0.0):
+            self.updates.append((answers, optimizer.param_groups[0]["lr"], kl_coef))
+            update(model, optimizer, answers, kl_coef)
+            self.model = model
+
+        monkeypatch.setattr(module, "sample", sample_and_keep)
+        monkeypatch.setattr(module, "update", update_and_keep)
+
+    def sampler(self, kind):
+        def built(*args):
+            sampler = kind(*args)
+            propose, update = sampler.propose, sampler.update
+            sampler.propose = lambda budget: self.plans.append(propose(budget)) or self.plans[-1]
+            sampler.update = lambda signals: self.signals.append(signals) or update(signals)
+            return sampler
+
+        return built
+
+
 @pytest.fixture(scope="module")
 def starts():
+    """A policy that is sometimes right: on half of the one-digit sums."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = curriculum_train.new_model(SMALL.task(0))
+    task = SMALL.task(0)
+    model = curriculum_train.new_model(task)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    ids = torch.cat(task.encode(task.train[0]), -1)
+    for _ in range(170):
+        optimizer.zero_grad()
+        (-answer_stats(model, ids, task.answer_length).logp.mean()).backward()
+        optimizer.step()
     return {0: {name: value.clone().numpy() for name, value in model.state_dict().items()}}
 
 
+@pytest.fixture(scope="module")
+def first_accuracies():
+    return []
+
+
 @pytest.mark.parametrize("name", curriculum_train.METHODS)
-def test_three_steps(name, starts):
-    run, again = (curriculum_train.train(name, 0, starts, SMALL) for _ in range(2))
+def test_three_steps(name, starts, first_accuracies, monkeypatch):
+    again = curriculum_train.train(name, 0, starts, SMALL)
+    seen = Watched(curriculum_train, monkeypatch)
+    monkeypatch.setitem(curriculum_train.METHODS, name, seen.sampler(curriculum_train.METHODS[name]))
+    run = curriculum_train.train(name, 0, starts, SMALL)
     assert run.shares == again.shares and run.useful == again.useful and run.held_out == again.held_out
+    assert max(run.useful) > 0.1 and max(x for rewards in run.reward for x in rewards if not math.isnan(x)) > 0.2
+    assert all(sum(shares) == pytest.approx(1) for shares in run.shares)
     assert len(run.useful) == len(run.useful_groups) == len(run.reward) == len(run.shares) == 3
-    assert all(sum(shares) == pytest.approx(1) for shares in run.shares) and all(0 <= x <= 1 for x in run.useful)
-    assert [step for step, _ in run.held_out] == [0, 2, 3]
-    assert all(math.isfinite(x) for _, accuracies in run.held_out for x in accuracies)
+    assert [step for step, _ in run.held_out] == [0, 1, 3]
+    first_accuracies.append(run.held_out[0][1])
+    assert first_accuracies[0] == first_accuracies[-1]  # every method begins with the same policy and numbers
+
+    task = SMALL.task(0)
+    measured, rolled = [seen.sampled[i] for i in (0, 2, 5)], [seen.sampled[i] for i in (1, 3, 4)]
+    for ids, (_, accuracy) in zip(measured, run.held_out, strict=True):
+        assert ids[:, :10].equal(task.encode(torch.cat(task.test))[0])
+        a, b, answers = numbers(ids, 4)
+        right = [sum(d * 10**i for i, d in enumerate(x)) == m + n and max(x) < 10 for m, n, x in zip(a, b, answers, strict=True)]
+        sizes = [0, *itertools.accumulate(map(len, task.test))]
+        assert accuracy == pytest.approx([sum(right[m:n]) / (n - m) for m, n in itertools.pairwise(sizes)], abs=1e-6)
+    start = curriculum_train.new_model(task)
+    start.load_state_dict({key: torch.from_numpy(value) for key, value in starts[0].items()})
+    for step, (ids, plan, signals) in enumerate(zip(rolled, seen.plans, seen.signals, strict=True)):
+        rows = plan.prompts.repeat_interleave(plan.counts)
+        assert len(ids) == 76 and ids[:, :10].equal(task.encode(task.pool[rows])[0])
+        a, b, answers = numbers(ids, 4)
+        right = torch.tensor([sum(d * 10**i for i, d in enumerate(x)) == m + n and max(x) < 10 for m, n, x in zip(a, b, answers, strict=True)])
+        expected = torch.cat([rlkern.advantages.grpo(part.float(), len(part)) for part in right.split(plan.counts.tolist())])
+        assert signals.prompt.equal(rows) and signals.reward.equal(right.double())
+        torch.testing.assert_close(signals.advantage, expected.double().clamp(-5, 5), rtol=1e-5, atol=1e-6)
+        parts = seen.updates[2 * step : 2 * step + 2]
+        assert sum(len(answers.ids) for answers, _, _ in parts) == 76 and parts[0][0].mask.all()
+        assert {rate for _, rate, _ in parts} == {SMALL.lr * rex(step, 3)}
+        given = torch.cat([answers.ids for answers, _, _ in parts])
+        assert given.unique(dim=0).equal(ids.unique(dim=0))
+        for answers, _, kl_coef in parts:
+            if name != "CLPO":
+                assert answers.reference_logp is None and kl_coef == 0
+                continue
+            torch.testing.assert_close(answers.reference_logp, answer_stats(start, answers.ids, 5).logp)
+            assert kl_coef == 0.001
+        if name == "CLPO":
+            scale = torch.cat([torch.full((len(x),), 0.5 if x.float().mean() <= 0.25 else 1.0) for x in right.split(plan.counts.tolist())])
+            assert torch.cat([answers.kl_scale for answers, _, _ in parts]).sort().values.equal(scale.sort().values)
+    assert any((value.numpy() != starts[0][key]).any() for key, value in seen.model.state_dict().items())
 
 
 def test_what_is_recorded():
-    from support.samplers import Signals
-
     run = curriculum_train.Run()
-    family = torch.tensor([0, 0, 2, 2, 2])
-    signals = Signals(family, family, torch.tensor([1, 0, 1, 1, 1]).double(), torch.tensor([1, -1, 0, 0, 0]).double())
-    curriculum_train.record(run, signals, torch.tensor([0, 0, 1, 1, 1]))
-    assert run.shares == [[0.4, 0, 0.6, 0]] and run.useful == [0.4] and run.useful_groups == [0.5]
+    family, groups = torch.tensor([0, 0, 2, 2, 2]), torch.tensor([0, 0, 1, 1, 1])
+    curriculum_train.record(run, family, groups, torch.tensor([1.0, 0, 1, 1, 1]), torch.tensor([1.0, -1, 0, 0, 0]))
+    assert run.shares[0] == pytest.approx([0.4, 0, 0.6, 0]) and run.useful == pytest.approx([0.4]) and run.useful_groups == [0.5]
     assert run.reward[0][0] == 0.5 and run.reward[0][2] == 1 and math.isnan(run.reward[0][1])
+
+
+@pytest.mark.parametrize("kl_coef", (0.0, 0.5))
+def test_one_update(kl_coef):
+    torch.manual_seed(0)
+    model, model_after = (Transformer(13, 9, width=16, depth=1).double() for _ in range(2))
+    model_after.load_state_dict(model.state_dict())
+    ids, mask = torch.randint(13, (8, 9)), (torch.arange(3) < torch.tensor([3, 1, 2, 3, 3, 2, 1, 3]).unsqueeze(-1)).double()
+    logp = model(ids[:, :-1])[:, -3:].log_softmax(-1).gather(-1, ids[:, -3:].unsqueeze(-1)).squeeze(-1)
+    answers = Answers(ids, logp.detach(), mask, 50 * torch.randn(8).double(), logp.detach() - 0.3, torch.rand(8).double())
+    kl = torch.exp(answers.reference_logp - logp) - (answers.reference_logp - logp) - 1
+    each = -answers.advantages.unsqueeze(-1) * torch.exp(logp - answers.old_logp) + kl_coef * answers.kl_scale.unsqueeze(-1) * kl
+    expected = (each * mask).sum() / mask.sum()
+    torch.testing.assert_close(loss(model, answers, kl_coef), expected)
+    expected.backward()
+    norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+    assert norm > 1
+    update(model_after, torch.optim.SGD(model_after.parameters(), lr=1.0), answers, kl_coef)
+    for before, after in zip(model.parameters(), model_after.parameters(), strict=True):
+        torch.testing.assert_close(before - after, before.grad / norm, rtol=1e-4, atol=1e-7)
 
 
 def test_report():
@@ -163,17 +272,37 @@ def test_gradients_of_objectives():
         torch.testing.assert_close(found[i], torch.cat([g.flatten() for g in expected]), rtol=1e-9, atol=1e-12)
 
 
-def test_the_weights_of_a_run():
-    settings = weights_train.Settings(steps=2, rollouts=32, minibatches=2, held_out=10, warm_up_steps=10)
+def test_the_weights_of_a_run(monkeypatch):
+    settings = weights_train.Settings(steps=2, rollouts=32, minibatches=2, held_out=10, warm_up_steps=40)
     start, reached = weights_train.supervised(0, settings)
-    assert "10 supervised steps" in reached
+    assert "40 supervised steps" in reached
     runs = {name: weights_train.train(name, 0, {0: start}, settings) for name in ("fixed .5", "gradient .25, c .1", "hypervolume .5, advantages")}
     for run in runs.values():
         assert len(run.points) == len(run.weight) == len(run.scale) == 3
         assert all(0 <= p.accuracy <= 1 and 1 <= p.length <= 7 for p in run.points)
-    assert runs["fixed .5"].weight == [0.5] * 3 and runs["fixed .5"].scale == [1] * 3
+    assert runs["fixed .5"].weight == pytest.approx([0.5] * 3) and runs["fixed .5"].scale == [1] * 3
     assert len(set(runs["gradient .25, c .1"].weight)) == 3
     assert runs["hypervolume .5, advantages"].scale[0] == 1 and runs["hypervolume .5, advantages"].scale[1] >= 0.5
+
+    seen, rewards, points = Watched(weights_train, monkeypatch), [], []
+    weigh = weights_train.advantages
+    monkeypatch.setattr(weights_train, "advantages", lambda r, groups, rule: rewards.append(r) or weigh(r, groups, rule))
+    monkeypatch.setattr(weights_train.FixedWeights, "validated", lambda self, point: points.append(point.tolist()))
+    run = weights_train.train("fixed .5", 0, {0: start}, settings)
+    lengths: list[int] = []
+    for ids, given in zip(seen.sampled[1::2], rewards, strict=True):
+        a, b, answers = numbers(ids, 2)
+        own = [row.index(END) + 1 if END in row else 7 for row in answers]
+        lengths += own
+        assert given[:, 1].tolist() == [float(n < sum(lengths) / len(lengths)) for n in own]
+        right = [END in row and n > 1 and max(row[: n - 1]) < 10 for row, n in zip(answers, own, strict=True)]
+        value = [sum(d * 10**i for i, d in enumerate(row[: n - 1])) for row, n in zip(answers, own, strict=True)]
+        assert given[:, 0].tolist() == [float(ok and v == x + y) for ok, v, x, y in zip(right, value, a, b, strict=True)]
+    assert 0 < sum(r[:, 1].sum() for r in rewards) < 64
+    assert points == [pytest.approx([p.accuracy, 1 - p.length / 7]) for p in run.points]
+    assert [rate for _, rate, _ in seen.updates] == [settings.lr * rex(step, 2) for step in (0, 0, 1, 1)]
+    for answers, _, _ in seen.updates:
+        assert answers.mask.sum(-1).tolist() == [row.index(END) + 1 if END in row else 7 for row in answers.ids[:, 6:].tolist()]
 
 
 @pytest.mark.parametrize(
@@ -183,11 +312,16 @@ def test_the_weights_of_a_run():
         ("--study weights --methods SEC", "weights has no 'SEC'; it has 'fixed .25'"),
         ("--rollouts 7", "--rollouts must be at least --group, the 8 of one prompt, got 7"),
         ("--group 1", "--group must be at least 2, got 1"),
-        ("--group 40", "--group must not exceed 32, got 40"),
+        ("--group 40", "--methods Knapsack --rollouts 384 --group 40: 1 <= low <= group <= high is expected, got 2, 40, 32"),
+        ("--group 32 --rollouts 63", "these 1 prompts take 32 to 32 rollouts, got a budget of 63"),
+        ("--study weights --rollouts 390", "--rollouts must be a multiple of --group, 8, got 390"),
+        ("--methods SEC uniform SEC", "--methods must name each once, got SEC uniform SEC"),
+        ("--lr inf", "--lr must be positive and finite, got inf"),
+        (f"--out {__file__}", "--out must be a folder, got the file"),
         ("--seeds 0", "--seeds must be at least 1, got 0"),
         ("--minibatches 500", "--minibatches must not exceed the 384 rollouts of a step, got 500"),
         ("--rare 0.2", "--rare must be in [0, 0.2), got 0.2"),
-        ("--lr nan", "--lr must be positive, got nan"),
+        ("--lr nan", "--lr must be positive and finite, got nan"),
         ("--study loss", "invalid choice: 'loss'"),
     ],
 )

@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 from .curriculum_train import FAMILIES, Run, Settings
 
 Runs = dict[tuple[str, int], Run]  # by sampler and seed
-COLOURS = {"uniform": "#444444", "SEC": "#0a7d5a", "DUMP": "#3b6fb6", "PCL": "#c07a1e", "Knapsack": "#a34a4a", "CLPO": "#7a5aa6"}
+_COLOURS = {"uniform": "#444444", "SEC": "#0a7d5a", "DUMP": "#3b6fb6", "PCL": "#c07a1e", "Knapsack": "#a34a4a", "CLPO": "#7a5aa6"}
 _FAMILY_COLOURS = ("#d9e4ec", "#9fc1d4", "#4f8fb0", "#1f4e6b")
 TARGET = 0.65  # accuracy on three digits
 
@@ -53,11 +53,11 @@ def print_table(runs: Runs, settings: Settings) -> None:
             at = rollouts_until(run, settings)
             numbers = "".join(f"{x:>10.3f}" for x in results(run).values())
             print(f"{sampler:<10}{seed:>5}{numbers}{'never' if math.isnan(at) else f'{at / 1e3:.0f} k':>10}{run.sampler_seconds:>7.2f}")
-    if samplers[0] != "uniform" or len(samplers) == 1:
+    if "uniform" not in samplers or len(samplers) == 1:
         return
-    print(f"\nover uniform, paired by seed: mean +- standard error of {len(seeds)} seeds; within two errors nothing is shown\n")
+    print(f"\nover uniform, paired by seed: mean +- standard error of {len(seeds)} seeds\n")
     print(f"{'':<10}" + "".join(f"{c:>18}" for c in columns))
-    for sampler in samplers[1:]:
+    for sampler in (s for s in samplers if s != "uniform"):
         rows = [(results(runs[sampler, seed]), results(runs["uniform", seed])) for seed in seeds]
         print(f"{sampler:<10}" + "".join(f"{paired([a[c] - b[c] for a, b in rows]):>18}" for c in columns))
 
@@ -108,12 +108,12 @@ def draw(runs: Runs, settings: Settings, path: Path) -> Path:
     for sampler, seeds in by_sampler.items():
         measured = [settings.rollouts * step / 1e3 for step, _ in seeds[0].held_out]
         for f, family in enumerate(FAMILIES):
-            _band(axes[1][f], measured, [[a[f] for _, a in run.held_out] for run in seeds], COLOURS[sampler], sampler)
-            _band(axes[2][f], x, [_smooth([r[f] for r in run.reward], window) for run in seeds], COLOURS[sampler], sampler)
+            _band(axes[1][f], measured, [[a[f] for _, a in run.held_out] for run in seeds], _COLOURS[sampler], sampler)
+            _band(axes[2][f], x, [_smooth([r[f] for r in run.reward], window) for run in seeds], _COLOURS[sampler], sampler)
             axes[1][f].set(title=f"{family}: held-out accuracy")
             axes[2][f].set(title=f"{family}: reward of rollouts", xlabel="thousands of rollouts")
         for row, name in ((1, "useful"), (2, "useful_groups")):
-            _band(axes[row][len(FAMILIES)], x, [_smooth(getattr(run, name), window) for run in seeds], COLOURS[sampler], sampler)
+            _band(axes[row][len(FAMILIES)], x, [_smooth(getattr(run, name), window) for run in seeds], _COLOURS[sampler], sampler)
     axes[1][len(FAMILIES)].set(title="rollouts with an advantage")
     axes[2][len(FAMILIES)].set(title="groups with an advantage", xlabel="thousands of rollouts")
     axes[1][0].legend(fontsize=8)

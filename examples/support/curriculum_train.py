@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +20,7 @@ from .knapsack import Knapsack
 from .model import Transformer
 from .processes import advance
 from .rollout import answer_stats, sample, warm_up
-from .samplers import CLPO, DUMP, SEC, Pool, Signals, Uniform, collect
+from .samplers import CLPO, DUMP, SEC, Pool, Uniform, collect, family_means
 from .schedules import rex
 from .value_sampler import PCL
 
@@ -40,6 +41,10 @@ class Settings(NamedTuple):
     pool: int = 512  # prompts a family
     held_out: int = 256  # a family
     rare: float = 0.01  # share of four-digit sums in the warm-up
+
+    def measured(self) -> set[int]:
+        """The steps after which accuracy is measured."""
+        return {self.steps * (i + 1) // self.evaluations for i in range(self.evaluations)}
 
     def task(self, seed: int) -> Families:
         return Families(len(FAMILIES), self.pool, self.held_out, seed, shares=(0.5, 0.3, 0.2 - self.rare, self.rare), watched=2)
@@ -81,6 +86,13 @@ def accuracies(model: nn.Module, task: Families) -> list[float]:
     return [part.mean().item() for part in correct.split(sizes)]
 
 
+def new_sampler(name: str, task: Families, settings: Settings, seed: int) -> Uniform:
+    """Over the task's pool of prompts. Features, for PCL's value model, are a prompt's tokens, one-hot."""
+    prompts, _ = task.encode(task.pool)
+    pool = Pool(task.pool_family, F.one_hot(prompts, VOCAB).flatten(1).double())
+    return METHODS[name](pool, settings.group, torch.Generator().manual_seed(seed))
+
+
 def train(name: str, seed: int, starts: dict[int, dict], settings: Settings) -> Run:
     """One run with a sampler, on one thread, from the parameters of its seed. All spend equal rollouts."""
     torch.set_num_threads(1)
@@ -89,8 +101,8 @@ def train(name: str, seed: int, starts: dict[int, dict], settings: Settings) -> 
     for net in (model, start):
         net.load_state_dict({key: torch.from_numpy(value) for key, value in starts[seed].items()})
     prompts, right = task.encode(task.pool)
-    pool = Pool(task.pool_family, F.one_hot(prompts, VOCAB).flatten(1).double())
-    sampler = METHODS[name](pool, settings.group, torch.Generator().manual_seed(seed))
+    sampler = new_sampler(name, task, settings, seed)
+    pool = sampler.pool
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rex, steps=settings.steps))
     kl_coef = sampler.kl_coef if isinstance(sampler, CLPO) else 0.0
@@ -104,35 +116,35 @@ def train(name: str, seed: int, starts: dict[int, dict], settings: Settings) -> 
         rows, groups = plan.prompts.repeat_interleave(plan.counts), plan.groups()
         ids = sample(model, prompts[rows], task.answer_length)
         reward = rewards(ids[:, task.prompt_length :], right[rows])
-        advantages = rlkern.advantages.grpo(reward, groups).clamp(-5, 5)  # Knapsack's program clips there; groups of 8 never reach it
+        advantages = rlkern.advantages.grpo(reward, groups, singletons="zero").clamp(-5, 5)  # Knapsack's program clips; groups of 8 never get there
         with torch.no_grad():
             logp = answer_stats(model, ids, task.answer_length).logp
             answers = Answers(ids, logp, torch.ones_like(logp), advantages)
             if kl_coef:
-                rate = (torch.zeros(len(plan.counts)).index_add(0, groups, reward) / plan.counts)[groups]
-                answers = answers._replace(reference_logp=answer_stats(start, ids, task.answer_length).logp, kl_scale=sampler.kl_scale(rate))
+                rate = (groups.bincount(reward) / plan.counts)[groups]
+                reference_logp = answer_stats(start, ids, task.answer_length).logp
+                answers = answers._replace(reference_logp=reference_logp, kl_scale=sampler.kl_scale(rate).float())
 
         began = time.perf_counter()
         signals = collect(pool, plan, reward, advantages)
         sampler.update(signals)
         run.sampler_seconds += time.perf_counter() - began
-        record(run, signals, groups)
+        record(run, pool.family[rows], groups, reward, advantages)
 
         for index in torch.randperm(len(ids)).chunk(settings.minibatches):
             update(model, optimizer, answers.take(index), kl_coef)
         schedule.step()
-        if step * settings.evaluations // settings.steps > (step - 1) * settings.evaluations // settings.steps:
+        if step in settings.measured():
             run.held_out.append((step, accuracies(model, task)))
         advance(1)
     return run
 
 
-def record(run: Run, signals: Signals, groups: Tensor) -> None:
-    """groups [N]: the group of each rollout."""
-    count = torch.zeros(len(FAMILIES), dtype=torch.float64).index_add(0, signals.family, torch.ones_like(signals.reward))
-    total = torch.zeros_like(count).index_add(0, signals.family, signals.reward)
-    useful = (signals.advantage != 0).double()
-    run.shares.append((count / count.sum()).tolist())
-    run.reward.append((total / count).tolist())
+def record(run: Run, family: Tensor, groups: Tensor, reward: Tensor, advantages: Tensor) -> None:
+    """All [N], of the rollouts of a step."""
+    means, count = family_means(reward.double(), family, len(FAMILIES))
+    useful = (advantages != 0).double()
+    run.shares.append((count / len(family)).tolist())
+    run.reward.append(means.where(count > 0, math.nan).tolist())
     run.useful.append(useful.mean().item())
     run.useful_groups.append((groups.bincount(useful) > 0).double().mean().item())

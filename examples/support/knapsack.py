@@ -29,6 +29,8 @@ def knapsack(rates: Sequence[float], budget: int, low: int, high: int) -> list[i
 
     One rollout at a time goes where it adds most. For low >= 1 that is exact: V is concave in n from there.
     """
+    if not all(0 <= p <= 1 for p in rates):
+        raise ValueError(f"rates must be in [0, 1], got {list(rates)}")
     if low < 1:
         raise ValueError(f"low must be at least 1 rollout a prompt, got {low}: from 0 the value is not concave")
     if not low * len(rates) <= budget <= high * len(rates):
@@ -76,7 +78,8 @@ def allocate(rates: Sequence[float], budget: int, group: int, low: int = 2, high
     if not sum(counts) <= budget <= high * len(rates):
         raise ValueError(f"these {len(rates)} prompts take {sum(counts)} to {high * len(rates)} rollouts, got a budget of {budget}")
     undecided = [rates[i] for i in rows["undecided"]]
-    wanted = sum(max(low, min(high, math.ceil(math.log(0.1) / max(math.log(p), math.log1p(-p))))) - low for p in undecided)
+    both = (math.log(0.1) / max(math.log(p), math.log1p(-p)) for p in undecided)
+    wanted = sum(max(low, math.ceil(min(high, n))) - low for n in both)
     left = budget - sum(counts)
     spare = max(0, left - wanted)
     left -= spare - _in_turns(counts, rows["never"], spare, high)
@@ -105,14 +108,14 @@ class Knapsack(Uniform):
         self.rewards = defaultdict(lambda: deque(maxlen=window))
 
     def rate(self, prompt: int) -> float:
-        seen = self.rewards[prompt]
+        seen = self.rewards.get(prompt, ())
         return sum(seen) / len(seen) if len(seen) >= self.known_from else math.nan
 
     def propose(self, budget: int) -> Plan:
-        prompts = self.draw(len(self.counts(budget)))
+        prompts = self.draw(len(self.even_counts(budget)))
         rates = [self.rate(i) for i in prompts.tolist()]
         return Plan(prompts, torch.tensor(allocate(rates, budget, self.group, self.low, self.high)))
 
     def update(self, signals: Signals) -> None:
-        for prompt, reward in zip(checked(signals, rates=True).prompt.tolist(), signals.reward.tolist(), strict=True):
+        for prompt, reward in zip(checked(self.pool, signals, rates=True).prompt.tolist(), signals.reward.tolist(), strict=True):
             self.rewards[prompt].append(reward)

@@ -23,7 +23,11 @@ class FixedWeights:
     def __init__(self, weights: Sequence[float]):
         if not all(w > 0 for w in weights) or not math.isclose(sum(weights), 1, abs_tol=1e-9):
             raise ValueError(f"weights must be positive and sum to 1, got {list(weights)}")
-        self.weights = torch.tensor(weights, dtype=torch.float64)
+        self.log_weights = torch.tensor(weights, dtype=torch.float64).log()  # so that a tiny weight can return
+
+    @property
+    def weights(self) -> Tensor:
+        return self.log_weights.exp()
 
     def validated(self, point: Tensor) -> None:
         """Takes in the objectives [K] on validation data: before training, then after every step."""
@@ -41,16 +45,18 @@ class GradientWeights(FixedWeights):
 
     def __init__(self, weights: Sequence[float], c: float = 0.1):
         super().__init__(weights)
-        if not c > 0:
-            raise ValueError(f"c must be positive, got {c}")
-        self.c, self.log_weights = c, self.weights.log()  # kept as logarithms: a weight of 0 would never return
+        if not 0 < c < math.inf:
+            raise ValueError(f"c must be positive and finite, got {c}")
+        self.c = c
 
     def before_update(self, gradients: Callable[[], Tensor]) -> None:
         g = gradients().double().cpu()
-        if not g.isfinite().all():
-            raise ValueError("the gradients of the objectives must be finite")
-        self.log_weights = (self.log_weights + self.c * (g @ g.sum(0))).log_softmax(0)
-        self.weights = self.log_weights.exp()
+        if g.dim() != 2 or len(g) != len(self.log_weights):
+            raise ValueError(f"gradients must be [{len(self.log_weights)}, D], a row for each weight, got {list(g.shape)}")
+        influence = g @ g.sum(0)
+        if not influence.isfinite().all():
+            raise ValueError(f"the gradients of the objectives must be finite, their products are {influence.tolist()}")
+        self.log_weights = (self.log_weights + self.c * influence).log_softmax(0)
 
 
 class HypervolumeScale(FixedWeights):
@@ -73,16 +79,16 @@ class HypervolumeScale(FixedWeights):
 
     def validated(self, point: Tensor) -> None:
         point = point.double().cpu()
-        if not point.isfinite().all():
-            raise ValueError(f"a validation point must be finite, got {point.tolist()}")
+        if point.shape != self.log_weights.shape or not point.isfinite().all():
+            raise ValueError(f"a validation point must be {len(self.log_weights)} finite numbers, got {point.tolist()}")
         if self.reference is None:
             self.reference, self.front = point, point.new_empty(0, len(point))
             return
-        with_it = torch.cat([self.front, point[None]])
-        growth = hypervolume(with_it, self.reference) - hypervolume(self.front, self.reference)
-        self.scale = 0.5 + 1.5 * math.tanh(growth)
-        if growth > 0:
-            self.front = with_it
+        self.scale = 0.5
+        if (point > self.reference).all() and not (self.front >= point).all(-1).any():
+            before = hypervolume(self.front, self.reference)
+            self.front = torch.cat([self.front, point[None]])
+            self.scale += 1.5 * math.tanh(max(0.0, hypervolume(self.front, self.reference) - before))
 
 
 def hypervolume(points: Tensor, reference: Tensor) -> float:

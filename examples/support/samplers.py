@@ -45,10 +45,12 @@ class Pool:
     """
 
     def __init__(self, family: Tensor, features: Tensor):
-        if family.dtype != torch.int64 or family.dim() != 1 or not len(family) or family.min() < 0:
-            raise ValueError(f"family must be int64 [M] of numbers from 0, got {family.dtype} {list(family.shape)}")
-        if len(features) != len(family):
-            raise ValueError(f"features must have a row for each of the {len(family)} prompts, got {len(features)}")
+        if family.dtype != torch.int64 or family.dim() != 1 or not len(family):
+            raise ValueError(f"family must be int64 [M] with M >= 1, got {family.dtype} {list(family.shape)}")
+        if family.min() < 0:
+            raise ValueError(f"families are numbered from 0, got {family.min().item()}")
+        if features.dim() != 2 or len(features) != len(family):
+            raise ValueError(f"features must be [M, D] with a row for each of the {len(family)} prompts, got {list(features.shape)}")
         self.family, self.features = family, features
         self.sizes = family.bincount()
         if (self.sizes == 0).any():
@@ -81,7 +83,8 @@ class Sampler(Protocol):
 def collect(pool: Pool, plan: Plan, reward: Tensor, advantage: Tensor) -> Signals:
     """The signals of a step, from [N] tensors on any device. Reads the device once.
 
-    A rollout with a NaN reward was not scored. It is left out: its advantage, 0, is no evidence.
+    A rollout with a NaN reward was not scored. It is left out: its advantage, 0, is no evidence. Nor is that
+    of a group's only scored rollout: `rlkern.advantages.grpo(singletons="zero")` makes it 0.
     """
     prompt = plan.prompts.repeat_interleave(plan.counts)
     for name, x in (("reward", reward), ("advantage", advantage)):
@@ -91,13 +94,21 @@ def collect(pool: Pool, plan: Plan, reward: Tensor, advantage: Tensor) -> Signal
     scored = ~reward.isnan()
     if not scored.any():
         raise ValueError(f"no rollout was scored: all {len(reward)} rewards are NaN")
-    return checked(Signals(*(x[scored] for x in (prompt, pool.family[prompt], reward, advantage))))
+    return Signals(*(x[scored] for x in (prompt, pool.family[prompt], reward, advantage)))
 
 
-def checked(signals: Signals, rates: bool = False) -> Signals:
-    """The signals, if there are any and all are finite, with `rates` only if rewards are in [0, 1]."""
+def checked(pool: Pool, signals: Signals, rates: bool = False) -> Signals:
+    """The signals, if they are those of prompts of the pool; with `rates` only if rewards are in [0, 1]."""
+    shapes = {name: list(x.shape) for name, x in signals._asdict().items()}
+    if signals.prompt.dim() != 1 or any(shape != shapes["prompt"] for shape in shapes.values()):
+        raise ValueError(f"signals must be four tensors [N], got {shapes}")
     if not len(signals.prompt):
         raise ValueError("signals must hold a rollout, got none")
+    least, most = (x.item() for x in signals.prompt.aminmax())
+    if least < 0 or most >= len(pool.family):
+        raise ValueError(f"prompt must be rows of the pool, from 0 to {len(pool.family) - 1}, got {least} to {most}")
+    if not signals.family.equal(pool.family[signals.prompt]):
+        raise ValueError("family must be that of each prompt in the pool, and is not")
     for name in ("reward", "advantage"):
         x = getattr(signals, name)
         bad = x[~x.isfinite()]
@@ -128,7 +139,7 @@ class Uniform:
             raise ValueError(f"group must be at least 2 rollouts a prompt, got {group}")
         self.pool, self.group, self.generator = pool, group, generator
 
-    def counts(self, budget: int) -> Tensor:
+    def even_counts(self, budget: int) -> Tensor:
         """[P] rollouts of each prompt, P = budget // group. A remainder goes one each to the first."""
         if budget < self.group:
             raise ValueError(f"the budget must be at least the {self.group} rollouts of one prompt, got {budget}")
@@ -145,11 +156,11 @@ class Uniform:
         return self.pool.draw(families, self.generator)
 
     def propose(self, budget: int) -> Plan:
-        counts = self.counts(budget)
+        counts = self.even_counts(budget)
         return Plan(self.draw(len(counts)), counts)
 
     def update(self, signals: Signals) -> None:
-        checked(signals)
+        checked(self.pool, signals)
 
 
 class SEC(Uniform):
@@ -175,7 +186,7 @@ class SEC(Uniform):
         return (self.q / self.tau).softmax(0)
 
     def update(self, signals: Signals) -> None:
-        gain, number = family_means(checked(signals).advantage.abs(), signals.family, len(self.q))
+        gain, number = family_means(checked(self.pool, signals).advantage.abs(), signals.family, len(self.q))
         seen = (number > 0) | self.decay_unseen
         self.q += self.alpha * torch.where(seen, gain - self.q, 0)
 
@@ -204,7 +215,7 @@ class DUMP(Uniform):
         return (self.scores() / self.tau).softmax(0)
 
     def update(self, signals: Signals) -> None:
-        for f, a in zip(checked(signals).family.tolist(), signals.advantage.abs().tolist(), strict=True):
+        for f, a in zip(checked(self.pool, signals).family.tolist(), signals.advantage.abs().tolist(), strict=True):
             self.recent[f].append(a)
         self.seen += signals.family.bincount(minlength=len(self.seen))
 

@@ -17,19 +17,21 @@ class PCL(Uniform):
 
     Args:
         candidates: 4 here; the paper's number is not known to us.
-        hidden, lr, passes: of the value network, its AdamW, and over a step's groups.
+        hidden, lr, passes: of the value network, of its AdamW, over a step's prompts.
     """
 
     def __init__(self, pool: Pool, group: int, generator: torch.Generator, *, candidates=4, hidden=64, lr=3e-3, passes=4):
         super().__init__(pool, group, generator)
-        if candidates < 1:
-            raise ValueError(f"candidates must be at least 1, got {candidates}")
+        for name, number in (("candidates", candidates), ("hidden", hidden), ("passes", passes)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1, got {number}")
         self.candidates, self.passes = candidates, passes
         width = pool.features.shape[1]
-        self.network = nn.Sequential(nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, 1)).double()
-        with torch.no_grad():  # from the sampler's generator, so that nobody else's numbers move
-            for p in self.network.parameters():
-                p.uniform_(-1, 1, generator=generator).mul_(p.shape[-1] ** -0.5 if p.dim() > 1 else 0)
+        layers = [nn.utils.skip_init(nn.Linear, a, b, dtype=torch.float64) for a, b in ((width, hidden), (hidden, 1))]
+        for layer in layers:  # from the sampler's own generator: nobody else's random numbers move
+            nn.init.uniform_(layer.weight, -(layer.in_features**-0.5), layer.in_features**-0.5, generator=generator)
+            nn.init.zeros_(layer.bias)
+        self.network = nn.Sequential(layers[0], nn.ReLU(), layers[1])
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=lr)
 
     def value(self, prompts: Tensor) -> Tensor:
@@ -38,12 +40,12 @@ class PCL(Uniform):
 
     @torch.no_grad()
     def propose(self, budget: int) -> Plan:
-        counts = self.counts(budget)
+        counts = self.even_counts(budget)
         drawn = self.draw(self.candidates * len(counts))
         return Plan(drawn[nearest_to_half(self.value(drawn), len(counts))], counts)
 
     def update(self, signals: Signals) -> None:
-        prompts, index = checked(signals, rates=True).prompt.unique(return_inverse=True)
+        prompts, index = checked(self.pool, signals, rates=True).prompt.unique(return_inverse=True)
         means, _ = family_means(signals.reward, index, len(prompts))
         for _ in range(self.passes):
             self.optimizer.zero_grad()

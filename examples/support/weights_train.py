@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import rlkern
+
 from .arithmetic import END, EndedAddition
 from .grpo_step import Answers, loss, update
 from .model import Transformer
@@ -89,9 +91,8 @@ def supervised(seed: int, settings: Settings) -> tuple[dict, str]:
 def objective_gradients(model: nn.Module, answers: Answers, rewards: Tensor, groups: Tensor) -> Tensor:
     """[K, D]: the gradient of the loss with the advantages of each column of rewards [N, K] alone."""
     rows = []
-    for i in range(rewards.shape[1]):
-        alone = FixedWeights([1.0])
-        value = loss(model, answers._replace(advantages=advantages(rewards[:, i : i + 1], groups, alone)))
+    for alone in rewards.unbind(-1):
+        value = loss(model, answers._replace(advantages=rlkern.advantages.grpo(alone, groups)))
         rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(value, list(model.parameters()))]))
     return torch.stack(rows)
 
