@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 import rlkern
 
-from .arithmetic import Addition, rewards
-from .progress import Progress
+from .arithmetic import Addition, Divisors, rewards
+from .processes import advance
 
 
 class Batch(NamedTuple):
@@ -23,11 +24,19 @@ class Batch(NamedTuple):
     proxy_logp: Tensor  # [N, K], of the old policy without its least likely tokens (Lp-Reg)
     advantages: Tensor  # [N]
     correct: Tensor  # [N]
-    success_rate: Tensor  # [N], of the prompt's group
     mask: Tensor  # [N, K]
 
     def take(self, index: Tensor) -> Batch:
         return Batch(*(x[index] for x in self))
+
+
+class Settings(NamedTuple):
+    steps: int
+    prompts: int  # a step
+    group: int  # answers a prompt
+    minibatches: int  # updates a step
+    lr: float
+    min_p: float  # of Lp-Reg's proxy
 
 
 Loss = Callable[[rlkern.TokenStats, Batch], rlkern.LossOutput]
@@ -50,18 +59,23 @@ def answer_stats(model: nn.Module, ids: Tensor, answer_length: int, **options) -
     return rlkern.token_stats(logits, ids[:, -answer_length:], **options)
 
 
-def accuracy(model: nn.Module, task: Addition, greedy: bool) -> float:
+def accuracy(model: nn.Module, task: Addition | Divisors, greedy: bool) -> float:
     prompts, right = task.encode(task.held_out)
     answers = sample(model, prompts, task.answer_length, greedy)[:, task.prompt_length :]
     return rewards(answers, right).mean().item()
 
 
-def warm_up(model: nn.Module, task: Addition, *, until: float, batch: int, lr: float, max_steps: int) -> tuple[int, float]:
-    """Supervised until sampled answers to held-out prompts are that often right. Returns steps, accuracy."""
+def warm_up(model: nn.Module, task: Addition | Divisors, *, until: float, batch: int, lr: float, max_steps: int) -> tuple[int, float]:
+    """Supervised until sampled answers to held-out prompts are that often right. Returns steps, accuracy.
+
+    Where several answers are right, one of them is drawn each time.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     reached = 0.0
     for step in range(1, max_steps + 1):
         prompts, right = task.draw(batch)
+        if right.dim() == 3:
+            right = right[torch.arange(batch), torch.multinomial((right[..., 0] >= 0).float(), 1)[:, 0]]
         loss = -answer_stats(model, torch.cat([prompts, right], -1), task.answer_length).logp.mean()
         optimizer.zero_grad()
         loss.backward()
@@ -74,15 +88,50 @@ def warm_up(model: nn.Module, task: Addition, *, until: float, batch: int, lr: f
 
 
 @torch.no_grad()
-def roll_out(model: nn.Module, task: Addition, prompts: int, group: int, min_p: float) -> tuple[Batch, Tensor]:
-    """A batch of prompts * group answers, and the policy's entropy at every token of them."""
-    ids, right = (x.repeat_interleave(group, 0) for x in task.draw(prompts))
-    ids = sample(model, ids, task.answer_length)
-    stats = answer_stats(model, ids, task.answer_length, min_p=min_p)
-    correct = rewards(ids[:, task.prompt_length :], right)
-    success_rate = correct.view(-1, group).mean(-1).repeat_interleave(group)
-    advantages = rlkern.advantages.grpo(correct, group)
-    return Batch(ids, stats.logp, stats.proxy_logp, advantages, correct, success_rate, torch.ones_like(stats.logp)), stats.entropy
+def success(model: nn.Module, task: Divisors, numbers: Tensor) -> Tensor:
+    """The probability that a sampled answer is right, summed over all that are. [N] -> [N]"""
+    prompts, right = task.encode(numbers)
+    listed = right[..., 0] >= 0
+    row = listed.nonzero()[:, 0]
+    logp = answer_stats(model, torch.cat([prompts[row], right[listed]], -1), task.answer_length).logp.sum(-1)
+    return torch.zeros(len(numbers)).index_add(0, row, logp.exp())
+
+
+class Scores(NamedTuple):
+    """How often a sampled answer is right, or one of 8, or the greedy, over training or held-out numbers."""
+
+    trained: float
+    trained_of_8: float
+    held_out: float
+    held_out_of_8: float
+    held_out_greedy: float
+
+
+def evaluate(model: nn.Module, task: Divisors) -> Scores:
+    shares = []
+    for numbers in (task.numbers, task.held_out):
+        p = success(model, task, numbers)
+        shares += [p.mean().item(), (1 - (1 - p) ** 8).mean().item()]
+    return Scores(*shares, accuracy(model, task, greedy=True))
+
+
+def predicted_change(before: Tensor, after: Tensor) -> Tensor:
+    """First-order change of the entropy from logits to logits: [..., V] -> [...]. arXiv 2505.22617, Lemma 1.
+
+    -Cov of log pi(a) and after_a - before_a, exactly, over a ~ pi = softmax(before).
+    """
+    logp = before.log_softmax(-1)
+    centred = logp - (logp.exp() * logp).sum(-1, keepdim=True)
+    return -(logp.exp() * centred * (after - before)).sum(-1)
+
+
+class Changes(NamedTuple):
+    """What a step did to the entropy of the first digit, a value a prompt, and what foretells it."""
+
+    step: int
+    measured: list[float]
+    predicted: list[float]  # from the change of the logits
+    covariance: list[float]  # of log-probability and advantage, from the sampled answers
 
 
 @dataclass
@@ -91,26 +140,60 @@ class Run:
 
     reward: list[float] = field(default_factory=list)  # of the answers sampled for training
     entropy: list[float] = field(default_factory=list)  # of the policy that sampled them, nats a token
-    held_out: list[tuple[int, float, float]] = field(default_factory=list)  # (step, sampled accuracy, greedy accuracy)
+    selected: list[float] = field(default_factory=list)  # share of the tokens that the loss treated otherwise
+    scores: list[tuple[int, Scores]] = field(default_factory=list)  # (step, scores)
+    changes: list[Changes] = field(default_factory=list)
 
 
-def train(title: str, model: nn.Module, task: Addition, loss: Loss, *, steps, prompts, group, minibatches, lr, min_p, evaluate_every) -> Run:
-    """`steps` times: sample, then one pass over them in `minibatches`, all but the first off-policy."""
-    run, progress = Run(), Progress(title, steps)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    run.held_out.append((0, accuracy(model, task, greedy=False), accuracy(model, task, greedy=True)))
-    for step in range(1, steps + 1):
-        batch, entropy = roll_out(model, task, prompts, group, min_p)
-        for index in torch.randperm(len(batch.ids)).chunk(minibatches):
+@torch.no_grad()
+def roll_out(model: nn.Module, task: Divisors, prompts: int, group: int, min_p: float) -> tuple[Batch, Tensor]:
+    """A batch of prompts * group answers, and the policy's entropy at every token of them."""
+    ids, right = (x.repeat_interleave(group, 0) for x in task.draw(prompts))
+    ids = sample(model, ids, task.answer_length)
+    stats = answer_stats(model, ids, task.answer_length, min_p=min_p)
+    correct = rewards(ids[:, task.prompt_length :], right)
+    advantages = rlkern.advantages.grpo(correct, group)
+    return Batch(ids, stats.logp, stats.proxy_logp, advantages, correct, torch.ones_like(stats.logp)), stats.entropy
+
+
+def compare(step: int, batch: Batch, group: int, before: Tensor, after: Tensor) -> Changes:
+    """`Changes` of a step. before, after: logits of the first digit, [prompts, V]."""
+    measured = rlkern.entropy_from_logits(after) - rlkern.entropy_from_logits(before)
+    # A group's advantages have mean 0, so the mean of its tokens' covariances is that of the group alone.
+    covariance = rlkern.token_covariance(batch.old_logp, batch.advantages, batch.mask)[:, 0].view(-1, group).mean(-1)
+    return Changes(step, measured.tolist(), predicted_change(before, after).tolist(), covariance.tolist())
+
+
+def train(model: nn.Module, task: Divisors, loss: Loss, settings: Settings) -> Run:
+    """`steps` times: sample, then one pass over the answers in `minibatches`, all but the first off-policy.
+
+    The learning rate rises for twenty steps. Scores and changes are taken ten times, evenly spread.
+    """
+    run, every = Run(), max(1, settings.steps // 10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
+    run.scores.append((0, evaluate(model, task)))
+    for step in range(1, settings.steps + 1):
+        optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, step / 20)
+        observed = step % every == 0 or step == settings.steps
+        batch, entropy = roll_out(model, task, settings.prompts, settings.group, settings.min_p)
+        states = batch.ids[:: settings.group, : task.prompt_length]
+        with torch.no_grad():
+            before = model(states)[:, -1] if observed else None
+        selected = []
+        for index in torch.randperm(len(batch.ids)).chunk(settings.minibatches):
             part = batch.take(index)
             out = loss(answer_stats(model, part.ids, task.answer_length), part)
             optimizer.zero_grad()
             out.loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            selected.append(float(out.metrics.get("selected_fraction", 0.0)))
         run.reward.append(batch.correct.mean().item())
         run.entropy.append(entropy.mean().item())
-        if step % evaluate_every == 0 or step == steps:
-            run.held_out.append((step, accuracy(model, task, greedy=False), accuracy(model, task, greedy=True)))
-        progress.update(step, f"reward {run.reward[-1]:.2f}, entropy {run.entropy[-1]:.3f}")
+        run.selected.append(mean(selected))
+        if observed:
+            with torch.no_grad():
+                run.changes.append(compare(step, batch, settings.group, before, model(states)[:, -1]))
+            run.scores.append((step, evaluate(model, task)))
+        advance(1)
     return run
