@@ -30,8 +30,8 @@ from support.rollout import Batch, Run, Settings, train, warm_up
 import rlkern
 
 # --- the losses ---------------------------------------------------------------------------------------------
-# Each with its paper's settings. But a minibatch has 384 tokens. One of them, 0.26 %, is the least that Clip-Cov
-# and KL-Cov select; their paper has 0.02 % and 0.2 %. Both also run with 2 %.
+# Each with its paper's settings. But a minibatch has 384 tokens. One of them, 0.26 %, is the least that
+# Clip-Cov and KL-Cov select; their paper has 0.02 % and 0.2 %. Both also run with 2 %.
 
 
 def grpo(new: rlkern.TokenStats, old: Batch) -> rlkern.LossOutput:
