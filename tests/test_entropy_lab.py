@@ -99,13 +99,13 @@ def test_a_groups_covariance():
     correct = (torch.rand(groups * group) < 0.4).float()
     advantages = rlkern.advantages.grpo(correct, group)
     batch = rollout.Batch(torch.zeros(groups * group, 6), logp, logp, advantages, correct, torch.ones_like(logp))
-    changes = rollout.compare(7, batch, group, torch.zeros(groups, 12), torch.zeros(groups, 12))
+    changes = rollout.compare(batch, group, torch.zeros(groups, 12), torch.zeros(groups, 12))
     alone = [
         rlkern.token_covariance(logp[i : i + group, :1], advantages[i : i + group], torch.ones(group, 1)).mean()
         for i in range(0, groups * group, group)
     ]
     assert changes.covariance == pytest.approx([x.item() for x in alone], abs=1e-6)
-    assert changes.step == 7 and changes.measured == changes.predicted == [0] * groups
+    assert changes.measured == changes.predicted == changes.moved == [0] * groups
 
 
 def test_fit():
@@ -114,6 +114,7 @@ def test_fit():
     assert entropy_report.fit(run) == pytest.approx((0.25, 0.9, 1.0))
     assert entropy_report.fit(rollout.Run(reward=[0.5, 0.5], entropy=[1.0, 1.0])) == (0, 0.5, 0)
     fitted = entropy_report.line([0.0, 1.0, 2.0], [1.0, 3.0, 5.0])
+    assert entropy_report.line([], []) == (0, 0, 0)
     assert fitted == pytest.approx((2, 1, 1)) and fitted(4) == pytest.approx(9)
 
 

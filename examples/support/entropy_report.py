@@ -18,6 +18,8 @@ from .rollout import Run, Scores
 
 Runs = dict[tuple[str, int], Run]  # by method and seed
 
+SMALL = 0.5  # a change of a logit that the first order may be expected to describe
+
 _COLOURS = ("#444444", "#0a7d5a", "#7cc4a8", "#3b6fb6", "#93b7e6", "#c07a1e")
 
 
@@ -33,7 +35,7 @@ class Line(NamedTuple):
 
 
 def line(x: Sequence[float], y: Sequence[float]) -> Line:
-    mx, my = mean(x), mean(y)
+    mx, my = (mean(v) if v else 0.0 for v in (x, y))
     xx, yy = sum((v - mx) ** 2 for v in x), sum((w - my) ** 2 for w in y)
     xy = sum((v - mx) * (w - my) for v, w in zip(x, y, strict=True))
     slope = xy / xx if xx else 0.0
@@ -119,23 +121,43 @@ def print_differences(runs: Runs) -> None:
         print(f"{method:<14}{cells}   {verdict(found['entropy'], found['held_out'])}")
 
 
-def relations(runs: Runs, method: str) -> tuple[tuple[list[float], list[float], Line], ...]:
-    """(x, measured change of the entropy, fit) of all states: x the predicted change, then the covariance."""
+class Relation(NamedTuple):
+    """Measured changes of the entropy against what foretells them."""
+
+    x: list[float]
+    measured: list[float]
+
+    @property
+    def line(self) -> Line:
+        return line(self.x, self.measured)
+
+
+def relations(runs: Runs, method: str) -> dict[str, Relation]:
+    """Of all seeds and steps; `print_relations` says of what."""
     changes = [c for (name, _), run in runs.items() if name == method for c in run.changes]
-    measured = [v for c in changes for v in c.measured]
-    predictors = [v for c in changes for v in c.predicted], [v for c in changes for v in c.covariance]
-    return tuple((x, measured, line(x, measured)) for x in predictors)
+    measured, predicted, moved, covariance = ([v for part in parts for v in part] for parts in zip(*changes, strict=True))
+    small = [i for i, distance in enumerate(moved) if distance < SMALL]
+    return {
+        "logits": Relation(predicted, measured),
+        "small": Relation([predicted[i] for i in small], [measured[i] for i in small]),
+        "sampled": Relation(covariance, measured),
+        "mean": Relation([mean(c.covariance) for c in changes], [mean(c.measured) for c in changes]),
+    }
 
 
 def print_relations(runs: Runs) -> None:
     methods, _ = _axes(runs)
-    print("\nmeasured change of the entropy of the first digit in one step, a value a prompt, fitted (slope, correlation) to")
-    print("  logits: the first-order prediction -Cov(log pi, change of the logits) over all tokens, exactly")
-    print("  sampled: Cov(log pi, advantage) of the group's sampled tokens, by which Clip-Cov and KL-Cov select\n")
-    print(f"{'':<14}{'states':>8}{'logits':>18}{'sampled':>18}")
-    for method in methods:
-        both = relations(runs, method)
-        print(f"{method:<14}{len(both[0][0]):>8}" + "".join(f"{f'{f.slope:+.3f}, {f.r:+.2f}':>18}" for _, _, f in both))
+    print("\nmeasured change of the entropy of the first digit in a step's first update, fitted (slope, correlation; number of values) to")
+    print("  logits: the first-order prediction -Cov(log pi, change of the logits), over all tokens, a value a prompt")
+    print(f"  small: the same where no logit moved by {SMALL} or more")
+    print("  sampled: Cov(log pi, advantage) of the group's sampled tokens, by which Clip-Cov and KL-Cov select")
+    print("  mean: the same, means over the prompts of a step\n")
+    for i, method in enumerate(methods):
+        found = relations(runs, method)
+        if i == 0:
+            print(f"{'':<14}" + "".join(f"{name:>24}" for name in found))
+        cells = (f"{x.line.slope:+.3f}, {x.line.r:+.2f}; {len(x.x)}" for x in found.values())
+        print(f"{method:<14}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def write_csv(runs: Runs, path: Path) -> Path:
@@ -175,15 +197,23 @@ def draw(runs: Runs, path: Path) -> Path:
         for axis, name in ((trained, "trained"), (held_out, "held_out"), (of_8, "held_out_of_8")):
             _band(axis, steps, [[getattr(s, name) for _, s in run.scores] for run in found], colour, method)
     entropy.set(title="policy entropy, nats a token", xlabel="step")
-    trained.set(title="a sampled answer is right, training numbers", xlabel="step", ylim=(0, None))
-    held_out.set(title="a sampled answer is right, held-out numbers", xlabel="step", ylim=(0, None))
-    of_8.set(title="one of 8 sampled answers is right, held-out numbers", xlabel="step", ylim=(0, None))
-    labels = "predicted from the logits: -Cov(log π, Δz)", "sampled Cov(log π, A)"
-    for axis, label, (x, measured, fitted) in zip((by_logits, by_sample), labels, relations(runs, "GRPO"), strict=True):
-        axis.plot(x, measured, ".", color=_COLOURS[0], markersize=2, alpha=0.4, rasterized=True)
-        ends = [min(x), max(x)]
-        axis.plot(ends, [fitted(v) for v in ends], color="#a34a4a", label=f"slope {fitted.slope:.2f}, correlation {fitted.r:.2f}")
-        axis.set(title="GRPO: entropy change of a state in a step", xlabel=label, ylabel="measured, nats")
+    trained.set(title="a sampled answer is right, training numbers", xlabel="step")
+    held_out.set(title="a sampled answer is right, held-out numbers", xlabel="step")
+    of_8.set(title="one of 8 sampled answers is right, held-out numbers", xlabel="step")
+    grpo = relations(runs, "GRPO")
+    for axis, name, size, colour in ((by_logits, "small", 1, "#444444"), (by_sample, "sampled", 1, "#999999"), (by_sample, "mean", 5, "#3b6fb6")):
+        x, measured = grpo[name]
+        thin = slice(None, None, max(1, len(x) // 4000))
+        axis.plot(x[thin], measured[thin], ".", color=colour, markersize=size)
+        ends, fitted = [min(x, default=0.0), max(x, default=0.0)], grpo[name].line
+        what = {"small": "states", "sampled": "states", "mean": "means of a step's states"}[name]
+        axis.plot(ends, [fitted(v) for v in ends], color=colour, label=f"{what}: slope {fitted.slope:.3f}, correlation {fitted.r:.2f}")
+    by_logits.set(
+        title="GRPO: change of a state's entropy in an update", xlabel="predicted from the logits, -Cov(log π, Δz)", ylabel="measured, nats"
+    )
+    by_sample.set(
+        title="the same against the sampled covariance", xlabel="Cov(log π, A) of the group's answers", ylabel="measured, nats", ylim=(-0.2, 0.2)
+    )
     for axis in (entropy, held_out, by_logits, by_sample):
         axis.legend(fontsize=8)
     for axis in figure.axes:

@@ -126,11 +126,11 @@ def predicted_change(before: Tensor, after: Tensor) -> Tensor:
 
 
 class Changes(NamedTuple):
-    """What a step did to the entropy of the first digit, a value a prompt, and what foretells it."""
+    """What an update did to the entropy of the first digit, a value a prompt, and what foretells it."""
 
-    step: int
     measured: list[float]
     predicted: list[float]  # from the change of the logits
+    moved: list[float]  # the largest change of a logit, their mean aside
     covariance: list[float]  # of log-probability and advantage, from the sampled answers
 
 
@@ -142,7 +142,7 @@ class Run:
     entropy: list[float] = field(default_factory=list)  # of the policy that sampled them, nats a token
     selected: list[float] = field(default_factory=list)  # share of the tokens that the loss treated otherwise
     scores: list[tuple[int, Scores]] = field(default_factory=list)  # (step, scores)
-    changes: list[Changes] = field(default_factory=list)
+    changes: list[Changes] = field(default_factory=list)  # of a step's first update, which is on-policy
 
 
 @torch.no_grad()
@@ -156,44 +156,46 @@ def roll_out(model: nn.Module, task: Divisors, prompts: int, group: int, min_p: 
     return Batch(ids, stats.logp, stats.proxy_logp, advantages, correct, torch.ones_like(stats.logp)), stats.entropy
 
 
-def compare(step: int, batch: Batch, group: int, before: Tensor, after: Tensor) -> Changes:
-    """`Changes` of a step. before, after: logits of the first digit, [prompts, V]."""
+def compare(batch: Batch, group: int, before: Tensor, after: Tensor) -> Changes:
+    """before, after: logits of the first digit, [prompts, V]."""
     measured = rlkern.entropy_from_logits(after) - rlkern.entropy_from_logits(before)
     # A group's advantages have mean 0, so the mean of its tokens' covariances is that of the group alone.
     covariance = rlkern.token_covariance(batch.old_logp, batch.advantages, batch.mask)[:, 0].view(-1, group).mean(-1)
-    return Changes(step, measured.tolist(), predicted_change(before, after).tolist(), covariance.tolist())
+    moved = after - before
+    moved = (moved - moved.mean(-1, keepdim=True)).abs().amax(-1)
+    return Changes(*(x.tolist() for x in (measured, predicted_change(before, after), moved, covariance)))
 
 
 def train(model: nn.Module, task: Divisors, loss: Loss, settings: Settings) -> Run:
     """`steps` times: sample, then one pass over the answers in `minibatches`, all but the first off-policy.
 
-    The learning rate rises for twenty steps. Scores and changes are taken ten times, evenly spread.
+    The learning rate rises for twenty steps. Scores are taken ten times, evenly spread.
     """
     run, every = Run(), max(1, settings.steps // 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     run.scores.append((0, evaluate(model, task)))
     for step in range(1, settings.steps + 1):
         optimizer.param_groups[0]["lr"] = settings.lr * min(1.0, step / 20)
-        observed = step % every == 0 or step == settings.steps
         batch, entropy = roll_out(model, task, settings.prompts, settings.group, settings.min_p)
         states = batch.ids[:: settings.group, : task.prompt_length]
         with torch.no_grad():
-            before = model(states)[:, -1] if observed else None
+            before = model(states)[:, -1]
         selected = []
-        for index in torch.randperm(len(batch.ids)).chunk(settings.minibatches):
+        for i, index in enumerate(torch.randperm(len(batch.ids)).chunk(settings.minibatches)):
             part = batch.take(index)
             out = loss(answer_stats(model, part.ids, task.answer_length), part)
             optimizer.zero_grad()
             out.loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
+            if i == 0:
+                with torch.no_grad():
+                    run.changes.append(compare(batch, settings.group, before, model(states)[:, -1]))
             selected.append(float(out.metrics.get("selected_fraction", 0.0)))
         run.reward.append(batch.correct.mean().item())
         run.entropy.append(entropy.mean().item())
         run.selected.append(mean(selected))
-        if observed:
-            with torch.no_grad():
-                run.changes.append(compare(step, batch, settings.group, before, model(states)[:, -1]))
+        if step % every == 0 or step == settings.steps:
             run.scores.append((step, evaluate(model, task)))
         advance(1)
     return run
