@@ -118,14 +118,11 @@ def test_fit():
     assert fitted == pytest.approx((2, 1, 1)) and fitted(4) == pytest.approx(9)
 
 
-def test_difference_and_verdict():
+def test_difference():
     values = {("GRPO", 0): 0.1, ("GRPO", 1): 0.3, ("GRPO", 2): 0.2, ("KL-Cov", 0): 0.2, ("KL-Cov", 1): 0.5, ("KL-Cov", 2): 0.5}
     runs = {key: rollout.Run(entropy=[value]) for key, value in values.items()}
     found = entropy_report.difference(runs, "KL-Cov", entropy_report.late_entropy)
     assert found == pytest.approx((0.2, 0.1 / math.sqrt(3)))
-    more, same, less = (entropy_report.Difference(mean, 0.1) for mean in (0.3, 0.1, -0.3))
-    verdicts = [entropy_report.verdict(*pair) for pair in ((more, more), (more, same), (same, more), (more, less))]
-    assert verdicts == ["supported", "more entropy, not more right", "no more entropy", "refuted: fewer right"]
 
 
 @pytest.mark.slow

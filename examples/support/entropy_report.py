@@ -99,15 +99,6 @@ def difference(runs: Runs, method: str, of: Callable[[Run], float]) -> Differenc
     return Difference(mean(values), stdev(values) / math.sqrt(len(values)))
 
 
-def verdict(entropy: Difference, held_out: Difference) -> str:
-    """The paper's claim: more entropy, more right answers. A difference counts beyond two standard errors."""
-    if held_out.mean < -2 * held_out.error:
-        return "refuted: fewer right"
-    if entropy.mean <= 2 * entropy.error:
-        return "no more entropy"
-    return "supported" if held_out.mean > 2 * held_out.error else "more entropy, not more right"
-
-
 def print_differences(runs: Runs) -> None:
     methods, _ = _axes(runs)
     measures = {"entropy": late_entropy}
@@ -116,9 +107,8 @@ def print_differences(runs: Runs) -> None:
     print("\ndifference from GRPO, paired by seed, mean +- standard error:\n")
     print(f"{'':<14}" + "".join(f"{name.replace('_', ' '):>20}" for name in measures))
     for method in methods[1:]:
-        found = {name: difference(runs, method, of) for name, of in measures.items()}
-        cells = "".join(f"{f'{d.mean:+.3f} +- {d.error:.3f}':>20}" for d in found.values())
-        print(f"{method:<14}{cells}   {verdict(found['entropy'], found['held_out'])}")
+        found = (difference(runs, method, of) for of in measures.values())
+        print(f"{method:<14}" + "".join(f"{f'{d.mean:+.3f} +- {d.error:.3f}':>20}" for d in found))
 
 
 class Relation(NamedTuple):
