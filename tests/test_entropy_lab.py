@@ -68,6 +68,13 @@ def test_success_is_that_of_all_answers():
         assert p[i].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
+def test_warm_up_and_accuracy_where_one_answer_is_right():
+    task = arithmetic.Addition(1, held_out=20, seed=0)
+    net = small_model(task)
+    assert rollout.warm_up(net, task, until=1e-9, batch=64, lr=2e-3, max_steps=200)[1] > 0
+    assert 0 <= rollout.accuracy(net, task, greedy=True) <= 1
+
+
 def test_warm_up_learns_all_answers():
     task = arithmetic.Divisors(held_out=200, seed=0)
     net = small_model(task)
