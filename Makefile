@@ -39,7 +39,7 @@ setup: $(VENV)/.built  ## make .venv, install everything in it, build the CPU ke
 quickstart: $(VENV)/.built  ## DPO on real text, eager PyTorch against rlkern (ARGS="--steps 20" and so on)
 	$(PY) examples/quickstart.py $(ARGS)
 
-lab: $(VENV)/.built  ## entropy and reward under five policy losses: reinforcement learning of a small model (ARGS="--seed 1")
+lab: $(VENV)/.built  ## entropy and accuracy under GRPO, Clip-Cov, KL-Cov, Lp-Reg: reinforcement learning of a small model (ARGS="--first-seed 3")
 	$(PY) examples/entropy_lab.py $(ARGS)
 
 curriculum: $(VENV)/.built  ## rules that choose prompts or weigh rewards, in the training of a small model (ARGS="--study weights")

@@ -27,7 +27,7 @@ from support.diffusion_objectives import OBJECTIVES
 from support.diffusion_report import draw, print_gradients, print_memory, print_runs, write_csv
 from support.diffusion_train import Settings, gradient_differences, train
 from support.masked_diffusion import new_model, pretrain, solved
-from support.processes import run_all
+from support.processes import parameters, run_all
 
 import rlkern
 
@@ -83,8 +83,7 @@ def main() -> None:
     jobs = [(objective, n) for n in reversed(args.samples) for objective in OBJECTIVES]  # the longest first
     per_step = sum(n for _, n in jobs)
     memory = run_all("memory", measure, jobs, args.workers, per_step)
-    start = {name: value.numpy() for name, value in model.state_dict().items()}
-    runs = run_all("reinforcement learning", partial(train, start=start, settings=settings), jobs, args.workers, per_step * args.steps)
+    runs = run_all("reinforcement learning", partial(train, start=parameters(model), settings=settings), jobs, args.workers, per_step * args.steps)
 
     print_memory(memory)
     print_runs(runs, before)

@@ -1,4 +1,4 @@
-"""A task with a verifiable answer: sums of two numbers with carries, written digit by digit."""
+"""Tasks with verifiable answers: sums, where one answer is right, and divisors, where several are."""
 
 from __future__ import annotations
 
@@ -112,6 +112,33 @@ class Families(Sums):
         return self.encode(torch.cat(drawn))
 
 
+class Divisors:
+    """Prompts "136=", answers a divisor of two digits: "17", "34" and "68" are right.
+
+    The numbers are those from 100 to 999 that have one. Held-out numbers never occur in training.
+    """
+
+    prompt_length, answer_length = 4, 2
+
+    def __init__(self, held_out: int, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+        numbers, self.divisors = torch.arange(100, 1000), torch.arange(10, 100)
+        numbers = numbers[(numbers.unsqueeze(-1) % self.divisors == 0).any(-1)]
+        shuffled = numbers[torch.randperm(len(numbers), generator=self.generator)]
+        self.held_out, self.numbers = shuffled[:held_out], shuffled[held_out:]
+
+    def encode(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """[N] -> prompts [N, 4] and all right answers [N, R, 2], the largest first, filled up with -1."""
+        prompts = torch.stack([numbers // 100, numbers // 10 % 10, numbers % 10, torch.full_like(numbers, EQUALS)], -1)
+        divides = numbers.unsqueeze(-1) % self.divisors == 0
+        found = torch.where(divides, self.divisors, -1).sort(-1, descending=True).values[:, : divides.sum(-1).max()]
+        return prompts, torch.where(found.unsqueeze(-1) < 0, -1, torch.stack([found // 10, found % 10], -1))
+
+    def draw(self, count: int) -> tuple[Tensor, Tensor]:
+        """`encode` of training numbers, with replacement."""
+        return self.encode(self.numbers[torch.randint(len(self.numbers), (count,), generator=self.generator)])
+
+
 def rewards(answers: Tensor, right: Tensor) -> Tensor:
-    """1 for an answer whose every digit is right, else 0. [N, K] -> [N] float"""
-    return (answers == right).all(-1).float()
+    """1 for an answer that is right, else 0. [N, K] and the right ones, [N, K] or [N, R, K] -> [N] float"""
+    return (answers.unsqueeze(1) == right.view(len(answers), -1, answers.shape[-1])).all(-1).any(-1).float()

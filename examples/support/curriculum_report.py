@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import matplotlib
 
@@ -13,6 +13,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from .curriculum_train import FAMILIES, Run, Settings
+from .seeds import band, paired, smooth
 
 Runs = dict[tuple[str, int], Run]  # by sampler and seed
 _COLOURS = {"uniform": "#444444", "SEC": "#0a7d5a", "DUMP": "#3b6fb6", "PCL": "#c07a1e", "Knapsack": "#a34a4a", "CLPO": "#7a5aa6"}
@@ -36,11 +37,6 @@ def results(run: Run) -> dict[str, float]:
     return {"A != 0": mean(run.useful), **dict(zip(FAMILIES, accuracy, strict=True)), "mean": mean(accuracy)}
 
 
-def paired(values: list[float]) -> str:
-    """Mean +- standard error."""
-    return f"{mean(values):+.3f} +- {stdev(values) / math.sqrt(len(values)):.3f}" if len(values) > 1 else f"{mean(values):+.3f}"
-
-
 def print_table(runs: Runs, settings: Settings) -> None:
     samplers, seeds = list(dict.fromkeys(s for s, _ in runs)), list(dict.fromkeys(seed for _, seed in runs))
     columns = list(results(next(iter(runs.values()))))
@@ -58,8 +54,8 @@ def print_table(runs: Runs, settings: Settings) -> None:
     print(f"\nover uniform, paired by seed: mean +- standard error of {len(seeds)} seeds\n")
     print(f"{'':<10}" + "".join(f"{c:>18}" for c in columns))
     for sampler in (s for s in samplers if s != "uniform"):
-        rows = [(results(runs[sampler, seed]), results(runs["uniform", seed])) for seed in seeds]
-        print(f"{sampler:<10}" + "".join(f"{paired([a[c] - b[c] for a, b in rows]):>18}" for c in columns))
+        ours, theirs = ([results(runs[name, seed]) for seed in seeds] for name in (sampler, "uniform"))
+        print(f"{sampler:<10}" + "".join(f"{paired([r[c] for r in ours], [r[c] for r in theirs])!s:>18}" for c in columns))
 
 
 def write_csv(runs: Runs, settings: Settings, path: Path) -> Path:
@@ -77,19 +73,6 @@ def write_csv(runs: Runs, settings: Settings, path: Path) -> Path:
     return path
 
 
-def _smooth(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values that are there."""
-    parts = ([v for v in values[max(0, i + 1 - window) : i + 1] if not math.isnan(v)] for i in range(len(values)))
-    return [mean(part) if part else math.nan for part in parts]
-
-
-def _band(axis, x: list[float], seeds: list[list[float]], colour: str, label: str) -> None:
-    """The mean over seeds and the range."""
-    columns = [[v for v in column if not math.isnan(v)] or [math.nan] for column in zip(*seeds, strict=True)]
-    axis.plot(x, [mean(c) for c in columns], color=colour, label=label, linewidth=1.5)
-    axis.fill_between(x, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.12, linewidth=0)
-
-
 def draw(runs: Runs, settings: Settings, path: Path) -> Path:
     """Over rollouts: shares of the families, useful rollouts, held-out accuracy and reward by family."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,19 +84,19 @@ def draw(runs: Runs, settings: Settings, path: Path) -> Path:
     steps = len(next(iter(runs.values())).useful)
     x, window = [settings.rollouts * (i + 1) / 1e3 for i in range(steps)], max(1, steps // 15)
     for axis, (sampler, seeds) in zip(axes[0], by_sampler.items(), strict=False):
-        shares = [_smooth([mean(run.shares[i][f] for run in seeds) for i in range(steps)], window) for f in range(len(FAMILIES))]
+        shares = [smooth([mean(run.shares[i][f] for run in seeds) for i in range(steps)], window) for f in range(len(FAMILIES))]
         axis.stackplot(x, shares, colors=_FAMILY_COLOURS, labels=FAMILIES)
         axis.set(title=f"{sampler}: share of rollouts", ylim=(0, 1), xlim=(x[0], x[-1]))
     axes[0][0].legend(fontsize=7, loc="upper left")
     for sampler, seeds in by_sampler.items():
         measured = [settings.rollouts * step / 1e3 for step, _ in seeds[0].held_out]
         for f, family in enumerate(FAMILIES):
-            _band(axes[1][f], measured, [[a[f] for _, a in run.held_out] for run in seeds], _COLOURS[sampler], sampler)
-            _band(axes[2][f], x, [_smooth([r[f] for r in run.reward], window) for run in seeds], _COLOURS[sampler], sampler)
+            band(axes[1][f], measured, [[a[f] for _, a in run.held_out] for run in seeds], _COLOURS[sampler], sampler)
+            band(axes[2][f], x, [smooth([r[f] for r in run.reward], window) for run in seeds], _COLOURS[sampler], sampler)
             axes[1][f].set(title=f"{family}: held-out accuracy")
             axes[2][f].set(title=f"{family}: reward of rollouts", xlabel="thousands of rollouts")
         for row, name in ((1, "useful"), (2, "useful_groups")):
-            _band(axes[row][len(FAMILIES)], x, [_smooth(getattr(run, name), window) for run in seeds], _COLOURS[sampler], sampler)
+            band(axes[row][len(FAMILIES)], x, [smooth(getattr(run, name), window) for run in seeds], _COLOURS[sampler], sampler)
     axes[1][len(FAMILIES)].set(title="rollouts with an advantage")
     axes[2][len(FAMILIES)].set(title="groups with an advantage", xlabel="thousands of rollouts")
     axes[1][0].legend(fontsize=8)

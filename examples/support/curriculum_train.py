@@ -18,7 +18,7 @@ from .arithmetic import VOCAB, Families, rewards
 from .grpo_step import Answers, update
 from .knapsack import Knapsack
 from .model import Transformer
-from .processes import advance
+from .processes import advance, load, parameters
 from .rollout import answer_stats, sample, warm_up
 from .samplers import CLPO, DUMP, SEC, Pool, Uniform, collect, family_means
 from .schedules import rex
@@ -75,7 +75,7 @@ def supervised(seed: int, settings: Settings) -> tuple[dict, str]:
     steps, _ = warm_up(model, task, until=settings.warm_up_to, batch=256, lr=2e-3, max_steps=settings.warm_up_steps)
     advance(1)
     reached = ", ".join(f"{a:.2f}" for a in accuracies(model, task))
-    return {n: v.numpy() for n, v in model.state_dict().items()}, f"{steps} supervised steps: accuracy {reached} on {', '.join(FAMILIES)}"
+    return parameters(model), f"{steps} supervised steps: accuracy {reached} on {', '.join(FAMILIES)}"
 
 
 def accuracies(model: nn.Module, task: Families) -> list[float]:
@@ -99,7 +99,7 @@ def train(name: str, seed: int, starts: dict[int, dict], settings: Settings) -> 
     task, run = settings.task(seed), Run()
     model, start = new_model(task), new_model(task)
     for net in (model, start):
-        net.load_state_dict({key: torch.from_numpy(value) for key, value in starts[seed].items()})
+        load(net, starts[seed])
     prompts, right = task.encode(task.pool)
     sampler = new_sampler(name, task, settings, seed)
     pool = sampler.pool

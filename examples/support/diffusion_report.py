@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from statistics import mean
 
 import matplotlib
 
@@ -13,6 +12,7 @@ import matplotlib.pyplot as plt
 
 from .diffusion_memory import Memory
 from .diffusion_train import Differences, Run
+from .seeds import smooth
 
 Key = tuple[str, int]  # objective, number of draws
 
@@ -97,8 +97,8 @@ def draw(memory: dict[Key, Memory], runs: dict[Key, Run], before: float, held_ou
         for n, width in ((samples[0], 0.9), (samples[-1], 2.2)):
             reward = runs[objective, n].reward
             window = max(1, len(reward) // 8)
-            smooth = [mean(reward[max(0, i + 1 - window) : i + 1]) for i in range(len(reward))]
-            middle.plot(range(1, len(reward) + 1), smooth, color=colour, linestyle=dash, linewidth=width, label=f"{objective}, n = {n}")
+            means = smooth(reward, window)
+            middle.plot(range(1, len(reward) + 1), means, color=colour, linestyle=dash, linewidth=width, label=f"{objective}, n = {n}")
         shares = [runs[objective, n].solved for n in samples]
         errors = [(p * (1 - p) / held_out) ** 0.5 for p in shares]
         offset = 1.06 ** (objectives.index(objective) - 1)  # so that the three do not hide each other

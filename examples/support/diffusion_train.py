@@ -13,7 +13,7 @@ import rlkern
 
 from .diffusion_objectives import OBJECTIVES, Answers, elbos, gradient
 from .masked_diffusion import new_model, solved, unmask
-from .processes import advance
+from .processes import advance, load
 from .sudoku import MASK, Sudoku, rewards
 
 
@@ -63,7 +63,7 @@ def train(objective: str, n: int, start: dict, settings: Settings) -> Run:
     began = time.process_time()
     torch.set_num_threads(1)
     task, model = settings.task(), new_model()
-    model.load_state_dict({name: torch.from_numpy(value) for name, value in start.items()})
+    load(model, start)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, betas=(0.9, 0.99), weight_decay=0.0)
     torch.manual_seed(settings.seed + 1)
     task.generator.manual_seed(settings.seed + 1)

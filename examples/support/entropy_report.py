@@ -1,11 +1,12 @@
-"""What the entropy lab shows: the fit of reward against entropy, a table, a CSV file and a picture."""
+"""What the entropy lab shows: every run, differences from GRPO, changes of entropy foretold, a picture."""
 
 from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import NamedTuple
 
 import matplotlib
@@ -13,9 +14,33 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from .rollout import Run
+from .entropy_train import Run, Scores
+from .seeds import Difference, band, paired, smooth
 
-_COLOURS = ("#444444", "#0a7d5a", "#3b6fb6", "#c07a1e", "#a34a4a")
+Runs = dict[tuple[str, int], Run]  # by method and seed
+
+SMALL = 0.5  # a change of a logit that the first order may be expected to describe
+
+_COLOURS = ("#444444", "#0a7d5a", "#7cc4a8", "#3b6fb6", "#93b7e6", "#c07a1e")
+
+
+class Line(NamedTuple):
+    """y = slope x + intercept by least squares, and the correlation. Without variance slope and r are 0."""
+
+    slope: float
+    intercept: float
+    r: float
+
+    def __call__(self, x: float) -> float:
+        return self.slope * x + self.intercept
+
+
+def line(x: Sequence[float], y: Sequence[float]) -> Line:
+    mx, my = (mean(v) if v else 0.0 for v in (x, y))
+    xx, yy = sum((v - mx) ** 2 for v in x), sum((w - my) ** 2 for w in y)
+    xy = sum((v - mx) * (w - my) for v, w in zip(x, y, strict=True))
+    slope = xy / xx if xx else 0.0
+    return Line(slope, my - slope * mx, xy / math.sqrt(xx * yy) if xx and yy else 0.0)
 
 
 class Fit(NamedTuple):
@@ -25,80 +50,147 @@ class Fit(NamedTuple):
     b: float
     r_squared: float
 
-    def __call__(self, entropy: float) -> float:
-        return self.b - self.a * math.exp(entropy)
-
 
 def fit(run: Run) -> Fit:
     """The law of the entropy paper (arXiv 2505.22617, Eq. 1) fitted to every step of a run."""
-    x, y = [math.exp(h) for h in run.entropy], run.reward
-    mx, my = mean(x), mean(y)
-    variance = sum((v - mx) ** 2 for v in x)
-    slope = sum((v - mx) * (w - my) for v, w in zip(x, y, strict=True)) / variance if variance else 0.0
-    b = my - slope * mx
-    residual = sum((w - b - slope * v) ** 2 for v, w in zip(x, y, strict=True))
-    total = sum((w - my) ** 2 for w in y)
-    return Fit(-slope, b, 1 - residual / total if total else 0.0)
+    found = line([math.exp(h) for h in run.entropy], run.reward)
+    return Fit(-found.slope, found.intercept, found.r**2)
 
 
-def print_table(runs: dict[str, Run]) -> None:
-    last = max(1, len(next(iter(runs.values())).reward) // 10)
-    header = ("", "reward", "entropy", "accuracy", "greedy", "a", "b", "R^2", "b - a")
-    rows = [header]
-    for name, run in runs.items():
-        f = fit(run)
-        _, sampled, greedy = run.held_out[-1]
-        numbers = (mean(run.reward[-last:]), mean(run.entropy[-last:]), sampled, greedy, f.a, f.b, f.r_squared, f.b - f.a)
-        rows.append((name, *(f"{x:.3f}" for x in numbers)))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    print(f"\nreward, entropy: mean of the last {last} steps. accuracy, greedy: of held-out prompts at the end, sampled and greedy answers.")
-    print("a, b, R^2: of the fit R = -a exp(H) + b over all steps of the run; b - a is the reward it predicts at entropy 0.\n")
-    for i, row in enumerate(rows):
-        print("  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]))
+def late_entropy(run: Run) -> float:
+    """Mean of the last tenth of the steps."""
+    return mean(run.entropy[-max(1, len(run.entropy) // 10) :])
+
+
+def _end(run: Run) -> tuple[float, ...]:
+    late = max(1, len(run.reward) // 10)
+    return (late_entropy(run), mean(run.reward[-late:]), *run.scores[-1][1], mean(run.selected), *fit(run))
+
+
+def _axes(runs: Runs) -> tuple[list[str], list[int]]:
+    """The methods and the seeds, each in order."""
+    return list(dict.fromkeys(method for method, _ in runs)), sorted({seed for _, seed in runs})
+
+
+def print_table(runs: Runs) -> None:
+    methods, seeds = _axes(runs)
+    names = ("entropy", "reward", "trained", "of 8", "held out", "of 8", "greedy", "selected", "a", "b", "R^2")
+    print("\nentropy, reward: means of the last tenth of the steps. trained, held out: how often a sampled answer is right at the end, exactly;")
+    print("of 8: at least one of eight. greedy: of held-out numbers. selected: share of the tokens, over the run. a, b, R^2: of R = -a exp(H) + b.")
+    print("mean: over the seeds, and below it the sample standard deviation.\n")
+    print(f"{'':<20}" + "".join(f"{name:>10}" for name in names))
+    for method in methods:
+        ends = [_end(runs[method, seed]) for seed in seeds]
+        columns = list(zip(*ends, strict=True))
+        rows = [*((f"seed {seed}", end) for seed, end in zip(seeds, ends, strict=True)), ("mean", map(mean, columns)), ("+-", map(stdev, columns))]
+        for label, row in rows:
+            cells = [f"{x:.4f}" if name == "selected" else f"{x:.3f}" for name, x in zip(names, row, strict=True)]
+            print(f"{method if label == 'seed ' + str(seeds[0]) else '':<13}{label:<7}" + "".join(f"{cell:>10}" for cell in cells))
+
+
+def difference(runs: Runs, method: str, of: Callable[[Run], float]) -> Difference:
+    """Of a method from GRPO."""
+    seeds = [seed for name, seed in runs if name == method]
+    return paired(*([of(runs[name, seed]) for seed in seeds] for name in (method, "GRPO")))
+
+
+def print_differences(runs: Runs) -> None:
+    methods, _ = _axes(runs)
+    measures = {"entropy": late_entropy}
+    for name in ("held_out", "held_out_of_8", "trained", "trained_of_8"):
+        measures[name] = lambda run, name=name: getattr(run.scores[-1][1], name)
+    print("\ndifference from GRPO, paired by seed, mean +- standard error:\n")
+    print(f"{'':<14}" + "".join(f"{name.replace('_', ' '):>20}" for name in measures))
+    for method in methods[1:]:
+        found = (difference(runs, method, of) for of in measures.values())
+        print(f"{method:<14}" + "".join(f"{d!s:>20}" for d in found))
+
+
+class Relation(NamedTuple):
+    """Measured changes of the entropy against what foretells them."""
+
+    x: list[float]
+    measured: list[float]
+
+    @property
+    def line(self) -> Line:
+        return line(self.x, self.measured)
+
+
+def relations(runs: Runs, method: str) -> dict[str, Relation]:
+    """Of all seeds and steps; `print_relations` says of what."""
+    changes = [c for (name, _), run in runs.items() if name == method for c in run.changes]
+    measured, predicted, moved, covariance = ([v for part in parts for v in part] for parts in zip(*changes, strict=True))
+    small = [i for i, distance in enumerate(moved) if distance < SMALL]
+    return {
+        "logits": Relation(predicted, measured),
+        "small": Relation([predicted[i] for i in small], [measured[i] for i in small]),
+        "sampled": Relation(covariance, measured),
+        "mean": Relation([mean(c.covariance) for c in changes], [mean(c.measured) for c in changes]),
+    }
+
+
+def print_relations(runs: Runs) -> None:
+    methods, _ = _axes(runs)
+    print("\nmeasured change of the entropy of the first digit in a step's first update, fitted (slope, correlation; number of values) to")
+    print("  logits: the first-order prediction -Cov(log pi, change of the logits), over all tokens, a value a prompt")
+    print(f"  small: the same where no logit moved by {SMALL} or more")
+    print("  sampled: Cov(log pi, advantage) of the group's sampled tokens, by which Clip-Cov and KL-Cov select")
+    print("  mean: the same, means over the prompts of a step\n")
+    for i, method in enumerate(methods):
+        found = relations(runs, method)
         if i == 0:
-            print("-" * (sum(widths) + 2 * (len(widths) - 1)))
+            print(f"{'':<14}" + "".join(f"{name:>24}" for name in found))
+        cells = (f"{x.line.slope:+.3f}, {x.line.r:+.2f}; {len(x.x)}" for x in found.values())
+        print(f"{method:<14}" + "".join(f"{cell:>24}" for cell in cells))
 
 
-def write_csv(runs: dict[str, Run], path: Path) -> Path:
+def write_csv(runs: Runs, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["method", "step", "reward", "entropy", "held_out_accuracy", "held_out_greedy_accuracy"])
-        for name, run in runs.items():
-            held_out = {step: (sampled, greedy) for step, sampled, greedy in run.held_out}
-            for step, (reward, entropy) in enumerate(zip(run.reward, run.entropy, strict=True), 1):
-                table.writerow([name, step, f"{reward:.6f}", f"{entropy:.6f}", *(f"{x:.6f}" for x in held_out.get(step, ()))])
+        table.writerow(["method", "seed", "step", "reward", "entropy", "selected", *Scores._fields])
+        for (method, seed), run in runs.items():
+            scores = dict(run.scores)
+            for step, values in enumerate(zip(run.reward, run.entropy, run.selected, strict=True), 1):
+                table.writerow([method, seed, step, *(f"{x:.6f}" for x in (*values, *scores.get(step, ())))])
     return path
 
 
-def _smooth(values: list[float], window: int) -> list[float]:
-    """Mean of the last `window` values."""
-    return [mean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
-
-
-def draw(runs: dict[str, Run], path: Path) -> Path:
-    """Entropy and reward over steps, reward over entropy with fits, held-out accuracy. Returns the path."""
+def draw(runs: Runs, path: Path) -> Path:
+    """Entropy, accuracies, their relation, and GRPO's changes of entropy against what foretells them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure, ((entropy, reward), (law, held_out)) = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for (name, run), colour in zip(runs.items(), _COLOURS, strict=True):
-        window = max(1, len(run.reward) // 20)
-        steps = range(1, len(run.reward) + 1)
-        for axis, values in ((entropy, run.entropy), (reward, run.reward)):
-            axis.plot(steps, values, color=colour, linewidth=0.5, alpha=0.3)
-            axis.plot(steps, _smooth(values, window), color=colour, label=name)
-        f = fit(run)
-        law.plot(run.entropy, run.reward, ".", color=colour, markersize=3, alpha=0.4)
-        span = [min(run.entropy) + (max(run.entropy) - min(run.entropy)) * i / 50 for i in range(51)]
-        law.plot(span, [f(h) for h in span], color=colour, label=f"{name}: {f.b:.2f} - {f.a:.2f} exp(H)")
-        held_out.plot([s for s, _, _ in run.held_out], [a for _, a, _ in run.held_out], color=colour, marker="o", markersize=3, label=name)
-        held_out.plot([s for s, _, _ in run.held_out], [g for _, _, g in run.held_out], color=colour, linestyle=":")
+    methods, seeds = _axes(runs)
+    figure, ((entropy, trained, held_out), (of_8, by_logits, by_sample)) = plt.subplots(2, 3, figsize=(15, 8), layout="constrained")
+    for method, colour in zip(methods, _COLOURS, strict=False):
+        found = [runs[method, seed] for seed in seeds]
+        count = len(found[0].entropy)
+        band(entropy, range(1, count + 1), [smooth(run.entropy, max(1, count // 20)) for run in found], colour, method)
+        steps = [step for step, _ in found[0].scores]
+        for axis, name in ((trained, "trained"), (held_out, "held_out"), (of_8, "held_out_of_8")):
+            band(axis, steps, [[getattr(s, name) for _, s in run.scores] for run in found], colour, method)
     entropy.set(title="policy entropy, nats a token", xlabel="step")
-    reward.set(title="reward of the sampled answers", xlabel="step", ylim=(0, 1))
-    law.set(title="reward against entropy, and R = b - a exp(H)", xlabel="entropy", ylabel="reward")
-    held_out.set(title="held-out accuracy (dotted: greedy)", xlabel="step", ylim=(0, 1))
-    for axis in (entropy, reward, law, held_out):
+    trained.set(title="a sampled answer is right, training numbers", xlabel="step")
+    held_out.set(title="a sampled answer is right, held-out numbers", xlabel="step")
+    of_8.set(title="one of 8 sampled answers is right, held-out numbers", xlabel="step")
+    grpo = relations(runs, "GRPO")
+    for axis, name, size, colour in ((by_logits, "small", 1, "#444444"), (by_sample, "sampled", 1, "#999999"), (by_sample, "mean", 5, "#3b6fb6")):
+        x, measured = grpo[name]
+        thin = slice(None, None, max(1, len(x) // 4000))
+        axis.plot(x[thin], measured[thin], ".", color=colour, markersize=size)
+        ends, fitted = [min(x, default=0.0), max(x, default=0.0)], grpo[name].line
+        what = {"small": "states", "sampled": "states", "mean": "means of a step's states"}[name]
+        axis.plot(ends, [fitted(v) for v in ends], color=colour, label=f"{what}: slope {fitted.slope:.3f}, correlation {fitted.r:.2f}")
+    by_logits.set(
+        title="GRPO: change of a state's entropy in an update", xlabel="predicted from the logits, -Cov(log π, Δz)", ylabel="measured, nats"
+    )
+    by_sample.set(
+        title="the same against the sampled covariance", xlabel="Cov(log π, A) of the group's answers", ylabel="measured, nats", ylim=(-0.2, 0.2)
+    )
+    for axis in (entropy, held_out, by_logits, by_sample):
         axis.legend(fontsize=8)
+    for axis in figure.axes:
         axis.grid(alpha=0.2)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=85)
     plt.close(figure)
     return path

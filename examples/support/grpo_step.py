@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import rlkern
 
-from .rollout import answer_stats
+from .rollout import answer_stats, descend
 
 
 class Answers(NamedTuple):
@@ -31,7 +31,4 @@ def loss(model: nn.Module, answers: Answers, kl_coef: float = 0.0) -> Tensor:
 
 
 def update(model: nn.Module, optimizer: torch.optim.Optimizer, answers: Answers, kl_coef: float = 0.0) -> None:
-    optimizer.zero_grad()
-    loss(model, answers, kl_coef).backward()
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    descend(model, optimizer, loss(model, answers, kl_coef))

@@ -6,6 +6,10 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from multiprocessing import get_context
 
+import numpy
+import torch
+from torch import nn
+
 from .progress import Progress
 
 _counter = None  # in a job's process: shared with the one that started it
@@ -14,6 +18,15 @@ _counter = None  # in a job's process: shared with the one that started it
 def _share(counter) -> None:
     global _counter
     _counter = counter
+
+
+def parameters(model: nn.Module) -> dict[str, numpy.ndarray]:
+    """As arrays, which travel to a job by value. Tensors would share memory with a process that ends."""
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def load(model: nn.Module, arrays: dict[str, numpy.ndarray]) -> None:
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in arrays.items()})
 
 
 def advance(amount: int) -> None:

@@ -14,7 +14,7 @@ import rlkern
 from .arithmetic import END, EndedAddition
 from .grpo_step import Answers, loss, update
 from .model import Transformer
-from .processes import advance
+from .processes import advance, load, parameters
 from .reward_weights import FixedWeights, GradientWeights, HypervolumeScale, advantages
 from .rollout import answer_stats, sample, warm_up
 from .schedules import rex
@@ -83,9 +83,7 @@ def supervised(seed: int, settings: Settings) -> tuple[dict, str]:
     steps, _ = warm_up(model, task, batch=256, lr=2e-3, max_steps=settings.warm_up_steps, **until)
     advance(1)
     point = measure(model, task)
-    return {
-        n: v.numpy() for n, v in model.state_dict().items()
-    }, f"{steps} supervised steps: accuracy {point.accuracy:.2f}, length {point.length:.1f}"
+    return parameters(model), f"{steps} supervised steps: accuracy {point.accuracy:.2f}, length {point.length:.1f}"
 
 
 def objective_gradients(model: nn.Module, answers: Answers, rewards: Tensor, groups: Tensor) -> Tensor:
@@ -102,7 +100,7 @@ def train(name: str, seed: int, starts: dict[int, dict], settings: Settings) -> 
     torch.set_num_threads(1)
     task, run, rule = settings.task(seed), Run(), METHODS[name]()
     model = new_model(task)
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in starts[seed].items()})
+    load(model, starts[seed])
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rex, steps=settings.steps))
     torch.manual_seed(seed + 1)
