@@ -246,6 +246,12 @@ def test_pcl_moves_nobody_elses_numbers():
     assert torch.get_rng_state().equal(state)
 
 
+def test_the_value_of_pcl_is_not_linear():
+    corners = Pool(torch.zeros(4, dtype=torch.int64), torch.tensor([[0.0, 0], [1, 0], [0, 1], [1, 1]]))
+    logits = PCL(corners, 8, torch.Generator().manual_seed(0)).value(torch.arange(4)).logit()
+    assert (logits[0] + logits[3] - logits[1] - logits[2]).abs() > 0.01
+
+
 def test_pcl_learns():
     pcl = build(PCL)
     once = build(PCL, passes=1)
@@ -370,9 +376,11 @@ def test_knapsack_knows_a_prompt_from_its_last_rewards():
     visit(1, [0] * 8)
     plan = sampler.propose(160)
     assert plan.counts.sum() == 160 and plan.counts.tolist() == allocate([sampler.rate(i) for i in plan.prompts.tolist()], 160, 8, 2, 32)
-    narrow = build(Knapsack, sizes=(1,), low=7, high=9)
-    narrow.rewards.update({0: [1, 0] * 4})
-    assert narrow.propose(160).counts.aminmax() == (8, 8)  # of 20 groups of 7 to 9 that sum to 160 and are all alike
+    narrow = build(Knapsack, sizes=(1, 1, 1), low=3, high=12)
+    narrow.rewards.update({0: [1, 0] * 4, 1: [0] * 8, 2: [1] * 8})
+    plan = narrow.propose(80)
+    assert plan.counts.tolist() == allocate([narrow.rate(i) for i in plan.prompts.tolist()], 80, 8, 3, 12)
+    assert plan.counts.sum() == 80 and plan.counts.min() == 3 and plan.counts.max() == 12
     assert set(build(Knapsack, high=8).propose(64).counts.tolist()) == {8}
     with pytest.raises(ValueError, match="take 32 to 32 rollouts, got a budget of 63"):
         build(Knapsack, group=32).propose(63)
