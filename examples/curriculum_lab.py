@@ -38,7 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     later = {"default": argparse.SUPPRESS}  # it depends on the study
     parser.add_argument("--methods", nargs="+", metavar="NAME", help="samplers or rules of weights to compare (default: those of the page)", **later)
     parser.add_argument("--seeds", type=int, help="runs of each method (default: 3 of samplers, 2 of weights)", **later)
-    parser.add_argument("--steps", type=int, help="reinforcement-learning steps of each run (default: 150 of samplers, 90 of weights)", **later)
+    parser.add_argument("--steps", type=int, help="reinforcement-learning steps of each run (default: 120 of samplers, 90 of weights)", **later)
     parser.add_argument("--rollouts", type=int, default=384, help="a step")
     parser.add_argument("--group", type=int, default=8, help="rollouts of a prompt; Knapsack gives 2 to 32, and this on average")
     parser.add_argument("--minibatches", type=int, default=4, help="updates a step")

@@ -30,7 +30,7 @@ FAMILIES = ("1 digit", "2 digits", "3 digits", "4 digits")
 
 
 class Settings(NamedTuple):
-    steps: int = 150
+    steps: int = 120
     rollouts: int = 384  # a step
     group: int = 8  # rollouts of an ordinary prompt
     minibatches: int = 4  # updates a step

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,20 +64,12 @@ class Pool:
         for f in families.unique().tolist():
             places, members = families == f, self._members[f]
             count = int(places.sum())
-            enough = count <= len(members)
-            picked = (
-                torch.randperm(len(members), generator=generator)[:count] if enough else torch.randint(len(members), (count,), generator=generator)
-            )
+            if count <= len(members):
+                picked = torch.randperm(len(members), generator=generator)[:count]
+            else:
+                picked = torch.randint(len(members), (count,), generator=generator)
             rows[places] = members[picked]
         return rows
-
-
-class Sampler(Protocol):
-    def propose(self, budget: int) -> Plan:
-        """`budget` rollouts. ValueError if these are less than one group."""
-
-    def update(self, signals: Signals) -> None:
-        """Takes in what the rollouts of the last plan gave."""
 
 
 def collect(pool: Pool, plan: Plan, reward: Tensor, advantage: Tensor) -> Signals:
@@ -156,10 +148,12 @@ class Uniform:
         return self.pool.draw(families, self.generator)
 
     def propose(self, budget: int) -> Plan:
+        """What to roll out next. ValueError if `budget` is less than one group."""
         counts = self.even_counts(budget)
         return Plan(self.draw(len(counts)), counts)
 
     def update(self, signals: Signals) -> None:
+        """Takes in what the rollouts of the last plan gave."""
         checked(self.pool, signals)
 
 
