@@ -111,8 +111,10 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(arguments, name)}")
     if arguments.minibatches > arguments.prompts * arguments.group:
         parser.error(f"--minibatches must not exceed the {arguments.prompts * arguments.group} answers of a step, got {arguments.minibatches}")
-    if "GRPO" not in arguments.methods:
-        parser.error(f"--methods must contain GRPO, which the others are compared with, got {' '.join(arguments.methods)}")
+    if "GRPO" not in arguments.methods or len(set(arguments.methods)) < len(arguments.methods):
+        parser.error(f"--methods must name each once and GRPO, which the others are compared with, got {' '.join(arguments.methods)}")
+    if arguments.out.exists() and not arguments.out.is_dir():
+        parser.error(f"--out must be a folder, got the file {arguments.out}")
     if not 0 < arguments.min_p <= 1:
         parser.error(f"--min-p must be in (0, 1], got {arguments.min_p}")
     if not 0 < arguments.lr < math.inf:

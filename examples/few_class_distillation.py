@@ -19,7 +19,6 @@ docs/distillation.md has the results, and what they show and do not show.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from pathlib import Path
@@ -132,9 +131,9 @@ def parse_arguments() -> argparse.Namespace:
     for name, least, most in (("seeds", 2, 1000), ("transfer", 2, IMAGES), ("hidden", 0, 4096), ("subclasses", 1, 128), ("epochs", 1, 10_000)):
         if not least <= getattr(arguments, name) <= most:
             parser.error(f"--{name} must be from {least} to {most}, got {getattr(arguments, name)}")
-    for name in ("temperature", "beta"):
-        if not 0 < getattr(arguments, name) < math.inf:
-            parser.error(f"--{name} must be positive and finite, got {getattr(arguments, name)}")
+    for name, least, most in (("temperature", 0.1, 100), ("beta", 0.01, 100)):
+        if not least <= getattr(arguments, name) <= most:
+            parser.error(f"--{name} must be from {least} to {most}, got {getattr(arguments, name)}")
     return arguments
 
 

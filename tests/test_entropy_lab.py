@@ -137,6 +137,25 @@ def test_difference():
     assert math.isnan(seeds.smooth([1.0, math.nan, 3.0, math.nan, math.nan], 2)[4])
 
 
+def test_relations():
+    """Of two seeds with two steps of two prompts each. Differences are taken within a seed."""
+
+    def run(*steps):
+        return entropy_train.Run(changes=[entropy_train.Changes(m, p, d, c) for m, p, d, c in steps])
+
+    runs = {
+        ("GRPO", 0): run(([1, 3], [1, 2], [0.1, 0.9], [4, 6]), ([0, 2], [3, 4], [0.2, 0.3], [2, 2])),
+        ("GRPO", 1): run(([5, 5], [5, 6], [0.4, 0.6], [1, 3]), ([7, 9], [7, 8], [0.1, 0.1], [0, 2])),
+        ("KL-Cov", 0): run(([0, 0], [0, 0], [0, 0], [0, 0])),
+    }
+    found = entropy_report.relations(runs, "GRPO")
+    assert found["logits"] == ([1, 2, 3, 4, 5, 6, 7, 8], [1, 3, 0, 2, 5, 5, 7, 9])
+    assert found["small"] == ([1, 3, 4, 5, 7, 8], [1, 0, 2, 5, 7, 9])
+    assert found["sampled"] == ([4, 6, 2, 2, 1, 3, 0, 2], [1, 3, 0, 2, 5, 5, 7, 9])
+    assert found["mean"] == ([5, 2, 2, 1], [2, 1, 5, 8])
+    assert found["next"] == ([-3, -1], [-1, 3])
+
+
 @pytest.fixture
 def threads():
     """The lab's jobs set one thread."""
@@ -153,7 +172,7 @@ def test_lab_runs(tmp_path, monkeypatch, capsys, threads):
     printed = capsys.readouterr().out
     assert (tmp_path / "entropy_lab.png").stat().st_size > 10_000
     rows = list(csv.DictReader((tmp_path / "entropy_lab.csv").open()))
-    assert len(rows) == 8 and {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("GRPO", "KL-Cov") for s in "01"}
+    assert len(rows) == 12 and {(row["method"], row["seed"]) for row in rows} == {(m, s) for m in ("GRPO", "KL-Cov") for s in "01"}
     for seed in "01":  # all runs of a seed begin with the same answers
         assert len({row["entropy"] for row in rows if row["seed"] == seed and row["step"] == "1"}) == 1
     for name in ("GRPO", "KL-Cov", "R^2", "paired by seed", "Cov(log pi, advantage)"):
@@ -162,7 +181,13 @@ def test_lab_runs(tmp_path, monkeypatch, capsys, threads):
 
 @pytest.mark.parametrize(
     "options, error",
-    [("--seeds 1", "--seeds must be at least 2, got 1"), ("--methods KL-Cov", "--methods must contain GRPO"), ("--lr inf", "--lr must be positive")],
+    [
+        ("--seeds 1", "--seeds must be at least 2, got 1"),
+        ("--methods KL-Cov", "--methods must name each once and GRPO"),
+        ("--methods GRPO GRPO", "must name each once"),
+        (f"--out {__file__}", "--out must be a folder"),
+        ("--lr inf", "--lr must be positive"),
+    ],
 )
 def test_bad_arguments_get_one_line(options, error, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["entropy_lab.py", *options.split()])

@@ -182,12 +182,18 @@ def test_errors():
             pseudo_classes(spoiled, p, S, **options)
         with pytest.raises(ValueError, match="weight must be finite, got 24 of 24"):
             pseudo_classes(features, p, S, weight=weight * bad, generator=None)
-    for arguments in ((features[1:], p, S), (features, p, 0)):
-        with pytest.raises(ValueError, match="expected as many features as probabilities"):
-            pseudo_classes(*arguments, **options)
-    for beta in (0, -1, torch.nan):
-        with pytest.raises(ValueError, match="beta > 0"):
-            pseudo_classes(features, p, S, beta=beta, **options)
+    shapes = ((features[1:], p, weight), (features, p[:, 0], weight), (features[0], p, None), (features, p, weight[:, 1:]), (features, p, weight[:1]))
+    for f, q, w in shapes:
+        with pytest.raises(ValueError, match=r"weight \[C, d\] are expected, got \["):
+            pseudo_classes(f, q, S, weight=w, generator=None)
+    for count, beta in ((0, BETA), (S, 0), (S, -1), (S, torch.nan), (S, torch.inf)):
+        with pytest.raises(ValueError, match=f"count >= 1 and a positive finite beta are expected, got {count} and {beta}"):
+            pseudo_classes(features, p, count, beta=beta, **options)
+    with pytest.raises(ValueError, match="probabilities must be finite, got 120 of 120"):
+        pseudo_classes(features, p * torch.nan, S, **options)
+    for bad in (3 * p, p.log(), torch.tensor([[1.5, -0.5]]).expand(N, 2)):
+        with pytest.raises(ValueError, match="probabilities must be distributions, got sums from"):
+            pseudo_classes(features, bad, S, **options)
 
 
 def test_more_pseudo_classes_than_directions():
@@ -240,9 +246,9 @@ def test_it_runs(monkeypatch, capsys):
         ("--hidden", "-1", "--hidden must be from 0 to 4096, got -1"),
         ("--subclasses", "0", "--subclasses must be from 1 to 128, got 0"),
         ("--epochs", "0", "--epochs must be from 1 to 10000, got 0"),
-        ("--temperature", "0", "--temperature must be positive and finite, got 0.0"),
-        ("--temperature", "inf", "--temperature must be positive and finite, got inf"),
-        ("--beta", "nan", "--beta must be positive and finite, got nan"),
+        ("--temperature", "0", "--temperature must be from 0.1 to 100, got 0.0"),
+        ("--temperature", "inf", "--temperature must be from 0.1 to 100, got inf"),
+        ("--beta", "nan", "--beta must be from 0.01 to 100, got nan"),
     ],
 )
 def test_bad_options(monkeypatch, capsys, option, value, message):

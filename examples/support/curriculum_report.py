@@ -67,6 +67,7 @@ def write_csv(runs: Runs, settings: Settings, path: Path) -> Path:
         table.writerow(["sampler", "seed", "step", "rollouts", "useful_rollouts", "useful_groups", *names])
         for (sampler, seed), run in runs.items():
             held_out = dict(run.held_out)
+            table.writerow([sampler, seed, 0, 0, *[""] * (2 + 2 * len(FAMILIES)), *(f"{x:.6f}" for x in held_out[0])])
             for i in range(len(run.useful)):
                 numbers = (run.useful[i], run.useful_groups[i], *run.shares[i], *run.reward[i], *held_out.get(i + 1, ()))
                 table.writerow([sampler, seed, i + 1, (i + 1) * settings.rollouts, *("" if math.isnan(x) else f"{x:.6f}" for x in numbers)])

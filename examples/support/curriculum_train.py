@@ -19,7 +19,7 @@ from .grpo_step import Answers, update
 from .knapsack import Knapsack
 from .model import Transformer
 from .processes import advance, load, parameters
-from .rollout import answer_stats, sample, warm_up
+from .rollout import answer_stats, evenly, sample, warm_up
 from .samplers import CLPO, DUMP, SEC, Pool, Uniform, collect, family_means
 from .schedules import rex
 from .value_sampler import PCL
@@ -41,10 +41,6 @@ class Settings(NamedTuple):
     pool: int = 512  # prompts a family
     held_out: int = 256  # a family
     rare: float = 0.01  # share of four-digit sums in the warm-up
-
-    def measured(self) -> set[int]:
-        """The steps after which accuracy is measured."""
-        return {self.steps * (i + 1) // self.evaluations for i in range(self.evaluations)}
 
     def task(self, seed: int) -> Families:
         return Families(len(FAMILIES), self.pool, self.held_out, seed, shares=(0.5, 0.3, 0.2 - self.rare, self.rare), watched=2)
@@ -108,6 +104,7 @@ def train(name: str, seed: int, starts: dict[int, dict], settings: Settings) -> 
     kl_coef = sampler.kl_coef if isinstance(sampler, CLPO) else 0.0
     torch.manual_seed(seed + 1)
     run.held_out.append((0, accuracies(model, task)))
+    measured = evenly(settings.steps, settings.evaluations)
     for step in range(1, settings.steps + 1):
         began = time.perf_counter()
         plan = sampler.propose(settings.rollouts)
@@ -134,7 +131,7 @@ def train(name: str, seed: int, starts: dict[int, dict], settings: Settings) -> 
         for index in torch.randperm(len(ids)).chunk(settings.minibatches):
             update(model, optimizer, answers.take(index), kl_coef)
         schedule.step()
-        if step in settings.measured():
+        if step in measured:
             run.held_out.append((step, accuracies(model, task)))
         advance(1)
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,7 +102,7 @@ def print_differences(runs: Runs) -> None:
         measures[name] = lambda run, name=name: getattr(run.scores[-1][1], name)
     print("\ndifference from GRPO, paired by seed, mean +- standard error:\n")
     print(f"{'':<14}" + "".join(f"{name.replace('_', ' '):>20}" for name in measures))
-    for method in methods[1:]:
+    for method in (m for m in methods if m != "GRPO"):
         found = (difference(runs, method, of) for of in measures.values())
         print(f"{method:<14}" + "".join(f"{d!s:>20}" for d in found))
 
@@ -121,12 +122,16 @@ def relations(runs: Runs, method: str) -> dict[str, Relation]:
     """Of all seeds and steps; `print_relations` says of what."""
     changes = [c for (name, _), run in runs.items() if name == method for c in run.changes]
     measured, predicted, moved, covariance = ([v for part in parts for v in part] for parts in zip(*changes, strict=True))
+    by_seed = [[(mean(c.covariance), mean(c.measured)) for c in run.changes] for (name, _), run in runs.items() if name == method]
+    steps = [step for seed in by_seed for step in seed]
+    successive = [(b[0] - a[0], b[1] - a[1]) for seed in by_seed for a, b in itertools.pairwise(seed)]
     small = [i for i, distance in enumerate(moved) if distance < SMALL]
     return {
         "logits": Relation(predicted, measured),
         "small": Relation([predicted[i] for i in small], [measured[i] for i in small]),
         "sampled": Relation(covariance, measured),
-        "mean": Relation([mean(c.covariance) for c in changes], [mean(c.measured) for c in changes]),
+        "mean": Relation(*map(list, zip(*steps, strict=True))),
+        "next": Relation(*map(list, zip(*successive, strict=True))),
     }
 
 
@@ -136,7 +141,8 @@ def print_relations(runs: Runs) -> None:
     print("  logits: the first-order prediction -Cov(log pi, change of the logits), over all tokens, a value a prompt")
     print(f"  small: the same where no logit moved by {SMALL} or more")
     print("  sampled: Cov(log pi, advantage) of the group's sampled tokens, by which Clip-Cov and KL-Cov select")
-    print("  mean: the same, means over the prompts of a step\n")
+    print("  mean: the same, means over the prompts of a step")
+    print("  next: differences of these means from one step to the next, which leave out what both do over the whole training\n")
     for i, method in enumerate(methods):
         found = relations(runs, method)
         if i == 0:
@@ -152,6 +158,7 @@ def write_csv(runs: Runs, path: Path) -> Path:
         table.writerow(["method", "seed", "step", "reward", "entropy", "selected", *Scores._fields])
         for (method, seed), run in runs.items():
             scores = dict(run.scores)
+            table.writerow([method, seed, 0, "", "", "", *(f"{x:.6f}" for x in scores[0])])
             for step, values in enumerate(zip(run.reward, run.entropy, run.selected, strict=True), 1):
                 table.writerow([method, seed, step, *(f"{x:.6f}" for x in (*values, *scores.get(step, ())))])
     return path

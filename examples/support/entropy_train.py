@@ -14,7 +14,7 @@ import rlkern
 
 from .arithmetic import Divisors, rewards
 from .processes import advance
-from .rollout import accuracy, answer_stats, descend, sample
+from .rollout import accuracy, answer_stats, descend, evenly, sample
 
 
 class Batch(NamedTuple):
@@ -125,9 +125,9 @@ def compare(batch: Batch, group: int, before: Tensor, after: Tensor) -> Changes:
 def train(model: nn.Module, task: Divisors, loss: Loss, settings: Settings) -> Run:
     """`steps` times: sample, then one pass over the answers in `minibatches`, all but the first off-policy.
 
-    The learning rate rises for twenty steps. Scores are taken ten times, evenly spread.
+    The learning rate rises for twenty steps. Scores are taken at the start and ten times, evenly spread.
     """
-    run, every = Run(), max(1, settings.steps // 10)
+    run, measured = Run(), evenly(settings.steps, 10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.lr, weight_decay=0.0)
     run.scores.append((0, evaluate(model, task)))
     for step in range(1, settings.steps + 1):
@@ -148,7 +148,7 @@ def train(model: nn.Module, task: Divisors, loss: Loss, settings: Settings) -> R
         run.reward.append(batch.correct.mean().item())
         run.entropy.append(entropy.mean().item())
         run.selected.append(mean(selected))
-        if step % every == 0 or step == settings.steps:
+        if step in measured:
             run.scores.append((step, evaluate(model, task)))
         advance(1)
     return run

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -43,15 +45,22 @@ def pseudo_classes(
         [N, C, S] float64; sums over S are p, and with S = 1 it is p.
 
     Raises:
-        ValueError: for features or weights that are not finite, a class without a row, and S above the rank
-            of a class's z - m_c.
+        ValueError: for shapes that do not fit, numbers that are not finite, rows of p that are no
+            distribution, a class without a row, and S above the rank of a class's z - m_c.
     """
-    if len(features) != len(probabilities) or count < 1 or not beta > 0:
-        given = f"{len(features)} and {len(probabilities)} rows, {count} and {beta}"
-        raise ValueError(f"expected as many features as probabilities, count >= 1 and beta > 0, got {given}")
-    for name, x in (("features", features), ("weight", weight)):
+    shapes = [list(x.shape) for x in (features, probabilities)] + ([] if weight is None else [list(weight.shape)])
+    n, d = features.shape if features.dim() == 2 else (-1, -1)
+    classes = probabilities.shape[-1] if probabilities.dim() == 2 else -1
+    if shapes[:2] != [[n, d], [n, classes]] or shapes[2:] not in ([], [[classes, d]]):
+        raise ValueError(f"features [N, d], probabilities [N, C] and weight [C, d] are expected, got {', '.join(map(str, shapes))}")
+    if count < 1 or not 0 < beta < math.inf:
+        raise ValueError(f"count >= 1 and a positive finite beta are expected, got {count} and {beta}")
+    for name, x in (("features", features), ("probabilities", probabilities), ("weight", weight)):
         if x is not None and not x.isfinite().all():
             raise ValueError(f"{name} must be finite, got {(~x.isfinite()).sum()} of {x.numel()} numbers that are not")
+    sums = probabilities.double().sum(-1)
+    if (probabilities < 0).any() or ((sums - 1).abs() > 1e-3).any():
+        raise ValueError(f"probabilities must be distributions, got sums from {sums.min().item():.4g} to {sums.max().item():.4g}")
     z, p = features.double(), probabilities.double()
     if weight is not None:
         z = _unread(z, weight.double())

@@ -61,6 +61,11 @@ def warm_up(
     return max_steps, reached
 
 
+def evenly(steps: int, times: int) -> set[int]:
+    """The steps, of 1 to `steps`, after which to measure: so many, the last among them."""
+    return {max(1, steps * (i + 1) // times) for i in range(times)}
+
+
 def descend(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
     """One step of the optimizer, with the gradient's norm clipped at 1."""
     optimizer.zero_grad()
