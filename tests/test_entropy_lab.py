@@ -116,6 +116,48 @@ def test_a_groups_covariance():
     assert changes.measured == changes.predicted == changes.moved == [0] * groups
 
 
+def test_scores():
+    task = arithmetic.Divisors(held_out=200, seed=0)
+    net = small_model(task)
+    p = [entropy_train.success(net, task, numbers) for numbers in (task.numbers, task.held_out)]
+    expected = [x.item() for q in p for x in (q.mean(), (1 - (1 - q) ** 8).mean())]
+    assert expected[1] > 1.5 * expected[0] > 0
+    assert entropy_train.evaluate(net, task) == pytest.approx([*expected, rollout.accuracy(net, task, greedy=True)])
+
+
+def test_the_loop(monkeypatch):
+    """Learning rates, when scores are taken, and that a step's first update is what is measured."""
+    task = arithmetic.Divisors(held_out=200, seed=0)
+    net, rates, entropies, states = small_model(task), [], [], []
+    descend, roll_out = rollout.descend, entropy_train.roll_out
+
+    def entropy():
+        with torch.no_grad():
+            return rlkern.entropy_from_logits(net(states[-1])[:, -1])
+
+    def roll_out_and_keep(*args):
+        batch, h = roll_out(*args)
+        states.append(batch.ids[::4, : task.prompt_length])
+        return batch, h
+
+    def descend_and_keep(model, optimizer, loss):
+        before = entropy()
+        descend(model, optimizer, loss)
+        rates.append(optimizer.param_groups[0]["lr"])
+        entropies.append(entropy() - before)
+
+    monkeypatch.setattr(entropy_train, "roll_out", roll_out_and_keep)
+    monkeypatch.setattr(entropy_train, "descend", descend_and_keep)
+    settings = entropy_train.Settings(steps=23, prompts=6, group=4, minibatches=3, lr=1e-2, min_p=0.02)
+    run = entropy_train.train(net, task, entropy_lab.grpo, settings)
+    assert rates == pytest.approx([1e-2 * min(1.0, step / 20) for step in range(1, 24) for _ in range(3)])
+    assert [step for step, _ in run.scores] == [0, 2, 4, 6, 9, 11, 13, 16, 18, 20, 23]
+    assert len(run.changes) == len(run.reward) == len(run.entropy) == 23
+    assert max(abs(x) for changes in run.changes for x in changes.measured) > 1e-3
+    for changes, first in zip(run.changes, entropies[::3], strict=True):
+        assert changes.measured == pytest.approx(first.tolist(), abs=1e-6)
+
+
 def test_fit():
     entropy = [1.0, 0.7, 0.5, 0.2, 0.1]
     run = entropy_train.Run(reward=[0.9 - 0.25 * math.exp(h) for h in entropy], entropy=entropy)
