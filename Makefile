@@ -29,7 +29,7 @@ TESTS ?= tests
 WORKERS ?= 2
 RANKS ?= 2
 
-.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers wheels clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,8 +110,8 @@ trl-versions: $(VENV)/.trainers  ## the TRL tests with every release of TRL that
 peers: $(VENV)/.deps  ## fetch the packages that benchmarks compare with into build/peers (make gpu takes them from there)
 	FLASH_ATTENTION_SKIP_CUDA_BUILD=TRUE $(PIP) download --no-deps --no-build-isolation --no-binary flash-attn -d build/peers -r benchmarks/peers.txt
 
-package: $(VENV)/.deps  ## sdist and wheel in dist/
-	$(PY) -m build
+wheels: $(VENV)/.deps  ## sdist and manylinux wheels in dist/, for every CPython here, audited and tried (ARGS="--torch 2.6.0 2.14.1")
+	$(PY) release/wheels.py $(ARGS)
 
 clean:  ## remove everything that make made
 	rm -rf $(VENV) .editable build dist out *.egg-info rlkern/*.so .benchmarks .pytest_cache .ruff_cache .hypothesis

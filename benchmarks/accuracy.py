@@ -20,7 +20,7 @@ PAIR_KINDS = ("reverse_kl", "jsd")
 
 
 def names() -> list[str]:
-    usable = [n for n in ("reference", "native", "triton") if not isinstance(backends._load(n), Exception)]
+    usable = [n for n in ("reference", "native", "triton") if not isinstance(backends.load(n), Exception)]
     on_cpu = not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
     return [n for n in usable if n != "triton" or not on_cpu]
 

@@ -13,6 +13,10 @@ Token functions, primitives and losses have flat names. Beside them:
 
 __version__ = "0.1.0"
 
+from .requires import check_torch
+
+check_torch()
+
 from . import advantages, diffusion, losses, metrics, parallel, primitives, reference, selection
 from .backends import backend_info, use_backend
 from .diffusion import (

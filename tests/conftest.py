@@ -79,7 +79,7 @@ def backend(request):
     """Runs the test with each backend. A missing one is a failure, unless RLKERN_TEST_WITHOUT names it.
     "native avx2" stands for the C++ kernels of that instruction set."""
     name, _, isa = request.param.partition(" ")
-    module = backends._load(name)
+    module = backends.load(name)
     if isinstance(module, Exception):
         if name in os.environ.get("RLKERN_TEST_WITHOUT", "").split(","):
             pytest.skip(f"{name}: {module}")

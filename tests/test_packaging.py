@@ -1,6 +1,7 @@
 """What a user installs (sdist, wheel, editable tree), used outside of the source tree; failed builds."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pytest
 from test_types import MISTAKES, script_errors
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "release"))
+import wheels  # noqa: E402
+
 pytestmark = pytest.mark.slow
 pytest.importorskip("setuptools")
 
@@ -42,7 +46,7 @@ def sources_compiled_once(tmp_path_factory):
     """The CPU kernels are built four times here, in different ways, from the same sources."""
     objects = tmp_path_factory.mktemp("objects")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CMAKE_CXX_COMPILER_LAUNCHER", f"{sys.executable};{ROOT / 'tests' / 'compile_once.py'};{objects}")
+        patch.setenv("CMAKE_CXX_COMPILER_LAUNCHER", f"{sys.executable};{ROOT / 'release' / 'compile_once.py'};--unoptimised;{objects}")
         patch.setenv("CMAKE_ARGS", "-DRLKERN_BASELINE_ONLY=ON")
         patch.setenv("PATH", sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"])  # this environment's CMake, in `python` too
         yield
@@ -85,7 +89,10 @@ def test_sdist_to_wheel_to_import(tree, python, tmp_path):
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp_path / "unpacked", filter="data")
     (unpacked,) = (tmp_path / "unpacked").iterdir()
-    wheel = tmp_path / run(sys.executable, "-c", BUILD.format("wheel"), tmp_path, cwd=unpacked).stdout.splitlines()[-1]
+    portable = {"CMAKE_ARGS": f"{os.environ['CMAKE_ARGS']} -DRLKERN_PORTABLE=ON"}
+    built = tmp_path / run(sys.executable, "-c", BUILD.format("wheel"), tmp_path, cwd=unpacked, env=portable).stdout.splitlines()[-1]
+    wheel = wheels.audited(built)
+    assert "manylinux_2_28" in wheel.name
     names = zipfile.ZipFile(wheel).namelist()
     assert "rlkern/py.typed" in names and "rlkern/triton_kernels/__init__.py" in names
     assert not [n for n in names if n.split("/")[0] not in ("rlkern", wheel.name.split("-py")[0].split("-cp")[0] + ".dist-info")]
@@ -119,6 +126,24 @@ def test_without_the_cpu_kernels(tree, python, tmp_path):
     run(python, "-m", "pip", "install", "--no-deps", "--no-index", "--force-reinstall", tmp_path / wheel, cwd=tmp_path)
     (package, _), native = use(python, tmp_path)
     assert package.is_relative_to(tmp_path / "venv") and native.startswith("missing")
+
+
+SUM = """
+template <class T> __attribute__((noinline)) T sum(const T* x) {
+  T total = 0;
+  for (int i = 0; i < 64; ++i) total += x[i] * x[63 - i];
+  return total;
+}
+template float sum(const float*);
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="AVX2 is x86-64's")
+def test_the_audit_finds_code_that_older_processors_lack(tmp_path):
+    (tmp_path / "sum.cpp").write_text(SUM)
+    for option, found in (("-mavx2", ["_Z3sumIfET_PKS0_"]), ("-msse2", [])):
+        run("g++", "-O3", option, "-shared", "-fPIC", "sum.cpp", "-o", "sum.so", cwd=tmp_path)
+        assert list(wheels.beyond_baseline(tmp_path / "sum.so")) == found
 
 
 def test_a_missing_compiler_says_what_to_do(tree, tmp_path):

@@ -446,7 +446,7 @@ def test_backends_continue_each_other():
     """The row state is one format: a backward of any backend takes the forward of any other."""
     x, y = draw(3, 500), ids(500, 3, 2)
     _, want = expected(x, y, min_p=0.1, with_sum_sq=True)
-    names = ["reference"] + [n for n in ("native",) if not isinstance(backends._load(n), Exception)]
+    names = ["reference"] + [n for n in ("native",) if not isinstance(backends.load(n), Exception)]
     names += ["triton"] if not torch.cuda.is_available() else []
     for forward, backward in itertools.product(names, names):
         leaf = x.clone().requires_grad_()

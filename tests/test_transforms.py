@@ -12,7 +12,7 @@ import rlkern
 from rlkern import backends, reference
 from rlkern.integrations import logit_transforms
 
-ISAS = [f"native {isa}" for isa in getattr(backends._load("native"), "isas", lambda: [])()]
+ISAS = [f"native {isa}" for isa in getattr(backends.load("native"), "isas", lambda: [])()]
 BACKENDS = pytest.mark.parametrize("backend", ["reference", "triton", *ISAS[:1], *ISAS[-1:]], indirect=True)
 ALL = pytest.mark.parametrize("backend", ["reference", "triton", *ISAS], indirect=True)
 ACCURACY = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2e-6, torch.float16: 2e-6}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -27,8 +28,8 @@ def _load_triton() -> ModuleType:
 _loaded: dict[str, ModuleType | Exception] = {"reference": reference}
 
 
-def _load(name: str) -> ModuleType | Exception:
-    """The backend's module, or the exception that says why it is missing."""
+def load(name: str) -> ModuleType | Exception:
+    """The module of "native", "triton" or "reference", or the exception that says why it is missing."""
     if name not in _loaded:
         try:
             _loaded[name] = {"native": _load_native, "triton": _load_triton}[name]()
@@ -49,14 +50,14 @@ _current = _check_name(os.environ.get("RLKERN_BACKEND", "auto"), "RLKERN_BACKEND
 class use_backend:
     """Chooses the implementation for the whole process, or inside `with use_backend("native"): ...`.
 
-    "auto", the default unless RLKERN_BACKEND is set, takes triton for GPU tensors, native for CPU tensors,
-    and the plain PyTorch reference where these are missing. Raises ValueError for an unknown name and
-    RuntimeError for a backend that is not installed.
+    "auto", the default unless RLKERN_BACKEND is set, takes triton for GPU tensors and native for CPU tensors.
+    Where these are missing it warns once and takes the plain PyTorch reference. Raises ValueError for an
+    unknown name and RuntimeError for a backend that is not installed.
     """
 
     def __init__(self, name: str):
         global _current
-        if _check_name(name, "use_backend") != "auto" and isinstance(error := _load(name), Exception):
+        if _check_name(name, "use_backend") != "auto" and isinstance(error := load(name), Exception):
             raise RuntimeError(f"backend {name!r} is not available: {error}") from error
         self._previous, _current = _current, name
 
@@ -72,14 +73,29 @@ def _triton_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+_told: set[str] = set()
+
+
+def _reference_instead(name: str, error: Exception) -> ModuleType:
+    """What "auto" goes on with. It says so once: plain PyTorch takes many times as long."""
+    if name not in _told:
+        _told.add(name)
+        warnings.warn(
+            f"rlkern computes in plain PyTorch, slowly: backend {name!r} is missing ({error}). `python -m rlkern doctor` says how to "
+            "mend it; RLKERN_BACKEND=reference asks for plain PyTorch",
+            stacklevel=2,
+        )
+    return reference
+
+
 def select(device: torch.device) -> ModuleType:
     """The backend for tensors on `device`. Raises RuntimeError where the chosen backend cannot run there."""
     on_cpu = device.type == "cpu"
     if _current == "auto":
         name = "native" if on_cpu else "triton"
-        module = _loaded.get(name) or _load(name)
-        return reference if isinstance(module, Exception) else module
-    module = _load(_current)
+        module = _loaded.get(name) or load(name)
+        return _reference_instead(name, module) if isinstance(module, Exception) else module
+    module = load(_current)
     if isinstance(module, Exception):
         raise RuntimeError(f"backend {_current!r} is not available: {module}") from module
     if _current == "native" and not on_cpu:
@@ -94,12 +110,12 @@ def backend_info() -> dict[str, str]:
     from .. import __version__
 
     info = {"rlkern": __version__, "torch": torch.__version__, "selected": _current, "reference": "available (plain PyTorch, any device)"}
-    native = _load("native")
+    native = load("native")
     if isinstance(native, Exception):
         info["native"] = f"missing: {native}"
     else:
         info["native"] = f"available, {native.isa()} (built: {', '.join(native.isas())}; set RLKERN_CPU_ISA to choose)"
-    kernels = _load("triton")
+    kernels = load("triton")
     if isinstance(kernels, Exception):
         info["triton"] = f"missing: {kernels}"
     else:

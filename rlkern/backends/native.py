@@ -5,12 +5,14 @@ It asks a tensor for its address itself, and takes None for an absent one."""
 
 from __future__ import annotations
 
-import torch  # before _cpu: both then share one OpenMP runtime
+import torch
 from torch import Tensor
 
-from .. import _cpu  # type: ignore[attr-defined]  # compiled
+from . import native_library
 from .contract import Keep, SetKind, mass_bits
 from .reference_pair_parts import pair_merge as pair_merge
+
+_cpu = native_library.load()
 
 CHECKS_TARGETS = True  # forwards raise IndexError themselves, before any row is computed
 

@@ -1,13 +1,14 @@
 """For CMAKE_CXX_COMPILER_LAUNCHER: an object compiled before, of the same csrc/ and options, is copied.
 
-    compile_once.py FOLDER c++ -O3 ... -o object -c .../csrc/source.cpp
+    compile_once.py [--unoptimised] FOLDER c++ -O3 ... -o object -c .../csrc/source.cpp
 
-The folder keeps the objects. Options are all arguments without a path. Nothing is optimised: that takes most
-of the time, and the build that the other tests run on does it.
+The folder keeps the objects. What they depend on is csrc/, the options that are no paths, and which Python's
+headers are among the paths. Optimising takes most of the time: the tests of packaging do without.
 """
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,15 +16,19 @@ from pathlib import Path
 
 
 def main(folder: str, *command: str) -> int:
+    quick = ["-O0"] if folder == "--unoptimised" else []  # the last such option counts
+    if quick:
+        folder, *command = command
     source, compiled = (Path(command[command.index(option) + 1]) if option in command else Path() for option in ("-c", "-o"))
     if source.parent.name != "csrc":  # CMake tries the compiler, or links
         return subprocess.run(command).returncode
-    key = hashlib.sha256("\n".join([source.name, *(a for a in command[1:] if "/" not in a)]).encode())
+    options = [argument for argument in (*command[1:], *quick) if "/" not in argument]
+    key = hashlib.sha256("\n".join([source.name, *options, *sorted(set(re.findall(r"python3\.\d+", " ".join(command))))]).encode())
     for file in sorted(source.parent.iterdir()):
         key.update(file.name.encode() + file.read_bytes())
     kept = Path(folder, key.hexdigest())
     if not kept.exists():
-        if code := subprocess.run([*command, "-O0"]).returncode:  # the last such option counts
+        if code := subprocess.run([*command, *quick]).returncode:
             return code
         unfinished = kept.with_suffix(f".{os.getpid()}")
         shutil.copyfile(compiled, unfinished)
