@@ -1,5 +1,6 @@
 """`python -m rlkern doctor`, and what broken installations say."""
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -158,6 +159,30 @@ def test_a_damaged_library(folder):
     name = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
     (folder / name).write_bytes(b"\x7fELF, and then nothing")
     assert load_error().startswith(f"{name} does not load here (")
+
+
+@pytest.mark.parametrize("system_has_one", [True, False])
+def test_a_pytorch_that_keeps_its_openmp_to_itself(monkeypatch, folder, system_has_one):
+    asked, loaded = [], object()
+
+    def import_module(name):
+        asked.append(name)
+        if len(asked) == 1:
+            raise ImportError("_cpu.so: undefined symbol: GOMP_parallel")
+        return loaded
+
+    def library(name, mode):
+        assert mode == ctypes.RTLD_GLOBAL
+        asked.append(name)
+        if not system_has_one:
+            raise OSError("libgomp.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(native_library.importlib, "import_module", import_module)
+    monkeypatch.setattr(native_library.ctypes, "CDLL", library)
+    if system_has_one:
+        assert native_library.load() is loaded and asked == ["rlkern._cpu", "libgomp.so.1", "rlkern._cpu"]
+    else:
+        assert load_error().startswith("no OpenMP library for the CPU kernels, neither torch's nor the system's (libgomp.so.1: cannot")
 
 
 def test_the_library_takes_openmp_from_pytorch():
