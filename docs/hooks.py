@@ -1,0 +1,104 @@
+"""What mkdocs does not know of this repository: pages outside of docs/, links between all of them, the reference.
+
+No text is copied. README.md is the home page, and the other pages of the top folder lie beside it. A source
+file that a page links to, or names as `path/to/file.py`, gets a page of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from posixpath import dirname, normpath, relpath
+
+import reference
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).resolve().parent.parent
+TOP = {path.name for path in ROOT.glob("*.md")}
+LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".sh": "bash", ".toml": "toml", ".cff": "yaml", ".yml": "yaml", ".txt": "text"}
+NAMED = re.compile(r"(?:(?:rlkern|tests|examples|benchmarks|triton_kernels|csrc|docs)/[\w/.-]+|[\w-]+)\.\w+")
+PARTS = re.compile(
+    r"^(?P<code>(```|~~~).*?^\2|(?: {4}|\t|#).*?$)"
+    r"|(?P<span>(?<!\[)`[^`\n]+`(?![^\[\]\n]*\]\())"
+    r"|(?P<before>\]\()(?!\w+:)(?P<path>[^)#\s]+)(?P<after>(?:#[^)\s]*)?\))",
+    re.M | re.S,
+)
+
+
+@cache
+def api() -> tuple[dict[str, str], dict[str, str]]:
+    """(page -> Markdown of the reference, what a page may call a public name -> that name)."""
+    package = reference.load(ROOT)
+    names = reference.offered(package)
+    flat = {name.removeprefix("rlkern."): name for name in names}
+    return dict(reference.pages(package)), {name: name for name in names} | flat
+
+
+def on_config(config: MkDocsConfig) -> None:
+    pages = [{text.splitlines()[0].lstrip("# "): page} for page, text in api()[0].items()]
+    config.nav.insert(len(config.nav) - 1, {"API reference": pages})
+
+
+def on_files(files: Files, config: MkDocsConfig) -> None:
+    for page, text in api()[0].items():
+        files.append(File.generated(config, page, content=text))
+    for name in TOP:
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
+    sources = {path for file in files.documentation_pages() for path in mentioned(repository_path(file.src_uri), file.content_string)}
+    for path in sorted(sources):
+        if files.get_file_from_path(uri := site_path(path)):
+            continue
+        if uri == f"source/{path}":
+            files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
+        else:
+            text = (ROOT / path).read_text()
+            files.append(File.generated(config, uri, content=f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n# {path}\n\n~~~~{LANGUAGES[Path(path).suffix]}\n{text}~~~~\n"))
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str | None:
+    uri = page.file.src_uri
+    if uri.startswith("source/"):
+        return None
+    source = repository_path(uri)
+
+    def part(found: re.Match[str]) -> str:
+        if path := target(source, found):
+            link = relpath(site_path(path), dirname(uri) or ".")
+            return f"[{found['span']}]({link})" if found["span"] else f"{found['before']}{link}{found['after']}"
+        if found["span"] and not uri.startswith("api/"):
+            called = found["span"].strip("`").partition("(")[0]
+            if called in api()[1] and (called.startswith("rlkern.") or not uri.startswith("trainers/")):
+                return f"[{found['span']}][{api()[1][called]}]"
+        return found[0]
+
+    return PARTS.sub(part, markdown)
+
+
+def mentioned(source: str, markdown: str) -> Iterator[str]:
+    return filter(None, (target(source, found) for found in PARTS.finditer(markdown)))
+
+
+def target(source: str, found: re.Match[str]) -> str | None:
+    """The file of the repository that a link or a `name` of the page `source` means, or None."""
+    if found["path"]:
+        return normpath(f"{dirname(source)}/{found['path']}").lstrip("/")
+    if found["span"] and NAMED.fullmatch(name := found["span"].strip("`")) and (ROOT / name).is_file():
+        return name
+    return None
+
+
+def repository_path(uri: str) -> str:
+    return uri if uri in TOP else f"docs/{uri}"
+
+
+def site_path(path: str) -> str:
+    """Where a file of the repository lies in the site."""
+    if path in TOP:
+        return path
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    return f"source/{path}.md" if Path(path).suffix in LANGUAGES else f"source/{path}"
