@@ -1,4 +1,4 @@
-"""What mkdocs does not know of this repository: pages outside of docs/, links between all of them, the reference.
+"""What mkdocs does not know of this repository: pages outside of docs/, links between them, the reference.
 
 No text is copied. README.md is the home page, and the other pages of the top folder lie beside it. A source
 file that a page links to, or names as `path/to/file.py`, gets a page of its own.
@@ -21,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOP = {path.name for path in ROOT.glob("*.md")}
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".sh": "bash", ".toml": "toml", ".cff": "yaml", ".yml": "yaml", ".txt": "text"}
 NAMED = re.compile(r"(?:(?:rlkern|tests|examples|benchmarks|triton_kernels|csrc|docs)/[\w/.-]+|[\w-]+)\.\w+")
+CALLED = re.compile(r"`(?:[\w, ]+ = )?([\w.]*)")
 PARTS = re.compile(
     r"^(?P<code>(```|~~~).*?^\2|(?: {4}|\t|#).*?$)"
     r"|(?P<span>(?<!\[)`[^`\n]+`(?![^\[\]\n]*\]\())"
@@ -34,8 +35,7 @@ def api() -> tuple[dict[str, str], dict[str, str]]:
     """(page -> Markdown of the reference, what a page may call a public name -> that name)."""
     package = reference.load(ROOT)
     names = reference.offered(package)
-    flat = {name.removeprefix("rlkern."): name for name in names}
-    return dict(reference.pages(package)), {name: name for name in names} | flat
+    return dict(reference.pages(package)), {called: name for name in names for called in (name, name.removeprefix("rlkern."))}
 
 
 def on_config(config: MkDocsConfig) -> None:
@@ -55,8 +55,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         if uri == f"source/{path}":
             files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
         else:
-            text = (ROOT / path).read_text()
-            files.append(File.generated(config, uri, content=f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n# {path}\n\n~~~~{LANGUAGES[Path(path).suffix]}\n{text}~~~~\n"))
+            files.append(File.generated(config, uri, content=source_page(path)))
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str | None:
@@ -70,12 +69,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             link = relpath(site_path(path), dirname(uri) or ".")
             return f"[{found['span']}]({link})" if found["span"] else f"{found['before']}{link}{found['after']}"
         if found["span"] and not uri.startswith("api/"):
-            called = found["span"].strip("`").partition("(")[0]
+            called = CALLED.match(found["span"])[1]
             if called in api()[1] and (called.startswith("rlkern.") or not uri.startswith("trainers/")):
                 return f"[{found['span']}][{api()[1][called]}]"
         return found[0]
 
     return PARTS.sub(part, markdown)
+
+
+def source_page(path: str) -> str:
+    text, language = (ROOT / path).read_text(), LANGUAGES[Path(path).suffix]
+    return f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n# {path}\n\n~~~~{language}\n{text}~~~~\n"
 
 
 def mentioned(source: str, markdown: str) -> Iterator[str]:
