@@ -144,7 +144,7 @@ $(VENV)/.trainers: $(VENV)/.built requirements-trainers.txt
 	$(INSTALL) --no-deps -c constraints.txt $(BARE_TRAINERS)
 	@touch $@
 
-$(VENV)/.docs: $(VENV)/.deps requirements-docs.txt
+$(VENV)/.docs: requirements-docs.txt constraints.txt | $(PY)
 	@echo "installing the packages of requirements-docs.txt into $(VENV)"
 	$(INSTALL) -r requirements-docs.txt -c constraints.txt
 	@touch $@

@@ -31,21 +31,20 @@ PARTS = re.compile(
 
 
 @cache
-def api() -> tuple[dict[str, str], dict[str, str]]:
-    """(page -> Markdown of the reference, what a page may call a public name -> that name)."""
+def api() -> tuple[list[tuple[str, str, str]], dict[str, str]]:
+    """(title, file, Markdown) of the reference's pages, and what a page may call a public name -> that name."""
     package = reference.load(ROOT)
     names = reference.offered(package)
-    return dict(reference.pages(package)), {called: name for name in names for called in (name, name.removeprefix("rlkern."))}
+    return list(reference.pages(package)), {called: name for name in names for called in (name, name.removeprefix("rlkern."))}
 
 
 def on_config(config: MkDocsConfig) -> None:
-    pages = [{text.splitlines()[0].lstrip("# "): page} for page, text in api()[0].items()]
-    config.nav.insert(len(config.nav) - 1, {"API reference": pages})
+    config.nav.insert(len(config.nav) - 1, {"API reference": [{title: file} for title, file, _ in api()[0]]})
 
 
 def on_files(files: Files, config: MkDocsConfig) -> None:
-    for page, text in api()[0].items():
-        files.append(File.generated(config, page, content=text))
+    for _, file, text in api()[0]:
+        files.append(File.generated(config, file, content=text))
     for name in TOP:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     sources = {path for file in files.documentation_pages() for path in mentioned(repository_path(file.src_uri), file.content_string)}
@@ -62,6 +61,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if uri.startswith("source/"):
         return None
+    if page.parent is None:  # the only page of its tab
+        page.meta["hide"] = ["navigation"]
     source = repository_path(uri)
 
     def part(found: re.Match[str]) -> str:

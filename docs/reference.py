@@ -86,16 +86,16 @@ def load(root: Path) -> Any:
     return griffe.load("rlkern", search_paths=[root], allow_inspection=False, extensions=griffe.Extensions(Docstrings()))
 
 
-def offered(package: Any) -> dict[str, str]:
-    """Shortest public name -> the path of its definition."""
-    found: dict[str, str] = {}
+def offered(package: Any) -> dict[str, Any]:
+    """Shortest public name -> its definition."""
+    found: dict[str, Any] = {}
     for prefix in ("", *(f"{name}." for name in SPACES)):
         space = package[prefix[:-1]] if prefix else package
         names = {name for name in space.members if not name.startswith("_")} if prefix == "losses." else space.exports
         for name in sorted(map(str, names)):
             value = _definition(space.members[name])
-            if value is not None and not value.is_module and value.path not in found.values():
-                found[f"rlkern.{prefix}{name}"] = value.path
+            if value is not None and not value.is_module and not any(value is other for other in found.values()):
+                found[f"rlkern.{prefix}{name}"] = value
     return found
 
 
@@ -107,15 +107,16 @@ def _definition(member: Any) -> Any:
         return None
 
 
-def pages(package: Any) -> Iterator[tuple[str, str]]:
-    """(file, Markdown) of every page of the reference."""
+def pages(package: Any) -> Iterator[tuple[str, str, str]]:
+    """(title, file, Markdown) of every page of the reference."""
     left = offered(package)
     for title, (intro, files) in PAGES.items():
         text = ""
         for file in files:
-            here = [name for name, path in left.items() if path.startswith(f"rlkern.{file}.")]
-            text += _entry(f"rlkern.{file}", []) * (file in TOLD) + "".join(map(_entry, here))
-            left = {name: path for name, path in left.items() if name not in here}
+            here = {name: value for name, value in left.items() if value.path.startswith(f"rlkern.{file}.")}
+            in_order = sorted(here, key=lambda name: (here[name].filepath, here[name].lineno))
+            text += _entry(f"rlkern.{file}", []) * (file in TOLD) + "".join(map(_entry, in_order))
+            left = {name: value for name, value in left.items() if name not in here}
         yield _page(title, intro, text)
     if left:
         raise ValueError(f"docs/reference.py: PAGES has no page for {', '.join(left)}")
@@ -133,8 +134,8 @@ def _entry(path: str, members: list[str] | None = None) -> str:
     return f"::: {path}\n" + (f"    options: {{members: {members}}}\n" if members is not None else "")
 
 
-def _page(title: str, intro: str, text: str) -> tuple[str, str]:
-    return f"api/{title.lower().replace(' ', '_')}.md", f"# {title}\n\n{intro}\n\n{text}"
+def _page(title: str, intro: str, text: str) -> tuple[str, str, str]:
+    return title, f"api/{title.lower().replace(' ', '_')}.md", f"---\nsearch: {{boost: 4}}\n---\n# {title}\n\n{intro}\n\n{text}"
 
 
 class Docstrings(griffe.Extension):

@@ -116,9 +116,8 @@ def click_through(page, origin):
     page.locator(".md-sidebar--primary").get_by_role("link", name="Policy losses").click()
     assert page.url == f"{origin}api/policy_losses.html" and page.locator("h1").inner_text().startswith("Policy losses")
     page.get_by_placeholder("Search").fill("lp_reg_loss")
-    result = page.locator(".md-search-result__link", has_text="lp_reg_loss").first
-    result.click()
-    page.wait_for_url("**/*lp_reg*")
+    page.locator(".md-search-result__link", has_text="rlkern.lp_reg_loss").first.click()
+    page.wait_for_url("**/api/policy_losses.html?h=*#rlkern.lp_reg_loss")
     scheme = page.locator("body").get_attribute("data-md-color-scheme")
     page.locator("label.md-header__button[for^=__palette]:visible").click()
     assert (scheme, page.locator("body").get_attribute("data-md-color-scheme")) == ("default", "slate")
