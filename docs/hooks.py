@@ -32,7 +32,7 @@ PARTS = re.compile(
 
 @cache
 def api() -> tuple[list[tuple[str, str, str]], dict[str, str]]:
-    """(title, file, Markdown) of the reference's pages, and what a page may call a public name -> that name."""
+    """(title, file, Markdown) of the reference's pages; what a page may call a public name -> that name."""
     package = reference.load(ROOT)
     names = reference.offered(package)
     return list(reference.pages(package)), {called: name for name in names for called in (name, name.removeprefix("rlkern."))}
@@ -89,11 +89,12 @@ def mentioned(source: str, markdown: str) -> Iterator[str]:
 
 def target(source: str, found: re.Match[str]) -> str | None:
     """The file of the repository that a link or a `name` of the page `source` means, or None."""
+    path = None
     if found["path"]:
-        return normpath(f"{dirname(source)}/{found['path']}").lstrip("/")
-    if found["span"] and NAMED.fullmatch(name := found["span"].strip("`")) and (ROOT / name).is_file():
-        return name
-    return None
+        path = normpath(f"{dirname(source)}/{found['path']}").lstrip("/")
+    elif found["span"] and NAMED.fullmatch(name := found["span"].strip("`")):
+        path = name
+    return path if path and (ROOT / path).is_file() else None  # mkdocs warns of a link without a file
 
 
 def repository_path(uri: str) -> str:

@@ -48,8 +48,8 @@ def read_all(page, start):
     found, ahead, origin = {}, [start], start.rpartition("/")[0]
     while ahead:
         address = ahead.pop()
-        page.goto(address, wait_until="domcontentloaded")
-        found[address] = page.evaluate(READ)
+        there = page.goto(address, wait_until="domcontentloaded").ok
+        found[address] = page.evaluate(READ) if there else {"anchors": [], "links": [], "images": [], "raw": []}
         links = {urldefrag(link).url for link in found[address]["links"] if link.startswith(origin)}
         ahead += sorted(link for link in links - found.keys() - set(ahead) if link.endswith(".html"))
     return found
