@@ -112,7 +112,7 @@ peers: $(VENV)/.deps  ## fetch the packages that benchmarks compare with into bu
 
 docs: $(VENV)/.docs  ## the documentation as a site in build/site
 	@test -x $(BIN)/mkdocs || { echo "mkdocs-material needs Python 3.11 or newer; make clean and make PYTHON=/path/to/python3 chooses another one"; exit 1; }
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/site/index.html; to search in it: python3 -m http.server -d build/site"
 
 package: $(VENV)/.deps  ## sdist and wheel in dist/

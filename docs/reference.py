@@ -13,6 +13,7 @@ from textwrap import dedent
 from typing import Any
 
 import griffe
+from mkdocs.exceptions import PluginError
 
 PAGES = {  # title -> what it says at the top, and the files whose public names it has
     "Token functions": (
@@ -119,7 +120,7 @@ def pages(package: Any) -> Iterator[tuple[str, str, str]]:
             left = {name: value for name, value in left.items() if name not in here}
         yield _page(title, intro, text)
     if left:
-        raise ValueError(f"docs/reference.py: PAGES has no page for {', '.join(left)}")
+        raise PluginError(f"docs/reference.py: PAGES has no page for {', '.join(left)}")
     for title, (intro, module) in MODULES.items():
         members = [member for member in package[module].members.values() if not member.is_alias and not member.is_private and member.docstring]
         yield _page(title, intro, "".join(_entry(member.path) for member in members))

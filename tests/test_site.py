@@ -74,11 +74,11 @@ def faults(found, origin, site):
 def test_the_site(tmp_path):
     pytest.importorskip("mkdocs", reason="mkdocs-material needs Python 3.11 or newer")
     before = os.times()
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
     after = os.times()
     print(f"built in {after.children_user - before.children_user:.1f} s of processor time")
-    assert built.returncode == 0 and not built.stdout + built.stderr, built.stdout + built.stderr
+    assert built.returncode == 0, built.stderr
     reference = "".join(page.read_text() for page in (tmp_path / "api").glob("*.html"))
     assert not [name for name in OFFERED if f'id="rlkern.{name}"' not in reference]
 
