@@ -14,11 +14,11 @@ from posixpath import dirname, normpath, relpath
 
 import reference
 from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import File, Files
+from mkdocs.structure.files import File, Files, InclusionLevel
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
-TOP = {path.name for path in ROOT.glob("*.md")}
+IN_NAV = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".sh": "bash", ".toml": "toml", ".cff": "yaml", ".yml": "yaml", ".txt": "text"}
 NAMED = re.compile(r"(?:(?:rlkern|tests|examples|benchmarks|triton_kernels|csrc|docs)/[\w/.-]+|[\w-]+)\.\w+")
 CALLED = re.compile(r"`(?:[\w, ]+ = )?([\w.]*)")
@@ -45,16 +45,17 @@ def on_config(config: MkDocsConfig) -> None:
 def on_files(files: Files, config: MkDocsConfig) -> None:
     for _, file, text in api()[0]:
         files.append(File.generated(config, file, content=text))
-    for name in TOP:
+    for name in IN_NAV:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
-    sources = {path for file in files.documentation_pages() for path in mentioned(repository_path(file.src_uri), file.content_string)}
-    for path in sorted(sources):
-        if files.get_file_from_path(uri := site_path(path)):
-            continue
-        if uri == f"source/{path}":
-            files.append(File.generated(config, uri, abs_src_path=str(ROOT / path)))
-        else:
-            files.append(File.generated(config, uri, content=source_page(path)))
+    ahead = list(files.documentation_pages())
+    while ahead:
+        page = ahead.pop()
+        for path in mentioned(repository_path(page.src_uri), page.content_string):
+            uri = site_path(path)
+            if not files.get_file_from_path(uri):
+                as_code = {"content": source_page(path)} if uri.endswith(f"{path}.md") else {"abs_src_path": str(ROOT / path)}
+                files.append(File.generated(config, uri, inclusion=InclusionLevel.NOT_IN_NAV, **as_code))
+                ahead += [files.get_file_from_path(uri)] if path.endswith(".md") else []
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str | None:
@@ -97,14 +98,18 @@ def target(source: str, found: re.Match[str]) -> str | None:
     return path if path and (ROOT / path).is_file() else None  # mkdocs warns of a link without a file
 
 
+def is_top(path: str) -> bool:
+    return path.endswith(".md") and "/" not in path and (ROOT / path).is_file()
+
+
 def repository_path(uri: str) -> str:
-    return uri if uri in TOP else f"docs/{uri}"
+    return uri if is_top(uri) else f"docs/{uri}"
 
 
 def site_path(path: str) -> str:
     """Where a file of the repository lies in the site."""
-    if path in TOP:
+    if is_top(path):
         return path
-    if path.startswith("docs/"):
-        return path.removeprefix("docs/")
-    return f"source/{path}.md" if Path(path).suffix in LANGUAGES else f"source/{path}"
+    if Path(path).suffix in LANGUAGES:
+        return f"source/{path}.md"
+    return path.removeprefix("docs/") if path.startswith("docs/") else f"source/{path}"

@@ -71,6 +71,7 @@ def faults(found, origin, site):
     yield from (f"no page links to {page}" for page in unread)
 
 
+@pytest.mark.slow
 def test_the_site(tmp_path):
     pytest.importorskip("mkdocs", reason="mkdocs-material needs Python 3.11 or newer")
     before = os.times()
