@@ -81,7 +81,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 def source_page(path: str) -> str:
     text, language = (ROOT / path).read_text(), LANGUAGES[Path(path).suffix]
-    return f"---\nsearch: {{exclude: true}}\nhide: [toc]\n---\n# {path}\n\n~~~~{language}\n{text}~~~~\n"
+    return f"---\nsearch: {{exclude: true}}\nhide: [navigation, toc]\n---\n# {path}\n\n~~~~{language}\n{text}~~~~\n"
 
 
 def mentioned(source: str, markdown: str) -> Iterator[str]:

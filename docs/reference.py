@@ -127,7 +127,8 @@ def pages(package: Any) -> Iterator[tuple[str, str, str]]:
     text = _entry("rlkern.integrations.logit_transforms")
     for module in sorted(package["integrations"].modules.values(), key=lambda module: module.name):
         if module.exports:
-            text += _entry(module.path, list(map(str, module.exports)))
+            public = {str(name): _definition(module.members[str(name)]) for name in module.exports}
+            text += _entry(module.path, [name for name, value in public.items() if value is not None and not value.is_attribute])
     yield _page("Integrations", INTEGRATIONS, text)
 
 
