@@ -29,7 +29,7 @@ TESTS ?= tests
 WORKERS ?= 2
 RANKS ?= 2
 
-.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers wheels clean
+.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers docs wheels clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,7 +54,7 @@ kept-sets: $(VENV)/.built  ## importance ratios of tokens sampled with top-p, wi
 parallel: $(VENV)/.built  ## GRPO with the output matrix cut over RANKS=2 processes, compared with one process (ARGS="--steps 6")
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) examples/tensor_parallel.py $(ARGS)
 
-test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_operator.py, WORKERS=1, ARGS="-k name" narrow it)
+test: $(VENV)/.trainers $(VENV)/.docs  ## all tests (TESTS=tests/test_operator.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)
 
 fuzz: $(VENV)/.built  ## random calls of the public functions, to find bare errors, crashes and NaN (ARGS="--calls 20000 --seed 1")
@@ -113,6 +113,11 @@ peers: $(VENV)/.deps  ## fetch the packages that benchmarks compare with into bu
 wheels: $(VENV)/.deps  ## sdist and manylinux wheels in dist/, for every CPython here, audited and tried (ARGS="--torch 2.6.0 2.14.1")
 	$(PY) release/wheels.py $(ARGS)
 
+docs: $(VENV)/.docs  ## the documentation as a site in build/site
+	@test -x $(BIN)/mkdocs || { echo "mkdocs-material needs Python 3.11 or newer; make clean and make PYTHON=/path/to/python3 chooses another one"; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "build/site/index.html; to search in it: python3 -m http.server -d build/site"
+
 clean:  ## remove everything that make made
 	rm -rf $(VENV) .editable build dist out *.egg-info rlkern/*.so .benchmarks .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -137,4 +142,9 @@ $(VENV)/.trainers: $(VENV)/.built requirements-trainers.txt
 	@echo "installing the trainers of requirements-trainers.txt into $(VENV) (the first time: a minute)"
 	$(INSTALL) -r requirements-trainers.txt -c constraints.txt
 	$(INSTALL) --no-deps -c constraints.txt $(BARE_TRAINERS)
+	@touch $@
+
+$(VENV)/.docs: requirements-docs.txt constraints.txt | $(PY)
+	@echo "installing the packages of requirements-docs.txt into $(VENV)"
+	$(INSTALL) -r requirements-docs.txt -c constraints.txt
 	@touch $@

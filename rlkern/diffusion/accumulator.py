@@ -278,12 +278,17 @@ class BGPOAccumulator:
     def metrics(self) -> dict[str, Tensor]:
         """Over the draws whose loss was taken. Detached 0-d tensors on the device, not read on the host.
 
-        loss: their sum. elbo: mean over the sequences of sum_j omega_j ell_j, with the weights of missing
-        draws given to those there. d_mean, d_max: of the log ratios d_j. clip_fraction: of (sequence, draw)
-        without gradient because of a bound. ess: the effective number of draws, mean over the sequences of
-        (sum_j omega_j exp(d_j))^2 / sum_j (omega_j exp(d_j))^2; n on-policy with equal weights. sequences,
-        draws: how many sequences and how many (sequence, draw), by which `rlkern.reduce_metrics`
-        weighs these. RuntimeError before the first loss.
+        loss: their sum.
+        elbo: mean over the sequences of sum_j omega_j ell_j, with the weights of missing draws given to those
+            there.
+        d_mean, d_max: of the log ratios d_j.
+        clip_fraction: of (sequence, draw) without gradient because of a bound.
+        ess: the effective number of draws, mean over the sequences of
+            (sum_j omega_j exp(d_j))^2 / sum_j (omega_j exp(d_j))^2; n on-policy with equal weights.
+        sequences, draws: how many sequences and how many (sequence, draw), by which `rlkern.reduce_metrics`
+            weighs these.
+
+        RuntimeError before the first loss.
         """
         if not self._seen:
             raise RuntimeError("metrics needs at least one loss first")

@@ -40,7 +40,9 @@ class BGPOStats(NamedTuple):
 
 
 class BGPOOutput(NamedTuple):
-    """loss: 0-d, carries the gradient, to be summed over the draws. stats: see `BGPOStats`."""
+    """loss: 0-d, carries the gradient, to be summed over the draws.
+    stats: see `BGPOStats`.
+    """
 
     loss: Tensor
     stats: BGPOStats

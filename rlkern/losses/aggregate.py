@@ -16,7 +16,8 @@ from ..primitives.token_terms import TokenTerms
 
 
 class LossOutput(NamedTuple):
-    """loss: 0-d, carries the gradient. metrics: detached 0-d tensors by name, of the loss's device and dtype.
+    """loss: 0-d, carries the gradient.
+    metrics: detached 0-d tensors by name, of the loss's device and dtype.
 
     Nothing was read on the host. `rlkern.reduce_metrics` merges metrics by the counts among them.
     """

@@ -45,8 +45,10 @@ class _Penalty(NamedTuple):
 
 
 class FusedOutput(NamedTuple):
-    """loss: 0-d, carries the gradient. metrics: as in `LossOutput`; none of a loss of the caller's. stats:
-    those of all rows, without gradient."""
+    """loss: 0-d, carries the gradient.
+    metrics: as in `LossOutput`; none of a loss of the caller's.
+    stats: those of all rows, without gradient.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]

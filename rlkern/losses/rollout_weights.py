@@ -140,8 +140,8 @@ def rollout_weights(
         KL(rollout, train)), abs_difference_mean and _max of x, ess (the effective sample size of the weights,
         a fraction of the units: tokens or sequences), weight_mean, ratio_max, ratio_min (of the units),
         fraction_high, fraction_low (units beyond a bound), masked_fraction (tokens rejected),
-        sequences_masked_fraction, gate/<name> (tokens that this gate rejects), unscored_fraction, chi2_token,
-        chi2_sequence, log_ppl_difference, and the counts tokens, sequences, units.
+        sequences_masked_fraction, `gate/<name>` (tokens that this gate rejects), unscored_fraction,
+        chi2_token, chi2_sequence, log_ppl_difference, and the counts tokens, sequences, units.
 
     Raises:
         TypeError, ValueError: for dtypes, shapes, devices, names and bounds other than the above. With a

@@ -17,8 +17,12 @@ from ..primitives.kinks import number
 
 
 class DIDEntropy(NamedTuple):
-    entropy: Tensor  # nats. An estimate, so it may be negative
-    effective_sample_size: Tensor  # (sum w)^2 / sum w^2, between 1 and K. Near 1 the estimate says nothing
+    """entropy: in nats. An estimate, so it may be negative.
+    effective_sample_size: (sum w)^2 / sum w^2, between 1 and K. Near 1 the estimate says nothing.
+    """
+
+    entropy: Tensor
+    effective_sample_size: Tensor
 
 
 @torch.no_grad()

@@ -50,8 +50,8 @@ class GRPOTrainer(_GRPOTrainer):
     by the mean of its weights, as at TRL's sequence level. "vespo" takes them into the sequence's ratio, as
     TRL's. "gmpo" and "nft" refuse them.
 
-    Metrics of the loss are logged as "rlkern/<name>": those of all tokens of all micro-batches and processes
-    since the last log (`reduce_metrics`).
+    Metrics of the loss are logged as `"rlkern/<name>"`: those of all tokens of all micro-batches and
+    processes since the last log (`reduce_metrics`).
 
     clip_cov, kl_cov and lp_reg select among the tokens of a process's micro-batch. With select_over="group"
     among their options they select among those of all processes' micro-batches that come at the same time,
