@@ -114,8 +114,8 @@ wheels: $(VENV)/.deps  ## sdist and manylinux wheels in dist/, for every CPython
 	$(PY) release/wheels.py $(ARGS)
 
 docs: $(VENV)/.docs  ## the documentation as a site in build/site
-	@test -x $(BIN)/mkdocs || { echo "mkdocs-material needs Python 3.11 or newer; make clean and make PYTHON=/path/to/python3 chooses another one"; exit 1; }
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@$(PY) -c "import mkdocs" 2>/dev/null || { echo "mkdocs-material needs Python 3.11 or newer; make clean and make PYTHON=/path/to/python3 chooses another one"; exit 1; }
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	@echo "build/site/index.html; to search in it: python3 -m http.server -d build/site"
 
 clean:  ## remove everything that make made
