@@ -1,14 +1,15 @@
-"""Random calls, numerical properties and steered bytes, for a number of minutes; a summary; 1 if anything is wrong.
+"""Random calls, numerical properties and steered bytes, for some minutes. Exit status 1 if anything is wrong.
 
-    make fuzz                                       # ten minutes
-    make fuzz ARGS="--minutes 30 --seed 1"
-    make fuzz ARGS="--parts random --calls 20000"   # RLKERN_BACKEND=reference tries another backend
-    make fuzz ARGS="--only 1234"                    # what was found, again, with its traceback
+make fuzz                                       # ten minutes
+make fuzz ARGS="--minutes 30 --seed 1"
+make fuzz ARGS="--parts random --calls 20000"   # RLKERN_BACKEND=reference tries another backend
+make fuzz ARGS="--only 1234"                    # what was found, again, with its traceback
 """
 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import importlib.util
 import os
 import sys
@@ -43,6 +44,7 @@ def child(part: str, seed: int, calls: int, first: int, end: float) -> None:
 
 def again(where: str, seed: int) -> str | None:
     """One finding again, loudly: what is wrong with it, or None."""
+    faulthandler.enable()
     warnings.filterwarnings("ignore")
     from fuzz import byte_calls, properties, random_calls
 
@@ -71,7 +73,7 @@ def crashes(part: str):
     def newest(last: str) -> str:
         found = sorted(set(FOLDER.glob(f"{part}-*")) - known, key=lambda path: path.stat().st_mtime)
         known.update(found)
-        return str(found[-1]) if found else f"{FOLDER / part}.log"
+        return os.path.relpath(found[-1] if found else f"{FOLDER / part}.log")
 
     return newest
 
@@ -88,6 +90,7 @@ def summary(outcomes: list[Outcome], everything: dict[str, tuple[int, str]]) -> 
 def everything() -> dict[str, tuple[int, str]]:
     """How much each part could cover."""
     from calls import CALLS
+
     from fuzz import byte_calls, properties
 
     return {
@@ -104,18 +107,21 @@ def search(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("atheris") is None and set(STEERED) & set(parts):
         parts = [part for part in parts if part not in STEERED]
         print(f"{' and '.join(STEERED)}: left out, atheris is not installed (it has wheels for CPython 3.10 to 3.13 on x86-64 Linux)")
-    outcomes = []
+    outcomes, repeats = [], []
+
+    def told(where: str, what: str) -> None:
+        print(f"{where}: {what}".replace(" | ", "\n    "), flush=True)
+        repeats.append(f'make fuzz ARGS="--seed {options.seed} --only {where}"')
+
     for part in parts:
         seconds = 60 * options.minutes * SHARES[part] / sum(SHARES[part] for part in parts)
-
-        def told(where: str, what: str) -> None:
-            again = f'make fuzz ARGS="--seed {options.seed} --only {where}"'
-            print("\n    ".join([f"{where}: {what}".replace(" | ", "\n    "), again]), flush=True)
 
         outcomes.append(watch(part, commands(part, options), seconds, told, crashes(part), FOLDER / f"{part}.log"))
         print(f"{part}: {outcomes[-1].calls:,} calls, {len(outcomes[-1].findings)} findings", flush=True)
     print(f"\n{summary(outcomes, everything())}")
-    return 1 if any(o.findings for o in outcomes) else 0
+    if repeats:
+        print("\n".join(["", "Again, one by one:", *repeats]))
+    return 1 if repeats else 0
 
 
 def positive(text: str) -> float:

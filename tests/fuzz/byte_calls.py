@@ -1,6 +1,6 @@
 """Calls whose every choice is made by bytes, for atheris to vary: of the argument checks, and of the kernels.
 
-    wrong = run("kernels", data)  # what is wrong with it, or None
+wrong = run("kernels", data)  # what is wrong with it, or None
 """
 
 import functools
@@ -22,7 +22,8 @@ SEGMENTED = 32  # columns of two parts are a multiple
 VOCABS = (*random_calls.VOCABS, 8, 15, 64, 130, 257)
 LONGEST = {"arguments": 256, "kernels": 512}
 
-@functools.lru_cache(maxsize=None)
+
+@functools.cache
 def _calls(vocab: int, **size) -> list[Call]:
     calls = valid_calls(vocab=vocab, **size)
     return calls + [in_segments(call, vocab) for call in calls if "segments" in call.parameters and not WHOLE & call.arguments.keys()]
@@ -92,4 +93,4 @@ def run(part: str, data: bytes, covers: Callable[[str], None] = lambda name: Non
 
 def everything(part: str) -> int:
     """How much there is to cover."""
-    return len(_calls(1, batch=1, length=1)) if part == "arguments" else len(kernels.FUNCTIONS) * len(native.isas())
+    return len({call.name for call in _calls(1, batch=1, length=1)}) if part == "arguments" else len(kernels.FUNCTIONS) * len(native.isas())

@@ -14,6 +14,7 @@ import rlkern
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WRONG = (None, "x", [], True, -1, 0, 10**400, 1e300, math.nan, math.inf, -math.inf, 1j, 2.5)
 NUMBERS = (0, 1, 2, 0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4)
+SETS = {"keep", "sampling_mask", "kept_tokens"}
 ROWS = {"logits", "other", "hidden", "mask_logits", "reference_logits", "shifted_logits"}
 
 
@@ -64,8 +65,8 @@ def strides(r: random.Random, arguments: dict) -> dict:
 def values(r: random.Random, arguments: dict) -> dict:
     """Numbers at the edges of what is legal."""
     changed, how = dict(arguments), r.choice(("ties", "large", "offset", "confident", "constant", "forbidden"))  # both sides alike
-    if how == "forbidden" and ("labels" in arguments or "offset" in arguments):  # no limit where both responses are impossible, nor for the Z-loss
-        how = "ties"
+    if how == "forbidden" and arguments.keys() & {"labels", "offset", *SETS}:
+        how = "ties"  # no limit where both responses are impossible, where all of a row's set is, nor for the Z-loss
     for name in _tensors(arguments):
         x = arguments[name]
         if not x.dtype.is_floating_point or x.numel() == 0 or (how != "forbidden" and r.random() < 0.5):

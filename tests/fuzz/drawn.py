@@ -1,4 +1,4 @@
-"""What hypothesis draws for properties.py: rows of logits, and options. Small numbers of rows, awkward sizes."""
+"""What hypothesis draws for properties.py: few rows of logits, of awkward sizes, and options."""
 
 import math
 

@@ -1,7 +1,7 @@
 """The parts of the fuzz in child processes: a crash is one more finding and not the end.
 
-A child says on its standard output, one line each: `call` for every call that it begins, with what repeats it if
-that is known beforehand; `covers NAME`; `found WHERE WHAT`.
+A child says on its standard output, one line each: `call` for every call that it begins, with what repeats
+it if that is known beforehand; `covers NAME`; `found WHERE WHAT`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 CRASHES = 10  # of one part, then it ends
+OVERDUE = 180  # seconds behind its time a child is killed: a call hangs
 
 
 def say(*words: object) -> None:
@@ -57,6 +59,8 @@ def watch(
         while time.monotonic() < start + seconds and crashes < CRASHES:
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             child = subprocess.Popen(command(outcome.calls, start + seconds), stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+            overdue = threading.Timer(start + seconds + OVERDUE - time.monotonic(), child.kill)
+            overdue.start()
             for line in child.stdout:
                 word, _, rest = line.rstrip("\n").partition(" ")
                 if word == "call":
@@ -65,10 +69,12 @@ def watch(
                     outcome.covered.add(rest)
                 elif word == "found":
                     found(*rest.split(" ", 1))
-            if child.wait() == 0:
+            status = child.wait()
+            overdue.cancel()
+            if status == 0:
                 break
             crashes += 1
-            found(crashed(last), f"the process died with {child.returncode}")
+            found(crashed(last), f"the process died with {status}")
     outcome.seconds = time.monotonic() - start
     return outcome
 

@@ -206,12 +206,12 @@ def did_entropy(logits: Tensor, reference_logits: Tensor, layout: str, temperatu
 
 
 def _same(got: Tensor, want: Tensor, leaves: list[Tensor], exact: list[Tensor], scale: float = 1.0) -> None:
-    """Values, to a part of the `scale` of what they are summed up of; gradients for 1, 2, ... as upstream ones."""
+    """Values, to a part of the `scale` of what they are the sums of; gradients for upstream 1, 2, ..."""
     tol = _precision(leaves[0])
     _close(got, want, tol, 0.3 * tol * scale, "values")
     upstream = torch.arange(1.0, got.numel() + 1, dtype=torch.float64).view(got.shape)
     finite = want.isfinite()
-    for x, values in ((leaves, got), (exact, want)):
+    for values in (got, want):
         (torch.where(finite, values.double(), 0) * upstream).sum().backward()
     for i, (x, y) in enumerate(zip(leaves, exact, strict=True)):
         rtol = max(tol, oracle.TOLERANCE[x.dtype])
@@ -225,8 +225,8 @@ def _same(got: Tensor, want: Tensor, leaves: list[Tensor], exact: list[Tensor], 
 
 @st.composite
 def _sequences(draw):
-    lengths, vocab, dtype = draw(st.lists(st.integers(0, 5), min_size=1, max_size=5)), draw(st.sampled_from((1, 2, 7, 33))), draw(st.sampled_from(drawn.DTYPES))
-    n = sum(lengths)
+    lengths = draw(st.lists(st.integers(0, 5), min_size=1, max_size=5))
+    n, vocab, dtype = sum(lengths), draw(st.sampled_from((1, 2, 7, 33))), draw(st.sampled_from(drawn.DTYPES))
     labels, ignored = draw(drawn.integers((n,), 0, vocab)), draw(drawn.masks((n,)))
     return {
         "logits": draw(drawn.rows((n,), vocab, dtype, odd=False, infinite=False)),
@@ -331,8 +331,8 @@ def dpo_loss(beta: float, label_smoothing: float, **logps: Tensor) -> None:
 
 
 def examine(name: str, round: int, seed: int, database=None, begins: Callable[[], None] = lambda: None) -> str | None:
-    """What is wrong with a property on some instruction set, or None: the error, the smallest case as a line of
-    code, and hypothesis's own way to repeat it."""
+    """What is wrong with a property on some instruction set, or None: the error, the smallest case as a line
+    of code, and hypothesis's own way to repeat it."""
     check, strategy = PROPERTIES[name]
     failed, end = {}, math.inf  # code of a failing case -> the error
 

@@ -1,6 +1,7 @@
-"""Calls that atheris steers: it changes bytes, and keeps those that reach lines of rlkern not reached before."""
+"""Calls that atheris steers: it changes bytes, and keeps those that reach new lines of rlkern."""
 
 import hashlib
+import os
 import re
 import sys
 import time
@@ -17,7 +18,8 @@ from .parts import say
 
 
 def run(part: str, folder: Path, seed: int, end: float) -> None:
-    """Until `end` of time.monotonic(), and then ends the process. A crash leaves its bytes in the folder as `PART-crash-...`, all else is said."""
+    """Until `end` of time.monotonic(); then the process ends. A crash leaves its bytes in the folder as
+    `PART-crash-...`, all else is said."""
     corpus = folder / "corpus" / part
     corpus.mkdir(parents=True, exist_ok=True)
     covered, found = set(), set()
@@ -34,7 +36,7 @@ def run(part: str, folder: Path, seed: int, end: float) -> None:
             found.add(kind)
             file = folder / f"{part}-{hashlib.sha1(data).hexdigest()[:12]}"
             file.write_bytes(data)
-            say("found", file, wrong.replace("\n", " "))
+            say("found", os.path.relpath(file), wrong.replace("\n", " "))
 
     warnings.filterwarnings("ignore")
     limits = [f"-max_total_time={max(1, round(end - time.monotonic()))}", f"-max_len={byte_calls.LONGEST[part]}", "-timeout=60", "-rss_limit_mb=8192"]
