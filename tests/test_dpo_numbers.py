@@ -79,6 +79,20 @@ def test_impossible_chosen_response():
         assert torch.autograd.grad(losses.sum(), inf)[0].item() == slope, kind
 
 
+def test_impossible_responses_of_weight_0():
+    """Both of them, under both models: there is no ratio. Rewards are as they are without weights."""
+    inf = torch.tensor([-math.inf, -1.0])
+    for kind in ("sigmoid", "hinge", "ipo", "cpo"):
+        policy = [inf.clone().requires_grad_() for _ in range(2)]
+        reference = (None, None) if kind == "cpo" else (inf, inf)
+        out = dpo_loss(*policy, *reference, 1.0, loss_type=kind, weights=torch.tensor([0.0, 2.0]))
+        plain = dpo_loss(*policy, *reference, 1.0, loss_type=kind)
+        assert out.losses.tolist() == [0, 2 * plain.losses[1]]
+        torch.testing.assert_close(out.chosen_rewards, plain.chosen_rewards, rtol=0, atol=0, equal_nan=True)
+        for gradient in torch.autograd.grad(out.losses.sum(), policy):
+            assert gradient[0] == 0 and gradient[1] != 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_half_precision_inputs_are_computed_in_float32(dtype):
     pc, pr, rc, rr, lc, lr = (x.detach().to(dtype) if x.dtype.is_floating_point else x for x in draw())

@@ -1,9 +1,11 @@
 """Random calls, numerical properties and steered bytes, for some minutes. Exit status 1 if anything is wrong.
 
-make fuzz                                       # ten minutes
-make fuzz ARGS="--minutes 30 --seed 1"
-make fuzz ARGS="--parts random --calls 20000"   # RLKERN_BACKEND=reference tries another backend
-make fuzz ARGS="--only 1234"                    # what was found, again, with its traceback
+    make fuzz                                       # ten minutes
+    make fuzz ARGS="--minutes 30 --seed 1"
+    make fuzz ARGS="--parts random --calls 20000"   # RLKERN_BACKEND=reference tries another backend
+    make fuzz ARGS="--only 1234"                    # what was found, again, with its traceback
+
+The package's docstring says what the parts are.
 """
 
 from __future__ import annotations
