@@ -15,6 +15,7 @@ import faulthandler
 import importlib.util
 import os
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -70,12 +71,11 @@ def crashes(part: str):
     """What `call` said last -> where a crash is: for bytes, the file that libFuzzer left."""
     if part not in STEERED:
         return lambda last: last or f"{part}:?"
-    known = set(FOLDER.glob(f"{part}-*"))
+    log, start = FOLDER / f"{part}.log", time.time()
 
     def newest(last: str) -> str:
-        found = sorted(set(FOLDER.glob(f"{part}-*")) - known, key=lambda path: path.stat().st_mtime)
-        known.update(found)
-        return os.path.relpath(found[-1] if found else f"{FOLDER / part}.log")
+        left = [(path.stat().st_mtime, path) for kind in ("crash", "timeout", "oom") for path in FOLDER.glob(f"{part}-{kind}-*")]
+        return os.path.relpath(max((file for file in left if file[0] >= start), default=(0, log))[1])
 
     return newest
 

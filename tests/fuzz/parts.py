@@ -52,8 +52,9 @@ def watch(
     outcome, start, last, crashes = Outcome(name), time.monotonic(), "", 0
 
     def found(where: str, what: str) -> None:
-        outcome.findings.append(where)
-        told(where, what)
+        if where not in outcome.findings:
+            outcome.findings.append(where)
+            told(where, what)
 
     with open(log or os.devnull, "w") as errors:
         while time.monotonic() < start + seconds and crashes < CRASHES:
