@@ -69,9 +69,9 @@ def commands(part: str, options: argparse.Namespace):
 
 def crashes(part: str):
     """What `call` said last -> where a crash is: for bytes, the file that libFuzzer left."""
-    if part not in STEERED:
-        return lambda last: last or f"{part}:?"
     log, start = FOLDER / f"{part}.log", time.time()
+    if part not in STEERED:
+        return lambda last: last or os.path.relpath(log)
 
     def newest(last: str) -> str:
         left = [(path.stat().st_mtime, path) for kind in ("crash", "timeout", "oom") for path in FOLDER.glob(f"{part}-{kind}-*")]
@@ -113,11 +113,10 @@ def search(options: argparse.Namespace) -> int:
 
     def told(where: str, what: str) -> None:
         print(f"{where}: {what}".replace(" | ", "\n    "), flush=True)
-        repeats.append(f'make fuzz ARGS="--seed {options.seed} --only {where}"')
+        repeats.append(f"cat {where}" if where.endswith(".log") else f'make fuzz ARGS="--seed {options.seed} --only {where}"')
 
     for part in parts:
         seconds = 60 * options.minutes * SHARES[part] / sum(SHARES[part] for part in parts)
-
         outcomes.append(watch(part, commands(part, options), seconds, told, crashes(part), FOLDER / f"{part}.log"))
         print(f"{part}: {outcomes[-1].calls:,} calls, {len(outcomes[-1].findings)} findings", flush=True)
     print(f"\n{summary(outcomes, everything())}")
@@ -146,8 +145,9 @@ def main() -> int:
         child(part, options.seed, options.calls, int(first), float(end))
         return 0
     if options.only is not None:
-        if not options.only.isdecimal() and ":" not in options.only and not Path(options.only).is_file():
-            parser.error(f"--only takes the index of a random call, property:round or a file of {FOLDER}, got {options.only}")
+        of_bytes = Path(options.only).is_file() and Path(options.only).name.startswith(tuple(f"{part}-" for part in STEERED))
+        if not options.only.isdecimal() and ":" not in options.only and not of_bytes:
+            parser.error(f"--only takes the index of a random call, property:round or a file that make fuzz wrote, got {options.only}")
         wrong = again(options.only, options.seed)
         print(wrong or "nothing wrong")
         return 1 if wrong else 0

@@ -87,9 +87,8 @@ def _token_stats(draw):
         "mask": draw(drawn.masks(lead)),
         "temperature": 1.0 if capped else draw(drawn.temperatures(lead, dtype)),
         "with_sum_sq": draw(st.booleans()),
-        "with_tail": bool(k) and draw(st.booleans()),
         "only": draw(st.none() | st.sampled_from((["logp"], ["entropy"], ["logp", "entropy"]))),
-        **draw(st.just({}) | options(min_p=st.sampled_from((0.01, 0.1, 0.9))) | options(min_prob=st.sampled_from((0.001, 0.02)))),
+        **draw(options(min_p=st.sampled_from((0.01, 0.1, 0.9))) | options(min_prob=st.sampled_from((0.001, 0.02))) | st.just({"with_tail": bool(k)})),
         **capped,
     }
 
@@ -103,10 +102,7 @@ def token_stats(logits: Tensor, targets: Tensor, layout: str, mask: Tensor | Non
         top = u.amax(-1, keepdim=True) + math.log(min_p) if min_p is not None else u.logsumexp(-1, keepdim=True) + math.log(min_prob)
         if _near(u, top):
             return
-    if more["with_tail"] and min_p is not None or min_prob is not None:
-        more["with_tail"] = False
-    kept = {"min_p": min_p} if min_p is not None else {"min_prob": min_prob} if min_prob is not None else {}
-    oracle.check(logits, targets, mask=mask, temperature=temperature, **kept, **more)
+    oracle.check(logits, targets, mask=mask, temperature=temperature, min_p=min_p, min_prob=min_prob, **more)
 
 
 @st.composite
@@ -388,4 +384,6 @@ def search(folder: Path, seed: int, first: int, end: float) -> None:
 
 def again(where: str, seed: int) -> str | None:
     name, round = where.split(":")
+    if name not in PROPERTIES or not round.isdecimal():
+        raise ValueError(f"expected PROPERTY:ROUND with one of {', '.join(PROPERTIES)}, got {where}")
     return examine(name, int(round), seed)
