@@ -29,7 +29,7 @@ TESTS ?= tests
 WORKERS ?= 2
 RANKS ?= 2
 
-.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers docs wheels clean
+.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz soak lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers docs wheels clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,8 +57,11 @@ parallel: $(VENV)/.built  ## GRPO with the output matrix cut over RANKS=2 proces
 test: $(VENV)/.trainers $(VENV)/.docs  ## all tests (TESTS=tests/test_operator.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)
 
-fuzz: $(VENV)/.built  ## random calls of the public functions, to find bare errors, crashes and NaN (ARGS="--calls 20000 --seed 1")
-	$(PY) tests/fuzz.py $(ARGS)
+fuzz: $(VENV)/.fuzz  ## ten minutes of random calls, numerical properties and steered bytes (ARGS="--minutes 30 --seed 1")
+	$(PY) tests/fuzz $(ARGS)
+
+soak: $(VENV)/.built  ## thirty minutes of legal calls from several threads: same bits, flat memory (ARGS="--minutes 2")
+	$(PY) tests/soak.py $(ARGS)
 
 lint: $(VENV)/.deps  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
@@ -136,6 +139,10 @@ $(VENV)/.deps: requirements-dev.txt constraints.txt Makefile | $(PY)
 $(VENV)/.built: $(VENV)/.deps $(NATIVE_SOURCES)
 	@echo "building the CPU kernels and installing rlkern in place"
 	$(INSTALL) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.fuzz: $(VENV)/.built requirements-fuzz.txt
+	$(INSTALL) -r requirements-fuzz.txt -c constraints.txt
 	@touch $@
 
 $(VENV)/.trainers: $(VENV)/.built requirements-trainers.txt

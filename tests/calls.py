@@ -1,5 +1,5 @@
 """Valid calls of every public function, one for every way to call it. test_errors_everywhere.py makes one
-argument at a time wrong, fuzz.py varies them. Those of the losses are the cases of the battery."""
+argument at a time wrong, fuzz/ varies them. Those of the losses are the cases of the battery."""
 
 from __future__ import annotations
 

@@ -81,15 +81,23 @@ def draw_case(seed: int, *, vocabs=(1, 3, 31, 32, 33, 40, 300), rows=(1, 4, 7), 
     order = logits.float().argsort(-1, descending=True) if kind == "at_least" else torch.rand(n, vocab, generator=g).argsort(-1)
     sets = torch.zeros(n, vocab, dtype=torch.bool).scatter_(-1, order, torch.arange(vocab) < count)
     empty = r.choice(("everything", "nothing"))
-    keep = kept_as(kind, sets, empty=empty, seed=seed, logits=logits)
-    if kind == "at_least":
-        sets = logits >= keep.entries.unsqueeze(-1).to(torch.float64)  # ties, too
     k = 3 if outside == "minus_inf" and r.random() < 0.5 else 1
     targets = torch.randint(0, vocab, (n, k), generator=g)
     targets[:, 0] = torch.where(torch.rand(n, generator=g) < 0.6, sets.int().argmax(-1), targets[:, 0])
     targets[2:3], targets[-1:, 1:] = -100, -100
     mask = torch.ones(n, dtype=torch.bool)
     mask[1:2] = False
+    options = {"mask": mask, "outside": outside, "temperature": r.choice((1.0, 0.7, 0.5 + torch.rand(n, generator=g)))}
+    options |= {"min_p": r.choice((None, 0.1)), "softcap": r.choice((None, 3.0)), "with_sum_sq": True}
+    return case_of(logits, targets, sets, kind, empty, options, seed)
+
+
+def case_of(logits: Tensor, targets: Tensor, sets: Tensor, kind: str, empty: str, options: dict, seed: int = 0) -> Case:
+    """Of logits [N, V], targets [N, K] and sets bool [N, V] of at most 8 ids each, in a format. Those of
+    "at_least" hold the largest logits of each row."""
+    keep, mask, outside = kept_as(kind, sets, empty=empty, seed=seed, logits=logits), options["mask"], options["outside"]
+    if kind == "at_least":
+        sets = logits >= keep.entries.unsqueeze(-1).to(torch.float64)  # ties, too
     read = mask.unsqueeze(-1) & (targets != -100).any(-1, keepdim=True)
     y = targets.clamp(min=0)
     open_ = ~sets.any(-1, keepdim=True) & (empty == "everything" and kind in KINDS[:4])
@@ -99,10 +107,8 @@ def draw_case(seed: int, *, vocabs=(1, 3, 31, 32, 33, 40, 300), rows=(1, 4, 7), 
         inside = inside.scatter(-1, y, True)
     elif outside == "everything":
         inside = inside | ~found
-    options = {"mask": mask, "outside": outside, "temperature": r.choice((1.0, 0.7, 0.5 + torch.rand(n, generator=g)))}
-    options |= {"min_p": r.choice((None, 0.1)), "softcap": r.choice((None, 3.0)), "with_sum_sq": True}
     target_kept = found | (targets == -100) | ~read
-    if k == 1:
+    if targets.shape[-1] == 1:
         targets, target_kept = targets[:, 0], target_kept[:, 0]
     return Case(logits, targets, sets, inside, target_kept, keep, options)
 

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+import rlkern
+
 KINDS = ("reverse_kl", "forward_kl", "mixed_kl", "cross_entropy", "jsd", "skew_forward_kl", "skew_reverse_kl", "alpha", "total_variation")
 NATIVE = KINDS[:-2]  # kinds with kernels
 DIVERGENCES = tuple(kind for kind in KINDS if kind != "cross_entropy")  # 0 for equal rows
@@ -92,3 +94,31 @@ def precise(logits, other, kind="reverse_kl", beta=0.5, temperature=1.0, other_t
     mean = p_g.sum(-1, keepdim=True)
     gradient = _scaled(p_g - p * mean, temperature).masked_fill(value.unsqueeze(-1) == math.inf, math.nan)
     return value, gradient, _scaled(p_g.abs() + p * mean.abs(), temperature).amax(-1)
+
+
+def both(z, w, **options):
+    """(value, gradient)"""
+    leaf = z.detach().requires_grad_()  # no copy: strides and address are part of the case
+    value = rlkern.token_divergence(leaf, w, **options)
+    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+
+def assert_value(got, expected, rtol):
+    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=0, equal_nan=True)
+
+
+def assert_gradient(got, expected, largest, rtol):
+    """To rtol of the largest term of the row, and once rounded to the dtype."""
+    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(got.dtype, 0.0)
+    smallest = 2**-24 if got.dtype == torch.float16 else 0.0
+    allowed = rtol * largest.nan_to_num(0.0).unsqueeze(-1) + rounding * expected.abs() + smallest
+    wrong = ~((got.double() - expected).abs() <= allowed) & ~(got.isnan() & expected.isnan())
+    at = wrong.nonzero()
+    assert not len(at), f"{len(at)} entries, first {at[0].tolist()}: {got[wrong][0]} for {expected[wrong][0]}, allowed {allowed[wrong][0]}"
+
+
+def check(z, w, *, value_rtol=5e-6, gradient_rtol=1e-6, **options):
+    expected = precise(z, w, **options)
+    got = both(z, w, **options)
+    assert_value(got[0], expected[0], value_rtol)
+    assert_gradient(got[1], *expected[1:], gradient_rtol)

@@ -71,11 +71,26 @@ def test_impossible_chosen_response():
     inf = torch.tensor([-math.inf], requires_grad=True)
     zero = torch.zeros(1)
     expected = {"sigmoid": (math.inf, -1), "hinge": (math.inf, -1), "discopop": (math.inf, -1), "apo_zero": (1.5, 0), "exo_pair": (-math.log(0.1), 0)}
-    for kind, (value, slope) in expected.items():
-        options = {"label_smoothing": 0.1} if kind == "exo_pair" else {}
+    smoothed = {"sigmoid": (math.inf, pytest.approx(-0.9)), "robust": (math.inf, pytest.approx(-1.125)), "aot": (math.inf, pytest.approx(-0.9))}
+    for kind, (value, slope) in [*expected.items(), *smoothed.items()]:
+        options = {"label_smoothing": 0.1} if kind == "exo_pair" or isinstance(slope, type(pytest.approx(0))) else {}
         losses = dpo_loss(inf, zero, zero, zero, 1.0, loss_type=kind, **options).losses
         assert losses.item() == pytest.approx(value), kind
         assert torch.autograd.grad(losses.sum(), inf)[0].item() == slope, kind
+
+
+def test_impossible_responses_of_weight_0():
+    """Both of them, under both models: there is no ratio. Rewards are as they are without weights."""
+    inf = torch.tensor([-math.inf, -1.0])
+    for kind in ("sigmoid", "hinge", "ipo", "cpo"):
+        policy = [inf.clone().requires_grad_() for _ in range(2)]
+        reference = (None, None) if kind == "cpo" else (inf, inf)
+        out = dpo_loss(*policy, *reference, 1.0, loss_type=kind, weights=torch.tensor([0.0, 2.0]))
+        plain = dpo_loss(*policy, *reference, 1.0, loss_type=kind)
+        assert out.losses.tolist() == [0, 2 * plain.losses[1]]
+        torch.testing.assert_close(out.chosen_rewards, plain.chosen_rewards, rtol=0, atol=0, equal_nan=True)
+        for gradient in torch.autograd.grad(out.losses.sum(), policy):
+            assert gradient[0] == 0 and gradient[1] != 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)

@@ -1,11 +1,22 @@
-"""A fixed slice of what `make fuzz` runs, on each backend; and the fuzz finds what it is for."""
+"""A fixed slice of what `make fuzz` runs, on each backend; and each part of the fuzz finds what it is for."""
 
-import fuzz
+import contextlib
+import ctypes
+import faulthandler
+import os
+import random
+import signal
+import sys
+
 import pytest
 import torch
-from calls import CALLS, Call
+from calls import Call
+from fuzz import byte_calls, kernels, properties, random_calls
+from fuzz.byte_random import ByteRandom
+from fuzz.parts import watch
 
 import rlkern
+from rlkern.backends import native
 
 ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kernels take no tensors of the CPU")
 
@@ -16,48 +27,140 @@ ON_THE_CPU = pytest.mark.skipif(torch.cuda.is_available(), reason="compiled kern
 @pytest.mark.filterwarnings("ignore")
 def test_random_calls(backend, start, stop):
     with rlkern.use_backend(backend):
-        for index, wrong in fuzz.findings(0, start, stop):
-            raise AssertionError(f"{wrong} in {fuzz.describe(0, index)}: python tests/fuzz.py --seed 0 --only {index}")
+        for index in range(start, stop):
+            drawn = random_calls.draw(0, index)
+            wrong = random_calls.run(drawn)
+            assert wrong is None, f"{wrong} in {random_calls.describe(drawn)}: python tests/fuzz --seed 0 --only {index}"
 
 
-def found(monkeypatch, function):
+def found(function):
     x = torch.ones(2, 3)
-    monkeypatch.setattr(fuzz, "draw", lambda seed, index: (Call("broken", function, {"x": x}, ("x",)), {"x": x}, True))
-    return fuzz.run(0, 0)
+    return random_calls.run(random_calls.Drawn(Call("broken", function, {"x": x}, ("x",)), {"x": x}, True))
 
 
-def test_it_finds(monkeypatch):
-    assert found(monkeypatch, lambda x: x.square()) is None
-    assert found(monkeypatch, lambda x: (x - 1).log().relu() - (x - 1).log().relu() * torch.inf) == "NaN among the results"
-    assert found(monkeypatch, lambda x: (x - 1).sqrt() * 0) == "NaN in a gradient"
-    assert found(monkeypatch, lambda x: x @ x).startswith("RuntimeError: mat1 and mat2")
-    assert found(monkeypatch, lambda x: x / "3").startswith("TypeError: unsupported operand")
-    assert found(monkeypatch, lambda x: {}[x]).startswith("KeyError")
+def test_it_finds():
+    assert found(lambda x: x.square()) is None
+    assert found(lambda x: (x - 1).log().relu() - (x - 1).log().relu() * torch.inf) == "NaN among the results"
+    assert found(lambda x: (x - 1).sqrt() * 0) == "NaN in a gradient"
+    assert found(lambda x: x @ x).startswith("RuntimeError: mat1 and mat2")
 
 
-def test_changes_reach_every_function():
-    drawn = {fuzz.draw(0, index)[0].function for index in range(2500)}
-    assert {call.function for call in CALLS} <= drawn
+def test_bytes_choose():
+    """In their order; behind their end the choices are still theirs."""
+    r = ByteRandom(bytes([7, 255, 255, 3, 2]))
+    assert [r.getrandbits(8), r.random(), r.choice("abcdefg"), r.choice("abcdefg")] == [7, 65535 / 65536, "d", "c"]
+    behind = [ByteRandom(data).random() for data in (b"", b"", b"1")]
+    assert behind[0] == behind[1] != behind[2]
 
 
-def test_what_it_found():
-    half = torch.tensor([-6e4, -1.0], dtype=torch.float16, requires_grad=True)
-    estimate = rlkern.kl_estimate(half, torch.zeros(2, dtype=torch.float16), "k1+")  # its square is beyond float16
-    estimate.sum().backward()
-    assert estimate.tolist() == half.grad.tolist() == half.tolist()
+def test_bytes_find_a_bare_error(monkeypatch):
+    inputs = [bytes([1, 1, 1, i]) for i in range(20)]
+    for part in ("arguments", "kernels"):
+        assert [byte_calls.run(part, data) for data in inputs] == [None] * len(inputs)
+    monkeypatch.setattr(native, "token_stats_forward", lambda *args, **kwargs: [][0])
+    monkeypatch.setattr(native, "ratio_terms", lambda *args, **kwargs: [][0])
+    for part in ("arguments", "kernels"):
+        assert "IndexError: list index out of range" in [byte_calls.run(part, data) for data in inputs]
 
-    acc = rlkern.BGPOAccumulator(torch.zeros(0), None, 1.0, 1, ratio_scale=1.0)
-    acc.loss(0, torch.zeros(0, 3, 5), torch.zeros(0, 3, dtype=torch.int64), weight=torch.ones(0))
-    assert all(metric == 0 for metric in acc.metrics().values())
 
-    impossible, zero = torch.tensor([-torch.inf], requires_grad=True), torch.zeros(1)
-    losses = rlkern.dpo_loss(impossible, zero, zero, zero, weights=zero).losses
-    assert losses.tolist() == [0] and torch.autograd.grad(losses.sum(), impossible)[0].tolist() == [0]
+def wrong_sums(values, mask, cu_seqlens, out):
+    native_sums(values, mask, cu_seqlens, out)
+    out += 1e-3
 
-    logp = torch.zeros(1, 1, requires_grad=True)  # ratio and estimate e^80 each
-    tokens = {"old_logp": torch.tensor([[-90.0]]), "advantages": zero, "mask": torch.ones(1, 1), "reference_logp": torch.tensor([[90.0]])}
-    loss = rlkern.grpo_loss(logp, **tokens, kl_coef=0.1, kl_scale=zero, kl_times_ratio=True).loss
-    assert loss == 0 and torch.autograd.grad(loss, logp)[0] == 0
 
-    tokens = {"logp": torch.zeros(1, 1), "old_logp": None, "success_rate": torch.ones(1), "correct": torch.ones(1), "mask": torch.ones(1, 1)}
-    assert rlkern.nft_loss(**tokens, normalize=1.0).loss == 0
+native_sums = native.sequence_sums
+
+
+def test_properties_find_a_wrong_sum(monkeypatch):
+    monkeypatch.setattr(properties, "EXAMPLES", 20)
+    monkeypatch.setattr(properties, "SHRINKING", 0.3)
+    assert properties.examine("packed_sums", 0, 0) is None
+    monkeypatch.setattr(native, "sequence_sums", wrong_sums)
+    wrong = properties.examine("packed_sums", 0, 0)
+    assert "values: Tensor-likes are not close" in wrong and "packed_sums(mask=None, lengths=[" in wrong and "reproduce_failure" in wrong
+    line = next(line.strip() for line in wrong.splitlines() if line.strip().startswith("packed_sums("))
+    with pytest.raises(AssertionError, match="not close"):
+        eval(line, vars(properties))
+
+
+def row_sums(logits, mask, out):
+    """A kernel of rows [A, B, V] -> [N]."""
+    sums = logits.sum(-1).flatten()
+    out.copy_(torch.where(mask, sums, 0))
+
+
+def reads_a_skipped_row(logits, mask, out):
+    row_sums(logits, mask, out)
+    out += 0 * logits.sum()
+
+
+def mixes_rows(logits, mask, out):
+    row_sums(logits, mask, out)
+    out += 1e-3 * len(out)
+
+
+def leaves_a_place(logits, mask, out):
+    kept = out[0].clone()
+    row_sums(logits, mask, out)
+    out[0] = kept
+
+
+def writes_an_argument(logits, mask, out):
+    row_sums(logits, mask, out)
+    logits[0, 0, 0] = 3
+
+
+def writes_between_rows(logits, mask, out):
+    row_sums(logits, mask, out)
+    logits.as_strided((1,), (1,), logits.storage_offset() + logits.shape[-1])[0] = 3
+
+
+def watch_kernel(function, seed=0):
+    """Raises what a watched call of it shows."""
+    x, mask = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 1, 0, 1, 1, 1]).bool()
+    out = torch.empty(6)
+    kernels.watch("row_sums", function, random.Random(seed), x, mask, out)
+    return out
+
+
+def test_watched_kernels():
+    assert torch.equal(watch_kernel(row_sums) == 0, torch.tensor([0, 0, 1, 0, 0, 0]).bool())
+    for function in (reads_a_skipped_row, leaves_a_place):
+        with pytest.raises(kernels.Stray, match="depends on what it is not to read"):
+            watch_kernel(function)
+    with pytest.raises(kernels.Stray, match="the bits of a row depend on other rows"):
+        watch_kernel(mixes_rows)
+    for function in (writes_an_argument, writes_between_rows):
+        with pytest.raises(kernels.Stray, match=r"wrote where it may not, into or beside its float32\[2, 3, 5\]"):
+            watch_kernel(function, seed=3)
+
+
+def reads_behind(logits, mask, out):
+    row_sums(logits, mask, out)
+    ctypes.string_at(out.data_ptr() + out.nbytes, 1)
+
+
+def reads_before(logits, mask, out):
+    row_sums(logits, mask, out)
+    ctypes.string_at(logits.data_ptr() - 1, 1)
+
+
+@pytest.mark.parametrize("function", [row_sums, reads_behind, reads_before])
+def test_a_stray_read_ends_the_process(function):
+    child = os.fork()
+    if child == 0:
+        faulthandler.disable()
+        with contextlib.suppress(BaseException):
+            watch_kernel(function)
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    assert status == (0 if function is row_sums else signal.SIGSEGV)
+
+
+def test_a_crash_is_one_more_finding():
+    """The part goes on after it."""
+    script = "import os, sys; n = int(sys.argv[1]); print('call', n); print('covers', f'f{n}'); print('found here what it is') if n else os.abort()"
+    told = []
+    outcome = watch("random", lambda calls, end: [sys.executable, "-uc", script, str(calls)], 30, lambda *what: told.append(what))
+    assert told == [("0", "the process died with -6"), ("here", "what it is")]
+    assert (outcome.calls, outcome.covered, outcome.findings) == (2, {"f0", "f1"}, ["0", "here"])

@@ -8,6 +8,7 @@ import pair_oracle as oracle
 import pytest
 import torch
 from isas import ISAS
+from pair_oracle import assert_gradient, assert_value, both, check
 
 import rlkern
 from rlkern import reference as formulas
@@ -27,34 +28,6 @@ ONE_SWEEP = ("reverse_kl", "forward_kl", "mixed_kl", "cross_entropy")
 
 def betas(kind):
     return (0.5,) if kind in ("reverse_kl", "forward_kl", "cross_entropy") else (0.1, 0.5, 0.9)
-
-
-def both(z, w, **options):
-    """(value, gradient)"""
-    leaf = z.detach().requires_grad_()  # no copy: strides and address are part of the case
-    value = rlkern.token_divergence(leaf, w, **options)
-    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
-
-
-def assert_value(got, expected, rtol):
-    torch.testing.assert_close(got.double(), expected, rtol=rtol, atol=0, equal_nan=True)
-
-
-def assert_gradient(got, expected, largest, rtol):
-    """To rtol of the largest term of the row, and once rounded to the dtype."""
-    rounding = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(got.dtype, 0.0)
-    smallest = 2**-24 if got.dtype == torch.float16 else 0.0
-    allowed = rtol * largest.nan_to_num(0.0).unsqueeze(-1) + rounding * expected.abs() + smallest
-    wrong = ~((got.double() - expected).abs() <= allowed) & ~(got.isnan() & expected.isnan())
-    at = wrong.nonzero()
-    assert not len(at), f"{len(at)} entries, first {at[0].tolist()}: {got[wrong][0]} for {expected[wrong][0]}, allowed {allowed[wrong][0]}"
-
-
-def check(z, w, *, value_rtol=5e-6, gradient_rtol=1e-6, **options):
-    expected = oracle.precise(z, w, **options)
-    got = both(z, w, **options)
-    assert_value(got[0], expected[0], value_rtol)
-    assert_gradient(got[1], *expected[1:], gradient_rtol)
 
 
 @functools.cache

@@ -107,6 +107,14 @@ def test_loss_is_ppo_with_standardised_advantages_and_entropy(normalize):
     assert out.metrics["entropy"].item() == pytest.approx(entropy[mask].mean().item())
 
 
+def test_masks_of_any_strides():
+    """Advantages are whitened over all tokens at once, in one row of numbers."""
+    logp, old, advantages, mask = tokens()
+    expected = nlpo_loss(logp, old, advantages, mask).loss
+    moved = [x.T.contiguous().T if x.dim() == 2 else x for x in (logp, old, advantages, mask)]
+    assert not moved[3].is_contiguous() and torch.equal(nlpo_loss(*moved).loss, expected)
+
+
 def test_tokens_outside_of_the_set_do_not_count():
     logits = draw(3, 4, 9).requires_grad_()
     _, _, advantages, mask = tokens()

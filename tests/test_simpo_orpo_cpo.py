@@ -87,6 +87,15 @@ def test_orpo_where_the_chosen_response_is_certain():
     assert d_chosen.item() == pytest.approx(-0.058198, abs=1e-6)
 
 
+def test_orpo_of_probabilities_that_round_to_more_than_1():
+    """As at certainty: a sum of log-probabilities may be off by its last bits."""
+    for c, r in ([0.0], [1e-7]), ([-1.0], [1e-7]), ([1e-7], [-1.0]), ([1e-7], [1e-7]):
+        losses, slopes = orpo(c, r)
+        expected, _ = orpo([min(c[0], 0.0)], [min(r[0], 0.0)])
+        assert_close(losses, expected, rtol=1e-5, atol=1e-7)
+        assert all(x.isfinite() for x in slopes)
+
+
 NEAR = (0.0, -1e-30, -1e-8, -1e-6, -1e-3, -0.3, -0.69, -0.7, -2.0, -20.0, -80.0)
 
 

@@ -177,6 +177,8 @@ def packed_policy_loss(
 
 
 def _lengths(name: str, sequences: Sequence[Tensor]) -> list[int]:
+    if not isinstance(sequences, Sequence):
+        raise TypeError(f"{name} must be a list of tensors [seq], got {type(sequences).__name__}")
     for i, x in enumerate(sequences):
         expect(f"{name}[{i}]", x, "real", "[seq]")
     return [x.shape[0] for x in sequences]

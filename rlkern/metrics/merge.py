@@ -204,9 +204,9 @@ def reduce_metrics(
         is read on the host. On GPUs NaN if the processes' names differ, or if one of them raises.
 
     Raises:
-        TypeError: a part that is no mapping, a metric that is no tensor. ValueError: no parts, names
-        that differ between parts or have no rule, missing counts, tensors that are not 0-d. With a group on
-        CPUs every rank raises if one does, or if their names differ.
+        TypeError: a part that is no mapping, a name that is no string, a metric that is no tensor.
+        ValueError: no parts, names that differ between parts or have no rule, missing counts, tensors that
+        are not 0-d. With a group on CPUs every rank raises if one does, or if their names differ.
     """
     first = next(iter(parts[0].values()), None) if isinstance(parts, Sequence) and parts and isinstance(parts[0], Mapping) else None
     with Meeting("reduce_metrics", group, first) as meeting:
@@ -262,9 +262,11 @@ def _check_parts(parts: Any) -> None:
         if not isinstance(part, Mapping):
             raise TypeError(f"parts must be dicts of metrics, got {type(part).__name__}")
         if part.keys() != parts[0].keys():
-            some = ", ".join(sorted(part.keys() ^ parts[0].keys()))
+            some = ", ".join(sorted(map(str, part.keys() ^ parts[0].keys())))
             raise ValueError(f"all parts must have the same metrics, got {some} in some of them only")
         for name, value in part.items():
+            if not isinstance(name, str):
+                raise TypeError(f"the names of metrics must be strings, got {shown(name)}")
             if not isinstance(value, Tensor):
                 raise TypeError(f"metric {name!r} must be a 0-d tensor, got {type(value).__name__}")
             if value.dim() != 0 or value.dtype.is_complex:

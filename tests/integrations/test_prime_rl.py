@@ -206,6 +206,9 @@ def test_lists_that_do_not_match_are_refused():
             rlkern_prime.packed_policy_loss(*short, loss="ppo")
     with pytest.raises(ValueError, match="loss_weights must have sequences of the lengths"):
         rlkern_prime.packed_policy_loss(*given, given[0][::-1], loss="ppo")
+    for nothing in (None, 3, given[0][0]):
+        with pytest.raises(TypeError, match=rf"trainer_logprobs must be a list of tensors \[seq\], got {type(nothing).__name__}"):
+            rlkern_prime.packed_policy_loss(nothing, *given[1:], loss="ppo")
     with pytest.raises(ValueError, match="needs at least one sequence, got an empty list"):
         rlkern_prime.packed_policy_loss([], [], [], [], loss="ppo")
     with pytest.raises(ValueError, match=r"trainer_logprobs\[0\] must be \[seq\], got shape \(1, 5\)"):

@@ -73,7 +73,7 @@ def nlpo_loss(
     x = x.among(inside)
     if normalize_advantages:
         refuse_context_group(x)
-        whitened = whiten(given.advantages.view(1, -1), inside.view(1, -1)).view(inside.shape)
+        whitened = whiten(given.advantages.reshape(1, -1), inside.reshape(1, -1)).view(inside.shape)
         x = PolicyInputs(logp, old_logp, whitened, inside, x.sequences, x.weights, log_ratio_clamp)
     ratio = clipped_ratio(x, clip_low, clip_high, dual_clip)
     values, metrics = x.weigh(ratio.terms).tensor(), ratio.metrics

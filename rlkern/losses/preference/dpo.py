@@ -31,8 +31,10 @@ def pair_losses(policy, reference, sft, lengths, weights, o: Options) -> DPOOutp
 
     sft: (log pi, number) of the tokens that "sft" and "sft_norm" imitate. The reference is detached.
     """
+    scores, own = (policy[0] - reference[0], policy[1] - reference[1]), policy
+    if weights is not None:  # of weight 0 an impossible response does not count: it may have no ratio at all
+        policy, reference = ([torch.where(weights == 0, 0, x) for x in pair] for pair in (policy, reference))
     chosen, rejected = policy[0] - reference[0], policy[1] - reference[1]
-    scores = (chosen, rejected)
     policy_margin, reference_margin = policy[0] - policy[1], reference[0] - reference[1]
     if o.reference_free:
         (chosen, rejected), reference_margin = policy, torch.zeros_like(reference_margin)
@@ -43,11 +45,12 @@ def pair_losses(policy, reference, sft, lengths, weights, o: Options) -> DPOOutp
     tokens = (lengths[0], lengths[1], sft[0], sft[1])
     pairs = Pairs(policy[0], policy[1], *margins, *tokens, o.beta, o.label_smoothing, o.gamma, o.discopop_tau)
     for name in o.without_reference()[:1]:
-        scores = PAIR_LOSSES[name].reward(pairs)  # type: ignore[misc]  # it is what without_reference asks for
+        given = pairs._replace(policy_chosen=own[0], policy_rejected=own[1])
+        scores = PAIR_LOSSES[name].reward(given)  # type: ignore[misc]  # it is what without_reference asks for
     rewards = [(o.beta * score).detach() for score in scores]
     terms = ((PAIR_LOSSES[name].function(pairs), weight) for name, weight in zip(o.loss_types, o.loss_weights, strict=True))
     losses = reduce(torch.add, (loss if weight == 1 else weight * loss for loss, weight in terms))
-    if weights is not None:  # an impossible response of weight 0 has an infinite loss, which does not count
+    if weights is not None:  # what is imitated may have an infinite loss
         losses = torch.where(weights == 0, 0, losses * weights)
     return DPOOutput(losses, *rewards)
 

@@ -76,7 +76,9 @@ def _tilted(u: Tensor, slope: float) -> Tensor:
     DPO has slope 0, conservative DPO eps, robust DPO -eps / (1 - 2 eps).
     """
     loss = -logsigmoid(u)
-    return loss + slope * u if slope else loss
+    if not slope:
+        return loss
+    return torch.where(u == -math.inf, (slope - 1) * u, loss + slope * u)  # the limit, not inf - inf
 
 
 def sigmoid(p: Pairs) -> Tensor:
@@ -194,7 +196,7 @@ _LOG_HALF = math.log(0.5)
 def _complement(logp: Tensor, least: float) -> Tensor:
     """1 - exp(logp), at least `least`; the slope is -exp(logp) there too."""
     complement = -torch.expm1(logp)
-    return complement + (complement.clamp(min=least) - complement).detach()
+    return torch.where(complement < least, least + (complement - complement.detach()), complement)
 
 
 def log_odds_ratio(chosen: Tensor, rejected: Tensor) -> Tensor:

@@ -57,11 +57,16 @@ def _losses(policy, reference, desirable, kl, weights, beta, desirable_weight, u
     baseline = 0.0 if kl is None else kl.detach().to(policy.dtype).reshape(()) if isinstance(kl, Tensor) else kl
     desirable = as_bool(desirable).reshape(-1)
     x = beta * (log_ratio - baseline)
+    weights = None if weights is None else weights.detach().to(x.dtype).reshape(-1)
+    if weights is not None or 0 in (desirable_weight, undesirable_weight):
+        # Of weight 0 an impossible response does not count. It may have no ratio at all.
+        weightless = torch.where(desirable, desirable_weight == 0, undesirable_weight == 0)
+        x = torch.where(weightless if weights is None else weightless | (weights == 0), 0, x)
     losses = complement(torch.where(desirable, x, -x))
     if desirable_weight != 1 or undesirable_weight != 1:
         losses = torch.where(desirable, desirable_weight * losses, undesirable_weight * losses)
     if weights is not None:
-        losses = losses * weights.detach().to(losses.dtype).reshape(-1)
+        losses = losses * weights
     return KTOOutput(losses, (beta * log_ratio).detach())
 
 

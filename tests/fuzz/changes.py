@@ -1,45 +1,21 @@
-"""Random calls of the public functions, to find bare errors, crashes and silent NaN.
+"""Changes of the arguments of a valid call: (random, arguments) -> arguments. All but `options`, `on_meta`,
+`other_device` and `wrong` keep it legal: after those a NaN is a finding."""
 
-    python tests/fuzz.py --calls 20000 --seed 0  # RLKERN_BACKEND=reference, or triton with TRITON_INTERPRET=1
-    python tests/fuzz.py --seed 0 --only 1234          # one of them again, with its traceback
-
-Each starts from a valid call (tests/calls.py) of random size, and changes dtypes, strides, devices, values,
-options. What may come of it: results, or a ValueError, TypeError or IndexError that a raise statement of
-rlkern's made. Where all numbers are finite and legal, no result and no gradient may be NaN. Calls run in a
-child process: a crash is one more finding and not the end.
-"""
-
-import argparse
-import functools
-import linecache
 import math
-import os
-import pathlib
 import random
-import subprocess
-import sys
-import traceback
-import warnings
 
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path[:0] = [path for path in (str(ROOT), str(ROOT / "tests")) if path not in sys.path]
+import torch
+from loss_battery import Packing
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
-import torch  # noqa: E402
-from calls import Call, valid_calls  # noqa: E402
-from loss_battery import Packing, tensors_of  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.utils._pytree import tree_map_only  # noqa: E402
+import rlkern
 
-import rlkern  # noqa: E402
-
-BLOCK = 40  # calls from one set of valid ones
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WRONG = (None, "x", [], True, -1, 0, 10**400, 1e300, math.nan, math.inf, -math.inf, 1j, 2.5)
 NUMBERS = (0, 1, 2, 0.0, 1e-6, 0.1, 0.5, 1.0, 2.0, 10.0, 1e4)
+SETS = {"keep", "sampling_mask", "kept_tokens"}
 ROWS = {"logits", "other", "hidden", "mask_logits", "reference_logits", "shifted_logits"}
-
-
-# --- changes: (random, arguments) -> arguments. All but `wrong` and `other_device` keep calls legal ---------
 
 
 def _tensors(arguments: dict) -> list[str]:
@@ -89,8 +65,8 @@ def strides(r: random.Random, arguments: dict) -> dict:
 def values(r: random.Random, arguments: dict) -> dict:
     """Numbers at the edges of what is legal."""
     changed, how = dict(arguments), r.choice(("ties", "large", "offset", "confident", "constant", "forbidden"))  # both sides alike
-    if how == "forbidden" and ("labels" in arguments or "offset" in arguments):  # no limit where both responses are impossible, nor for the Z-loss
-        how = "ties"
+    if how == "forbidden" and arguments.keys() & {"labels", "offset", *SETS}:
+        how = "ties"  # no limit where both responses are impossible, where all of a row's set is, nor for the Z-loss
     for name in _tensors(arguments):
         x = arguments[name]
         if not x.dtype.is_floating_point or x.numel() == 0 or (how != "forbidden" and r.random() < 0.5):
@@ -196,122 +172,3 @@ CHANGES = {
     wrong: 0.2,
 }
 LEGAL = (dtypes, values, strides, garbage, no_tokens, packs)  # after these alone a NaN is a finding
-
-
-_block_of_calls = functools.lru_cache(maxsize=1)(valid_calls)
-
-
-def draw(seed: int, index: int) -> tuple[Call, dict, bool]:
-    """(a valid call, the arguments to call it with, whether they are legal)"""
-    block = random.Random(f"{seed} {index // BLOCK}")
-    size = dict(batch=block.choice((0, 1, 2, 4, 5)), length=block.choice((1, 2, 3, 6, 17)), vocab=block.choice((1, 2, 7, 33)))
-    r = random.Random(f"{seed} {index} call")
-    call = r.choice(_block_of_calls(**size, seed=block.randrange(2**31)))
-    arguments, legal = call.arguments, True
-    for change, chance in CHANGES.items():
-        if r.random() < chance:
-            arguments = change(r, arguments)
-            legal = legal and change in LEGAL
-    return call, arguments, legal
-
-
-def bare(error: Exception) -> bool:
-    """Whether anything but a raise statement of rlkern's made it."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    inside = pathlib.Path(frame.filename).is_relative_to(pathlib.Path(rlkern.__file__).parent)
-    ours = inside and linecache.getline(frame.filename, frame.lineno).strip().startswith("raise")
-    from_native = isinstance(error, IndexError) and str(error).startswith("target ")
-    return not (isinstance(error, (ValueError, TypeError, IndexError)) and (ours or from_native))
-
-
-def has_nan(tensors) -> bool:
-    return any(t is not None and t.dtype.is_floating_point and not t.is_meta and t.isnan().any() for t in tensors)
-
-
-def run(seed: int, index: int, loud: bool = False) -> str | None:
-    """What is wrong with this call, or None."""
-    call, arguments, legal = draw(seed, index)
-    leaves = dict(arguments)
-    for name in call.wrt:
-        if isinstance(arguments[name], Tensor) and arguments[name].dtype.is_floating_point:
-            leaves[name] = arguments[name].detach().requires_grad_()
-    try:
-        outputs = [t for t in tensors_of(call.function(**leaves)) if not any(t is given for given in leaves.values())]
-        differentiable = [t.sum() for t in outputs if t.requires_grad]
-        wrt = [leaves[name] for name in call.wrt if isinstance(leaves[name], Tensor) and leaves[name].requires_grad]
-        gradients = torch.autograd.grad(differentiable, wrt, allow_unused=True) if differentiable else []
-    except Exception as error:
-        if loud:
-            traceback.print_exc()
-        return f"{type(error).__name__}: {str(error)[:300]}" if bare(error) else None
-    if not legal:
-        return None
-    if has_nan(outputs):
-        return "NaN among the results"
-    infinite = any(t.isinf().any() for t in outputs if not t.is_meta)
-    return "NaN in a gradient" if has_nan(gradients) and not infinite else None
-
-
-def describe(seed: int, index: int) -> str:
-    call, arguments, legal = draw(seed, index)
-
-    def short(x):
-        if not isinstance(x, Tensor):
-            return repr(x)[:60]
-        return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}{'' if x.is_contiguous() else ' strided'}{' meta' if x.is_meta else ''}"
-
-    return f"{call.name}({', '.join(f'{name}={short(x)}' for name, x in arguments.items())}){'' if legal else ' changed freely'}"
-
-
-def findings(seed: int, start: int, stop: int):
-    """Yields (index, what is wrong)."""
-    for index in range(start, stop):
-        if wrong := run(seed, index):
-            yield index, wrong
-
-
-def _child(seed: int, start: int, stop: int) -> None:
-    warnings.filterwarnings("ignore")
-    for index in range(start, stop):
-        print("at", index, flush=True)
-        if wrong := run(seed, index):
-            print("found", index, wrong.replace("\n", " "), flush=True)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--calls", type=int, default=20000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, help="index of one call to run again")
-    parser.add_argument("--child", type=int, nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.only is not None:
-        print(describe(args.seed, args.only))
-        print(run(args.seed, args.only, loud=True) or "nothing wrong")
-        return 0
-    if args.child is not None:
-        _child(args.seed, *args.child)
-        return 0
-    start, found = 0, []
-    while start < args.calls:
-        command = [sys.executable, __file__, "--seed", str(args.seed), "--child", str(start), str(args.calls)]
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        last = start
-        for line in child.stdout:
-            what, _, rest = line.strip().partition(" ")
-            if what == "at":
-                last = int(rest)
-            elif what == "found":
-                found.append(rest)
-                print(f"{rest}\n    {describe(args.seed, int(rest.split()[0]))}", flush=True)
-        if child.wait() == 0:
-            break
-        found.append(f"{last} the process died with {child.returncode}")
-        print(f"{found[-1]}\n    {describe(args.seed, last)}", flush=True)
-        start = last + 1
-    print(f"{args.calls} calls, {len(found)} findings")
-    return 1 if found else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
