@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
         import interpreter
 
         interpreter.look_up_the_language_once()
+        interpreter.describe_types_once()
         interpreter.pass_over_nan()
 
 import rlkern  # noqa: E402
