@@ -54,6 +54,8 @@ kept-sets: $(VENV)/.built  ## importance ratios of tokens sampled with top-p, wi
 parallel: $(VENV)/.built  ## GRPO with the output matrix cut over RANKS=2 processes, compared with one process (ARGS="--steps 6")
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc-per-node $(RANKS) examples/tensor_parallel.py $(ARGS)
 
+# Tests start many processes. Each would compile torch, or verl, anew.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(VENV)/.trainers $(VENV)/.docs  ## all tests (TESTS=tests/test_operator.py, WORKERS=1, ARGS="-k name" narrow it)
 	$(PY) -m pytest -q -n $(WORKERS) --dist worksteal $(TESTS) $(ARGS)
 

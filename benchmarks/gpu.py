@@ -105,7 +105,7 @@ class Plan:
         ]
         ncu = [self.tool("ncu"), "--set", "full", "--clock-control", "none", "--profile-from-start", "off", "--page", "details"]
         ncu += ["--log-file", self.session.out / FILES["second"]["ncu"], sys.executable, BENCHMARKS / "one_launch.py"]
-        ncu += ["--device", "cpu", "--shape", "4x300"] if self.rehearse else []
+        ncu += ["--device", "cpu", "--shape", "2x300"] if self.rehearse else []
         # The key figures must be there: a profiler that may not read the counters need not fail.
         shown = '"$@" && grep -E "token_stats|pair_|Duration|Throughput  " "$0" && grep -q Duration "$0" || { tail -n 5 "$0"; exit 1; }'
         ncu = ["sh", "-c", shown, self.session.out / FILES["second"]["ncu"], *ncu]

@@ -47,7 +47,7 @@ def default_cases(device: str, full: bool = False) -> list[Case]:
 
 def rehearsal_cases() -> list[Case]:
     """One of each kind that a GPU is given, tiny, for a processor: the last one is replayed."""
-    return [*(Case("cpu", "bf16", 4, 300, kind) for kind in (BOTH, LOGP, *PAIRS)), Case("cpu", "fp32", 1, 300, BOTH)]
+    return [*(Case("cpu", "bf16", 2, 300, kind) for kind in (BOTH, LOGP, *PAIRS)), Case("cpu", "fp32", 1, 300, BOTH)]
 
 
 def slug(info: dict, device: str) -> str:

@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
         import interpreter
 
         interpreter.look_up_the_language_once()
+        interpreter.describe_types_once()
         interpreter.pass_over_nan()
 
 import rlkern  # noqa: E402
@@ -45,8 +46,8 @@ def pytest_report_header() -> str | None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The slow tests come first: one that begins last lets the other workers wait for it.
 
-    Interpreted kernels take half of the time. Of each test's interpreted cases one in ONE_IN runs, picked by
-    a checksum of their names: always the same, and not every Nth of one parameter.
+    All interpreted cases would take half of the time. Of each test's one in ONE_IN runs, picked by a checksum
+    of their names: always the same, and not every Nth of one parameter.
     """
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     if EVERY_CASE:
