@@ -29,7 +29,7 @@ TESTS ?= tests
 WORKERS ?= 2
 RANKS ?= 2
 
-.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers package clean
+.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz sanitize lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers package clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ test: $(VENV)/.trainers  ## all tests (TESTS=tests/test_operator.py, WORKERS=1, 
 
 fuzz: $(VENV)/.built  ## random calls of the public functions, to find bare errors, crashes and NaN (ARGS="--calls 20000 --seed 1")
 	$(PY) tests/fuzz.py $(ARGS)
+
+sanitize: $(VENV)/.built  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers (ARGS="--only thread --calls 2000")
+	$(PY) tests/sanitizers.py $(ARGS)
 
 lint: $(VENV)/.deps  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
