@@ -592,7 +592,8 @@ Job kept(Random& r) {
   for (int64_t p = 0; p < used; ++p) {
     sorted_ids[p] = ids[order[p]];
     sorted_row[p] = row[order[p]];
-    std::memcpy(static_cast<char*>(sorted_grad) + p * acc_size(dtype), static_cast<char*>(grad) + order[p] * acc_size(dtype), acc_size(dtype));
+    std::memcpy(static_cast<char*>(sorted_grad) + p * acc_size(dtype), static_cast<char*>(grad) + order[p] * acc_size(dtype),
+                acc_size(dtype));
   }
   return {"kept", std::move(memory), [=](Memory& results, int64_t threads) {
             KeptLogits logits{};
@@ -655,9 +656,20 @@ Job token_functions(Random& r) {
             SelectBottom<A>{n, logp, mask, count, chosen}.run();
             SelectFraction<A>{n, logp, mask, other, fraction, minimum, least, results.of<bool>(n)}.run();
             SelectedMeans<A>{n, advantages, reinterpret_cast<const Flag*>(chosen), mask, results.of<A>(3)}.run();
-            RatioTerms<A>{n,   logp, old, advantages,           mask,               with_unclipped ? other : nullptr,
-                          0.8, 1.2,  3,   -20,                  20,                 results.of<A>(2 * n),
-                          results.of<bool>(n),   results.of<A>(Summary::abs_log_ratio + 1)}
+            RatioTerms<A>{n,
+                          logp,
+                          old,
+                          advantages,
+                          mask,
+                          with_unclipped ? other : nullptr,
+                          0.8,
+                          1.2,
+                          3,
+                          -20,
+                          20,
+                          results.of<A>(2 * n),
+                          results.of<bool>(n),
+                          results.of<A>(Summary::abs_log_ratio + 1)}
                 .run();
             KLTerms<A>{n, logp, advantages, mask, kind, through, 10, results.of<A>(2 * n)}.run();
             SequenceSums<A>{n, of_rows, sequences, packed, mask, ends, results.of<double>(of_rows * sequences)}.run();
@@ -684,17 +696,43 @@ Job kept_rows(Random& r) {
   return {"kept rows", std::move(memory), [=](Memory& results, int64_t) {
             A* const state = results.of<A>(n * State::KEPT);
             int32_t* const place = results.of<int32_t>(n * n_targets);
-            KeptRowsForward<A>{n, n_targets, logits, ids, offsets, targets, counted, 0.7, of_row, results.of<A>(n * n_targets),
-                               entropy ? results.of<A>(n) : nullptr, results.of<A>(n), squares ? results.of<A>(n) : nullptr, state, place}
+            KeptRowsForward<A>{n,
+                               n_targets,
+                               logits,
+                               ids,
+                               offsets,
+                               targets,
+                               counted,
+                               0.7,
+                               of_row,
+                               results.of<A>(n * n_targets),
+                               entropy ? results.of<A>(n) : nullptr,
+                               results.of<A>(n),
+                               squares ? results.of<A>(n) : nullptr,
+                               state,
+                               place}
                 .run();
-            KeptRowsBackward<A>{n,      n_targets,   logits,    offsets,  place, 0.7, of_row, state, g_logp, g_entropy, g_logsumexp,
+            KeptRowsBackward<A>{n,        n_targets,           logits, offsets, place, 0.7, of_row, state, g_logp, g_entropy, g_logsumexp,
                                 g_sum_sq, results.of<A>(pairs)}
                 .run();
           }};
 }
 
-const Draw draws[] = {token_stats, token_stats, token_stats_of_parts, token_stats_in_sets, token_stats_in_sets, pair, pair, row_moments,
-                      did_entropy, sampler_threshold, kept, token_functions<float>, token_functions<double>, kept_rows<float>, kept_rows<double>};
+const Draw draws[] = {token_stats,
+                      token_stats,
+                      token_stats_of_parts,
+                      token_stats_in_sets,
+                      token_stats_in_sets,
+                      pair,
+                      pair,
+                      row_moments,
+                      did_entropy,
+                      sampler_threshold,
+                      kept,
+                      token_functions<float>,
+                      token_functions<double>,
+                      kept_rows<float>,
+                      kept_rows<double>};
 
 Job draw(uint64_t seed, int64_t index) {
   Random r(seed * 1'000'003 + uint64_t(index));
@@ -817,11 +855,16 @@ int main(int argc, char** argv) {
   std::string isa;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string option = argv[i], value = argv[i + 1];
-    if (option == "--calls") calls = std::stoll(value);
-    else if (option == "--seed") seed = std::stoll(value);
-    else if (option == "--only") only = std::stoll(value);
-    else if (option == "--isa") isa = value;
-    else if (option == "--plant") return plant(value);
+    if (option == "--calls")
+      calls = std::stoll(value);
+    else if (option == "--seed")
+      seed = std::stoll(value);
+    else if (option == "--only")
+      only = std::stoll(value);
+    else if (option == "--isa")
+      isa = value;
+    else if (option == "--plant")
+      return plant(value);
     else {
       std::fprintf(stderr, "unknown option %s, expected --calls, --seed, --only, --isa or --plant\n", argv[i]);
       return 2;
