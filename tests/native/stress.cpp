@@ -852,7 +852,7 @@ int plant(const std::string& what) {
 
 int main(int argc, char** argv) {
   int64_t calls = 100, seed = 0, only = -1;
-  std::string isa;
+  std::string isa, planted_error;
   for (int i = 1; i + 1 < argc; i += 2) {
     const std::string option = argv[i], value = argv[i + 1];
     if (option == "--calls")
@@ -864,14 +864,16 @@ int main(int argc, char** argv) {
     else if (option == "--isa")
       isa = value;
     else if (option == "--plant")
-      return plant(value);
+      planted_error = value;
     else {
       std::fprintf(stderr, "unknown option %s, expected --calls, --seed, --only, --isa or --plant\n", argv[i]);
       return 2;
     }
   }
+  use_isa(isa);
+  if (!planted_error.empty()) return plant(planted_error);
   Findings findings;
-  std::vector<std::string> names = isa.empty() ? available_isas() : std::vector<std::string>{isa};
+  const std::vector<std::string> names = isa.empty() ? available_isas() : std::vector<std::string>{isa};
   for (const auto& name : names) {
     use_isa(name);
     constexpr int64_t together = 10;
