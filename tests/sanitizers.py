@@ -88,8 +88,8 @@ def llvm_library(name: str) -> str:
 
 
 def environment(part: str) -> dict[str, str]:
-    """For programs of a part. Reports go to files: pytest would keep what a dying process writes."""
-    options = f"exitcode={CODE}:halt_on_error=1:log_path={BUILD / 'reports' / part}"
+    """For programs of a part. Reports go to files, but for UBSan's, which GCC always writes to stderr."""
+    options = f"exitcode={CODE}:halt_on_error=1:log_path={BUILD / part / 'reports' / 'of'}"
     if part == "address":
         own = {"ASAN_OPTIONS": f"{options}:detect_leaks=0", "UBSAN_OPTIONS": f"{options}:print_stacktrace=1"}
     else:
@@ -114,6 +114,7 @@ class Part:
 
         cmake, start = tool("cmake", "cmake"), time.monotonic()
         configure = [cmake, "-S", ROOT, "-B", self.folder, f"-DRLKERN_SANITIZE={PARTS[self.name]}", f"-DCMAKE_CXX_COMPILER={tool('g++', 'g++')}"]
+        configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={tool('ninja', 'ninja-build')}"]
         configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
         targets = ["stress", "_cpu"] if self.name == "address" else ["stress"]
         log = BUILD / f"{self.name}.log"
@@ -128,21 +129,22 @@ class Part:
         self.rows.append(Row(PARTS[self.name], ran, count, findings, time.monotonic() - start))
         print(f"{PARTS[self.name]}: {ran}: {count}, {findings} findings, {self.rows[-1].seconds:.0f} s", flush=True)
 
-    def run(self, command: list, **variables: str) -> tuple[int, str, list[Path]]:
+    def run(self, command: list, **variables: str) -> tuple[int, str, list[str]]:
         """The exit status, what was written, and the sanitizers' reports."""
-        reports = BUILD / "reports"
+        reports = self.folder / "reports"
         shutil.rmtree(reports, ignore_errors=True)
         reports.mkdir(parents=True)
         result = subprocess.run(command, cwd=BUILD, env=self.environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return result.returncode, result.stdout, sorted(reports.iterdir())
+        texts = [path.read_text() for path in sorted(reports.iterdir())]
+        return result.returncode, result.stdout, texts + re.findall(r"^.*: runtime error: .*$", result.stdout, re.MULTILINE)
 
-    def findings(self, status: int, output: str, reports: list[Path], broken: int = 0) -> int:
+    def findings(self, status: int, output: str, reports: list[str], broken: int = 0) -> int:
         """Reports, or what was found without one; at least one where the process failed."""
         found = max(len(reports), broken, int(status != 0))
         if found:
             print(output[-4000:])
             for report in reports:
-                print(report.read_text()[:4000])
+                print(report[:4000])
         return found
 
     def plant(self, *commands: list) -> None:
@@ -204,7 +206,7 @@ class Address(Part):
             raise CannotRun(f"the sanitized kernels could not be imported:\n{output}")
         files = [TESTS / f"test_{name}.py" for name in FILES]
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
-        command += ["-W", "ignore", "-m", "not slow", "-n", str(self.arguments.jobs), "--dist", "worksteal"]
+        command += ["-W", "ignore", "-m", "not slow", "--capture", "sys", "-n", str(self.arguments.jobs), "--dist", "worksteal"]
         for name in names:
             start = time.monotonic()
             of_name = f"(native or {WHOLE})" + "".join(f" and not {other}" for other in names if other != name)

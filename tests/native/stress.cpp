@@ -805,26 +805,29 @@ void switch_while_running(uint64_t seed) {
 
 // --- what the sanitizers must catch ---------------------------------------------------------------------------
 
-// A forward over rows of one float, whose memory the caller may have got wrong.
-MomentsForward planted(Memory& memory, int64_t logits, int64_t vocab) {
-  MomentsForward call{};
+// A call that only writes `out`, and that in whole vectors: memory that the caller may have got wrong.
+MomentsBackward planted(Memory& memory, int64_t vocab, int64_t out) {
+  MomentsBackward call{};
   call.dtype = DType::float32;
   call.rows = call.inner = 1;
   call.vocab = vocab;
-  call.logits = {memory.of<float>(logits), vocab, vocab};
+  call.logits = {memory.of<float>(vocab), vocab, vocab};
+  call.out = {memory.of<float>(out), vocab, vocab};
   call.targets = memory.of<int64_t>(1);
+  call.n_targets = 1;
   call.ignore_index = kIgnored;
   call.state = memory.of<float>(2);
-  call.centred_target = memory.of<float>(1);
-  call.variance = memory.of<float>(1);
+  float* const g = memory.of<float>(1);
+  *g = 1;
+  call.g_variance = g;
   call.threads = 1;
   return call;
 }
 
 int plant(const std::string& what) {
   Memory memory;
-  if (what == "overrun") {  // one logit fewer than the call says
-    row_moments_forward(planted(memory, 99, 100));
+  if (what == "overrun") {  // a gradient with room for one number fewer than the call says
+    row_moments_backward(planted(memory, 128, 127));
   } else if (what == "overflow") {  // in the schedule: 8 * width
     KeptHidden call{};
     call.rows = 1;
@@ -832,8 +835,8 @@ int plant(const std::string& what) {
     call.threads = 2;
     kept_hidden_gradient(call);
   } else if (what == "race") {  // two callers share their results
-    const MomentsForward call = planted(memory, 100, 100);
-    std::thread one([&] { row_moments_forward(call); }), other([&] { row_moments_forward(call); });
+    const MomentsBackward call = planted(memory, 128, 128);
+    std::thread one([&] { row_moments_backward(call); }), other([&] { row_moments_backward(call); });
     one.join();
     other.join();
   } else if (what == "race-openmp") {  // a shared sum
