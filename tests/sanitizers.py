@@ -131,12 +131,14 @@ class Part:
 
     def run(self, command: list, **variables: str) -> tuple[int, str, list[str]]:
         """The exit status, what was written, and the sanitizers' reports."""
-        reports = self.folder / "reports"
+        reports, log = self.folder / "reports", self.folder / "output.txt"  # a file: to be watched while it runs
         shutil.rmtree(reports, ignore_errors=True)
         reports.mkdir(parents=True)
-        result = subprocess.run(command, cwd=BUILD, env=self.environment | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        texts = [path.read_text() for path in sorted(reports.iterdir())]
-        return result.returncode, result.stdout, texts + re.findall(r"^.*: runtime error: .*$", result.stdout, re.MULTILINE)
+        with log.open("w") as out:
+            status = subprocess.run(command, cwd=BUILD, env=self.environment | variables, stdout=out, stderr=subprocess.STDOUT).returncode
+        output = log.read_text(errors="replace")
+        found = [path.read_text(errors="replace") for path in sorted(reports.iterdir())]
+        return status, output, found + re.findall(r"^.*: runtime error: .*$", output, re.MULTILINE)
 
     def findings(self, status: int, output: str, reports: list[str], broken: int = 0) -> int:
         """Reports, or what was found without one; at least one where the process failed."""
