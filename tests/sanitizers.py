@@ -231,7 +231,7 @@ class Thread(Part):
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", choices=PARTS, help="one part; the other is then no failure")
-    parser.add_argument("--calls", type=int, default=300, help="random calls on each instruction set, by default 300")
+    parser.add_argument("--calls", type=int, default=200, help="random calls on each instruction set, by default 200")
     parser.add_argument("--seed", type=int, default=0, help="of the random calls")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers and workers of pytest at once, by default all cores")
     arguments = parser.parse_args()
