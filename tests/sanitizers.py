@@ -93,7 +93,7 @@ def environment(part: str) -> dict[str, str]:
     if part == "address":
         own = {"ASAN_OPTIONS": f"{options}:detect_leaks=0", "UBSAN_OPTIONS": f"{options}:print_stacktrace=1"}
     else:
-        own = {"TSAN_OPTIONS": f"{options}:ignore_noninstrumented_modules=1", "OMP_TOOL_LIBRARIES": llvm_library("libarcher.so")}
+        own = {"TSAN_OPTIONS": f"{options}:suppressions={TESTS / 'native' / 'openmp.supp'}", "OMP_TOOL_LIBRARIES": llvm_library("libarcher.so")}
         own["LD_PRELOAD"] = llvm_library("libomp.so.5")
     return {**os.environ, **own, "OMP_WAIT_POLICY": "passive", "OMP_DYNAMIC": "false"}
 

@@ -839,9 +839,9 @@ int plant(const std::string& what) {
     std::thread one([&] { row_moments_backward(call); }), other([&] { row_moments_backward(call); });
     one.join();
     other.join();
-  } else if (what == "race-openmp") {  // a shared sum
+  } else if (what == "race-openmp") {  // a shared sum; static: every thread has its part
     double* const sum = memory.of<double>(1);
-#pragma omp parallel for num_threads(4) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(4) schedule(static)
     for (int i = 0; i < 1000; ++i) *sum += i;
   } else {
     std::fprintf(stderr, "--plant %s: expected overrun, overflow, race or race-openmp\n", what.c_str());
