@@ -29,7 +29,7 @@ TESTS ?= tests
 WORKERS ?= 2
 RANKS ?= 2
 
-.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz soak lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers docs wheels clean
+.PHONY: help setup quickstart lab curriculum diffusion kept-sets parallel test fuzz soak sanitize lint format bench bench-check bench-losses bench-bgpo bench-head bench-keep bench-packed bench-parallel report gpu torch-versions trl-versions peers docs wheels clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,16 +65,19 @@ fuzz: $(VENV)/.fuzz  ## ten minutes of random calls, numerical properties and st
 soak: $(VENV)/.built  ## thirty minutes of legal calls from several threads: same bits, flat memory (ARGS="--minutes 2")
 	$(PY) tests/soak.py $(ARGS)
 
+sanitize: $(VENV)/.built  ## the CPU kernels under the address, undefined-behaviour and thread sanitizers (ARGS="--only thread --calls 2000")
+	$(PY) tests/sanitizers.py $(ARGS)
+
 lint: $(VENV)/.deps  ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(PY) -m mypy
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h tests/native/*.cpp
 
 format: $(VENV)/.deps  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*.h tests/native/*.cpp
 
 bench: $(VENV)/.built  ## time and memory against other implementations on this machine
 	$(PY) benchmarks/run.py $(ARGS)

@@ -1,5 +1,6 @@
 #include "dispatch.h"
 
+#include <atomic>
 #include <stdexcept>
 
 namespace rlkern {
@@ -14,8 +15,10 @@ namespace rlkern {
   }
 
 RLKERN_BUILT_FOR(baseline)
-#ifdef RLKERN_X86
+#ifdef RLKERN_AVX2
 RLKERN_BUILT_FOR(avx2)
+#endif
+#ifdef RLKERN_AVX512
 RLKERN_BUILT_FOR(avx512)
 #endif
 #ifdef RLKERN_AVX512_BF16
@@ -30,7 +33,7 @@ struct Isa {
   bool (*runs)();
 };
 
-#ifdef RLKERN_X86
+#ifdef RLKERN_AVX512
 bool runs_avx512() {
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -42,8 +45,10 @@ const Isa isas[] = {
 #ifdef RLKERN_AVX512_BF16
     {"avx512_bf16", &avx512_bf16::kernels, [] { return runs_avx512() && __builtin_cpu_supports("avx512bf16"); }},
 #endif
-#ifdef RLKERN_X86
+#ifdef RLKERN_AVX512
     {"avx512", &avx512::kernels, runs_avx512},
+#endif
+#ifdef RLKERN_AVX2
     // Every processor with AVX2 has F16C. Older compilers' __builtin_cpu_supports does not know its name.
     {"avx2", &avx2::kernels,
      [] {
@@ -53,7 +58,7 @@ const Isa isas[] = {
 #endif
     {"baseline", &baseline::kernels, [] { return true; }},
 };
-const Isa* active;
+std::atomic<const Isa*> active;  // switched while calls run, each of which reads it once
 
 std::string joined(const std::vector<std::string>& names) {
   std::string all;
@@ -80,7 +85,7 @@ void use_isa(const std::string& name) {
                               joined(available_isas()));
 }
 
-std::string active_isa() { return active->name; }
-const Kernels& active_kernels() { return *active->kernels; }
+std::string active_isa() { return active.load()->name; }
+const Kernels& active_kernels() { return *active.load()->kernels; }
 
 }  // namespace rlkern

@@ -13,12 +13,12 @@ namespace rlkern {
 namespace {
 
 // Before any row is computed: a wrong target must not leave half of the outputs written.
-void check_targets(const Rows& call) {
+void check_targets(const Rows& call, bool may_be_elsewhere) {
   if (!call.targets) return;
   for (int64_t row = 0; row < call.rows; ++row)
     for (int64_t k = 0; k < call.n_targets; ++k) {
       const int64_t y = call.targets[row * call.n_targets + k];
-      if ((y >= 0 && y < call.vocab) || y == call.ignore_index || y == ELSEWHERE || is_skipped(call, row)) continue;
+      if ((y >= 0 && y < call.vocab) || y == call.ignore_index || (y == ELSEWHERE && may_be_elsewhere) || is_skipped(call, row)) continue;
       throw std::out_of_range("target " + std::to_string(y) + " of row " + std::to_string(row) + " is out of range for " +
                               std::to_string(call.vocab) + " logits (and is not ignore_index=" + std::to_string(call.ignore_index) + ")");
     }
@@ -106,7 +106,7 @@ void run_gradient(void (*rows)(const Call&, int64_t, int64_t), Call call, int64_
 }  // namespace
 
 void token_stats_forward(const Forward& call) {
-  check_targets(call);
+  check_targets(call, true);
   run(active_kernels().token_stats_forward, call);
 }
 void token_stats_merge(const Merge& call) {
@@ -117,7 +117,7 @@ void token_stats_kept_masses(const KeptMasses& call) { run(active_kernels().toke
 void token_stats_backward(const Backward& call) { run_gradient(active_kernels().token_stats_backward, call, call.n_targets); }
 
 void token_stats_in_sets_forward(const ForwardInSets& call) {
-  check_targets(call);
+  check_targets(call, true);
   const int64_t width = check_sets(call, call.keep);
   run(active_kernels().token_stats_in_sets_forward, call, call.rows, call.full_state ? call.vocab : width);
 }
@@ -128,14 +128,14 @@ void token_stats_in_sets_backward(const BackwardInSets& call) {
 }
 
 void pair_forward(const PairForward& call) {
-  check_targets(call);
+  check_targets(call, true);
   run(active_kernels().pair_forward, call);
 }
 void pair_mixture_sums(const PairMixtureSums& call) { run(active_kernels().pair_mixture_sums, call); }
 void pair_backward(const PairBackward& call) { run_gradient(active_kernels().pair_backward, call, call.n_targets); }
 
 void row_moments_forward(const MomentsForward& call) {
-  check_targets(call);
+  check_targets(call, false);
   run(active_kernels().row_moments_forward, call);
 }
 void row_moments_backward(const MomentsBackward& call) { run_gradient(active_kernels().row_moments_backward, call, 1); }

@@ -235,9 +235,11 @@ def check_transforms(
     return row_temperature, temperature, cap
 
 
-def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int | None, vocab: int) -> None:
+def check_target_range(targets: Tensor, mask: Tensor | None, ignore_index: int | None, vocab: int, may_be_elsewhere: bool = True) -> None:
     """IndexError if a counted row of targets [N, K] is out of range. Reads values: callers ask first."""
-    bad = ((targets < 0) | (targets >= vocab)) & (targets != ELSEWHERE)
+    bad = (targets < 0) | (targets >= vocab)
+    if may_be_elsewhere:
+        bad &= targets != ELSEWHERE
     if ignore_index is not None:
         bad &= targets != ignore_index
     if mask is not None:

@@ -92,3 +92,19 @@ def test_threads_never_share():
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
+
+
+def test_gradients_of_threads_are_those_of_one_thread():
+    x, y = torch.randn(64, 70_001), torch.arange(64)
+
+    def gradient(number):
+        leaf = x.detach().requires_grad_()
+        return torch.autograd.grad(token_stats(leaf, y, temperature=1.0 + number).logp.sum(), leaf)[0]
+
+    alone = [gradient(number).clone() for number in range(4)]
+
+    def work(number):
+        return all(torch.equal(gradient(number), alone[number]) for _ in range(5))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))

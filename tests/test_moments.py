@@ -8,6 +8,7 @@ from isas import every_isa
 
 import rlkern
 from rlkern import backends, reference
+from rlkern.backends.contract import ELSEWHERE
 from rlkern.primitives import moments
 from rlkern.primitives.moments import row_moments
 
@@ -148,7 +149,7 @@ def test_rows_that_are_not_read(backend, device):
 
 
 @every_isa
-@pytest.mark.parametrize("bad", [700, -1, 2**40])
+@pytest.mark.parametrize("bad", [700, -1, 2**40, ELSEWHERE])
 def test_targets_out_of_range(backend, device, bad, monkeypatch):
     x, y, grads = draw(3, 700)
     y[1] = bad

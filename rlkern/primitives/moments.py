@@ -34,7 +34,7 @@ def _moments(logits, targets, mask, ignore_index):
         return out
     backend, (y, counted) = backends.select(logits.device), _for_backend(targets, mask)
     if not backend.CHECKS_TARGETS and values_readable(logits):
-        check_target_range(y, counted, ignore_index, logits.shape[-1])
+        check_target_range(y, counted, ignore_index, logits.shape[-1], may_be_elsewhere=False)
     backend.row_moments_forward(as_rows(logits), y, counted, ignore_index, out)
     return out
 
