@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_citation_names_this_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == rlkern.__version__
-    assert citation["cff-version"] == "1.2.0" and citation["title"] == "rlkern" and citation["license"] == "Apache-2.0"
+    page = (ROOT / "docs" / "cite_and_report.md").read_text()
+    assert f"title   = {{{citation['title']}}}" in page and f"version = {{{rlkern.__version__}}}" in page
+    assert citation["cff-version"] == "1.2.0" and citation["license"] == "Apache-2.0"
 
 
 def test_forms_parse():
