@@ -51,6 +51,7 @@ import rlkern  # noqa: E402
 from rlkern.backends import gradient_memory  # noqa: E402
 
 LIMITS = {"megabytes": 8, "objects": 2000, "files": 2, "threads": 4}
+SAMPLES = 10  # at least, however slow the machine is
 LARGEST = 100 << 20  # bytes of the largest logits
 REPEATED = 0.2  # of all calls
 LARGE = 0.02
@@ -214,7 +215,7 @@ class Soak:
         for worker in workers:
             worker.start()
         pause = min(max(seconds / 60, 0.1), 20)
-        while time.monotonic() < start + seconds:
+        while time.monotonic() < start + seconds or len(self.samples) < SAMPLES:
             time.sleep(pause)
             self._go.clear()
             for lock in self._idle:

@@ -15,7 +15,7 @@ import rlkern
 from rlkern import backends
 from rlkern.__main__ import main
 from rlkern.backends import native_library
-from rlkern.doctor import doctor, speed
+from rlkern.doctor import doctor, machine, speed
 from rlkern.doctor.findings import findings
 from rlkern.requires import check_torch
 
@@ -63,6 +63,7 @@ def test_it_goes_on_after_an_error(monkeypatch, capsys):
 
 
 def test_a_missing_backend_and_what_mends_it(monkeypatch):
+    monkeypatch.setattr(machine, "elsewhere", lambda: None)
     monkeypatch.setitem(backends._loaded, "native", ImportError("rlkern was installed without its CPU kernels"))
     (found,) = (f for f in findings() if "CPU kernels" in f.what)
     assert found.wrong != torch.cuda.is_available()

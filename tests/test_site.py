@@ -95,6 +95,7 @@ def test_the_site(tmp_path):
 
         def new_page(**options):
             page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme="light", **options)
+            page.set_default_timeout(300_000)  # of a busy machine
             page.on("console", lambda message: message.type == "error" and wrong.append(f"{page.url}: {message.text}"))
             page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
             page.on("request", lambda request: request.url.startswith(here) or wrong.append(f"{page.url}: asks for {request.url}"))
