@@ -35,7 +35,7 @@ extern "C" {
 char __libc_single_threaded = 0;
 }
 
-// glibc 2.29. These set no errno. The older ones do, and compute the same.
+// glibc 2.29. The older ones compute the same.
 #if defined(__x86_64__) && defined(__GLIBC__)
 #define OLDER(name)                                     \
   HIDDEN(name);                                         \

@@ -13,9 +13,9 @@ Token functions, primitives and losses have flat names. Beside them:
 
 __version__ = "0.1.0"
 
-from .requires import check_torch
+from .requires import check_packages
 
-check_torch()
+check_packages()
 
 from . import advantages, diffusion, losses, metrics, parallel, primitives, reference, selection
 from .backends import backend_info, use_backend

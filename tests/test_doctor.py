@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import rlkern
-from rlkern import backends
+import rlkern.doctor as report
+from rlkern import backends, requires
 from rlkern.__main__ import main
 from rlkern.backends import native_library
 from rlkern.doctor import doctor, machine, speed
-from rlkern.doctor.findings import findings
-from rlkern.requires import check_torch
+from rlkern.doctor.findings import Finding, findings
+from rlkern.doctor.self_test import TOLERANCE, VOCAB, instruction_set, self_test
+from rlkern.requires import check_packages
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +54,103 @@ def test_it_finds_wrong_numbers(monkeypatch, capsys):
     assert "things are wrong" in said
 
 
+@pytest.mark.parametrize(
+    ("function", "place", "value"),
+    [
+        ("token_stats_forward", 2, None),  # the mask
+        ("token_stats_forward", 3, 1.0),  # the temperature
+        ("token_stats_backward", 2, None),
+        ("token_stats_backward", 4, -100),  # ignore_index
+        ("pair_forward", 3, None),
+        ("pair_forward", 4, 1.0),
+        ("pair_forward", 5, 1.0),  # the other temperature
+        ("pair_forward", 8, 0.5),  # beta
+        ("pair_backward", 5, 1.0),
+        ("sampler_threshold", 2, 1.0),
+        ("sampler_threshold", 4, 1.0),  # top_p
+        ("sampler_threshold", 3, 777),  # top_k
+        ("sampler_threshold", 5, -torch.inf),  # min_p
+        ("token_stats_forward", 8, 0.0),  # the softcap
+        ("token_stats_backward", 9, 0.0),
+        ("did_entropy_forward", 3, 2.0),
+        ("row_moments_forward", 1, torch.zeros(12, 1, dtype=torch.int64)),  # the targets
+    ],
+)
+def test_it_finds_an_argument_that_a_kernel_ignores(monkeypatch, function, place, value):
+    native = backends.load("native")
+    right = getattr(native, function)
+    monkeypatch.setattr(native, function, lambda *args, **kw: right(*args[:place], value, *args[place + 1 :], **kw))
+    assert self_test("native").wrong
+
+
+@pytest.mark.parametrize("function", ["token_stats_forward", "token_stats_backward", "pair_forward", "pair_backward"])
+def test_it_finds_a_last_logit_that_is_not_read(monkeypatch, function):
+    native = backends.load("native")
+    right = getattr(native, function)
+    monkeypatch.setattr(native, function, lambda logits, *args, **kw: right(logits.clone().index_fill_(-1, torch.tensor(VOCAB - 1), -9), *args, **kw))
+    assert self_test("native").wrong
+
+
+@pytest.mark.parametrize(("error", "wrong"), [(0.5, False), (3.0, True), (torch.nan, True), (torch.inf, True)])
+def test_a_tolerance(monkeypatch, error, wrong):
+    right = backends.load("native").row_moments_forward
+
+    def off(logits, targets, mask, ignore_index, out):
+        right(logits, targets, mask, ignore_index, out)
+        out[1].view(-1)[3] += error * TOLERANCE[torch.float32] * (1 + out[1].view(-1)[3])
+
+    monkeypatch.setattr(backends.load("native"), "row_moments_forward", off)
+    assert [line for line in self_test("native").wrong if line.startswith("row_moments of float32")] != [] if wrong else not self_test("native").wrong
+
+
+def test_the_instruction_set_comes_back():
+    native = backends.load("native")
+    before = native.isa()
+    with instruction_set("baseline"):
+        assert native.isa() == "baseline"
+    assert native.isa() == before
+
+
+def test_a_note_alone_is_nothing_wrong(monkeypatch, capsys):
+    notes = [Finding(False, "a note", "mend it"), Finding(True, "a fault", "mend this")]
+    monkeypatch.setattr(report, "_self_tests", lambda: [])
+    monkeypatch.setattr(report, "findings", lambda: notes[:1])
+    code, said = doctored(capsys)
+    assert code == 0 and "rlkern works on this machine" in said
+    monkeypatch.setattr(report, "findings", lambda: notes)
+    code, said = doctored(capsys)
+    assert code == 1 and "1 thing is wrong" in said
+    assert said.index("WRONG: a fault\n    mend this") < said.index("note: a note\n    mend it")
+
+
+def test_sides_that_disagree(monkeypatch, capsys):
+    monkeypatch.setattr(speed, "compare", lambda *_: speed.Comparison((2, 3), False, 1.0, 2.0))
+    found = list(report._speed(1.0))
+    assert [f.wrong for f in found] == [True, False] * 2 and "compute different numbers" in found[0].what and "slower" in found[1].what
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "found"),
+    [
+        ("usable_cores", 0, "more threads"),
+        ("openmp_libraries", ["/lib/libgomp.so.1", "/lib/libiomp5.so"], "2 OpenMP libraries are loaded"),
+        ("has_nvidia_device", True, "there is an NVIDIA card, and this torch"),
+    ],
+)
+def test_facts_and_what_is_said_of_them(monkeypatch, name, value, found):
+    if torch.cuda.is_available():
+        pytest.skip("of a machine without a GPU")
+    assert not any(found in f.what for f in findings())
+    monkeypatch.setattr(machine, name, lambda: value)
+    (of_it,) = (f for f in findings() if found in f.what)
+    assert not of_it.wrong and of_it.mend
+
+
+def test_old_triton(monkeypatch):
+    monkeypatch.setattr(machine, "version_of", lambda name: {"triton": "3.1.0"}.get(name))
+    assert any("Triton 3.1.0 is older than 3.2" in f.what for f in findings())
+
+
 def test_it_goes_on_after_an_error(monkeypatch, capsys):
     def broken(*args, **kwargs):
         raise RuntimeError("illegal instruction\nmore")
@@ -71,9 +170,11 @@ def test_a_missing_backend_and_what_mends_it(monkeypatch):
 
     monkeypatch.setitem(backends._loaded, "triton", ImportError("No module named 'triton'"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
     assert not next(f for f in findings() if "CPU kernels" in f.what).wrong  # tensors are on the GPU
-    found = next(f for f in findings() if "GPU" in f.what)
-    assert found == (True, "no GPU kernels: No module named 'triton'", "pip install 'triton>=3.2'")
+    for version, mend in ((None, "pip install 'triton>=3.2'"), ("3.9.0", "pip install --force-reinstall --no-deps 'triton>=3.2'")):
+        monkeypatch.setattr(machine, "version_of", lambda name, version=version: version if name == "triton" else None)
+        assert Finding(True, "no GPU kernels: No module named 'triton'", mend) in list(findings())
 
 
 def test_a_source_tree_that_hides_an_installation(monkeypatch, tmp_path):
@@ -83,7 +184,26 @@ def test_a_source_tree_that_hides_an_installation(monkeypatch, tmp_path):
     (other / "_cpu.so").touch()
     monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
     monkeypatch.setitem(backends._loaded, "native", ImportError("rlkern was installed without its CPU kernels"))
-    assert any(f.wrong and f"{other} has them" in f.what for f in findings())
+    assert any(f.wrong and f"hides the installation in {other}" in f.what for f in findings())
+
+
+def test_what_the_environment_chooses(monkeypatch):
+    def about(variable):
+        return [(f.wrong, f.mend) for f in findings() if variable in f.what]
+
+    with rlkern.use_backend("reference"):
+        assert about("RLKERN_BACKEND=reference") == [(False, "unset RLKERN_BACKEND")]
+    monkeypatch.setattr(backends, "select", lambda device: (_ for _ in ()).throw(RuntimeError("backend 'triton' runs on GPU tensors")))
+    with rlkern.use_backend("native"):
+        assert about("RLKERN_BACKEND=native: backend 'triton' runs on GPU tensors") == [(True, "unset RLKERN_BACKEND")]
+    monkeypatch.setitem(backends._loaded, "native", ImportError("RLKERN_CPU_ISA: 'x' is unknown"))
+    assert about("RLKERN_CPU_ISA") == [(not torch.cuda.is_available(), "unset RLKERN_CPU_ISA")]
+
+
+def test_two_versions(monkeypatch):
+    monkeypatch.setattr(machine, "version_of", lambda name: "0.0.9" if name == "rlkern" else None)
+    (found,) = (f for f in findings() if "0.0.9" in f.what)
+    assert found.wrong and found.mend.startswith("pip install -e ." if machine.from_checkout() else "leave or remove")
 
 
 def test_the_comparison_of_speed():
@@ -101,7 +221,7 @@ def test_a_bad_option_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["rlkern", "doctor", "--seconds", "-1"])
     with pytest.raises(SystemExit):
         main()
-    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("--seconds must be at least 0, got -1.0")
+    assert capsys.readouterr().err.strip().splitlines()[-1].endswith("--seconds must be a number from 0 on, got -1.0")
 
 
 # --- broken installations -----------------------------------------------------------------------------------
@@ -118,13 +238,19 @@ def test_without_pytorch_one_line_says_so():
 def test_old_pytorch(monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
     with pytest.raises(ImportError, match=re.escape(f"rlkern needs PyTorch 2.6 or newer, found {version}: pip install")):
-        check_torch()
+        check_packages()
 
 
-@pytest.mark.parametrize("version", ["2.6.0", "2.10.0a0+git1", "3.0"])
+@pytest.mark.parametrize("version", ["2.6.0", "2.10.0a0+git1", "3.0", "dev"])
 def test_newer_pytorch(monkeypatch, version):
     monkeypatch.setattr(torch, "__version__", version)
-    check_torch()
+    check_packages()
+
+
+def test_without_numpy(monkeypatch):
+    monkeypatch.setattr(requires, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="rlkern needs numpy, found none: pip install numpy"):
+        check_packages()
 
 
 @pytest.fixture
@@ -158,8 +284,20 @@ def test_a_library_for_another_platform(folder):
 
 def test_a_damaged_library(folder):
     name = f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
-    (folder / name).write_bytes(b"\x7fELF, and then nothing")
+    (folder / name).write_bytes(b"<html>no such file</html>")
     assert load_error().startswith(f"{name} does not load here (")
+
+
+@pytest.mark.parametrize("part", [20, 1000, 300_000, -1])
+def test_a_library_that_is_cut_off(folder, part):
+    """Loading it would end the process."""
+    whole = Path(pytest.importorskip("rlkern.backends.native")._cpu.__file__)
+    if whole.read_bytes()[:4] != b"\x7fELF":
+        pytest.skip("no ELF file")
+    (folder / whole.name).write_bytes(whole.read_bytes()[:part])
+    assert load_error() == f"{whole.name} is cut off"
+    (folder / whole.name).write_bytes(whole.read_bytes())
+    assert native_library.load().isa()
 
 
 @pytest.mark.parametrize("system_has_one", [True, False])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import struct
 import sys
 import sysconfig
 from pathlib import Path
@@ -16,6 +17,9 @@ FOLDER = Path(__file__).resolve().parents[1]
 
 def load() -> ModuleType:
     """rlkern._cpu. Raises ImportError with one line that says what is wrong."""
+    library = FOLDER / f"_cpu{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if library.exists() and _is_cut_off(library):  # loaded, it would end the process without a word
+        raise ImportError(f"{library.name} is cut off")
     try:
         return importlib.import_module("rlkern._cpu")
     except ImportError as error:
@@ -28,7 +32,21 @@ def load() -> ModuleType:
         raise ImportError(f"no OpenMP library for the CPU kernels, neither torch's nor the system's ({error})") from error
 
 
+def _is_cut_off(library: Path) -> bool:
+    """Whether a 64-bit ELF file ends before its last part, the table of sections."""
+    with library.open("rb") as file:
+        header = file.read(64)
+    if header[:5] != b"\x7fELF\x02":
+        return False  # of another system
+    if len(header) < 64:
+        return True
+    (begin,), (width, count) = struct.unpack_from("<Q", header, 40), struct.unpack_from("<HH", header, 58)
+    return library.stat().st_size < begin + width * count
+
+
 def _reason(error: ImportError) -> str:
+    if "RLKERN_CPU_ISA" in str(error):
+        return str(error)
     files = sorted(path.name for path in FOLDER.glob("_cpu.*"))
     if not files:
         return "rlkern was installed without its CPU kernels"

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from .. import backends
+from ..backends.native_library import FOLDER
 
-PACKAGE = Path(__file__).resolve().parents[1]
 TRAINERS = ("trl", "verl", "openrlhf", "prime-rl", "transformers")
 VARIABLES = re.compile("RLKERN_|TRITON_|OMP_|KMP_|GOMP_|MKL_|CUDA_VISIBLE|PYTORCH_|LD_PRELOAD")
 
@@ -28,13 +28,13 @@ def version_of(package: str) -> str | None:
 
 def from_checkout() -> bool:
     """Whether rlkern is imported from its source tree."""
-    return (PACKAGE.parent / "pyproject.toml").exists() and (PACKAGE.parent / "csrc").exists()
+    return (FOLDER.parent / "pyproject.toml").exists() and (FOLDER.parent / "csrc").exists()
 
 
 def elsewhere() -> Path | None:
     """Another installation of rlkern in this environment, which this one hides."""
     folders = {Path(folder) / "rlkern" for folder in sys.path if folder}
-    others = sorted(path for path in folders if (path / "__init__.py").exists() and path.resolve() != PACKAGE)
+    others = sorted(path for path in folders if (path / "__init__.py").exists() and path.resolve() != FOLDER)
     return others[0] if others else None
 
 
@@ -80,13 +80,13 @@ def facts() -> list[tuple[str, str]]:
     libc = " ".join(part for part in platform.libc_ver() if part)
     info = backends.backend_info()
     lines = [
-        ("rlkern", f"{info['rlkern']}, {'checkout' if from_checkout() else 'installed'} at {PACKAGE}"),
+        ("rlkern", f"{info['rlkern']}, {'checkout' if from_checkout() else 'installed'} at {FOLDER}"),
         ("python", f"{platform.python_implementation()} {platform.python_version()}, {platform.system()} {platform.machine()}, {libc}"),
         ("torch", f"{torch.__version__}, {runtime}"),
         ("triton", version_of("triton") or version_of("pytorch-triton-rocm") or "none"),
         ("numpy", version_of("numpy") or "none"),
         ("trainers", ", ".join(f"{name} {v}" for name in TRAINERS if (v := version_of(name))) or "none"),
-        ("processor", f"{processor()}, {usable_cores()} cores, {torch.get_num_threads()} threads of torch"),
+        ("processor", f"{processor()}, cores: {usable_cores()}, threads of torch: {torch.get_num_threads()}"),
         ("openmp", ", ".join(openmp_libraries()) or "none found"),
     ]
     lines += [("gpu", gpu) for gpu in gpus()] or [("gpu", "none that this torch sees")]

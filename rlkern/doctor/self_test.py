@@ -15,15 +15,18 @@ from .. import backends, reference
 from ..losses.policy.ppo import ppo_loss
 from ..losses.preference.dpo import dpo_loss
 from ..primitives.covariance import token_covariance
+from ..primitives.did import token_did_entropy
 from ..primitives.divergence import token_divergence
 from ..primitives.kept_sets import Kept
 from ..primitives.linear import linear_token_stats
+from ..primitives.moments import row_moments
 from ..primitives.sampler import sampler_threshold
 from ..primitives.token_stats import token_stats
 
 # Of numbers that are computed in float32; of float64; gradients are rounded to the dtype of the logits once.
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 VOCAB = 777  # no multiple of anything
+LONG = 40_001  # several tiles, threads and programs a row
 
 
 class Verdict(NamedTuple):
@@ -77,6 +80,28 @@ def _of_rows() -> Iterator[Case]:
     for dtype in TOLERANCE:
         yield Case("token_stats", rows, rows_exactly, _rows(1, dtype))
     yield Case("token_stats, -inf", rows, rows_exactly, _rows(2, torch.float32, holes=True))
+    many = (3 * _draw(13, 1, 48, LONG)).float(), torch.arange(48).unsqueeze(0) * 797 % LONG
+    yield Case("token_stats, long rows", rows, rows_exactly, many)
+
+    mask, temperature = torch.arange(12).view(3, 4) != 0, torch.linspace(0.5, 2, 12).view(3, 4)
+    several = torch.stack([_rows(1, torch.float32)[1], torch.arange(12).view(3, 4)], -1)
+    several[0, 1, 0] = several[0, 2] = -7  # one target of a row ignored, both of a row
+
+    def options(x: Tensor, y: Tensor, mask: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        found = token_stats(x, y, mask=mask, temperature=t, ignore_index=-7, softcap=5.0, logit_scale=1.1, with_tail=True)
+        return found.logp, found.entropy, found.logsumexp, found.tail_logmass
+
+    def options_exactly(x: Tensor, y: Tensor, mask: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        u = 5 * (1.1 * x / 5).tanh() / t.unsqueeze(-1)
+        counted, listed = (y != -7) & mask.unsqueeze(-1), torch.zeros_like(u, dtype=torch.bool)
+        for k in range(y.shape[-1]):
+            listed = listed | ((torch.arange(u.shape[-1]) == y[..., k : k + 1]) & counted[..., k : k + 1])
+        log_p, read = u.log_softmax(-1), counted.any(-1)
+        logp = log_p.gather(-1, y.clamp(min=0)).where(counted, 0)
+        others = -(log_p.exp() * log_p).sum(-1), u.logsumexp(-1), log_p.masked_fill(listed, float("-inf")).logsumexp(-1)
+        return logp, *(value.where(read, 0) for value in others)
+
+    yield Case("token_stats, options", options, options_exactly, (_rows(14, torch.float32)[0], several, mask, temperature))
 
     def entries(x: Tensor, y: Tensor) -> Tensor:
         """[..., V]: the ids 5, 16, ... and the row's own."""
@@ -90,24 +115,41 @@ def _of_rows() -> Iterator[Case]:
     def kept_exactly(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         return _exactly(x.masked_fill(~entries(x, y), float("-inf")), y)
 
+    def listed(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        found = token_stats(x, y, keep=Kept.ids(torch.arange(5, x.shape[-1], 11, device=x.device).expand(*y.shape, -1)))
+        return found.logp, found.entropy
+
     yield Case("token_stats, keep", kept, kept_exactly, _rows(5, torch.float32))
+    yield Case("token_stats, keep listed ids", listed, kept_exactly, _rows(5, torch.float32))
 
-    def threshold(x: Tensor) -> Tensor:
-        return sampler_threshold(x, top_k=20, top_p=0.9)
+    def threshold_exactly(x: Tensor, top_k: int, top_p: float, min_p: float = 0.0) -> Tensor:
+        most = x.topk(top_k).values
+        p = (most / 2).softmax(-1)
+        p = p.where(p >= min_p * p[..., :1], 0)
+        p = p / p.sum(-1, keepdim=True)
+        return most.masked_fill((p == 0) | (p.cumsum(-1) - p >= top_p), float("inf")).amin(-1)
 
-    def threshold_exactly(x: Tensor) -> Tensor:
-        most = x.topk(20).values
-        p = most.softmax(-1)
-        return most.masked_fill(p.cumsum(-1) - p >= 0.9, float("inf")).amin(-1)
-
-    yield Case("sampler_threshold", threshold, threshold_exactly, _rows(8, torch.float32)[:1], leaves=0)
+    cuts: tuple[dict[str, Any], ...] = ({"top_k": 20, "top_p": 0.9}, {"top_k": 200, "top_p": 0.95, "min_p": 0.1})
+    for rules in cuts:
+        function, formula = partial(sampler_threshold, temperature=2.0, **rules), partial(threshold_exactly, **rules)
+        yield Case(f"sampler_threshold, {', '.join(rules)}", function, formula, _rows(8, torch.float32)[:1], leaves=0)
+    yield Case("row_moments", row_moments, reference.row_moments, _rows(15, torch.float32))
 
 
 def _of_two_rows() -> Iterator[Case]:
     inputs = _rows(3, torch.float32)[0], _rows(4, torch.float32)[0]
-    for kind in ("reverse_kl", "jsd"):
-        function, formula = partial(token_divergence, kind=kind), partial(reference.token_divergence, kind=kind)
-        yield Case(f"token_divergence, {kind}", function, formula, inputs)
+    for kind in ("reverse_kl", "forward_kl", "jsd", "skew_forward_kl"):
+        options: dict[str, Any] = {"kind": kind, "beta": 0.3, "temperature": 0.7, "other_temperature": 1.3}
+        yield Case(f"token_divergence, {kind}", partial(token_divergence, **options), partial(reference.token_divergence, **options), inputs)
+
+    def masked(x: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+        return token_divergence(x, other, mask=mask)
+
+    def masked_exactly(x: Tensor, other: Tensor, mask: Tensor) -> Tensor:
+        return reference.token_divergence(x, other).where(mask, 0)
+
+    yield Case("token_divergence, mask", masked, masked_exactly, (*inputs, torch.arange(12).view(3, 4) % 3 > 0))
+    yield Case("token_did_entropy", token_did_entropy, reference.token_did_entropy, inputs, leaves=2)
 
 
 def _of_hidden_states() -> Iterator[Case]:
@@ -164,6 +206,7 @@ def _error(got: Tensor, exact: Tensor, tolerance: float) -> float:
     got, exact = got.detach().cpu().double(), exact.detach().double()
     error = (got - exact).abs() / (tolerance * (1 + exact.abs()))
     error = error.masked_fill(got == exact, 0)  # infinities
+    error = error.masked_fill((exact == 0) & (got != 0), float("inf"))  # masked, or without a probability
     return float("inf") if error.isnan().any() else error.max().item()
 
 
