@@ -20,6 +20,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).resolve().parent.parent
 IN_NAV = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".sh": "bash", ".toml": "toml", ".cff": "yaml", ".yml": "yaml", ".txt": "text"}
+# Where a search leads first. The reference has 4: of its pages those of trainers are for few.
+BOOST = {"api/integrations": 1, "install": 3, "which_function": 2, "kept_sets": 2, "packing": 2, "linear_head": 2, "trainers/": 2}
 NAMED = re.compile(r"(?:(?:rlkern|tests|examples|benchmarks|triton_kernels|csrc|docs)/[\w/.-]+|[\w-]+)\.\w+")
 CALLED = re.compile(r"`(?:[\w, ]+ = )?([\w.]*)")
 PARTS = re.compile(
@@ -62,6 +64,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     uri = page.file.src_uri
     if uri.startswith("source/"):
         return None
+    for beginning, boost in BOOST.items():
+        if uri.startswith(beginning):
+            page.meta["search"] = {"boost": boost}
     if page.parent is None:  # the only page of its tab
         page.meta["hide"] = ["navigation"]
     source = repository_path(uri)

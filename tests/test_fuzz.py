@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 from calls import Call
+
+pytest.importorskip("rlkern.backends.native", reason="built without the CPU kernels")
 from fuzz import byte_calls, kernels, properties, random_calls
 from fuzz.byte_random import ByteRandom
 from fuzz.parts import watch

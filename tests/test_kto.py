@@ -72,7 +72,8 @@ def test_impossible_responses_of_weight_0():
     """Under both models: they have no ratio, and do not count."""
     policy = torch.tensor([-math.inf, -math.inf, -3.0], requires_grad=True)
     reference, desirable = torch.tensor([-math.inf, -math.inf, -2.0]), torch.tensor([True, True, False])
-    for options in ({"weights": torch.tensor([0.0, 0.0, 1.0])}, {"desirable_weight": 0.0}):
+    weights = torch.tensor([0.0, 0.0, 1.0])
+    for options in ({"weights": weights}, {"desirable_weight": 0.0}, {"desirable_weight": 0.0, "weights": torch.ones(3)}):
         losses = kto_loss(policy, reference, desirable, kl=0.3, **options).losses
         assert losses[:2].tolist() == [0, 0] and losses[2] == kto_loss(policy, reference, desirable, kl=0.3).losses[2]
         gradient = torch.autograd.grad(losses.sum(), policy)[0]

@@ -264,6 +264,7 @@ def test_nothing_waits_for_the_device():
         ([], ValueError, "at least one"),
         ([torch.zeros(())], TypeError, "dicts of metrics, got Tensor"),
         ([{3: torch.ones(()), "tokens": torch.ones(())}], TypeError, "names of metrics must be strings, got 3"),
+        ([{"tokens": torch.ones(())}, {3: torch.ones(())}], ValueError, "the same metrics, got 3, tokens in some of them only"),
         ([{"tokens": 1.0}], TypeError, "'tokens' must be a 0-d tensor, got float"),
         ([{"tokens": torch.ones(2)}], ValueError, r"'tokens' must be one real number, .* of shape \(2,\)"),
         ([{"surprise": torch.ones(())}], ValueError, "unknown metric 'surprise'"),

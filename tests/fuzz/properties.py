@@ -78,17 +78,19 @@ def _token_stats(draw):
     lead, vocab, dtype = draw(st.sampled_from(drawn.LEADS)), draw(st.sampled_from(drawn.VOCABS)), draw(st.sampled_from(drawn.DTYPES))
     capped = draw(options(softcap=st.sampled_from((1.0, 5.0, 30.0)), logit_scale=st.sampled_from((0.5, 2.0))))
     k = draw(st.sampled_from(((), (), (1,), (3,))))
+    more = draw(options(min_p=st.sampled_from((0.01, 0.1, 0.9))) | options(min_prob=st.sampled_from((0.001, 0.02))) | st.just({"with_tail": bool(k)}))
+    odd = not capped and not more.get("with_tail")  # a tail below the smallest number is none
     targets = draw(drawn.integers((*lead, *k), 0, vocab))
     ignored = draw(drawn.masks(targets.shape))
     return {
-        "logits": draw(drawn.rows(lead, vocab, dtype, odd=not capped)),
+        "logits": draw(drawn.rows(lead, vocab, dtype, odd=odd)),
         "targets": targets if ignored is None else targets.masked_fill(~ignored, -100),
         "layout": draw(st.sampled_from(drawn.LAYOUTS)),
         "mask": draw(drawn.masks(lead)),
         "temperature": 1.0 if capped else draw(drawn.temperatures(lead, dtype)),
         "with_sum_sq": draw(st.booleans()),
         "only": draw(st.none() | st.sampled_from((["logp"], ["entropy"], ["logp", "entropy"]))),
-        **draw(options(min_p=st.sampled_from((0.01, 0.1, 0.9))) | options(min_prob=st.sampled_from((0.001, 0.02))) | st.just({"with_tail": bool(k)})),
+        **more,
         **capped,
     }
 

@@ -31,7 +31,7 @@ def pair_losses(policy, reference, sft, lengths, weights, o: Options) -> DPOOutp
 
     sft: (log pi, number) of the tokens that "sft" and "sft_norm" imitate. The reference is detached.
     """
-    scores, own = (policy[0] - reference[0], policy[1] - reference[1]), policy
+    scores, policy_given = (policy[0] - reference[0], policy[1] - reference[1]), policy
     if weights is not None:  # of weight 0 an impossible response does not count: it may have no ratio at all
         policy, reference = ([torch.where(weights == 0, 0, x) for x in pair] for pair in (policy, reference))
     chosen, rejected = policy[0] - reference[0], policy[1] - reference[1]
@@ -45,7 +45,7 @@ def pair_losses(policy, reference, sft, lengths, weights, o: Options) -> DPOOutp
     tokens = (lengths[0], lengths[1], sft[0], sft[1])
     pairs = Pairs(policy[0], policy[1], *margins, *tokens, o.beta, o.label_smoothing, o.gamma, o.discopop_tau)
     for name in o.without_reference()[:1]:
-        given = pairs._replace(policy_chosen=own[0], policy_rejected=own[1])
+        given = pairs._replace(policy_chosen=policy_given[0], policy_rejected=policy_given[1])
         scores = PAIR_LOSSES[name].reward(given)  # type: ignore[misc]  # it is what without_reference asks for
     rewards = [(o.beta * score).detach() for score in scores]
     terms = ((PAIR_LOSSES[name].function(pairs), weight) for name, weight in zip(o.loss_types, o.loss_weights, strict=True))
