@@ -65,7 +65,8 @@ def token_stats(
         with_tail: also compute tail_logmass, in a second sweep: summed as such, so it keeps its relative
             accuracy beside targets that hold nearly everything. An id counts as listed once, however often it
             is; entries equal to ignore_index list nothing. All of the mass listed, or all but e^-87 of it
-            (float64 logits: e^-708): -inf, no gradient. Not together with min_p or min_prob. `topk_divergence` takes it.
+            (float64 logits: e^-708): -inf, no gradient. Not together with min_p or min_prob.
+            `topk_divergence` takes it.
         logit_scale, softcap: what the model does with its raw logits: u = z / temperature with
             z = softcap tanh(logit_scale logits / softcap), or logit_scale logits without a softcap. The
             gradient is by the raw logits, accurate also where the tanh is 1. -inf stays -inf. Both are
