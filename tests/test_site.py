@@ -117,7 +117,8 @@ def click_through(page, origin):
     page.locator(".md-tabs").get_by_role("link", name="API reference").click()
     page.locator(".md-sidebar--primary").get_by_role("link", name="Policy losses").click()
     assert page.url == f"{origin}api/policy_losses.html" and page.locator("h1").inner_text().startswith("Policy losses")
-    page.get_by_placeholder("Search").fill("lp_reg_loss")
+    page.get_by_text("Type to start searching").wait_for(state="attached")  # what is typed before is lost
+    page.get_by_placeholder("Search").press_sequentially("lp_reg_loss")  # the search listens to keys
     page.locator(".md-search-result__link", has_text="rlkern.lp_reg_loss").first.click()
     page.wait_for_url("**/api/policy_losses.html?h=*#rlkern.lp_reg_loss")
     scheme = page.locator("body").get_attribute("data-md-color-scheme")
