@@ -21,7 +21,16 @@ ROOT = Path(__file__).resolve().parent.parent
 IN_NAV = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = {".py": "python", ".cpp": "cpp", ".h": "cpp", ".sh": "bash", ".toml": "toml", ".cff": "yaml", ".yml": "yaml", ".txt": "text"}
 # Where a search leads first. The other pages of the reference have 4, other pages 1.
-BOOST = {"api/integrations": 1, "api/token_functions": 8, "install": 3, "which_function": 2, "kept_sets": 5, "packing": 2, "linear_head": 2, "trainers/": 2}
+BOOST = {
+    "api/integrations": 1,
+    "api/token_functions": 8,
+    "install": 3,
+    "which_function": 2,
+    "kept_sets": 5,
+    "packing": 2,
+    "linear_head": 2,
+    "trainers/": 2,
+}
 NAMED = re.compile(r"(?:(?:rlkern|tests|examples|benchmarks|triton_kernels|csrc|docs)/[\w/.-]+|[\w-]+)\.\w+")
 CALLED = re.compile(r"`(?:[\w, ]+ = )?([\w.]*)")
 PARTS = re.compile(
