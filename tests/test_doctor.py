@@ -140,6 +140,8 @@ def test_sides_that_disagree(monkeypatch, capsys):
 def test_facts_and_what_is_said_of_them(monkeypatch, name, value, found):
     if torch.cuda.is_available():
         pytest.skip("of a machine without a GPU")
+    for fact, usual in (("usable_cores", 10**6), ("openmp_libraries", []), ("has_nvidia_device", False)):
+        monkeypatch.setattr(machine, fact, lambda usual=usual: usual)
     assert not any(found in f.what for f in findings())
     monkeypatch.setattr(machine, name, lambda: value)
     (of_it,) = (f for f in findings() if found in f.what)
